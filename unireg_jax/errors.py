@@ -1,0 +1,31 @@
+"""Faults that a user can mend, each with one line, a reason code and an exit code.
+
+The line says what, where, expected, got, remedy. Anything else that escapes is a fault
+of ours: exit code 1.
+"""
+
+USAGE = 2  # usage, configuration, manifest: found before any work
+NOTHING = 3  # nothing to do, no valid input
+FAILED = 4  # every item failed
+PARTLY = 5  # some items done, some failed
+STORAGE = 6  # full, read-only, I/O error
+LIMIT = 7  # memory, time or size limit
+NUMERICAL = 8  # non-finite loss, parameters or field
+CHECKPOINT = 9  # checkpoint or weights unusable
+DATA_CHANGED = 10  # data changed since the run began
+PREEMPTED = 75  # state saved; run the same command again
+
+
+class UserError(Exception):
+    """A fault the user can mend.
+
+    Args:
+        reason: code from the closed list in docs/errors.md, such as `truncated`.
+        message: one line: what, where, expected, got, remedy.
+        exit_code: one of the constants above; FAILED for a bad input file.
+    """
+
+    def __init__(self, reason: str, message: str, exit_code: int = FAILED):
+        super().__init__(message)
+        self.reason = reason
+        self.exit_code = exit_code
