@@ -1,0 +1,137 @@
+"""Changing the resolution of volumes and fields. Only here do vectors get rescaled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from unireg_jax.ops.warp import check_disp
+
+
+def resize_volume(volume: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Resizes by trilinear interpolation with aligned corners.
+
+    out[b, i, c] = volume[b, i (n_in - 1) / (n_out - 1), c] on every axis
+
+    First and last voxel centres coincide. No smoothing: to shrink without aliasing use
+    `downsample_mean`. A product with one small matrix per axis, so that the gradient
+    is another such product and holds no scatter.
+
+    Args:
+        volume: [B, X, Y, Z, C] floating.
+        shape: (X', Y', Z'), the new grid; an axis of one voxel takes the first.
+
+    Returns:
+        [B, X', Y', Z', C], dtype of volume.
+
+    Raises:
+        ValueError: wrong shape or dtype.
+    """
+    _check_volume(volume)
+    shape = _check_shape(shape)
+    out = volume.astype(_working_dtype(volume))
+    for axis, size in enumerate(shape, start=1):
+        if out.shape[axis] != size:
+            out = _interpolate_axis(out, axis, size)
+    return out.astype(volume.dtype)
+
+
+def resize_disp(disp: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Resizes a displacement and rescales its vectors to voxels of the new grid.
+
+    out_k(i) = (n_out_k - 1) / (n_in_k - 1) disp_k(i (n_in - 1) / (n_out - 1))
+
+    Args:
+        disp: [B, X, Y, Z, 3] float32, voxels of its own grid; or a velocity.
+        shape: (X', Y', Z'), the new grid, at least 2 voxels along each axis.
+
+    Returns:
+        [B, X', Y', Z', 3] float32, voxels of the new grid.
+
+    Raises:
+        ValueError: wrong shape or dtype, or an axis of one voxel.
+    """
+    check_disp(disp)
+    shape = _check_shape(shape)
+    if min(*shape, *disp.shape[1:4]) < 2:
+        raise ValueError(
+            "disp and shape must have at least 2 voxels along each axis, "
+            f"got {disp.shape} and {shape}"
+        )
+    sizes = zip(shape, disp.shape[1:4], strict=True)
+    scale = jnp.asarray([(out - 1) / (size - 1) for out, size in sizes], disp.dtype)
+    scale = scale[None, None, None, None]
+    # Scaled on whichever grid has fewer voxels.
+    if np.prod(shape) > np.prod(disp.shape[1:4]):
+        return resize_volume(disp * scale, shape)
+    return resize_volume(disp, shape) * scale
+
+
+def downsample_mean(volume: jax.Array, factor: int | tuple[int, int, int]) -> jax.Array:
+    """Averages blocks of voxels.
+
+    out[b, i, c] = mean of volume[b, f i ... f i + f - 1, c] on every axis
+
+    The centre of output voxel i lies at f i + (f - 1) / 2, half a block away from the
+    grid of `resize_volume`: do not mix the two within one field.
+
+    Args:
+        volume: [B, X, Y, Z, C] floating; X, Y, Z multiples of the factor.
+        factor: block edge in voxels, for all axes or per axis.
+
+    Returns:
+        [B, X/f, Y/f, Z/f, C], dtype of volume.
+
+    Raises:
+        ValueError: wrong shape or dtype, or a size that is no multiple.
+    """
+    _check_volume(volume)
+    fx, fy, fz = (factor,) * 3 if isinstance(factor, int) else factor
+    batch, x, y, z, channels = volume.shape
+    if min(fx, fy, fz) < 1 or x % fx or y % fy or z % fz:
+        raise ValueError(
+            f"volume must have multiples of {(fx, fy, fz)} voxels, "
+            f"got {volume.shape[1:4]}; pad or crop it first"
+        )
+    blocks = volume.reshape(batch, x // fx, fx, y // fy, fy, z // fz, fz, channels)
+    mean = jnp.mean(blocks, axis=(2, 4, 6), dtype=_working_dtype(volume))
+    return mean.astype(volume.dtype)
+
+
+def _interpolate_axis(volume, axis, size):
+    """Multiplies one spatial axis by its interpolation matrix."""
+    matrix = jnp.asarray(_matrix(volume.shape[axis], size), volume.dtype)
+    # Highest precision: matrix units would round displacements to ten bits.
+    out = jnp.tensordot(
+        volume, matrix, axes=((axis,), (1,)), precision=lax.Precision.HIGHEST
+    )
+    return jnp.moveaxis(out, -1, axis)
+
+
+def _matrix(size_in, size_out):
+    """Linear interpolation with aligned corners as a [size_out, size_in] matrix."""
+    position = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
+    position = np.minimum(position, size_in - 1)[:, None]
+    return np.maximum(1.0 - np.abs(position - np.arange(size_in)[None]), 0.0)
+
+
+def _working_dtype(volume):
+    """Halves are summed in float32."""
+    return jnp.float32 if volume.dtype.itemsize < 4 else volume.dtype
+
+
+def _check_volume(volume):
+    if volume.ndim != 5:
+        raise ValueError(
+            f"volume must be (B, X, Y, Z, C), got {volume.shape}; "
+            "batch goes first, channels go last"
+        )
+    if not jnp.issubdtype(volume.dtype, jnp.floating):
+        raise ValueError(f"volume must be floating, got {volume.dtype}; cast it first")
+
+
+def _check_shape(shape):
+    shape = tuple(shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"shape must be (X, Y, Z), each at least 1, got {shape}")
+    return shape

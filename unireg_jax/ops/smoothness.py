@@ -1,0 +1,82 @@
+"""Smoothness penalties of a displacement or velocity field."""
+
+import jax
+import jax.numpy as jnp
+
+from unireg_jax.ops.stencil import (
+    central_difference,
+    crop_interior,
+    forward_difference,
+    second_difference,
+)
+from unireg_jax.ops.warp import check_disp
+
+_SPACE = (1, 2, 3)
+
+
+def diffusion(disp: jax.Array) -> jax.Array:
+    """Mean squared first difference of a field.
+
+    1/3 sum_j mean_{x, i} (disp_i(x + e_j) - disp_i(x))^2
+
+    For each axis j the mean runs over the differences that exist (one fewer than
+    voxels along j) and over the three components; the three means are averaged. So a
+    field disp = a x_0 along one component gives a^2 / 9.
+
+    Args:
+        disp: [B, X, Y, Z, 3] float32, voxels.
+
+    Returns:
+        [B] float32, no unit (voxels per voxel, squared).
+
+    Raises:
+        ValueError: wrong shape or dtype, or fewer than 2 voxels along an axis.
+    """
+    check_disp(disp)
+    _check_size(disp, 2)
+    means = [
+        jnp.mean(jnp.square(forward_difference(disp, axis)), axis=(1, 2, 3, 4))
+        for axis in _SPACE
+    ]
+    return (means[0] + means[1] + means[2]) * (1.0 / 3.0)
+
+
+def bending(disp: jax.Array) -> jax.Array:
+    """Mean squared second difference of a field; zero for every affine field.
+
+    mean_{x, i} sum_{j, k} (d^2 disp_i / d x_j d x_k)^2
+
+    over interior voxels and the three components: second differences for j = k, central
+    differences of central differences for j != k (each pair counts twice).
+
+    Args:
+        disp: [B, X, Y, Z, 3] float32, voxels.
+
+    Returns:
+        [B] float32, 1 / voxel^2.
+
+    Raises:
+        ValueError: wrong shape or dtype, or fewer than 3 voxels along an axis.
+    """
+    check_disp(disp)
+    _check_size(disp, 3)
+
+    def pure(axis):
+        others = tuple(other for other in _SPACE if other != axis)
+        return jnp.square(second_difference(crop_interior(disp, others), axis))
+
+    def mixed(one, two):
+        (other,) = (axis for axis in _SPACE if axis not in (one, two))
+        field = central_difference(crop_interior(disp, (other,)), one)
+        return jnp.square(central_difference(field, two))
+
+    energy = pure(1) + pure(2) + pure(3)
+    energy = energy + 2.0 * (mixed(1, 2) + mixed(1, 3) + mixed(2, 3))
+    return jnp.mean(energy, axis=(1, 2, 3, 4))
+
+
+def _check_size(disp, least):
+    if min(disp.shape[1:4]) < least:
+        raise ValueError(
+            f"disp must have at least {least} voxels along each axis, got {disp.shape}"
+        )
