@@ -1,0 +1,460 @@
+"""Displacement fields and affines: what ITK reads is what we meant."""
+
+import itertools
+import struct
+import subprocess
+import sys
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy import ndimage
+
+from unireg_jax import errors
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import nifti, orientation, transforms
+
+SHAPE = (5, 6, 7)
+SPACING = (3.0, 2.5, 4.0)
+ALL_CODES = [
+    "".join(letters)
+    for axes in itertools.permutations(("LR", "PA", "SI"))
+    for letters in itertools.product(*axes)
+]
+
+
+def oblique(origin=(-20.0, 35.0, -110.0)):
+    """Voxel -> LPS mm, turned by about 20 degrees about no special axis."""
+    affine = np.eye(4)
+    turn = nib.eulerangles.euler2mat(0.3, -0.2, 0.15)
+    affine[:3, :3] = turn @ np.diag(SPACING)
+    affine[:3, 3] = origin
+    return affine
+
+
+def world(vox2world, shape=SHAPE):
+    """[X, Y, Z, 3] LPS mm of every voxel."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    return index @ vox2world[:3, :3].T + vox2world[:3, 3]
+
+
+LINEAR = np.array([[0.05, -0.02, 0.01], [0.03, 0.02, -0.04], [-0.01, 0.06, 0.03]])
+
+
+def displacement(points):
+    """A linear map of LPS mm, which linear interpolation keeps exactly."""
+    return points @ LINEAR.T + np.array([3.0, -5.0, 7.0])
+
+
+def affine():
+    matrix = np.eye(4)
+    matrix[:3, :3] = nib.eulerangles.euler2mat(-0.1, 0.25, 0.4) * 1.1
+    matrix[0, 1] += 0.07
+    matrix[:3, 3] = (12.0, -30.0, 5.0)
+    return matrix
+
+
+def grid(codes):
+    """Shape and affine of the oblique grid stored along `codes`."""
+    data, vox2world = orientation.reorient(np.zeros(SHAPE), oblique(), codes)
+    return data.shape, vox2world
+
+
+def sitk_field(path):
+    image = sitk.ReadImage(str(path), sitk.sitkVectorFloat64)
+    return sitk.DisplacementFieldTransform(image)
+
+
+def inner_points(count=20):
+    """Points between the voxels of the oblique grid, LPS mm."""
+    index = np.random.default_rng(0).uniform(0.1, np.array(SHAPE) - 1.1, (count, 3))
+    return index @ oblique()[:3, :3].T + oblique()[:3, 3]
+
+
+def source(folder, codes, order="<"):
+    """A fixed image stored along `codes`, read back."""
+    shape, vox2world = grid(codes)
+    values = np.linspace(-1000, 500, 210).round().reshape(shape).astype("i2")
+    nifti.write_volume(folder / "fixed.nii", values, vox2world)
+    return nifti.read_image(folder / "fixed.nii")
+
+
+# --- fields -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", ALL_CODES)
+def test_write_field_is_applied_by_simpleitk(tmp_path, codes):
+    shape, vox2world = grid(codes)
+    disp_mm = displacement(world(vox2world, shape)).astype(np.float32)
+    transforms.write_field(tmp_path / "a_1Warp.nii.gz", disp_mm, vox2world)
+    peer = sitk_field(tmp_path / "a_1Warp.nii.gz")
+    for point in inner_points():
+        moved = np.array(peer.TransformPoint(point.tolist()))
+        # float32 sform and vectors
+        np.testing.assert_allclose(moved, point + displacement(point), atol=1e-4)
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP", "AIR"])
+def test_write_field_like_uses_the_fixed_file_grid(tmp_path, codes):
+    fixed = source(tmp_path, codes)
+    disp_mm = displacement(world(fixed.vox2world)).astype(np.float32)
+    path = tmp_path / "a_1Warp.nii.gz"
+    transforms.write_field(path, disp_mm, fixed.vox2world, like=fixed)
+    header = nib.load(path).header
+    assert header["intent_code"] == 1007
+    assert header.get_data_shape() == (*fixed.native.shape, 1, 3)
+    for name in ("srow_x", "srow_y", "srow_z", "quatern_b", "sform_code", "qform_code"):
+        assert header[name].tobytes() == fixed.header[name].tobytes()
+    peer = sitk_field(path)
+    for point in inner_points():
+        moved = np.array(peer.TransformPoint(point.tolist()))
+        np.testing.assert_allclose(moved, point + displacement(point), atol=1e-4)
+    image = sitk.ReadImage(str(path))
+    assert image.GetSize() == sitk.ReadImage(str(tmp_path / "fixed.nii")).GetSize()
+    again, vox2world = transforms.read_field(path)
+    np.testing.assert_array_equal(again, disp_mm)
+    np.testing.assert_array_equal(vox2world, fixed.vox2world)
+
+
+def by_hand(folder, vectors, vox2world, intent, name="hand.nii.gz"):
+    """A 5-D field file, made without the writer under test."""
+    image = nib.Nifti1Image(
+        vectors[:, :, :, None, :].astype("f4"), orientation.ras_from_lps(vox2world)
+    )
+    image.header["intent_code"] = intent
+    image.header.set_xyzt_units("mm")
+    nib.save(image, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP"])
+@pytest.mark.parametrize("intent, flip", [(1007, (1, 1, 1)), (1006, (-1, -1, 1))])
+def test_read_field_intents_mean_what_itk_reads(tmp_path, codes, intent, flip):
+    shape, vox2world = grid(codes)
+    known = displacement(world(vox2world, shape))
+    path = by_hand(tmp_path, known * flip, vox2world, intent)
+    disp_mm, lps = transforms.read_field(path)
+    assert orientation.axis_codes(lps) == "LPS" and disp_mm.dtype == np.float32
+    expected = displacement(world(lps))
+    np.testing.assert_allclose(disp_mm, expected, atol=1e-4)  # float32
+    peer = sitk_field(path)
+    for point in inner_points(5):
+        moved = np.array(peer.TransformPoint(point.tolist()))
+        np.testing.assert_allclose(moved, point + displacement(point), atol=1e-4)
+
+
+def test_read_field_of_simpleitk_file(tmp_path):
+    vectors = displacement(world(oblique()))
+    image = sitk.GetImageFromArray(vectors.transpose(2, 1, 0, 3), isVector=True)
+    image.SetSpacing(SPACING)
+    image.SetOrigin(oblique()[:3, 3].tolist())
+    image.SetDirection((oblique()[:3, :3] / np.array(SPACING)).ravel().tolist())
+    sitk.WriteImage(image, str(tmp_path / "peer.nii.gz"))
+    disp_mm, vox2world = transforms.read_field(tmp_path / "peer.nii.gz")
+    np.testing.assert_allclose(disp_mm, vectors, atol=1e-5)  # float32
+    np.testing.assert_allclose(vox2world, oblique(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, reason, match",
+    [
+        (lambda v: v * np.nan, "field_nonfinite", "finite vectors, got NaN"),
+        (lambda v: v * 1e4, "field_range", "within 1000 mm, got .* unit of the field"),
+        (lambda v: v[..., :2], "ndim", r"\(X, Y, Z, 1, 3\), got shape \(5, 6, 7, 1, 2"),
+    ],
+)
+def test_read_field_refuses_bad_vectors(tmp_path, change, reason, match):
+    vectors = change(displacement(world(oblique())))
+    path = by_hand(tmp_path, vectors, oblique(), 1007)
+    with pytest.raises(UserError, match=match) as caught:
+        transforms.read_field(path)
+    assert (caught.value.reason, caught.value.exit_code) == (reason, errors.FAILED)
+
+
+def test_read_field_refuses_other_layouts(tmp_path):
+    vectors = displacement(world(oblique()))
+    path = by_hand(tmp_path, vectors, oblique(), 0)
+    with pytest.raises(UserError, match="1007 .* or 1006 .* got 0") as caught:
+        transforms.read_field(path)
+    assert caught.value.reason == "dtype"
+    affine_ras = orientation.ras_from_lps(oblique())
+    nib.save(nib.Nifti1Image(vectors, affine_ras), tmp_path / "four.nii")
+    with pytest.raises(UserError, match=r"got shape \(5, 6, 7, 3\)") as caught:
+        transforms.read_field(tmp_path / "four.nii")
+    assert caught.value.reason == "ndim"
+
+
+@pytest.mark.parametrize(
+    "disp_mm, match",
+    [
+        (np.zeros((3, 5, 6, 7)), r"must be \(X, Y, Z, 3\) in mm, got \(3, 5, 6, 7\)"),
+        (np.zeros((1, 5, 6, 7, 3)), "no batch"),
+        (np.full((*SHAPE, 3), np.nan), "finite and within 1000 mm, got nan"),
+        (np.full((*SHAPE, 3), 1e4), "finite and within 1000 mm"),
+    ],
+)
+def test_write_field_rejects(tmp_path, disp_mm, match):
+    with pytest.raises(ValueError, match=match):
+        transforms.write_field(tmp_path / "a.nii.gz", disp_mm, oblique())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_field_rejects_other_grid_than_like(tmp_path):
+    fixed = source(tmp_path, "RAI")
+    disp_mm = np.zeros((*SHAPE, 3))
+    with pytest.raises(ValueError, match="vox2world must be that of like"):
+        transforms.write_field(tmp_path / "a.nii", disp_mm, np.eye(4), like=fixed)
+    with pytest.raises(ValueError, match="array must begin with"):
+        transforms.write_field(
+            tmp_path / "a.nii", disp_mm[:, :, 1:], fixed.vox2world, like=fixed
+        )
+    with pytest.raises(ValueError, match="vox2world must be a finite invertible"):
+        transforms.write_field(tmp_path / "a.nii", disp_mm, np.zeros((4, 4)))
+
+
+# --- affines ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("center", [(0.0, 0.0, 0.0), (10.0, -20.0, 35.5)])
+def test_write_affine_txt_is_applied_by_simpleitk(tmp_path, center):
+    path = tmp_path / "a_0GenericAffine.txt"
+    transforms.write_affine_txt(path, affine(), center=center)
+    peer = sitk.ReadTransform(str(path))
+    for point in inner_points(5):
+        expected = affine()[:3, :3] @ point + affine()[:3, 3]
+        moved = peer.TransformPoint(point.tolist())
+        np.testing.assert_allclose(moved, expected, atol=1e-10)  # float64
+    np.testing.assert_allclose(transforms.read_affine_txt(path), affine(), atol=1e-12)
+
+
+def test_read_affine_txt_of_simpleitk_file(tmp_path):
+    peer = sitk.AffineTransform(3)
+    peer.SetMatrix(affine()[:3, :3].ravel().tolist())
+    peer.SetTranslation([1.0, 2.0, 3.0])
+    peer.SetCenter([10.0, -20.0, 35.5])
+    sitk.WriteTransform(peer, str(tmp_path / "peer.tfm"))
+    matrix = transforms.read_affine_txt(tmp_path / "peer.tfm")
+    for point in inner_points(5):
+        expected = peer.TransformPoint(point.tolist())
+        moved = matrix[:3, :3] @ point + matrix[:3, 3]
+        np.testing.assert_allclose(moved, expected, atol=1e-10)  # float64
+
+
+HEAD = "#Insight Transform File V1.0\nTransform: AffineTransform_double_3_3\n"
+
+
+@pytest.mark.parametrize(
+    "content, reason, match",
+    [
+        (b"", "empty", "0 bytes"),
+        (b"1 0 0 0\n", "schema", "no '#Insight Transform File' line"),
+        (b"\x89PNG\xff", "schema", "binary data"),
+        (HEAD.replace("Affine", "Euler3D"), "schema", "Euler3DTransform_double_3_3"),
+        (HEAD.replace("3_3", "2_2"), "schema", "AffineTransform_double_2_2"),
+        (HEAD + HEAD, "schema", "got 2 transforms"),
+        (HEAD + "Parameters: 1 0 0\nFixedParameters: 0 0 0\n", "schema", "3 and 3 num"),
+        (HEAD + "Parameters: a b\n", "schema", "no numbers"),
+        (HEAD + "Parameters:" + " nan" * 12, "affine_nonfinite", "finite parameters"),
+        (HEAD + "Parameters:" + " 0" * 12, "affine_singular", "determinant 0"),
+    ],
+)
+def test_read_affine_txt_refuses(tmp_path, content, reason, match):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=match) as caught:
+        transforms.read_affine_txt(path)
+    assert (caught.value.reason, caught.value.exit_code) == (reason, errors.FAILED)
+
+
+def test_read_affine_txt_refuses_absent(tmp_path):
+    with pytest.raises(UserError, match="got nothing") as caught:
+        transforms.read_affine_txt(tmp_path / "no.txt")
+    assert caught.value.reason == "not_found"
+
+
+def test_write_affine_txt_rejects(tmp_path):
+    for bad in (np.eye(3), np.zeros((4, 4)), np.full((4, 4), np.nan), affine().T):
+        with pytest.raises(ValueError, match=r"affine must be a finite invertible"):
+            transforms.write_affine_txt(tmp_path / "a.txt", bad)
+
+
+# --- composite ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "RAI", "SLP", "AIR", "PSR", "LAS"])
+def test_write_composite_is_applied_by_simpleitk(tmp_path, codes):
+    shape, vox2world = grid(codes)
+    disp_mm = displacement(world(vox2world, shape)).astype(np.float32)
+    path = tmp_path / "a_Composite.h5"
+    transforms.write_composite(path, affine(), disp_mm, vox2world)
+    peer = sitk.ReadTransform(str(path))
+    for point in inner_points():
+        moved = point + displacement(point)  # the field acts first
+        moved = affine()[:3, :3] @ moved + affine()[:3, 3]
+        got = peer.TransformPoint(point.tolist())
+        np.testing.assert_allclose(got, moved, atol=1e-4)  # float32 vectors
+
+
+def test_write_composite_like_uses_the_fixed_file_grid(tmp_path):
+    fixed = source(tmp_path, "SRA")
+    disp_mm = displacement(world(fixed.vox2world)).astype(np.float32)
+    path = tmp_path / "a_Composite.h5"
+    transforms.write_composite(path, affine(), disp_mm, fixed.vox2world, like=fixed)
+    peer = sitk.ReadTransform(str(path))
+    image = sitk.ReadImage(str(tmp_path / "fixed.nii"))
+    with h5py.File(path) as file:
+        numbers = file["TransformGroup/2/TransformFixedParameters"][()]
+    expected = [*image.GetSize(), *image.GetOrigin(), *image.GetSpacing()]
+    np.testing.assert_allclose(numbers[:9], expected, atol=1e-4)  # float32 forms
+    np.testing.assert_allclose(numbers[9:], image.GetDirection(), atol=1e-5)
+    for point in inner_points():
+        moved = point + displacement(point)
+        moved = affine()[:3, :3] @ moved + affine()[:3, 3]
+        got = peer.TransformPoint(point.tolist())
+        np.testing.assert_allclose(got, moved, atol=1e-3)  # float32 forms
+
+
+def test_write_composite_has_the_layout_of_itk(tmp_path):
+    def tree(path):
+        found = {}
+        with h5py.File(path) as file:
+            file["TransformGroup"].visititems(
+                lambda name, item: found.update(
+                    {name: (getattr(item, "shape", None), getattr(item, "dtype", None))}
+                )
+            )
+            kinds = [file[f"TransformGroup/{n}/TransformType"][0] for n in range(3)]
+        return found, kinds
+
+    disp_mm = displacement(world(oblique()))
+    transforms.write_composite(tmp_path / "a.h5", affine(), disp_mm, oblique())
+    peer = sitk.ReadTransform(str(tmp_path / "a.h5"))
+    sitk.WriteTransform(peer, str(tmp_path / "peer.h5"))
+    assert tree(tmp_path / "a.h5") == tree(tmp_path / "peer.h5")
+    with h5py.File(tmp_path / "a.h5") as ours, h5py.File(tmp_path / "peer.h5") as itk:
+        for n in (1, 2):
+            for name in ("TransformParameters", "TransformFixedParameters"):
+                key = f"TransformGroup/{n}/{name}"
+                np.testing.assert_allclose(ours[key][()], itk[key][()], atol=1e-12)
+
+
+def test_write_composite_compresses_large_fields(tmp_path):
+    shape = (11, 12, 13)
+    disp_mm = np.zeros((*shape, 3), np.float32)
+    disp_mm[3, 4, 5] = (1.0, 2.0, 3.0)
+    transforms.write_composite(tmp_path / "a.h5", np.eye(4), disp_mm, oblique())
+    peer = sitk.ReadTransform(str(tmp_path / "a.h5"))
+    point = oblique()[:3, :3] @ (3, 4, 5) + oblique()[:3, 3]
+    expected = point + (1.0, 2.0, 3.0)
+    np.testing.assert_allclose(peer.TransformPoint(point.tolist()), expected, atol=1e-9)
+    assert (tmp_path / "a.h5").stat().st_size < 8 * disp_mm.size
+
+
+def test_writers_on_a_full_disk_fail_with_storage_and_leave_nothing(tmp_path):
+    # A size limit acts as a full disk does. In a process of its own: HDF5 written
+    # straight to such a file ends the process.
+    code = """
+import resource, sys
+import numpy as np
+from unireg_jax.errors import STORAGE, UserError
+from unireg_jax.imaging import nifti, transforms
+field = np.random.default_rng(0).normal(size=(15, 16, 17, 3))
+grid = np.diag([2.0, 2.5, 3.0, 1.0])
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+for name, write in {
+    "a.h5": lambda p: transforms.write_composite(p, np.eye(4), field, grid),
+    "a.nii.gz": lambda p: transforms.write_field(p, field, grid),
+    "a.npz": lambda p: transforms.write_l2r(p, field, grid),
+    "a.nii": lambda p: nifti.write_volume(p, field[..., 0], grid),
+}.items():
+    try:
+        write(sys.argv[1] + "/" + name)
+    except UserError as error:
+        assert error.reason == "storage" and error.exit_code == STORAGE, error
+        assert "File too large" in str(error), error
+    else:
+        raise AssertionError(name)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code, tmp_path], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_composite_rejects(tmp_path):
+    sheared = oblique()
+    sheared[0, 1] += 0.5
+    field = np.zeros((*SHAPE, 3))
+    with pytest.raises(ValueError, match="perpendicular axes, got a shear"):
+        transforms.write_composite(tmp_path / "a.h5", affine(), field, sheared)
+    with pytest.raises(ValueError, match="must end in .h5"):
+        transforms.write_composite(tmp_path / "a.nii", affine(), field, oblique())
+    with pytest.raises(ValueError, match="affine must be a finite invertible"):
+        transforms.write_composite(tmp_path / "a.h5", np.eye(3), field, oblique())
+    with pytest.raises(UserError, match="folder exists") as caught:
+        transforms.write_composite(tmp_path / "x" / "a.h5", affine(), field, oblique())
+    assert caught.value.exit_code == errors.STORAGE
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Learn2Reg ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["disp_1_2.nii.gz", "disp_1_2.npz"])
+@pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP"])
+def test_l2r_round_trip(tmp_path, codes, name):
+    fixed = source(tmp_path, codes)
+    moving = orientation.reorient(np.zeros((6, 5, 8)), oblique((5, 6, 7)), "AIR")[1]
+    disp_mm = displacement(world(fixed.vox2world)).astype(np.float32)
+    for options in ({}, {"moving_vox2world": moving}):
+        transforms.write_l2r(
+            tmp_path / name, disp_mm, fixed.vox2world, like=fixed, **options
+        )
+        again, vox2world = transforms.read_l2r(
+            tmp_path / name, fixed.native.vox2world, **options
+        )
+        np.testing.assert_allclose(again, disp_mm, atol=1e-4)  # float32 voxels
+        np.testing.assert_allclose(vox2world, fixed.vox2world, atol=1e-12)
+
+
+def test_write_l2r_warps_stored_arrays_as_the_challenge_does(tmp_path):
+    # Both images as stored, axes against each other: index + disp, order 1.
+    fixed = source(tmp_path, "RAI")
+    moving_shape = (14, 16, 12)
+    moving = np.diag([5.0, -6.0, 7.0, 1.0])
+    moving[:3, 3] = (-60.0, 50.0, -130.0)
+    ramp = np.array([1.0, 10.0, 100.0])
+    stored = world(moving, moving_shape) @ ramp
+    disp_mm = displacement(world(fixed.vox2world)).astype(np.float32)
+    transforms.write_l2r(
+        tmp_path / "disp.nii.gz",
+        disp_mm,
+        fixed.vox2world,
+        moving_vox2world=moving,
+        like=fixed,
+    )
+    disp = nib.load(tmp_path / "disp.nii.gz").get_fdata()
+    assert disp.shape == (*fixed.native.shape, 3)
+    index = world(np.eye(4), fixed.native.shape) + disp
+    warped = ndimage.map_coordinates(stored, np.moveaxis(index, -1, 0), order=1)
+    points = world(fixed.native.vox2world, fixed.native.shape)
+    expected = (points + displacement(points)) @ ramp
+    np.testing.assert_allclose(warped, expected, atol=2e-2)  # float32 voxels x 100
+
+
+def test_read_l2r_refuses(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((3, 5, 6, 7), np.float32))
+    np.savez(tmp_path / "b.npz", np.full((*SHAPE, 3), np.nan))
+    (tmp_path / "c.npz").write_bytes(b"PK\3\4 torn")
+    (tmp_path / "d.npz").write_bytes(struct.pack("<d", 1.0))
+    cases = (
+        ("a.npz", "ndim", r"shape \(X, Y, Z, 3\), got float32 \(3, 5, 6, 7\)"),
+        ("b.npz", "field_nonfinite", "finite vectors"),
+        ("c.npz", "truncated", "write it again"),
+        ("d.npz", "truncated", "write it again"),
+        ("e.npz", "not_found", "got nothing"),
+    )
+    for name, reason, match in cases:
+        with pytest.raises(UserError, match=match) as caught:
+            transforms.read_l2r(tmp_path / name, oblique())
+        assert caught.value.reason == reason
