@@ -1,0 +1,1 @@
+"""Raw scans -> prepared arrays -> batches of pairs: numpy and grain, never jax."""

@@ -1,0 +1,1 @@
+"""One module per kind of dataset: raw files -> list of records."""

@@ -1,0 +1,511 @@
+"""Manifest of raw scans, CSV or JSON -> list of records; every fault found at once.
+
+    id,image,label,label_map,task,subject,split
+    a01,scans/a01.nii.gz,labels/a01.nii.gz,labels.json,abdomen,p01,train
+
+Paths are relative to the manifest. `label` and `label_map` may be empty together; a
+column `group` (contrast phase, breath hold) is optional. JSON: a list of such objects,
+or {"volumes": [...]}. A label map is JSON {"raw id": "name"}; several ids may share one
+name, and ids that are not in it become background.
+"""
+
+import csv
+import difflib
+import functools
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unireg_jax.errors import NOTHING, USAGE, UserError
+from unireg_jax.imaging.nifti import shown
+from unireg_jax.tasks import TASKS
+
+REQUIRED = ("id", "image", "task", "subject", "split")
+OPTIONAL = ("label", "label_map", "group")
+SPLITS = ("train", "val", "test")
+MAX_LABELS = 255  # prepared labels are uint8, 0 is background
+_MAX_FAULTS = 50  # shown; the rest is counted
+_MAX_ID = 120  # bytes: file names are the id and a suffix
+
+
+class Record(NamedTuple):
+    """One scan of the manifest.
+
+    Attributes:
+        id: unique name, fit for a file name.
+        image: CT, absolute path.
+        labels: label map volume, absolute path, or None.
+        label_map: (raw id, name) pairs, or None.
+        task: name in `unireg_jax.tasks.TASKS`.
+        subject: the patient.
+        split: "train", "val" or "test".
+        group: phase or breath hold, or None.
+    """
+
+    id: str
+    image: str
+    labels: str | None
+    label_map: tuple[tuple[int, str], ...] | None
+    task: str
+    subject: str
+    split: str
+    group: str | None = None
+
+
+def read(
+    path: Path | str,
+    *,
+    roots: Sequence[Path | str] = (),
+    strict: bool = False,
+    allow_leak: bool = False,
+) -> list[Record]:
+    """Reads and checks a manifest before any scan is opened.
+
+    Args:
+        path: `.csv` or `.json`, UTF-8.
+        roots: folders that scans may lie in, besides the manifest's own.
+        strict: a listed file that does not exist is a fault here; else it fails at its
+            turn.
+        allow_leak: accept a subject in two splits.
+
+    Returns:
+        Records in the order of the manifest.
+
+    Raises:
+        UserError: exit code 2 with all faults, one a line; its reason is that of the
+            first (`schema`, `id_invalid`, `id_duplicate`, `task_unknown`,
+            `path_escape`, `not_found`). Exit code 3 when no scan is listed.
+    """
+    path = Path(path)
+    rows = _rows(path, _text(path))
+    if not rows:
+        raise UserError(
+            "empty", f"{path.name}: lists no scan; add at least one", NOTHING
+        )
+    faults: list[tuple[str, str]] = []
+    _check_columns(rows, faults)
+    check = _Paths(path.parent, roots, strict)
+    records = []
+    for where, row in rows:
+        record = _record(where, row, check, faults)
+        if record is not None:
+            records.append((where, record))
+    _check_ids(rows, faults)
+    if not allow_leak:
+        _check_leaks(records, faults)
+    _check_vocabulary(records, faults)
+    if faults:
+        _refuse(path.name, faults)
+    return [record for _, record in records]
+
+
+def vocabulary(records: Iterable[Record]) -> dict[str, tuple[str, ...]]:
+    """Names every task's labels: the sorted union over its scans.
+
+    Args:
+        records: from `read`.
+
+    Returns:
+        task -> names; id i + 1 stands for the i-th. Tasks in the order of TASKS.
+    """
+    names: dict[str, set[str]] = {}
+    for record in records:
+        found = names.setdefault(record.task, set())
+        found.update(name for _, name in record.label_map or ())
+    return {task: tuple(sorted(names[task])) for task in TASKS if task in names}
+
+
+def _refuse(name: str, faults: list[tuple[str, str]]) -> None:
+    lines = [f"  {message}" for _, message in faults[:_MAX_FAULTS]]
+    if len(faults) > _MAX_FAULTS:
+        lines.append(f"  … and {len(faults) - _MAX_FAULTS} more")
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    raise UserError(faults[0][0], "\n".join([f"{name}: {count}", *lines]), USAGE)
+
+
+# --- reading ---
+
+
+def _text(path: Path) -> str:
+    """The file's text; a byte order mark is skipped."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            "schema",
+            f"{path.name}: UTF-8 text expected, byte {error.start} is not; save it as "
+            "UTF-8",
+            USAGE,
+        ) from error
+    except FileNotFoundError as error:
+        raise UserError(
+            "not_found", f"{shown(path)}: no such file; check the path", USAGE
+        ) from error
+    except OSError as error:
+        raise UserError(
+            "schema", f"{shown(path)}: {error.strerror}; give a CSV or JSON file", USAGE
+        ) from error
+
+
+def _rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place, fields) of every entry."""
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".json"):
+        raise UserError(
+            "schema", f"{path.name}: the name must end in .csv or .json; rename", USAGE
+        )
+    if not text.strip():
+        raise UserError("schema", f"{path.name}: is empty; list the scans in it", USAGE)
+    return (
+        _json_rows(path.name, text) if kind == ".json" else _csv_rows(path.name, text)
+    )
+
+
+def _csv_rows(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    ragged = []
+    try:
+        header = [column.strip() for column in next(reader)]
+        twice = sorted({c for c in header if header.count(c) > 1})
+        if twice:
+            raise UserError(
+                "schema", f"{name}: line 1: columns twice: {', '.join(twice)}", USAGE
+            )
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"line {reader.line_num}"
+            if len(cells) != len(header):
+                got = f"{len(header)} fields expected, {len(cells)} found"
+                ragged.append(("schema", f"{where}: {got}; quote commas in a field"))
+            values = [cell.strip() for cell in cells]
+            rows.append((where, dict(zip(header, values, strict=False))))
+    except csv.Error as error:
+        raise UserError(
+            "schema", f"{name}: line {reader.line_num}: {error}; check quotes", USAGE
+        ) from error
+    if ragged:
+        _refuse(name, ragged)
+    if not rows:
+        _check_header(name, header)
+    return rows
+
+
+def _check_header(name: str, header: list[str]) -> None:
+    faults: list[tuple[str, str]] = []
+    _check_columns([("line 1", dict.fromkeys(header, ""))], faults)
+    if faults:
+        _refuse(name, faults)
+
+
+def _json_rows(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
+    value = load_json(name, text)
+    if isinstance(value, dict) and set(value) == {"volumes"}:
+        value = value["volumes"]
+    if not isinstance(value, list):
+        raise UserError(
+            "schema",
+            f'{name}: a list of scans, or {{"volumes": [...]}}, expected; got '
+            f"{_kind(value)}",
+            USAGE,
+        )
+    wrong = [
+        ("schema", f"entry {i}: an object expected, got {_kind(row)}")
+        for i, row in enumerate(value, 1)
+        if not isinstance(row, dict)
+    ]
+    if wrong:
+        _refuse(name, wrong)
+    return [(f"entry {i}", row) for i, row in enumerate(value, 1)]
+
+
+def load_json(name: str, text: str) -> Any:
+    """Parses strict JSON: no NaN, no key twice.
+
+    Args:
+        name: of the file, for the message.
+        text: its content.
+
+    Returns:
+        The value.
+
+    Raises:
+        UserError: `schema`, exit code 2, with line and column.
+    """
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise ValueError(f"key twice in one object: {', '.join(twice)}")
+        return found
+
+    def no_constant(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # ours, and integers of thousands of digits
+        reason = str(error).split(";")[0]
+    raise UserError("schema", f"{name}: not valid JSON: {reason}", USAGE)
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+# --- checks ---
+
+
+def _check_columns(
+    rows: list[tuple[str, dict[str, Any]]], faults: list[tuple[str, str]]
+) -> None:
+    """Unknown and missing columns, each named once, with the nearest known one."""
+    known = REQUIRED + OPTIONAL
+    seen: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    for where, row in rows:
+        for column in row:
+            seen.setdefault(column, where)
+        for column in REQUIRED:
+            if column not in row:
+                absent.setdefault(column, where)
+    for column, where in seen.items():
+        if column not in known:
+            hint = _nearest(column, known)
+            faults.append(("schema", f"{where}: unknown column {column!r}{hint}"))
+    for column, where in absent.items():
+        faults.append(("schema", f"{where}: column {column!r} is missing"))
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """Suggests the known word that was probably meant, else lists them all."""
+    close = difflib.get_close_matches(str(word).lower(), known, 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _record(
+    where: str, row: dict[str, Any], check: "_Paths", faults: list[tuple[str, str]]
+) -> Record | None:
+    """One record, or None after listing what is wrong with it."""
+    before = len(faults)
+    values: dict[str, str] = {}
+    for column in REQUIRED + OPTIONAL:
+        value = row.get(column)
+        if value is not None and not isinstance(value, str):
+            # A number as task would index the one-hot: never taken for a name.
+            reason = "task_unknown" if column == "task" else "schema"
+            got = f"{where}: {column}: text expected, got {_kind(value)}"
+            faults.append((reason, got))
+        elif not (value or "").strip() and column in REQUIRED and column in row:
+            reason = "id_invalid" if column == "id" else "schema"
+            faults.append((reason, f"{where}: {column}: is empty"))
+        values[column] = value.strip() if isinstance(value, str) else ""
+    if values["id"] and (bad := _bad_id(values["id"])):
+        faults.append(("id_invalid", f"{where}: id {values['id'][:60]!r}: {bad}"))
+    if values["task"] and values["task"] not in TASKS:
+        hint = _nearest(values["task"], tuple(TASKS))
+        faults.append(("task_unknown", f"{where}: task {values['task']!r}{hint}"))
+    if values["split"] and values["split"] not in SPLITS:
+        hint = _nearest(values["split"], SPLITS)
+        faults.append(("schema", f"{where}: split {values['split']!r}{hint}"))
+    if bool(values["label"]) != bool(values["label_map"]):
+        lone, other = ("label", "label_map")
+        if values["label_map"]:
+            lone, other = other, lone
+        faults.append(("schema", f"{where}: {lone} without {other}; give both or none"))
+    image = check.resolve(where, "image", values["image"], faults)
+    labels = check.resolve(where, "label", values["label"], faults)
+    table = None
+    if map_path := check.resolve(where, "label_map", values["label_map"], faults):
+        table = check.label_map(where, map_path, faults)
+    bad = any(column not in row for column in REQUIRED)
+    bad = bad or bool(values["label_map"] and table is None)  # told once per file
+    if bad or len(faults) > before:
+        return None
+    return Record(
+        values["id"],
+        image,
+        labels or None,
+        table,
+        values["task"],
+        values["subject"],
+        values["split"],
+        values["group"] or None,
+    )
+
+
+def _bad_id(name: str) -> str | None:
+    """Why a name cannot be part of a file name, or None."""
+    if len(name.encode("utf-8", "surrogatepass")) > _MAX_ID:
+        return f"longer than {_MAX_ID} bytes"
+    if name.startswith((".", "-")):
+        return "must not begin with a dot or a dash"
+    if not all(c.isalnum() or c in "._-+" for c in name):
+        return "only letters, digits and . _ - + are allowed"
+    return None
+
+
+def _check_ids(
+    rows: list[tuple[str, dict[str, Any]]], faults: list[tuple[str, str]]
+) -> None:
+    """No two ids may be equal, nor differ only in case or Unicode form."""
+    seen: dict[str, tuple[str, str]] = {}
+    for where, row in rows:
+        name = row.get("id")
+        if not isinstance(name, str) or not name.strip():
+            continue
+        name = name.strip()
+        key = unicodedata.normalize("NFKC", name).casefold()
+        if key not in seen:
+            seen[key] = (where, name)
+            continue
+        first, other = seen[key]
+        how = "also" if other == name else f"only differs in form from {other!r}"
+        faults.append(("id_duplicate", f"{where}: id {name!r} {how} at {first}"))
+
+
+def _check_leaks(
+    records: list[tuple[str, Record]], faults: list[tuple[str, str]]
+) -> None:
+    """A subject seen in training must not be judged on, in no task."""
+    seen: dict[str, tuple[str, str]] = {}
+    told = set()
+    for where, record in records:
+        first, split = seen.setdefault(record.subject, (where, record.split))
+        if split != record.split and record.subject not in told:
+            told.add(record.subject)
+            faults.append(
+                (
+                    "schema",
+                    f"{where}: subject {record.subject!r} is in {record.split}, and in "
+                    f"{split} at {first}; one split per subject, or --allow-leak",
+                )
+            )
+
+
+def _check_vocabulary(
+    records: list[tuple[str, Record]], faults: list[tuple[str, str]]
+) -> None:
+    for task, names in vocabulary(record for _, record in records).items():
+        if len(names) > MAX_LABELS:
+            faults.append(
+                (
+                    "label_set",
+                    f"task {task}: at most {MAX_LABELS} label names, got {len(names)}; "
+                    "map fewer ids",
+                )
+            )
+
+
+class _Paths:
+    """Resolves paths of the manifest and keeps them inside the declared folders."""
+
+    def __init__(self, home: Path, roots: Sequence[Path | str], strict: bool):
+        self._home = os.path.realpath(home)
+        self._roots = tuple(os.path.realpath(r) for r in (self._home, *roots))
+        self._strict = strict
+        self._real = functools.lru_cache(maxsize=4096)(os.path.realpath)
+        self._maps: dict[str, tuple | None] = {}
+
+    def resolve(
+        self, where: str, column: str, text: str, faults: list[tuple[str, str]]
+    ) -> str:
+        """Absolute path, or "" after listing what is wrong."""
+        if not text:
+            return ""
+        place = f"{where}: {column} {text[:80]!r}"
+        if "\0" in text or "://" in text or text.startswith(("~", "$", "file:")):
+            faults.append(("path_escape", f"{place}: a plain path expected"))
+            return ""
+        path = os.path.join(self._home, text)
+        try:
+            # Folders repeat: their real path is looked up once, the name's own link
+            # every time.
+            real = os.path.join(
+                self._real(os.path.dirname(path)), os.path.basename(path)
+            )
+            if os.path.islink(real) or os.path.basename(path) in ("..", "."):
+                real = os.path.realpath(real)
+            exists = not self._strict or os.path.exists(real)
+        except (OSError, ValueError) as error:
+            faults.append(("path_escape", f"{place}: {error}"))
+            return ""
+        if not any(real.startswith(root.rstrip("/") + "/") for root in self._roots):
+            faults.append(
+                (
+                    "path_escape",
+                    f"{place}: leads outside the manifest's folder; declare the folder "
+                    "with --data-root",
+                )
+            )
+            return ""
+        if not exists:
+            faults.append(("not_found", f"{place}: no such file"))
+            return ""
+        return real
+
+    def label_map(
+        self, where: str, path: str, faults: list[tuple[str, str]]
+    ) -> tuple[tuple[int, str], ...] | None:
+        """(raw id, name) pairs of a label map; each file is read once."""
+        if path not in self._maps:
+            try:
+                self._maps[path] = read_label_map(path)
+            except UserError as error:
+                self._maps[path] = None
+                faults.append((error.reason, f"{where}: label_map: {error}"))
+        return self._maps[path]
+
+
+def read_label_map(path: Path | str) -> tuple[tuple[int, str], ...]:
+    """Reads a label map.
+
+    Args:
+        path: JSON {"raw id": "name"}; ids are whole numbers from 0 to 65535; 0 may only
+            be named "background".
+
+    Returns:
+        (raw id, name), sorted by id, without background.
+
+    Raises:
+        UserError: `schema`, exit code 2, listing all faults.
+    """
+    path = Path(path)
+    table = load_json(path.name, _text(path))
+    if not isinstance(table, Mapping) or not table:
+        raise UserError(
+            "schema",
+            f'{path.name}: {{"1": "liver", ...}} expected; list the ids',
+            USAGE,
+        )
+    faults, pairs = [], {}
+    for key, name in table.items():
+        if not (re.fullmatch("[0-9]{1,5}", key) and int(key) <= 65535):
+            faults.append(f"{key[:20]!r}: a whole number from 0 to 65535 expected")
+        elif not isinstance(name, str) or not name.strip() or not name.isprintable():
+            faults.append(f"{key}: a name expected, got {_kind(name)}")
+        elif int(key) == 0 and name.strip().lower() != "background":
+            faults.append("0: is background, not a structure")
+        elif int(key) in pairs:
+            faults.append(f"{key}: id listed twice")
+        elif int(key) > 0:
+            pairs[int(key)] = name.strip()
+    if faults:
+        raise UserError("schema", f"{path.name}: {'; '.join(faults)}", USAGE)
+    return tuple(sorted(pairs.items()))

@@ -1,0 +1,391 @@
+"""Batches of pairs from a prepared folder: deterministic, weighted by task, resumable.
+
+Which pair comes at which step is a function of (seed, weights, step) alone. Every task
+has a stream of its own, an endless row of permutations of its pairs; a fixed pattern
+interleaves the streams with exact counts. Threads only read ahead.
+
+Deviates from the paper, which samples the task of every step at random: exact counts
+have the same mean and no runs without a task.
+"""
+
+import collections
+import fractions
+import functools
+import hashlib
+import heapq
+import json
+import math
+import sys
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from data_pipeline import store
+from data_pipeline.pairs import Pair, make_pairs, read_alignments
+from unireg_jax.errors import DATA_CHANGED, NOTHING, USAGE, UserError
+from unireg_jax.tasks import TASKS, PairBatch
+
+# grain's defaults (16 threads, 500 batches ahead) would fill the memory with volumes.
+_THREADS = 4
+_PAIRS_AHEAD = 8
+_SETTINGS = ("split", "seed", "weights", "global_batch_size")
+
+
+class Dataset:
+    """Volumes of a prepared folder, read when first needed and then kept in memory.
+
+    Safe to use from several threads. A file that no longer has the digest of the index
+    is refused when it is read.
+    """
+
+    def __init__(self, root: Path | str, *, cache_gib: float = 64.0):
+        """Opens a prepared folder.
+
+        Args:
+            root: folder written by `data_pipeline.prepare`.
+            cache_gib: memory for volumes; beyond it the least recently used one goes.
+
+        Raises:
+            UserError: see `store.read_index` and `pairs.read_alignments`.
+        """
+        self.root = Path(root)
+        self.index = store.read_index(root)
+        self.alignments = read_alignments(root)
+        self.shape = tuple(self.index["spec"]["shape"])
+        self._budget = cache_gib * 2**30
+        self._held = 0
+        self._cache: collections.OrderedDict = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of index and alignments: equal digests give equal streams."""
+        align = {k: v.tolist() for k, v in sorted(self.alignments.items())}
+        text = json.dumps([store.index_digest(self.index), align])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def pairs(self, split: str) -> list[Pair]:
+        """The split's pairs, see `pairs.make_pairs`."""
+        return make_pairs(self.index, split, alignments=self.alignments)
+
+    def label_names(self, task: str) -> tuple[str, ...]:
+        """The task's vocabulary: id i + 1 is the i-th name."""
+        return tuple(self.index["tasks"][task]["labels"])
+
+    def volume(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Reads one volume.
+
+        Args:
+            position: in the index's `volumes`.
+
+        Returns:
+            hu [X, Y, Z] int16 and labels [X, Y, Z] uint8, all 0 when it has none; both
+            read-only.
+
+        Raises:
+            UserError: `checksum` or `not_found`, exit code 10.
+        """
+        with self._lock:
+            if position in self._cache:
+                self._cache.move_to_end(position)
+                return self._cache[position]
+        arrays = self._read(self.index["volumes"][position])
+        with self._lock:
+            if position not in self._cache:
+                self._cache[position] = arrays
+                self._held += sum(a.nbytes for a in arrays)
+            while self._held > self._budget and len(self._cache) > 1:
+                _, old = self._cache.popitem(last=False)
+                self._held -= sum(a.nbytes for a in old)
+        return arrays
+
+    def example(self, pair: Pair, position: int) -> PairBatch:
+        """Reads one pair, as a PairBatch without the batch axis.
+
+        Args:
+            pair: from `pairs`.
+            position: the pair's position in that list.
+
+        Returns:
+            PairBatch of [X, Y, Z, 1], [X, Y, Z], [4, 4] and scalar arrays.
+
+        Raises:
+            UserError: see `volume`.
+        """
+        fixed, fixed_labels = self.volume(pair.fixed)
+        moving, moving_labels = self.volume(pair.moving)
+        return PairBatch(
+            fixed=fixed[..., None],
+            moving=moving[..., None],
+            fixed_labels=fixed_labels,
+            moving_labels=moving_labels,
+            align=np.asarray(pair.align, np.float32),
+            region=np.int32(pair.region),
+            pair_type=np.int32(pair.pair_type),
+            pair=np.int32(position),
+        )
+
+    def _read(self, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        hu = store.read_array(self.root, entry, "image")
+        if entry["labels"] is None:
+            labels = np.zeros(hu.shape, np.uint8)
+        else:
+            labels = store.read_array(self.root, entry, "labels")
+        found = (hu.shape, hu.dtype, labels.shape, labels.dtype)
+        if found != (self.shape, np.int16, self.shape, np.uint8):
+            raise UserError(
+                "schema",
+                f"{entry['id']}: int16 and uint8 of {self.shape} expected, found "
+                f"{found}; run data_pipeline.prepare again",
+                DATA_CHANGED,
+            )
+        hu.flags.writeable = labels.flags.writeable = False
+        return hu, labels
+
+
+class PairIterator(grain.DatasetIterator):
+    """Endless batches; its state says where it is and of what.
+
+    `get_state` gives a small dict for JSON; `set_state` takes it, or just
+    {"next_index": step}, and refuses the state of another stream. As a grain
+    DatasetIterator it goes into an Orbax checkpoint through `grain.checkpoint`.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator, settings: dict[str, Any]):
+        super().__init__(parent)
+        self._settings = settings
+
+    def __next__(self) -> PairBatch:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of batches taken so far, and what they were drawn from."""
+        return {**self._settings, **self._parent.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a state.
+
+        Raises:
+            UserError: `checksum`, exit code 10, when the prepared data are others;
+                `schema`, exit code 2, when split, seed, weights or batch size are.
+        """
+        if state.get("data", self._settings["data"]) != self._settings["data"]:
+            raise UserError(
+                "checksum",
+                f"prepared data: digest {state['data']} when the run began, now "
+                f"{self._settings['data']}; restore them, or start a new run",
+                DATA_CHANGED,
+            )
+        other = [
+            f"{name} {state[name]!r} then, {self._settings[name]!r} now"
+            for name in _SETTINGS
+            if name in state and state[name] != self._settings[name]
+        ]
+        if other:
+            raise UserError(
+                "schema",
+                f"data stream: {'; '.join(other)}; resume with the settings of the run",
+                USAGE,
+            )
+        self._parent.set_state({"next_index": int(state["next_index"])})
+
+
+def make_iterator(
+    root: Path | str | Dataset,
+    split: str,
+    *,
+    batch_size: int,
+    seed: int,
+    weights: Mapping[str, float] | None = None,
+    shape: Sequence[int] | None = None,
+    shard: tuple[int, int] = (0, 1),
+    num_threads: int = _THREADS,
+) -> PairIterator:
+    """Makes the endless stream of batches that training consumes.
+
+    Args:
+        root: prepared folder, or a Dataset that is open already.
+        split: "train", "val" or "test".
+        batch_size: pairs per batch of this process.
+        seed: of the permutations.
+        weights: task -> share of the pairs, any positive scale, taken to three digits;
+            tasks not named or of weight 0 are left out. None: all tasks alike.
+        shape: (X, Y, Z) that the caller expects, or None.
+        shard: (this process, number of processes). All together draw the stream that
+            one process with batch_size * number would.
+        num_threads: readers; 0 reads in the caller's thread. No effect on the order.
+
+    Returns:
+        Iterator of PairBatch (NumPy), with get_state and set_state.
+
+    Raises:
+        UserError: exit code 3 when there is no pair; 2 for an unknown task, a bad
+            weight or another shape; while iterating 10 when a volume has changed.
+        ValueError: batch_size below 1, shard out of range.
+    """
+    dataset = root if isinstance(root, Dataset) else Dataset(root)
+    if batch_size < 1 or not 0 <= shard[0] < shard[1]:
+        raise ValueError(
+            f"batch_size must be at least 1 and shard (i, n) with 0 <= i < n, got "
+            f"{batch_size} and {shard}"
+        )
+    if shape is not None and tuple(shape) != dataset.shape:
+        raise UserError(
+            "grid_mismatch",
+            f"prepared data: shape {tuple(shape)} expected, {dataset.shape} found; "
+            f"prepare with --shape {','.join(str(n) for n in shape)}",
+            USAGE,
+        )
+    pairs = dataset.pairs(split)
+    shares = _shares(pairs, split, weights)
+    batches = (
+        grain.MapDataset.source(PairOrder(pairs, shares, seed))
+        .slice(slice(shard[0], None, shard[1]))
+        .map(lambda position: dataset.example(pairs[position], position))
+        .batch(batch_size, drop_remainder=True, batch_fn=_stack)
+    )
+    ahead = max(2, _PAIRS_AHEAD // batch_size) if num_threads else 0
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
+    settings = {
+        "data": dataset.digest,
+        "split": split,
+        "seed": seed,
+        "weights": shares,
+        "global_batch_size": batch_size * shard[1],
+    }
+    return PairIterator(iter(batches.to_iter_dataset(options)), settings)
+
+
+def make_eval_batches(
+    root: Path | str | Dataset, split: str, *, tasks: Sequence[str] | None = None
+) -> Iterator[tuple[Pair, PairBatch]]:
+    """Gives every pair of a split once, in order, as batches of one.
+
+    Args:
+        root: prepared folder, or a Dataset that is open already.
+        split: "train", "val" or "test".
+        tasks: only these; None: all.
+
+    Returns:
+        Iterator of (Pair, PairBatch with B = 1).
+
+    Raises:
+        UserError: at once, exit code 3, when there is no pair; 2 for an unknown task;
+            while iterating 10 when a volume has changed.
+    """
+    dataset = root if isinstance(root, Dataset) else Dataset(root)
+    chosen = None if tasks is None else dict.fromkeys(tasks, 1)
+    pairs = dataset.pairs(split)
+    wanted = _shares(pairs, split, chosen)
+    return (
+        (pair, _stack([dataset.example(pair, position)]))
+        for position, pair in enumerate(pairs)
+        if pair.task in wanted
+    )
+
+
+class PairOrder:
+    """The endless stream of pairs: element k is a function of (seed, k) alone.
+
+    Not grain's `shuffle` and `mix`: the former shuffles epoch e with seed + e, so that
+    neighbouring seeds share their permutations, and takes long for few pairs (grain
+    0.2.18, one CPU core: 10 ms per element of 2, 0.1 ms of 380); the latter rounds
+    weights (3 : 7 becomes 100 : 233).
+    """
+
+    def __init__(self, pairs: Sequence[Pair], shares: Mapping[str, int], seed: int):
+        """Lays out the pattern of tasks.
+
+        Args:
+            pairs: from `Dataset.pairs`.
+            shares: task -> how many of each run of sum(shares) elements.
+            seed: of the permutations.
+        """
+        self._seed = seed
+        self._tasks = tuple(shares)
+        self._shares = tuple(shares.values())
+        self._positions = {
+            task: np.flatnonzero([pair.task == task for pair in pairs])
+            for task in self._tasks
+        }
+        # Element j of a task is due at (j + 1/2) / share: evenly spread.
+        due = [
+            [(fractions.Fraction(2 * j + 1, 2 * n), i, j) for j in range(n)]
+            for i, n in enumerate(self._shares)
+        ]
+        self._pattern = tuple((i, j) for _, i, j in heapq.merge(*due))
+        self._permutation = functools.lru_cache(maxsize=4 * len(shares))(self._permute)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, k: int) -> int:
+        """Position in `pairs` of the k-th element."""
+        period, place = divmod(int(k), len(self._pattern))
+        which, nth = self._pattern[place]
+        task = self._tasks[which]
+        number = period * self._shares[which] + nth
+        epoch, inside = divmod(number, len(self._positions[task]))
+        return int(self._permutation(task, epoch)[inside])
+
+    def __repr__(self) -> str:
+        return f"PairOrder({dict(zip(self._tasks, self._shares, strict=True))})"
+
+    def _permute(self, task: str, epoch: int) -> np.ndarray:
+        """The task's positions, in the order of one epoch."""
+        # Raw bits of PCG64 stay the same in every release of NumPy; `permutation` may
+        # change.
+        bits = np.random.PCG64([self._seed, zlib.crc32(task.encode()), epoch])
+        positions = self._positions[task]
+        return positions[np.argsort(bits.random_raw(len(positions)), kind="stable")]
+
+
+def _shares(
+    pairs: list[Pair], split: str, weights: Mapping[str, float] | None
+) -> dict[str, int]:
+    """Whole numbers in the ratio of the weights, in the order of TASKS."""
+    present = {pair.task for pair in pairs}
+    wanted = dict.fromkeys(present, 1.0) if weights is None else dict(weights)
+    for task, weight in wanted.items():
+        if task not in TASKS:
+            raise UserError(
+                "task_unknown",
+                f"weights: one of {', '.join(TASKS)} expected, got {task!r}",
+                USAGE,
+            )
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < math.inf:
+            raise UserError(
+                "schema",
+                f"weights.{task}: a number from 0 expected, got {weight!r}",
+                USAGE,
+            )
+    wanted = {task: wanted[task] for task in TASKS if wanted.get(task)}
+    empty = [task for task in wanted if task not in present]
+    if empty or not wanted:
+        which = f" for {', '.join(empty)}" if empty else ""
+        raise UserError(
+            "schema",
+            f"split {split}: no pairs{which}; inter-patient tasks need two subjects in "
+            "the split, intra-patient tasks two volumes of one subject",
+            NOTHING,
+        )
+    total = sum(wanted.values())
+    parts = [weight / total for weight in wanted.values()]
+    whole = [max(1, round(part * 1000)) for part in parts]
+    for scale in range(1, 1000):
+        counts = [round(part * scale) for part in parts]
+        error = max(abs(c / scale - p) for c, p in zip(counts, parts, strict=True))
+        if min(counts) > 0 and error < 1e-6:  # the ratio meant, such as 3 : 7
+            whole = counts
+            break
+    return dict(zip(wanted, whole, strict=True))
+
+
+def _stack(examples: Sequence[PairBatch]) -> PairBatch:
+    return PairBatch(*(np.stack(parts) for parts in zip(*examples, strict=True)))

@@ -1,0 +1,183 @@
+"""Which volumes meet, in which region, as which kind of pair, and how they are aligned.
+
+Inter-patient tasks pair every volume with every volume of another subject;
+intra-patient tasks every volume with every other of the same subject. Both directions
+count: 20 subjects give 20 * 19 = 380 pairs (UniReg, Table 1).
+"""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline import store
+from unireg_jax.errors import DATA_CHANGED, USAGE, UserError
+from unireg_jax.tasks import TASKS, PairType, Region
+
+SPLITS = ("train", "val", "test")
+
+Matrix = tuple[tuple[float, float, float, float], ...]
+
+
+class Pair(NamedTuple):
+    """Two volumes to be registered.
+
+    Attributes:
+        fixed: position of the fixed volume in the index's `volumes`.
+        moving: position of the moving volume.
+        task: name in `unireg_jax.tasks.TASKS`.
+        region: anatomical prior.
+        pair_type: inter- or intra-patient.
+        align: 4 x 4, fixed voxel -> moving voxel, both on their network grids.
+    """
+
+    fixed: int
+    moving: int
+    task: str
+    region: Region
+    pair_type: PairType
+    align: Matrix
+
+
+def make_pairs(
+    index: Mapping[str, Any],
+    split: str,
+    *,
+    alignments: Mapping[str, Any] | None = None,
+) -> list[Pair]:
+    """Lists a split's pairs, task by task, in the order of the index.
+
+    Without an entry in `alignments`, inter-patient pairs are aligned grid on grid: the
+    centres of both bodies coincide. Intra-patient pairs are aligned in the world:
+
+        align = inv(moving vox2world) @ fixed vox2world
+
+    Args:
+        index: from `store.read_index`.
+        split: "train", "val" or "test".
+        alignments: from `read_alignments`; "<fixed id>|<moving id>" -> 4 x 4, fixed
+            voxel -> moving voxel.
+
+    Returns:
+        Pairs; their position in the list is their number in a batch. Empty when the
+        split has none.
+
+    Raises:
+        UserError: `schema` or `task_unknown`, exit code 2: split or task that does not
+            exist, a subject in two splits.
+    """
+    if split not in SPLITS:
+        raise UserError(
+            "schema", f"split: one of {', '.join(SPLITS)}, got {split!r}", USAGE
+        )
+    if not index.get("allow_leak"):
+        _check_subjects(index["volumes"])
+    alignments = alignments or {}
+    groups: dict[str, list[int]] = {}
+    for position, volume in enumerate(index["volumes"]):
+        if volume["split"] == split:
+            groups.setdefault(volume["task"], []).append(position)
+    pairs = []
+    for name in TASKS:
+        members = groups.pop(name, [])
+        pairs += _task_pairs(index["volumes"], name, members, alignments)
+    if groups:
+        raise UserError(
+            "task_unknown",
+            f"index: tasks {', '.join(TASKS)} are known, found {', '.join(groups)}",
+            USAGE,
+        )
+    return pairs
+
+
+def read_alignments(root: Path | str) -> dict[str, np.ndarray]:
+    """Reads `align.json` of a prepared folder.
+
+    Args:
+        root: the prepared folder.
+
+    Returns:
+        "<fixed id>|<moving id>" -> [4, 4] float64, fixed voxel -> moving voxel; empty
+        when there is no such file.
+
+    Raises:
+        UserError: `schema`, exit code 10: not JSON, or an entry is not a finite,
+            invertible affine.
+    """
+    path = Path(root) / store.ALIGN_NAME
+    remedy = "delete it, or compute the pre-alignment again"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            "schema", f"{path.name}: not readable as JSON; {remedy}", DATA_CHANGED
+        ) from error
+    if not isinstance(entries, dict):
+        raise UserError(
+            "schema", f"{path.name}: must be one JSON object; {remedy}", DATA_CHANGED
+        )
+    return {key: _affine(key, value, remedy) for key, value in entries.items()}
+
+
+def _affine(key: str, value: Any, remedy: str) -> np.ndarray:
+    """A matrix that can be used, or UserError."""
+    try:
+        matrix = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        matrix = np.empty(0)
+    good = matrix.shape == (4, 4) and np.isfinite(matrix).all()
+    good = good and np.allclose(matrix[3], (0, 0, 0, 1))
+    if not good or abs(np.linalg.det(matrix)) < 1e-6:
+        raise UserError(
+            "schema",
+            f"{store.ALIGN_NAME}: {key}: an invertible 4 x 4 affine expected; {remedy}",
+            DATA_CHANGED,
+        )
+    return matrix
+
+
+def _task_pairs(
+    volumes: list[dict], name: str, members: list[int], alignments: Mapping[str, Any]
+) -> list[Pair]:
+    """Ordered pairs of one task."""
+    task = TASKS[name]
+    intra = task.pair_type == PairType.INTRA
+    found = []
+    for fixed, moving in itertools.permutations(members, 2):
+        a, b = volumes[fixed], volumes[moving]
+        if (a["subject"] == b["subject"]) != intra:
+            continue
+        align = alignments.get(f"{a['id']}|{b['id']}")
+        if align is None:
+            align = _world_identity(a, b) if intra else np.eye(4)
+        rows = tuple(tuple(float(v) for v in row) for row in np.asarray(align))
+        found.append(Pair(fixed, moving, name, task.region, task.pair_type, rows))
+    return found
+
+
+def _world_identity(fixed: dict, moving: dict) -> np.ndarray:
+    """Fixed voxel -> moving voxel at the same place in the world."""
+    return np.linalg.solve(
+        np.asarray(moving["vox2world"], np.float64),
+        np.asarray(fixed["vox2world"], np.float64),
+    )
+
+
+def _check_subjects(volumes: list[dict]) -> None:
+    """A subject seen in training must not be judged on."""
+    splits: dict[str, set[str]] = {}
+    for volume in volumes:
+        splits.setdefault(volume["subject"], set()).add(volume["split"])
+    leaks = sorted(subject for subject, found in splits.items() if len(found) > 1)
+    if leaks:
+        raise UserError(
+            "schema",
+            f"index: subjects in more than one split: {', '.join(leaks[:5])}; give "
+            "each subject one split in the manifest and prepare again",
+            USAGE,
+        )

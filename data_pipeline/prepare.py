@@ -1,0 +1,575 @@
+"""Prepares raw scans for training.
+
+    python -m data_pipeline.prepare --manifest scans.csv --out prepared --workers 4
+
+Every scan is brought to LPS axes and onto the network grid, its labels to the ids of
+the task's vocabulary. A scan is skipped when its record says that the same source,
+labels, settings and code made the arrays that are there. A bad scan is reported at the
+end and does not stop the others. Ctrl-C or SIGTERM end the run in order (exit code 75);
+the same command goes on where it stopped.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+
+from data_pipeline import store
+from data_pipeline.datasets import manifest
+from data_pipeline.datasets.manifest import Record
+from data_pipeline.pairs import SPLITS, make_pairs
+from unireg_jax.errors import (
+    FAILED,
+    PARTLY,
+    PREEMPTED,
+    STORAGE,
+    USAGE,
+    UserError,
+)
+from unireg_jax.imaging import nifti, preprocess
+from unireg_jax.imaging.preprocess import PreprocessSpec
+
+# Raise it when the same source would now give other arrays: everything is made again.
+CODE_VERSION = 1
+RECORDS_NAME = "records"
+
+_Result = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """One scan to prepare, everything a worker needs.
+
+    Attributes:
+        record: from the manifest.
+        root: the prepared folder.
+        spec: network grid and HU range.
+        label_names: the task's vocabulary.
+    """
+
+    record: Record
+    root: str
+    spec: PreprocessSpec
+    label_names: tuple[str, ...]
+
+
+def prepare_volume(job: Job) -> _Result:
+    """Prepares one scan, or finds that it is prepared already.
+
+    Args:
+        job: see Job.
+
+    Returns:
+        {"id", "status": "done" | "skipped", "entry": the index's entry}.
+
+    Raises:
+        UserError: the scan or its labels cannot be used; exit code 6 when the folder
+            cannot be written.
+    """
+    record, root = job.record, Path(job.root)
+    source = _source(job)
+    path = root / RECORDS_NAME / f"{record.id}.json"
+    old = _read_record(path)
+    if old is not None and old["source"] == source and _intact(root, old):
+        entry = {**old, **_named(record)}
+        return {"id": record.id, "status": "skipped", "entry": entry}
+    image = nifti.read_image(record.image)
+    grid = preprocess.network_grid(image, job.spec)
+    hu = preprocess.prepare_image(image, grid, job.spec)
+    labels, warnings = None, list(image.warnings)
+    if record.labels is not None:
+        raw = nifti.read_labels(record.labels)
+        warnings += raw.warnings
+        nifti.check_same_grid(image, raw)
+        compact = raw._replace(data=compact_labels(raw.data, record, job.label_names))
+        labels = preprocess.prepare_labels(compact, grid)
+        if not labels.any():
+            warnings.append("label_set: no structure of the label map is in the volume")
+    entry = {
+        **_named(record),
+        **store.write_volume(root, record.id, hu, labels),
+        "vox2world": grid.vox2world.tolist(),
+        "source": source,
+        "warnings": warnings,
+    }
+    store.write_json(path, entry)
+    return {"id": record.id, "status": "done", "entry": entry}
+
+
+def compact_labels(
+    data: np.ndarray, record: Record, label_names: Sequence[str]
+) -> np.ndarray:
+    """Replaces raw ids by those of the task's vocabulary.
+
+    Args:
+        data: [X, Y, Z] uint8 or uint16, raw ids.
+        record: gives the label map; ids that are not in it become 0.
+        label_names: the vocabulary; id i + 1 stands for the i-th name.
+
+    Returns:
+        [X, Y, Z] uint8.
+
+    Raises:
+        ValueError: data is not uint8 or uint16.
+    """
+    if data.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"labels must be uint8 or uint16, got {data.dtype}")
+    lookup = np.zeros(np.iinfo(data.dtype).max + 1, np.uint8)
+    for raw_id, name in record.label_map or ():
+        if raw_id < len(lookup):
+            lookup[raw_id] = label_names.index(name) + 1
+    return lookup[data]
+
+
+def prepare(
+    records: Sequence[Record],
+    out: Path | str,
+    spec: PreprocessSpec,
+    *,
+    workers: int = 1,
+    report: Callable[[_Result], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Prepares all scans of a manifest and writes the index.
+
+    Args:
+        records: from `manifest.read`.
+        out: the prepared folder; made if absent.
+        spec: network grid and HU range.
+        workers: processes; 1 works in this one.
+        report: called with every result: "done", "skipped" or "failed".
+
+    Returns:
+        The index as written: failed scans are under "failed" with reason and message.
+
+    Raises:
+        UserError: exit code 6 when the folder cannot be written, 2 when another run
+            holds it. KeyboardInterrupt passes through; what is done stays done, and the
+            index is written by the run that ends.
+    """
+    out = store.make_folders(out, store.VOLUMES_NAME, RECORDS_NAME)
+    names = manifest.vocabulary(records)
+    jobs = [Job(r, str(out), spec, names[r.task]) for r in records]
+    results: dict[str, _Result] = {}
+    with _lock(out):
+        _sweep(out)
+        for result in _run(jobs, workers):
+            if result["status"] == "fatal":
+                raise UserError(result["reason"], result["message"], STORAGE)
+            results[result["id"]] = result
+            report(result)
+        index = _index(records, results, spec, names)
+        if index["volumes"]:
+            store.write_index(out, index)
+    return index
+
+
+def _index(
+    records: Sequence[Record],
+    results: Mapping[str, _Result],
+    spec: PreprocessSpec,
+    names: Mapping[str, tuple[str, ...]],
+) -> dict[str, Any]:
+    """The index, volumes in the order of the manifest."""
+    done = [results[record.id] for record in records]
+    splits: dict[str, set[str]] = {}
+    for record in records:
+        splits.setdefault(record.subject, set()).add(record.split)
+    return {
+        "version": store.INDEX_VERSION,
+        "spec": spec.to_json(),
+        "tasks": {task: {"labels": list(found)} for task, found in names.items()},
+        "volumes": [r["entry"] for r in done if r["status"] != "failed"],
+        "failed": [
+            {key: r[key] for key in ("id", "reason", "message")}
+            for r in done
+            if r["status"] == "failed"
+        ],
+        # The manifest's reader has refused leaks unless they were allowed.
+        "allow_leak": any(len(found) > 1 for found in splits.values()),
+    }
+
+
+# --- one scan ---
+
+
+def _named(record: Record) -> dict[str, Any]:
+    """What the manifest says of a scan, without its paths."""
+    return {
+        "id": record.id,
+        "task": record.task,
+        "subject": record.subject,
+        "split": record.split,
+        "group": record.group,
+    }
+
+
+def _source(job: Job) -> dict[str, Any]:
+    """Everything that determines the arrays, as digests."""
+    record = job.record
+    digests = {}
+    for kind, path in (("image", record.image), ("labels", record.labels)):
+        if path is not None:
+            nifti.check_file(path)
+            try:
+                digests[kind] = store.file_sha256(path)
+            except PermissionError as error:
+                raise nifti.permission_error(path) from error
+            except OSError as error:
+                raise UserError(
+                    "storage", f"{nifti.shown(path)}: {error.strerror}", STORAGE
+                ) from error
+    table = [[raw_id, name] for raw_id, name in record.label_map or ()]
+    text = json.dumps([table, job.label_names if record.labels else []])
+    return {
+        "sha256": digests,
+        "label_map": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "spec": job.spec.to_json(),
+        "code": CODE_VERSION,
+    }
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """A scan's record of an earlier run; None when there is none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {"source", "sha256", "image", "labels", "vox2world", "warnings"}
+        return record if wanted <= set(record) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _intact(root: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether the arrays on disk are those of the record."""
+    try:
+        return all(
+            store.file_sha256(root / entry[kind]) == digest
+            for kind, digest in entry["sha256"].items()
+        )
+    except (OSError, TypeError):
+        return False
+
+
+# --- all scans ---
+
+
+def _guarded(job: Job) -> _Result:
+    """As prepare_volume; a fault becomes a result, which can leave a worker."""
+    try:
+        return prepare_volume(job)
+    except UserError as error:
+        result = _failure(job, error.reason, str(error))
+        # Nothing more can be written: this fault ends the run.
+        fatal = error.exit_code == STORAGE
+        return {**result, "status": "fatal"} if fatal else result
+    except MemoryError:
+        return _failure(job, "out_of_memory", f"{job.record.id}: not enough memory")
+    except Exception as error:  # a fault of ours: named, and the others still done
+        return _failure(job, "internal", f"{type(error).__name__}: {error}")
+
+
+def _failure(job: Job, reason: str, message: str) -> _Result:
+    return {
+        "id": job.record.id,
+        "status": "failed",
+        "reason": reason,
+        "message": " ".join(message.split()),
+    }
+
+
+def _run(jobs: Sequence[Job], workers: int) -> Iterator[_Result]:
+    """Results as they come."""
+    if workers <= 1 or len(jobs) <= 1:
+        yield from map(_guarded, jobs)
+        return
+    left = dict(enumerate(jobs))
+    try:
+        with _pool(min(workers, len(jobs))) as pool:
+            with _no_interrupt():
+                futures = {pool.submit(_guarded, job): i for i, job in left.items()}
+            for future in concurrent.futures.as_completed(futures):
+                result = future.result()
+                del left[futures[future]]
+                yield result
+        return
+    except BrokenProcessPool:
+        pass
+    # A worker was killed and took the pool with it. One process per scan tells which.
+    for job in list(left.values()):
+        try:
+            with _pool(1) as pool:
+                with _no_interrupt():
+                    future = pool.submit(_guarded, job)
+                yield future.result()
+        except BrokenProcessPool:
+            yield _failure(
+                job,
+                "worker_died",
+                f"{job.record.id}: the worker process was killed, often for memory; "
+                "run again with fewer --workers",
+            )
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Processes; at the end, what still waits in the queue is dropped."""
+    # Spawned: a fork of a process with threads may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One run per folder. The kernel holds the lock: it cannot be left behind."""
+    try:
+        file = open(out / ".lock", "w")
+    except OSError as error:
+        raise UserError(
+            "storage", f"{out.name}: {error.strerror}; give another --out", STORAGE
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                "storage",
+                f"{out.name}: another run is writing to it; wait for it",
+                USAGE,
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Holds signals back; processes started meanwhile never see them, the parent later.
+
+    So a worker always ends its scan, and no pool is interrupted half made.
+    """
+    held, came = (signal.SIGINT, signal.SIGTERM), []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # The mask alone does not protect the parent: the threads of a BLAS take signals
+        # too, and Python then handles them in the main thread.
+        for number in held:
+            before[number] = signal.signal(number, lambda n, _: came.append(n))
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+def _sweep(out: Path) -> None:
+    """Removes what killed runs left under temporary names."""
+    for folder in (out, out / store.VOLUMES_NAME, out / RECORDS_NAME):
+        for path in folder.glob(".unireg-*.tmp"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+# --- command ---
+
+
+class _Progress:
+    """A bar on a terminal, about twenty lines elsewhere; both on stderr."""
+
+    def __init__(self, total: int):
+        self._total, self._counts = total, {"done": 0, "skipped": 0, "failed": 0}
+        self._every = max(1, math.ceil(total / 20))
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(total=total, unit="scan", desc="prepare")
+
+    def __call__(self, result: _Result) -> None:
+        self._counts[result["status"]] += 1
+        seen = sum(self._counts.values())
+        counts = ", ".join(f"{n} {word}" for word, n in self._counts.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(counts, refresh=False)
+            self._bar.update()
+        elif seen % self._every == 0 or seen == self._total:
+            print(
+                f"prepare: {seen}/{self._total}: {counts}", file=sys.stderr, flush=True
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def grid_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    shape: str = "192,192,160",
+    spacing_mm: str = "2",
+) -> None:
+    """Adds --shape and --spacing.
+
+    Args:
+        parser: to be extended.
+        shape: default; the published grid.
+        spacing_mm: default, mm.
+    """
+    parser.add_argument(
+        "--shape",
+        type=_sizes,
+        default=shape,
+        metavar="X,Y,Z",
+        help=f"voxels of the grid (default: {shape})",
+    )
+    parser.add_argument(
+        "--spacing",
+        type=_lengths,
+        default=spacing_mm,
+        metavar="MM",
+        help=f"voxel edge lengths in mm, one or X,Y,Z (default: {spacing_mm})",
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return _numbers(text, int)
+
+
+def _lengths(text: str) -> tuple[float, ...]:
+    return _numbers(text, float)
+
+
+def _numbers(text: str, kind: type) -> tuple:
+    """One or three positive numbers; argparse reports anything else."""
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    values = values * 3 if len(values) == 1 else values
+    if len(values) != 3 or not all(0 < v < math.inf for v in values):
+        raise argparse.ArgumentTypeError(f"one or three positive numbers, got {text!r}")
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.prepare", description=__doc__.split("\n\n")[2]
+    )
+    parser.add_argument("--manifest", required=True, help="CSV or JSON list of scans")
+    parser.add_argument("--out", required=True, help="folder for the prepared data")
+    grid_arguments(parser)
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes (default: 1)", metavar="N"
+    )
+    parser.add_argument(
+        "--data-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that scans may lie in, besides the manifest's own; repeatable",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at once if a listed file is absent"
+    )
+    parser.add_argument(
+        "--allow-leak", action="store_true", help="accept a subject in two splits"
+    )
+    return parser
+
+
+def _summary(index: dict[str, Any]) -> int:
+    """Prints what happened and gives the exit code."""
+    lines = [f"{v['id']}: {line}" for v in index["volumes"] for line in v["warnings"]]
+    for line in lines + _pair_warnings(index):
+        print(f"warning: {line}", file=sys.stderr)
+    for item in index["failed"]:
+        line = f"failed: {item['id']} ({item['reason']}): {item['message']}"
+        print(line, file=sys.stderr)
+    done, failed = len(index["volumes"]), len(index["failed"])
+    print(f"{done} of {done + failed} scans prepared", file=sys.stderr)
+    if not failed:
+        return 0
+    return PARTLY if done else FAILED
+
+
+def _pair_warnings(index: dict[str, Any]) -> list[str]:
+    """Splits of a task that hold scans but no pair."""
+    lines = []
+    for split in SPLITS:
+        tasks = {v["task"] for v in index["volumes"] if v["split"] == split}
+        tasks -= {pair.task for pair in make_pairs(index, split)}
+        text = f"split {split} has scans but no pair"
+        lines += [f"{task}: {text}" for task in sorted(tasks)]
+    return lines
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM, as batch systems send it, end the run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    records = manifest.read(
+        options.manifest,
+        roots=options.data_root,
+        strict=options.strict,
+        allow_leak=options.allow_leak,
+    )
+    spec = PreprocessSpec(shape=options.shape, spacing_mm=options.spacing)
+    progress = _Progress(len(records))
+    try:
+        index = prepare(
+            records, options.out, spec, workers=options.workers, report=progress
+        )
+    finally:
+        progress.close()
+    return _summary(index)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments; None: those of the process.
+
+    Returns:
+        Exit code: 0, 2 (manifest or usage), 3 (nothing to do), 4 (all failed), 5 (some
+        failed), 6 (storage), 75 (interrupted).
+    """
+    options = _parser().parse_args(argv)
+    try:
+        with _terminable():
+            return _run_command(options)
+    except UserError as error:
+        print(f"error: {error.reason}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: run the same command to go on", file=sys.stderr)
+        return PREEMPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

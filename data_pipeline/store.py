@@ -1,0 +1,220 @@
+"""The layout of a prepared folder: arrays, index, and how they are written and read.
+
+    <root>/index.json                 what is there, with digests, geometry and split
+    <root>/volumes/<id>.hu.npy        [X, Y, Z] int16 HU, OUTSIDE_HU beyond the scan
+    <root>/volumes/<id>.labels.npy    [X, Y, Z] uint8, ids of the task's vocabulary
+    <root>/align.json                 optional: "<fixed id>|<moving id>" -> 4 x 4
+
+Every file appears whole or not at all: temporary file beside it, fsync, rename.
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unireg_jax.errors import (
+    CHECKPOINT,
+    DATA_CHANGED,
+    NOTHING,
+    STORAGE,
+    USAGE,
+    UserError,
+)
+from unireg_jax.imaging import nifti
+
+INDEX_VERSION = 1
+INDEX_NAME = "index.json"
+ALIGN_NAME = "align.json"
+VOLUMES_NAME = "volumes"
+
+
+def file_sha256(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folders(root: Path | str, *names: str) -> Path:
+    """Makes a folder and folders in it.
+
+    Args:
+        root: the folder; its parents are made too.
+        names: of folders inside.
+
+    Returns:
+        root as a Path.
+
+    Raises:
+        UserError: `storage`, exit code 6; `not_a_file`, exit code 2, when root is one.
+    """
+    root = Path(root)
+    if root.exists() and not root.is_dir():
+        raise UserError(
+            "not_a_file", f"{root.name}: a folder expected, got a file", USAGE
+        )
+    try:
+        for folder in (root, *(root / name for name in names)):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "storage", f"{root.name}: {error.strerror}; give another --out", STORAGE
+        ) from error
+    return root
+
+
+def write_atomic(path: Path | str, content: bytes) -> None:
+    """Writes a file that exists whole or not at all, even after a power loss.
+
+    Args:
+        path: final name; its folder must exist.
+        content: the bytes.
+
+    Raises:
+        UserError: `storage`, exit code 6: full, read-only, over quota, I/O error.
+    """
+    with nifti.atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes strict JSON (no NaN), atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def write_volume(
+    root: Path | str, volume_id: str, hu: np.ndarray, labels: np.ndarray | None
+) -> dict[str, Any]:
+    """Writes one volume's arrays and returns the index fields that describe them.
+
+    Args:
+        root: the prepared folder; made if absent.
+        volume_id: file stem.
+        hu: [X, Y, Z] int16, HU.
+        labels: [X, Y, Z] uint8, or None.
+
+    Returns:
+        {"image", "labels", "sha256": {"image", "labels"}}; paths relative to root.
+
+    Raises:
+        ValueError: wrong dtype or shape.
+        UserError: `storage`, exit code 6.
+    """
+    if hu.dtype != np.int16 or hu.ndim != 3:
+        raise ValueError(f"hu must be [X, Y, Z] int16, got {hu.shape} {hu.dtype}")
+    if labels is not None and (labels.dtype != np.uint8 or labels.shape != hu.shape):
+        raise ValueError(
+            f"labels must be {hu.shape} uint8 like hu, got {labels.shape} "
+            f"{labels.dtype}; compact the ids first"
+        )
+    make_folders(root, VOLUMES_NAME)
+    fields: dict[str, Any] = {"image": None, "labels": None, "sha256": {}}
+    for kind, suffix, array in (("image", "hu", hu), ("labels", "labels", labels)):
+        if array is None:
+            continue
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+        content = buffer.getvalue()
+        name = f"{VOLUMES_NAME}/{volume_id}.{suffix}.npy"
+        write_atomic(Path(root) / name, content)
+        fields[kind] = name
+        fields["sha256"][kind] = hashlib.sha256(content).hexdigest()
+    return fields
+
+
+def read_array(root: Path | str, entry: dict[str, Any], kind: str) -> np.ndarray:
+    """Reads one array of a volume whole and checks it against the index.
+
+    Args:
+        root: the prepared folder.
+        entry: the volume's entry in the index.
+        kind: "image" or "labels".
+
+    Returns:
+        [X, Y, Z] int16 (image) or uint8 (labels).
+
+    Raises:
+        UserError: `checksum` or `not_found`, exit code 10: the file is no longer the
+            one that was prepared.
+    """
+    remedy = "run data_pipeline.prepare again with the same --manifest and --out"
+    where = f"{entry['id']}: {entry[kind]}"
+    try:
+        content = (Path(root) / entry[kind]).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            "not_found", f"{where}: is gone; {remedy}", DATA_CHANGED
+        ) from error
+    except OSError as error:
+        raise UserError("storage", f"{where}: {error.strerror}", STORAGE) from error
+    found, expected = hashlib.sha256(content).hexdigest(), entry["sha256"][kind]
+    if found != expected:
+        raise UserError(
+            "checksum",
+            f"{where}: changed since it was prepared: sha256 {expected[:12]}… "
+            f"expected, {found[:12]}… found; {remedy}",
+            DATA_CHANGED,
+        )
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def write_index(root: Path | str, index: dict[str, Any]) -> None:
+    """Writes `index.json` atomically."""
+    write_json(Path(root) / INDEX_NAME, index)
+
+
+def read_index(root: Path | str) -> dict[str, Any]:
+    """Reads the index of a prepared folder.
+
+    Args:
+        root: folder written by `data_pipeline.prepare` or `synthetic.write_dataset`.
+
+    Returns:
+        {"version", "spec", "tasks", "volumes"} as written by `write_index`.
+
+    Raises:
+        UserError: `not_found` (exit code 3) when there is no index; `schema` (10)
+            when it cannot be read; `schema` (9) when a newer version wrote it.
+    """
+    path = Path(root) / INDEX_NAME
+    remedy = "make it with: python -m data_pipeline.prepare --manifest … --out …"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            "not_found", f"{root}: no prepared data ({INDEX_NAME}); {remedy}", NOTHING
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            "schema", f"{path.name}: not readable as JSON; {remedy}", DATA_CHANGED
+        ) from error
+    if not isinstance(index, dict) or not {"version", "spec", "tasks", "volumes"} <= (
+        index.keys()
+    ):
+        raise UserError(
+            "schema",
+            f"{path.name}: must hold version, spec, tasks and volumes; {remedy}",
+            DATA_CHANGED,
+        )
+    if index["version"] != INDEX_VERSION:
+        raise UserError(
+            "schema",
+            f"{path.name}: version {INDEX_VERSION} expected, {index['version']!r} "
+            f"found: another release wrote it; {remedy}",
+            CHECKPOINT,
+        )
+    return index
+
+
+def index_digest(index: dict[str, Any]) -> str:
+    """Digest of everything that a stream of pairs depends on, as 16 hex digits."""
+    parts = [
+        [v["id"], v["task"], v["subject"], v["split"], v["vox2world"], v["sha256"]]
+        for v in index["volumes"]
+    ]
+    text = json.dumps([index["spec"], index["tasks"], parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
