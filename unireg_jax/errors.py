@@ -29,3 +29,7 @@ class UserError(Exception):
         super().__init__(message)
         self.reason = reason
         self.exit_code = exit_code
+
+    def __reduce__(self):
+        # An exception is rebuilt from its args; a worker process needs all three.
+        return type(self), (self.reason, str(self), self.exit_code)
