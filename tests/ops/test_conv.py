@@ -99,9 +99,7 @@ def test_conv3d_compiled_cpu_program_holds_no_3d_convolution(key):
 
 def test_conv3d_keeps_bfloat16(key):
     x, kernel = _inputs(key, (1, 8, 6, 5), 2, 3)
-    y = conv.conv3d(
-        x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), impl="direct"
-    )
+    y = conv.conv3d(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), impl="direct")
     assert y.dtype == jnp.bfloat16
 
 
