@@ -1,1 +1,1 @@
-"""UniReg in JAX: one network that registers CT of any body region, steered by a task."""
+"""UniReg in JAX: one network that registers CT of any body region, led by a task."""

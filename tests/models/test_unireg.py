@@ -1,0 +1,164 @@
+"""The network: size, arithmetic, start, conditioning as data."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unireg_jax.models import layers
+from unireg_jax.models.unireg import UniReg
+
+SHAPE = (32, 16, 48)
+# Smaller than the paper's, so that the tests compile in seconds.
+SMALL = {"encoder": (4, 6, 6, 6), "decoder": (6, 6, 6, 6), "remaining": (6, 4, 4)}
+
+
+def _inputs(key, batch=1, shape=SHAPE):
+    keys = jax.random.split(key, 3)
+    images = [jax.random.uniform(k, (batch, *shape, 1), minval=-1) for k in keys[:2]]
+    half = tuple(n // 2 for n in shape)
+    corr = jax.random.uniform(keys[2], (batch, *half, 27))
+    region = jnp.arange(batch, dtype=jnp.int32) % 4
+    return (*images, corr, region, region % 2)
+
+
+def _macs(jaxpr) -> int:
+    """Multiply-adds of the convolutions and products of a jaxpr."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[:-1])
+        elif eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            size = math.prod(lhs[i] for i in contract)
+            total += math.prod(eqn.outvars[0].aval.shape) * size
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += _macs(inner)
+    return total
+
+
+@functools.cache
+def _paper_jaxpr():
+    model = UniReg(conv_impl="direct")
+    shape = (192, 192, 160)
+    image = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
+    corr = jax.ShapeDtypeStruct((1, *(n // 2 for n in shape), 27), jnp.float32)
+    cond = jax.ShapeDtypeStruct((1,), jnp.int32)
+    params = jax.eval_shape(
+        model.init, jax.random.key(0), image, image, corr, cond, cond
+    )
+    args = (params, image, image, corr, cond, cond)
+    return params, jax.make_jaxpr(model.apply)(*args).jaxpr
+
+
+def test_unireg_has_355405_parameters():
+    params, _ = _paper_jaxpr()
+    assert sum(math.prod(p.shape) for p in jax.tree.leaves(params)) == 355_405
+
+
+def test_unireg_needs_470_gmacs_at_the_papers_size():
+    _, jaxpr = _paper_jaxpr()
+    assert round(_macs(jaxpr) / 1e9, 1) == 470.1
+
+
+def test_unireg_field_is_near_zero_at_initialisation(key):
+    model = UniReg(**SMALL)
+    args = _inputs(key)
+    params = model.init(key, *args)
+    disp = model.apply(params, *args)
+    assert disp.shape == (1, *SHAPE, 3) and disp.dtype == jnp.float32
+    assert float(jnp.abs(disp).max()) < 0.1  # voxels
+    assert float(jnp.abs(disp).max()) > 0
+
+
+def test_unireg_one_trace_serves_every_task(key):
+    model = UniReg(**SMALL)
+    fixed, moving, corr, _, _ = _inputs(key)
+    params = model.init(key, fixed, moving, corr, jnp.zeros(1, int), jnp.zeros(1, int))
+    traces = []
+
+    @jax.jit
+    def run(region, pair_type):
+        traces.append(1)
+        return model.apply(params, fixed, moving, corr, region, pair_type)
+
+    for region in range(4):
+        for pair_type in range(2):
+            run(jnp.array([region], jnp.int32), jnp.array([pair_type], jnp.int32))
+    assert len(traces) == 1
+
+
+def test_unireg_samples_of_a_batch_are_independent(key):
+    model = UniReg(**SMALL)
+    args = _inputs(key, batch=2)
+    params = model.init(key, *args)
+    # A trained controller: without it the condition has no say.
+    params["params"]["head"]["controller"]["kernel"] += 0.1
+    both = model.apply(params, *args)
+    for b in range(2):
+        one = model.apply(params, *(a[b : b + 1] for a in args))
+        np.testing.assert_allclose(both[b], one[0], atol=1e-4)  # float32, other order
+
+
+@pytest.mark.parametrize("options", [{"field_level": 1}, {"svf_steps": 4}])
+def test_unireg_variants_return_a_full_field(key, options):
+    model = UniReg(**SMALL, **options)
+    args = _inputs(key)
+    disp = model.apply(model.init(key, *args), *args)
+    assert disp.shape == (1, *SHAPE, 3)
+    assert np.isfinite(disp).all() and float(jnp.abs(disp).max()) < 0.1
+
+
+def test_unireg_field_in_unit_coordinates_does_not_depend_on_the_axis(key):
+    """1 unit is (n - 1) / 2 voxels: a constant head gives a field in that ratio."""
+    model = UniReg(**SMALL, conditioner="static")
+    args = _inputs(key)
+    params = model.init(key, *args)
+    kernels = params["params"]["head"]["kernels"]
+    params["params"]["head"]["kernels"] = jnp.zeros_like(kernels).at[-3:].set(0.1)
+    disp = model.apply(params, *args)
+    expected = 0.1 * (np.array(SHAPE) - 1) / 2
+    np.testing.assert_allclose(disp, np.broadcast_to(expected, disp.shape), rtol=1e-5)
+
+
+def test_max_pool_gradient_has_no_select_and_scatter(key):
+    x = jax.random.normal(key, (1, 4, 6, 8, 2))
+    pooled = layers.max_pool(x)
+    assert pooled.shape == (1, 2, 3, 4, 2)
+    assert float(pooled[0, 0, 0, 0, 0]) == float(x[0, :2, :2, :2, 0].max())
+    text = jax.jit(jax.grad(lambda x: layers.max_pool(x).sum())).lower(x).as_text()
+    assert "select_and_scatter" not in text
+
+
+def test_upsample_nearest_repeats(key):
+    x = jax.random.normal(key, (1, 2, 3, 4, 5))
+    y = np.asarray(x).repeat(2, 1).repeat(2, 2).repeat(2, 3)
+    np.testing.assert_array_equal(layers.upsample_nearest(x), y)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "moving", "corr", "match"),
+    [
+        (
+            (1, 1, 32, 16, 48),
+            (1, 1, 32, 16, 48),
+            (1, 16, 8, 24, 27),
+            "channels go last",
+        ),
+        ((1, 32, 16, 48, 1), (1, 32, 16, 32, 1), (1, 16, 8, 24, 27), "of one shape"),
+        ((1, 30, 16, 48, 1), (1, 30, 16, 48, 1), (1, 15, 8, 24, 27), "multiples of 16"),
+        ((1, 32, 16, 48, 1), (1, 32, 16, 48, 1), (1, 32, 16, 48, 27), "corr must be"),
+    ],
+)
+def test_unireg_rejects_bad_shapes(key, fixed, moving, corr, match):
+    cond = jnp.zeros(1, jnp.int32)
+    args = (jnp.zeros(fixed), jnp.zeros(moving), jnp.zeros(corr), cond, cond)
+    with pytest.raises(ValueError, match=match):
+        UniReg(**SMALL).init(key, *args)
