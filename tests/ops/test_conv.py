@@ -24,7 +24,7 @@ def test_conv3d_single_tap_shifts(impl):
     x = jnp.zeros((1, 5, 6, 7, 1)).at[0, 2, 3, 4, 0].set(1.0)
     kernel = jnp.zeros((3, 3, 3, 1, 1)).at[0, 1, 2, 0, 0].set(2.0)
     y = conv.conv3d(x, kernel, impl=impl)
-    # Correlation: tap (0, 1, 2) reads x at (-1, 0, +1), so the point moves by (+1, 0, -1).
+    # Correlation: tap (0, 1, 2) reads x at (-1, 0, +1): the point moves by (+1, 0, -1).
     expected = np.zeros((1, 5, 6, 7, 1))
     expected[0, 3, 3, 3, 0] = 2.0
     np.testing.assert_allclose(y, expected, atol=1e-6)  # float32, small constants

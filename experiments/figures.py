@@ -1,0 +1,124 @@
+"""Pictures of a registration: slices, checkerboard, field."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+WINDOW = (-400.0, 400.0)  # HU shown from black to white
+_PLANES = ("sagittal", "coronal", "axial")
+
+
+def save_registration(
+    path: Path | str,
+    fixed: np.ndarray,
+    moving: np.ndarray,
+    warped: np.ndarray,
+    disp_mm: np.ndarray,
+    spacing_mm: Sequence[float],
+    *,
+    title: str = "",
+    labels: tuple[np.ndarray, np.ndarray] | None = None,
+) -> None:
+    """Draws fixed, moving, warped, checkerboard and field in three planes.
+
+    Args:
+        path: PNG file.
+        fixed: [X, Y, Z] HU, LPS+ axes.
+        moving: [X, Y, Z] HU, resampled to the fixed grid before registration.
+        warped: [X, Y, Z] HU, after registration.
+        disp_mm: [X, Y, Z, 3] LPS mm, of what the network added.
+        spacing_mm: (x, y, z).
+        title: line above.
+        labels: fixed and warped label maps [X, Y, Z], drawn as outlines: fixed green
+            on every picture, warped red on `warped`.
+    """
+    middle = [n // 2 for n in fixed.shape]
+    if labels is not None and labels[0].any():
+        middle = [int(np.median(i)) for i in np.nonzero(labels[0])]
+    figure, axes = plt.subplots(3, 5, figsize=(15, 9.5))
+    length = np.linalg.norm(disp_mm, axis=-1)
+    for row, plane in enumerate(_PLANES):
+
+        def cut(volume, row=row):
+            return np.take(volume, middle[row], axis=row)
+
+        first, second = [a for a in range(3) if a != row]
+        aspect = spacing_mm[second] / spacing_mm[first]
+        pictures = {
+            "fixed": cut(fixed),
+            "moving": cut(moving),
+            "warped": cut(warped),
+            "checkerboard": _checkerboard(cut(fixed), cut(warped)),
+        }
+        for column, (name, picture) in enumerate(pictures.items()):
+            axis = axes[row, column]
+            _show(axis, picture, aspect, row)
+            axis.set_title(f"{name}, {plane}", fontsize=9)
+            if labels is not None:
+                _outline(axis, cut(labels[0]), "lime")
+                if name == "warped":
+                    _outline(axis, cut(labels[1]), "red")
+        axis = axes[row, 4]
+        _show(axis, cut(fixed), aspect, row)
+        _draw_grid(axis, cut(disp_mm), (first, second), spacing_mm)
+        axis.set_title(f"field, max {length.max():.1f} mm", fontsize=9)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _show(axis, picture: np.ndarray, aspect: float, row: int) -> None:
+    """Superior up in sagittal and coronal planes, anterior up in axial ones."""
+    origin = "upper" if row == 2 else "lower"
+    axis.imshow(
+        picture.T,
+        origin=origin,
+        cmap="gray",
+        vmin=WINDOW[0],
+        vmax=WINDOW[1],
+        aspect=aspect,
+    )
+    axis.set_axis_off()
+
+
+def _checkerboard(a: np.ndarray, b: np.ndarray, *, squares: int = 8) -> np.ndarray:
+    x, y = np.indices(a.shape)
+    edge = max(1, max(a.shape) // squares)
+    return np.where((x // edge + y // edge) % 2 == 0, a, b)
+
+
+def _outline(axis, labels: np.ndarray, color: str) -> None:
+    for label in np.unique(labels):
+        if label and (labels == label).sum() > 3:
+            axis.contour((labels == label).T, [0.5], colors=color, linewidths=0.7)
+
+
+def _draw_grid(axis, disp_mm: np.ndarray, plane, spacing_mm, *, lines: int = 24):
+    """The grid x + u(x), as the moving image is read."""
+    x, y = np.indices(disp_mm.shape[:2]).astype(float)
+    x = x + disp_mm[..., plane[0]] / spacing_mm[plane[0]]
+    y = y + disp_mm[..., plane[1]] / spacing_mm[plane[1]]
+    step = max(1, max(disp_mm.shape[:2]) // lines)
+    for i in range(0, x.shape[0], step):
+        axis.plot(x[i], y[i], color="cyan", linewidth=0.5)
+    for j in range(0, x.shape[1], step):
+        axis.plot(x[:, j], y[:, j], color="cyan", linewidth=0.5)
+
+
+def save_curves(path: Path | str, curves: dict[str, tuple], *, ylabel: str) -> None:
+    """Draws named curves over steps: name -> (steps, values)."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, (steps, values) in curves.items():
+        axis.plot(steps, values, label=name)
+    axis.set_xlabel("step")
+    axis.set_ylabel(ylabel)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)

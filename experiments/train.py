@@ -1,0 +1,197 @@
+"""Trains UniReg: one compiled step, resumed exactly by the same command.
+
+    python -m experiments.train --config=experiments/unireg.py:demo --workdir=runs/demo
+
+Writes to the work folder: config.json, checkpoints/, metrics.jsonl, tb/ (TensorBoard),
+and weights.safetensors with its model card weights.json at the end.
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from data_pipeline import loader
+from experiments import build, cli
+from unireg_jax.errors import NUMERICAL, PREEMPTED, UserError
+from unireg_jax.registration import weights as released
+from unireg_jax.training import checkpoint, evaluate, log
+from unireg_jax.training import state as train_state
+from unireg_jax.training import step as train_step
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
+
+
+def train(config, workdir: Path) -> Path:
+    """Trains to config.train.steps and returns the path of the weights.
+
+    Raises:
+        UserError: exit code 2, 3, 8, 9 or 10; SystemExit 75 after a signal.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoint.check_config(workdir, config.to_dict())
+    experiment = build.build(config, workdir)
+    mesh = train_step.make_mesh()
+    step_fn = train_step.make_train_step(experiment.loss, experiment.tx, mesh=mesh)
+    state = train_state.make_state(experiment.model, experiment.tx, seed=config.seed)
+    if config.train.init_from:
+        params, _ = released.load_weights(config.train.init_from)
+        released.check_tensors(params, state.params, config.train.init_from)
+        state = state._replace(params=params)
+    state = jax.device_put(state, train_step.replicated(mesh))
+    stream = loader.make_iterator(
+        experiment.dataset,
+        "train",
+        batch_size=config.data.batch_size * mesh.shape["data"],
+        seed=config.seed,
+        weights=experiment.weights,
+    )
+    checkpoints = checkpoint.Checkpoints(workdir)
+    if checkpoints.latest() is not None:
+        state = checkpoints.restore(state, stream)
+    start = int(state.step)
+    writer = log.Log(workdir, resume_step=start)
+    validate = _validator(config, experiment)
+    stop = _stop_on_signal()
+    names = [pair.task for pair in experiment.dataset.pairs("train")]
+    recent, waiting = _Recent(names), None
+    total = config.train.steps
+    with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
+        for n in range(start + 1, total + 1):
+            batch = next(stream)
+            state, scalars = step_fn(
+                state, jax.device_put(batch, train_step.batch_sharding(mesh))
+            )
+            # The previous step's numbers are fetched while this step runs.
+            if waiting is not None:
+                recent.add(*waiting)
+            waiting = (n, batch.pair, scalars)
+            last = n == total or stop.is_set
+            if n % config.train.log_every == 0 or last:
+                recent.add(*waiting)
+                waiting = None
+                means = recent.flush()
+                writer.write(n, means)
+                _report(bar, n, total, means)
+            bar.update()
+            if n % config.train.eval_every == 0 or n == total:
+                writer.write(n, validate(state.params))
+            if n % config.train.checkpoint_every == 0 or last:
+                checkpoints.save(state, stream)
+            if stop.is_set:
+                break
+    checkpoints.close()
+    writer.close()
+    if int(state.step) < total:
+        print(f"stopped at step {int(state.step)}; run again to go on", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    path = workdir / "weights.safetensors"
+    card = {
+        **experiment.spec,
+        "training": {"steps": total, "preset": config.preset, "seed": config.seed},
+    }
+    released.save_weights(path, state.params, card)
+    return path
+
+
+class _Recent:
+    """Means over the steps since the last line, overall and per task."""
+
+    def __init__(self, tasks: list[str]):
+        self._tasks = tasks
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, n, pairs, scalars) -> None:
+        scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
+        if not np.isfinite([scalars["loss"], scalars["grad_norm"]]).all():
+            where = ", ".join(f"{p} ({self._tasks[p]})" for p in pairs)
+            raise UserError(
+                "field_nonfinite",
+                f"step {n}: loss {scalars['loss']}, gradient {scalars['grad_norm']} on "
+                f"pair {where}; the last checkpoint is intact: lower optim.lr or set "
+                "optim.clip_norm",
+                NUMERICAL,
+            )
+        for name, value in scalars.items():
+            if not np.isnan(value):
+                self._values.setdefault(f"train/{name}", []).append(value)
+        for task in {self._tasks[p] for p in pairs}:
+            self._values.setdefault(f"train/loss/{task}", []).append(scalars["loss"])
+
+    def flush(self) -> dict[str, float]:
+        means = {k: float(np.mean(v)) for k, v in self._values.items()}
+        self._values.clear()
+        return means
+
+
+class _stop_on_signal:
+    """After SIGTERM or SIGINT `is_set`: the loop saves at the next step and leaves."""
+
+    def __init__(self):
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        self.is_set = True
+        # A second signal acts at once.
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _validator(config, experiment: build.Experiment):
+    """validate(params) -> scalars per task, over the first pairs of `val`."""
+    eval_step = train_step.make_eval_step(
+        lambda params, *args: build.apply(experiment.model, params, *args),
+        num_labels=experiment.num_labels,
+        **experiment.view,
+    )
+
+    def chosen():
+        counts: dict[str, int] = {}
+        for pair, batch in loader.make_eval_batches(experiment.dataset, "val"):
+            counts[pair.task] = counts.get(pair.task, 0) + 1
+            if counts[pair.task] <= config.train.eval_pairs:
+                yield pair, batch
+
+    def validate(params):
+        summary = evaluate.summarize(evaluate.evaluate(eval_step, params, chosen()))
+        return {
+            f"val/{name}/{task}": value
+            for task, values in summary.items()
+            for name, value in values.items()
+        }
+
+    return validate
+
+
+def _report(bar: tqdm, n: int, total: int, means: dict[str, float]) -> None:
+    """Loss on the bar of a terminal, a log line elsewhere."""
+    shown = {
+        k.removeprefix("train/"): f"{v:.4f}"
+        for k, v in means.items()
+        if k in ("train/loss", "train/ncc", "train/dice")
+    }
+    if bar.disable:
+        text = " ".join(f"{k} {v}" for k, v in shown.items())
+        print(f"step {n}/{total} {text}", file=sys.stderr, flush=True)
+    else:
+        bar.set_postfix(shown)
+
+
+@cli.one_line_errors
+def main(argv) -> None:
+    del argv
+    cli.setup()
+    print(train(_CONFIG.value, Path(_WORKDIR.value)))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,138 @@
+"""The experiment scripts: manifest of real scans, pre-alignment, README's commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipeline import loader, synthetic
+from data_pipeline.datasets import manifest
+from experiments import demo, figures, prealign, real_scans, unireg
+from unireg_jax import __main__ as cli
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.models import features
+from unireg_jax.models.unireg import UniReg
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_real_manifest_holds_out_four_patients(data_root, tmp_path):
+    rows = real_scans.manifest(data_root, tmp_path)
+    headneck = [r for r in rows if r["task"] == "headneck"]
+    held = {r["id"] for r in headneck if r["split"] == "val"}
+    assert len(headneck) == 16 and held == {f"hn_{c}" for c in real_scans.HELD_OUT}
+    assert {r["task"] for r in rows} == {
+        "headneck",
+        "chest",
+        "abdomen",
+        "liver",
+        "lung",
+    }
+
+
+def test_real_manifest_is_read_by_the_pipeline(data_root, tmp_path):
+    import json
+
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(real_scans.manifest(data_root, tmp_path)))
+    records = manifest.read(path, roots=[data_root])
+    assert len(records) == 25
+
+
+def test_real_manifest_says_what_is_missing(tmp_path):
+    (tmp_path / "headneck_openkbp").mkdir()
+    (tmp_path / "headneck_openkbp" / "labels.json").write_text("{}")
+    with pytest.raises(UserError, match="is not there") as error:
+        real_scans.manifest(tmp_path, tmp_path)
+    assert error.value.exit_code == USAGE
+
+
+def test_prealign_stores_every_pair_once(tmp_path):
+    root = synthetic.write_dataset(
+        tmp_path,
+        shape=(32, 32, 48),
+        spacing_mm=10.0,
+        subjects_per_task=2,
+        tasks=("chest", "lung"),
+    )
+    wanted = loader.Dataset(root).pairs("train")
+    assert prealign.prealign(root) == len(wanted)
+    assert prealign.prealign(root) == 0
+    stored = loader.Dataset(root).alignments
+    assert len(stored) == len(wanted)
+    # Within a patient and close by: the scanner's own frame.
+    lung = [v for k, v in stored.items() if k.startswith("lung")]
+    np.testing.assert_allclose(lung, np.tile(np.eye(4), (len(lung), 1, 1)), atol=1e-6)
+
+
+def test_picture_of_a_registration_is_written(tmp_path):
+    rng = np.random.default_rng(0)
+    volumes = rng.normal(0, 300, (3, 20, 24, 28))
+    labels = np.zeros((20, 24, 28), int)
+    labels[5:12, 6:14, 7:20] = 1
+    path = tmp_path / "pair.png"
+    figures.save_registration(
+        path,
+        *volumes,
+        rng.normal(0, 2, (20, 24, 28, 3)),
+        (1.0, 1.5, 2.0),
+        labels=(labels, labels),
+    )
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
+
+
+def _readme_commands(program: str) -> list[list[str]]:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [shlex.split(x) for x in text.splitlines() if x.startswith(program)]
+
+
+def test_readme_unireg_commands_are_real():
+    commands = _readme_commands("unireg ")
+    assert {c[1] for c in commands} == {"register", "evaluate"}
+    for command in commands:
+        cli._parser().parse_args(command[1:])  # argparse exits on an unknown flag
+
+
+def test_readme_training_commands_are_real():
+    for command in _readme_commands("python -m"):
+        module = ROOT / (command[2].replace(".", "/") + ".py")
+        assert module.is_file(), command
+        source = module.read_text()
+        for flag in (f for f in command[3:] if f.startswith("--")):
+            name = flag[2:].split("=")[0].split(".")[0]
+            assert f'"{name}"' in source or f'"--{name}"' in source, flag
+    for preset in ("paper", "real_small", "demo"):
+        assert unireg.get_config(preset).preset == preset
+
+
+@pytest.mark.slow
+def test_demo_improves_every_intra_pair(tmp_path):
+    """The whole of `make demo`, in minutes: pictures, metrics, and an actual gain."""
+    results = demo.demo(tmp_path)
+    for task in unireg.get_config("demo").data.weights:
+        assert (tmp_path / "pictures" / f"{task}.png").is_file()
+        assert results[task]["fold_percent"] < 1
+        assert results[task]["ncc_after"] > results[task]["ncc_before"]
+
+
+@pytest.mark.slow
+def test_network_runs_at_the_papers_size():
+    """192x192x160 with the full network: finite and near zero at the start."""
+    shape = (192, 192, 160)
+    rng = np.random.default_rng(0)
+    fixed, moving = jnp.asarray(rng.uniform(-1, 1, (2, 1, *shape, 1)), jnp.float32)
+    cond = jnp.zeros(1, jnp.int32)
+    corr = jax.jit(lambda a, b: features.match(a, b, backend="mind"))(fixed, moving)
+    model = UniReg()
+    small = jnp.zeros((1, 16, 16, 16, 1))
+    params = model.init(
+        jax.random.key(0), small, small, jnp.zeros((1, 8, 8, 8, 27)), cond, cond
+    )
+    disp = jax.jit(model.apply)(params, fixed, moving, corr, cond, cond)
+    assert disp.shape == (1, *shape, 3)
+    assert bool(jnp.isfinite(disp).all()) and float(jnp.abs(disp).max()) < 0.1

@@ -1,0 +1,165 @@
+"""The objective: weights per region, units, validity, what its gradient may hold."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unireg_jax.models.unireg import UniReg
+from unireg_jax.ops import smoothness
+from unireg_jax.tasks import OUTSIDE_HU, PairBatch
+from unireg_jax.training import objective
+
+SHAPE = (16, 32, 48)
+SMALL = {"encoder": (4, 6, 6, 6), "decoder": (6, 6, 6, 6), "remaining": (4,)}
+LAMBDA = (0.05, 1.0, 0.1, 10.0)  # Table 8
+
+
+def _batch(seed=0, batch=1, region=0):
+    rng = np.random.default_rng(seed)
+    hu = rng.integers(-1000, 1000, (2, batch, *SHAPE, 1)).astype(np.int16)
+    labels = rng.integers(0, 3, (2, batch, *SHAPE)).astype(np.uint8)
+    return PairBatch(
+        fixed=jnp.asarray(hu[0]),
+        moving=jnp.asarray(hu[1]),
+        fixed_labels=jnp.asarray(labels[0]),
+        moving_labels=jnp.asarray(labels[1]),
+        align=jnp.tile(jnp.eye(4), (batch, 1, 1)),
+        region=jnp.full((batch,), region, jnp.int32),
+        pair_type=jnp.zeros((batch,), jnp.int32),
+        pair=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def _weights(**options):
+    return objective.Weights(smoothness=LAMBDA, num_labels=3, **options)
+
+
+@pytest.mark.parametrize(("region", "strength"), list(enumerate(LAMBDA)))
+def test_objective_lambda_follows_the_region(key, region, strength):
+    """Task -> lambda -> loss, for every row of Table 8."""
+    pair = objective.prepare(_batch(region=region), backend="none")
+    disp = 0.3 * jax.random.normal(key, (1, *SHAPE, 3))
+    loss, scalars = objective.objective(
+        disp, pair, weights=_weights(dice=0.0, reg_units="voxel")
+    )
+    expected = 1 - scalars["ncc"] + strength * smoothness.diffusion(disp)[0]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_objective_normalized_units_divide_by_half_the_grid(key):
+    pair = objective.prepare(_batch(), backend="none")
+    disp = jax.random.normal(key, (1, *SHAPE, 3))
+    _, scalars = objective.objective(disp, pair, weights=_weights())
+    unit = disp * (2 / (np.array(SHAPE, np.float32) - 1))[None, None, None, None]
+    expected = smoothness.diffusion(unit)[0]
+    np.testing.assert_allclose(scalars["smoothness"], expected, rtol=1e-5)
+
+
+def test_objective_perfect_pair_costs_nothing():
+    batch = _batch()
+    batch = batch._replace(moving=batch.fixed, moving_labels=batch.fixed_labels)
+    pair = objective.prepare(batch, backend="none")
+    loss, scalars = objective.objective(
+        jnp.zeros((1, *SHAPE, 3)), pair, weights=_weights()
+    )
+    np.testing.assert_allclose(scalars["dice"], 1.0, atol=1e-6)
+    np.testing.assert_allclose(loss, 0.0, atol=1e-3)  # eps of the windowed NCC
+
+
+def test_objective_without_common_labels_leaves_dice_out():
+    batch = _batch()
+    batch = batch._replace(moving_labels=jnp.zeros_like(batch.moving_labels))
+    pair = objective.prepare(batch, backend="none")
+    disp = jnp.zeros((1, *SHAPE, 3))
+    loss, scalars = objective.objective(disp, pair, weights=_weights())
+    plain, _ = objective.objective(disp, pair, weights=_weights(dice=0.0))
+    assert np.isnan(scalars["dice"])
+    np.testing.assert_allclose(loss, plain, rtol=1e-6)
+
+
+def test_objective_ignores_what_lies_beyond_either_scan(key):
+    """Voxels outside the moving scan change neither value nor gradient."""
+    batch = _batch()
+    cut = batch.moving.at[:, :, :, 24:].set(OUTSIDE_HU)
+    other = cut.at[:, :, :, 24:].set(OUTSIDE_HU)
+    fixed = batch.fixed.at[:, :, :, 36:].set(777)  # far from what the mask admits
+    pairs = [
+        objective.prepare(batch._replace(moving=cut), backend="none"),
+        objective.prepare(batch._replace(moving=other, fixed=fixed), backend="none"),
+    ]
+    disp = jnp.zeros((1, *SHAPE, 3))
+    values = [
+        objective.objective(disp, p, weights=_weights(dice=0.0))[0] for p in pairs
+    ]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
+
+
+def test_prepare_applies_the_alignment():
+    """align maps fixed voxels to moving voxels: a shift by (1, 2, 3) is undone."""
+    batch = _batch()
+    moving = jnp.roll(batch.fixed, (1, 2, 3), (1, 2, 3))
+    labels = jnp.roll(batch.fixed_labels, (1, 2, 3), (1, 2, 3))
+    align = jnp.eye(4).at[:3, 3].set(jnp.array([1.0, 2.0, 3.0]))[None]
+    pair = objective.prepare(
+        batch._replace(moving=moving, moving_labels=labels, align=align),
+        backend="none",
+    )
+    inner = (slice(None), slice(1, -4), slice(2, -4), slice(3, -4))
+    np.testing.assert_allclose(pair.moving[inner], pair.fixed[inner], atol=1e-6)
+    np.testing.assert_array_equal(pair.moving_labels[inner], pair.fixed_labels[inner])
+    # Beyond the moving grid: not valid, and air.
+    assert float(pair.moving_valid[0, -1, 0, 0, 0]) == 0
+    assert float(pair.moving[0, -1, 0, 0, 0]) == -1
+
+
+def test_training_gradient_holds_no_scatter_but_the_label_counts():
+    """Gathers and reshapes only: bit-exact on every backend, and the fastest form.
+
+    The one scatter of the step is the forward label count of the soft Dice (integer
+    adds into labels per slice); the backward pass adds none.
+    """
+    model = UniReg(**SMALL, conv_impl="direct")
+    batch = _batch()
+    loss = objective.make_loss(
+        lambda p, *a, **k: model.apply({"params": p}, *a, **k),
+        weights=_weights(),
+        backend="mind",
+        hu_low=-800.0,
+        hu_high=400.0,
+    )
+    params = jax.eval_shape(
+        model.init,
+        jax.random.key(0),
+        jnp.zeros((1, 16, 16, 16, 1)),
+        jnp.zeros((1, 16, 16, 16, 1)),
+        jnp.zeros((1, 8, 8, 8, 27)),
+        jnp.zeros(1, jnp.int32),
+        jnp.zeros(1, jnp.int32),
+    )["params"]
+
+    def scatters(function):
+        text = jax.jit(function).lower(params, batch).as_text()
+        assert "stablehlo.select_and_scatter" not in text
+        return len(re.findall(r'"?stablehlo\.scatter"?\(', text))
+
+    forward = scatters(lambda p, b: loss(p, b)[0])
+    assert forward >= 1  # the search finds what is there
+    assert (
+        scatters(lambda p, b: jax.value_and_grad(loss, has_aux=True)(p, b)) == forward
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        (objective.Weights(LAMBDA, reg_units="mm"), "reg_units must be one of"),
+        (objective.Weights((1.0, 1.0)), "one weight per region"),
+    ],
+)
+def test_objective_rejects_bad_weights(weights, match):
+    pair = objective.prepare(_batch(), backend="none")
+    with pytest.raises(ValueError, match=match):
+        objective.objective(jnp.zeros((1, *SHAPE, 3)), pair, weights=weights)

@@ -1,0 +1,296 @@
+"""The training loop: one trace, exact resume, several devices, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipeline import loader, synthetic
+from experiments import build, train, unireg
+from unireg_jax.errors import CHECKPOINT, NUMERICAL, USAGE, UserError
+from unireg_jax.training import checkpoint, evaluate, log, optimizer
+from unireg_jax.training import state as train_state
+from unireg_jax.training import step as train_step
+
+SHAPE = (32, 16, 16)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """Prepared folder of tiny phantoms of two tasks."""
+    return synthetic.write_dataset(
+        tmp_path_factory.mktemp("phantoms"),
+        shape=SHAPE,
+        spacing_mm=12.0,
+        subjects_per_task=4,
+        tasks=("headneck", "lung"),
+    )
+
+
+@pytest.fixture
+def config(phantoms):
+    """A run of four steps of a small network."""
+    config = unireg.get_config("demo")
+    with config.unlocked():
+        config.data.root = str(phantoms)
+        config.data.shape = SHAPE
+        config.data.spacing_mm = 12.0
+        config.model.update(
+            {"encoder": (4, 4, 4, 4), "decoder": (4, 4, 4, 4), "remaining": (4,)}
+        )
+        config.train.update(
+            {"steps": 4, "log_every": 2, "eval_every": 4, "eval_pairs": 1}
+        )
+        config.train.checkpoint_every = 2
+    return config.lock()
+
+
+def _params(workdir, config):
+    experiment = build.build(config, workdir)
+    state = train_state.make_state(experiment.model, experiment.tx, seed=config.seed)
+    saved = checkpoint.Checkpoints(workdir)
+    restored = saved.restore(state)
+    saved.close()
+    return restored
+
+
+def test_resume_equals_uninterrupted(config, tmp_path):
+    """Four steps at once, and two plus two after a restart: bit-identical."""
+    train.train(config, tmp_path / "whole")
+    with config.unlocked():
+        config.train.steps = 2
+    train.train(config, tmp_path / "parts")
+    with config.unlocked():
+        config.train.steps = 4
+    train.train(config, tmp_path / "parts")
+    whole, parts = (_params(tmp_path / n, config) for n in ("whole", "parts"))
+    assert int(whole.step) == int(parts.step) == 4
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    logs = [
+        [
+            json.loads(x)
+            for x in (tmp_path / n / "metrics.jsonl").read_text().split("\n")
+            if x
+        ]
+        for n in ("whole", "parts")
+    ]
+    assert [x for x in logs[0] if x["step"] == 4] == [
+        x for x in logs[1] if x["step"] == 4
+    ]
+
+
+def test_run_leaves_weights_config_and_metrics(config, tmp_path):
+    path = train.train(config, tmp_path)
+    assert path.is_file() and path.with_suffix(".json").is_file()
+    assert json.loads((tmp_path / "config.json").read_text())["preset"] == "demo"
+    lines = [
+        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().split("\n") if x
+    ]
+    assert any("val/mean_dsc/headneck" in line for line in lines)
+    assert all(line["train/loss"] > 0 for line in lines if "train/loss" in line)
+    assert list((tmp_path / "tb").iterdir())
+
+
+def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
+    experiment = build.build(config, tmp_path)
+    traces = []
+
+    def loss(params, batch):
+        traces.append(1)
+        return experiment.loss(params, batch)
+
+    mesh = train_step.make_mesh()
+    step = train_step.make_train_step(loss, experiment.tx, mesh=mesh)
+    state = train_state.make_state(experiment.model, experiment.tx, seed=0)
+    state = jax.device_put(state, train_step.replicated(mesh))
+    stream = loader.make_iterator(
+        experiment.dataset, "train", batch_size=mesh.shape["data"], seed=0
+    )
+    seen = set()
+    for _ in range(4):
+        batch = next(stream)
+        seen.add((int(batch.region[0]), int(batch.pair_type[0])))
+        before = state
+        state, _ = step(before, jax.device_put(batch, train_step.batch_sharding(mesh)))
+    assert len(traces) == 1 and len(seen) == 2
+    assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
+
+
+def test_config_drift_is_refused_with_the_difference(config, tmp_path):
+    checkpoint.check_config(tmp_path, config.to_dict())
+    with config.unlocked():
+        config.train.steps = 9  # may change
+        config.optim.lr = 0.5  # may not
+    with pytest.raises(UserError, match=r"optim.lr: 0.001 -> 0.5") as error:
+        checkpoint.check_config(tmp_path, config.to_dict())
+    assert error.value.exit_code == USAGE
+
+
+def test_checkpoint_of_another_model_is_refused(config, tmp_path):
+    train.train(config, tmp_path)
+    with config.unlocked():
+        config.model.encoder = (8, 4, 4, 4)
+    with pytest.raises(UserError, match="does not fit this model") as error:
+        _params(tmp_path, config)
+    assert error.value.exit_code == CHECKPOINT
+
+
+def test_nonfinite_loss_stops_naming_step_and_task(config, tmp_path):
+    with config.unlocked():
+        config.optim.lr = 1e30
+        config.optim.clip_norm = 0.0
+        config.optim.warmup_steps = 0
+    with pytest.raises(UserError, match=r"step \d: loss .* on pair \d+ \(") as error:
+        train.train(config, tmp_path)
+    assert error.value.exit_code == NUMERICAL
+
+
+def test_paper_preset_without_data_says_so(tmp_path):
+    with pytest.raises(UserError, match="config.data.root expected, none given") as e:
+        build.build(unireg.get_config(), tmp_path)
+    assert e.value.exit_code == USAGE
+
+
+def test_data_on_another_grid_is_refused(config, tmp_path):
+    with config.unlocked():
+        config.data.spacing_mm = 2.0
+    with pytest.raises(UserError, match="at 2.0 mm expected by the config") as error:
+        build.build(config, tmp_path)
+    assert error.value.exit_code == USAGE
+
+
+def test_paper_preset_states_the_papers_numbers():
+    config = unireg.get_config()
+    assert tuple(config.data.shape) == (192, 192, 160)
+    assert tuple(config.loss.smoothness) == (0.05, 1.0, 0.1, 10.0)
+    assert config.optim.to_dict() | {} == {
+        "name": "sgd",
+        "lr": 5e-5,
+        "momentum": 0.99,
+        "clip_norm": 0.0,
+        "warmup_steps": 0,
+        "decay_steps": 0,
+        "head_scale": 1.0,
+    }
+    assert config.train.steps == 120_000 and config.data.batch_size == 1
+
+
+def test_misspelt_field_stops_the_run():
+    config = unireg.get_config("demo")
+    with pytest.raises((AttributeError, KeyError), match="optim_lr|optim.lrr|lrr"):
+        config.optim.lrr = 1.0
+
+
+def test_optimizer_head_scale_touches_the_head_alone():
+    params = {"backbone": {"w": jnp.ones(3)}, "head": {"w": jnp.ones(3)}}
+    updates = []
+    for scale in (1.0, 0.1):
+        tx = optimizer.make_optimizer("adam", lr=0.5, head_scale=scale)
+        updates.append(tx.update(params, tx.init(params), params)[0])
+    np.testing.assert_allclose(updates[1]["head"]["w"], 0.1 * updates[0]["head"]["w"])
+    np.testing.assert_array_equal(
+        updates[1]["backbone"]["w"], updates[0]["backbone"]["w"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "match"),
+    [("rmsprop", 1.0, "must be one of"), ("sgd", 0.0, "lr must")],
+)
+def test_optimizer_rejects(name, lr, match):
+    with pytest.raises(ValueError, match=match):
+        optimizer.make_optimizer(name, lr=lr)
+
+
+def test_log_drops_lines_past_the_resume_step(tmp_path):
+    writer = log.Log(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, {"x": float(step), "bad": float("nan")})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "x"')  # torn by a kill
+    writer = log.Log(tmp_path, resume_step=2)
+    writer.write(3, {"x": 30.0})
+    writer.close()
+    lines = [
+        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [(x["step"], x["x"]) for x in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert lines[0]["bad"] is None
+
+
+def test_summarize_skips_undefined():
+    row = dict.fromkeys(evaluate.PER_PAIR, 1.0)
+    rows = [
+        {"task": "chest", "mean_dsc": 0.5, "mean_dsc_before": 0.25, **row},
+        {"task": "chest", "mean_dsc": float("nan"), "mean_dsc_before": 0.75, **row},
+    ]
+    summary = evaluate.summarize(rows)["chest"]
+    assert summary["mean_dsc"] == 0.5 and summary["mean_dsc_before"] == 0.5
+
+
+_TWO_DEVICES = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from experiments import build, unireg
+from unireg_jax.training import step as s, state as st
+from data_pipeline import loader
+assert len(jax.devices()) == 2
+c = unireg.get_config("demo")
+with c.unlocked():
+    c.data.root, c.data.shape, c.data.spacing_mm = sys.argv[1], (32, 16, 16), 12.0
+    c.model.update({"encoder": (4,) * 4, "decoder": (4,) * 4, "remaining": (4,)})
+e = build.build(c, Path(sys.argv[1]))
+results = []
+for devices in (jax.devices()[:1], jax.devices()):
+    mesh = s.make_mesh(devices)
+    step = s.make_train_step(e.loss, e.tx, mesh=mesh)
+    state = jax.device_put(st.make_state(e.model, e.tx, seed=0), s.replicated(mesh))
+    stream = loader.make_iterator(e.dataset, "train", batch_size=2, seed=0)
+    for _ in range(2):
+        batch = jax.device_put(next(stream), s.batch_sharding(mesh))
+        state, scalars = step(state, batch)
+    results.append((float(scalars["loss"]), jax.device_get(state.params)))
+(a, p), (b, q) = results
+np.testing.assert_allclose(a, b, rtol=1e-4)
+jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-4), p, q)
+print("same")
+"""
+
+
+def test_two_devices_train_as_one(phantoms):
+    """Data parallel over two simulated devices: same loss, parameters within Adam's
+    amplification of rounding."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TWO_DEVICES, str(phantoms)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+def test_missing_root_exits_2_with_one_line(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.train",
+            "--config=experiments/unireg.py",
+            f"--workdir={tmp_path}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == USAGE
+    assert done.stderr.strip().count("\n") == 0 and "data.root" in done.stderr

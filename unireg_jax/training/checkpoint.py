@@ -1,0 +1,123 @@
+"""Checkpoints of a run: state and data iterator together, config beside them.
+
+Layout: <workdir>/config.json, <workdir>/checkpoints/<step>/ (Orbax).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+
+from unireg_jax.errors import CHECKPOINT, USAGE, UserError
+from unireg_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """Saves and restores a run; the same command continues where it stopped."""
+
+    def __init__(self, workdir: Path | str, *, keep: int = 2):
+        """Opens `workdir`/checkpoints, made if absent; the newest `keep` stay."""
+        self._manager = ocp.CheckpointManager(
+            Path(workdir).resolve() / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def latest(self) -> int | None:
+        """Newest step that was saved whole."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, iterator: Any) -> None:
+        """Saves in the background; a save in flight is finished first."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(iterator),
+            ),
+        )
+
+    def restore(self, state: TrainState, iterator: Any = None) -> TrainState:
+        """Newest state, on the devices of `state`; moves `iterator` to its place.
+
+        Args:
+            state: a fresh state of the same model and optimiser.
+            iterator: Grain iterator to set, or None to leave the data alone.
+
+        Raises:
+            UserError: `checkpoint_other`, exit code 9: none there, or of another model.
+        """
+        step = self.latest()
+        if step is None:
+            raise UserError(
+                "checkpoint_missing",
+                f"{self._manager.directory}: no checkpoint; train first",
+                CHECKPOINT,
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = {"state": ocp.args.StandardRestore(abstract)}
+        if iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                "checkpoint_other",
+                f"{self._manager.directory}/{step}: does not fit this model and "
+                f"optimiser ({str(error).splitlines()[0][:160]}); use the config of "
+                "the run, or another --workdir",
+                CHECKPOINT,
+            ) from error
+        return TrainState(*restored["state"])
+
+    def close(self) -> None:
+        """Waits for saves in flight."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+# Fields that may differ when a run is continued: they change no parameter.
+_FREE = ("train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every")
+
+
+def check_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
+    """Writes the config of a new run, or refuses one that differs from the old run's.
+
+    Args:
+        workdir: the run's folder.
+        config: nested dict of numbers, strings and lists.
+
+    Raises:
+        UserError: `schema`, exit code 2, naming every field that differs.
+    """
+    path = Path(workdir) / "config.json"
+    text = json.dumps(config, indent=1, sort_keys=True)
+    if path.exists():
+        before, now = _flat(json.loads(path.read_text())), _flat(json.loads(text))
+        drift = [
+            f"{k}: {before.get(k)!r} -> {now.get(k)!r}"
+            for k in sorted(before.keys() | now.keys())
+            if before.get(k) != now.get(k) and k not in _FREE
+        ]
+        if drift:
+            raise UserError(
+                "schema",
+                f"{path}: this run was started with another config ("
+                + "; ".join(drift)
+                + "); give the old values, or another --workdir",
+                USAGE,
+            )
+    path.write_text(text + "\n")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,52 @@
+"""Metrics over a dataset: per pair, per label, per task."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+PER_PAIR = ("ncc", "ncc_before", "sdlogj", "sdlogj_l2r", "folding_fraction")
+
+
+def evaluate(
+    eval_step: Callable, params: Any, batches: Iterable[tuple[Any, Any]]
+) -> list[dict[str, Any]]:
+    """Judges pairs one by one.
+
+    Args:
+        eval_step: from step.make_eval_step.
+        params: of the network.
+        batches: (pair, PairBatch of one sample), as loader.make_eval_batches yields.
+
+    Returns:
+        One dict per pair: task, fixed, moving (positions in the index), the numbers
+        of PER_PAIR, dsc and dsc_before as lists over labels (NaN where undefined), and
+        their means mean_dsc, mean_dsc_before.
+    """
+    rows = []
+    for pair, batch in batches:
+        result = {k: np.asarray(v)[0] for k, v in eval_step(params, batch).items()}
+        row = {"task": pair.task, "fixed": pair.fixed, "moving": pair.moving}
+        row |= {k: float(result[k]) for k in PER_PAIR}
+        for name in ("dsc", "dsc_before"):
+            row[name] = [float(x) for x in result[name]]
+            row[f"mean_{name}"] = nanmean(row[name])
+        rows.append(row)
+    return rows
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means per task: mean_dsc, mean_dsc_before and the numbers of PER_PAIR."""
+    summary = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        keys = ("mean_dsc", "mean_dsc_before", *PER_PAIR)
+        summary[task] = {k: nanmean([row[k] for row in mine]) for k in keys}
+    return summary
+
+
+def nanmean(values: Iterable[float]) -> float:
+    """Mean of the values that are defined; NaN when none is."""
+    array = np.asarray(list(values), float)
+    array = array[~np.isnan(array)]
+    return float(array.mean()) if array.size else float("nan")

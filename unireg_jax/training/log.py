@@ -1,0 +1,50 @@
+"""Scalars of a run: one JSON object per line, and TensorBoard beside it."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import tensorboardX
+
+
+class Log:
+    """Appends to `metrics.jsonl` and `tb/` of a work folder.
+
+    Lines past `resume_step` are dropped on opening: a restarted run repeats them.
+    """
+
+    def __init__(self, workdir: Path | str, *, resume_step: int = 0):
+        self._path = Path(workdir) / "metrics.jsonl"
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            kept = [x for x in lines if _step_of(x) <= resume_step]
+            self._path.write_text("".join(line + "\n" for line in kept))
+        self._file = open(self._path, "a")  # noqa: SIM115  closed in close()
+        self._board = tensorboardX.SummaryWriter(
+            str(Path(workdir) / "tb"), purge_step=resume_step or None
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one line; NaN becomes null, for strict readers."""
+        clean = {
+            k: float(v) if math.isfinite(float(v)) else None for k, v in scalars.items()
+        }
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        for name, value in clean.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a line; a torn last line counts as past any step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,186 @@
+"""The training objective: similarity, smoothness and overlap of one batch of pairs.
+
+UniReg, section 3.2, eq. 6; the smoothness weight follows the body region of each
+sample (Table 8).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unireg_jax.models import features
+from unireg_jax.ops import dice, intensity, ncc, smoothness, warp
+from unireg_jax.tasks import PairBatch
+
+REG_UNITS = ("normalized", "voxel")
+
+
+class Pair(NamedTuple):
+    """One batch on the fixed grid, ready for the network; no gradient flows into it.
+
+    Attributes:
+        fixed: [B, X, Y, Z, 1] float32 in [-1, 1].
+        moving: as fixed, pre-aligned.
+        corr: [B, X/2, Y/2, Z/2, 27] float32.
+        fixed_valid, moving_valid: [B, X, Y, Z, 1] float32, 1 inside the scan.
+        fixed_labels, moving_labels: [B, X, Y, Z] uint8.
+        region, pair_type: [B] int32.
+    """
+
+    fixed: jax.Array
+    moving: jax.Array
+    corr: jax.Array
+    fixed_valid: jax.Array
+    moving_valid: jax.Array
+    fixed_labels: jax.Array
+    moving_labels: jax.Array
+    region: jax.Array
+    pair_type: jax.Array
+
+
+class Weights(NamedTuple):
+    """Plain numbers of the objective.
+
+    Attributes:
+        smoothness: per Region, in the order of the enum (lambda, Table 8).
+        dice: of (1 - mean soft Dice); 0 leaves labels out.
+        reg_units: "normalized" differentiates the field in [-1, 1] units, in which the
+            paper's lambda and learning rate live; "voxel" in voxels. One is the other
+            times about (n - 1)^2 / 4, some 9000 at 192: never mix them.
+        ncc_window: edge of the similarity's window, voxels.
+        num_labels: label ids including background; static.
+    """
+
+    smoothness: tuple[float, ...]
+    dice: float = 1.0
+    reg_units: str = "normalized"
+    ncc_window: int = 9
+    num_labels: int = 2
+
+
+def prepare(
+    batch: PairBatch, *, backend: str, hu_low: float = -800.0, hu_high: float = 400.0
+) -> Pair:
+    """Windows, pre-aligns and describes a batch on the device.
+
+    Args:
+        batch: HU volumes and labels, see tasks.PairBatch.
+        backend: row of models.features.FEATURES.
+        hu_low, hu_high: HU window that becomes [-1, 1] (section 4.3).
+
+    Returns:
+        The pair on the fixed grid; outside either scan images are air and not valid.
+    """
+    shape = batch.fixed.shape[1:4]
+    coords = warp.affine_coords(batch.align, shape)
+
+    def windowed(hu):
+        return intensity.window(hu, low=hu_low, high=hu_high)
+
+    limit = jnp.array(batch.moving.shape[1:4], jnp.float32) - 1
+    within = (coords >= 0) & (coords <= jnp.broadcast_to(limit, coords.shape))
+    valid = intensity.valid(batch.moving).astype(jnp.float32)
+    valid = warp.sample(valid, coords) * within.all(-1, keepdims=True)
+    moving = warp.sample(windowed(batch.moving), coords)
+    # Beyond the moving scan: air, as where the fixed scan ends.
+    moving = jnp.where(valid > 0.5, moving, -1.0)
+    labels = warp.sample(batch.moving_labels[..., None], coords, order=0)[..., 0]
+    fixed = windowed(batch.fixed)
+    pair = Pair(
+        fixed=fixed,
+        moving=moving,
+        corr=features.match(fixed, moving, backend=backend),
+        fixed_valid=intensity.valid(batch.fixed).astype(jnp.float32),
+        moving_valid=valid,
+        fixed_labels=batch.fixed_labels,
+        moving_labels=jnp.where(valid[..., 0] > 0.5, labels, 0).astype(labels.dtype),
+        region=batch.region,
+        pair_type=batch.pair_type,
+    )
+    return jax.lax.stop_gradient(pair)
+
+
+def objective(
+    disp: jax.Array, pair: Pair, *, weights: Weights
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of a predicted field, averaged over the batch.
+
+    loss = (1 - NCC(F, M o phi)) + lambda[region] * R(phi) + w (1 - Dice)
+
+    Args:
+        disp: [B, X, Y, Z, 3] float32, voxels.
+        pair: from `prepare`.
+        weights: plain numbers, static.
+
+    Returns:
+        loss: scalar float32.
+        scalars: means over the batch: loss, ncc, smoothness (unweighted), dice (NaN
+            where no sample has a common label).
+
+    Raises:
+        ValueError: `reg_units` is unknown, or a region has no smoothness weight.
+    """
+    _check(weights)
+    warped = warp.warp(pair.moving, disp)
+    mask = pair.fixed_valid * jax.lax.stop_gradient(warp.warp(pair.moving_valid, disp))
+    similarity = ncc.local_ncc(
+        pair.fixed, warped, window=weights.ncc_window, mask=mask[..., 0]
+    )
+    field = disp
+    if weights.reg_units == "normalized":
+        # 1 unit is (n - 1) / 2 voxels (align-corners).
+        units_per_voxel = 2 / (jnp.array(disp.shape[1:4], jnp.float32) - 1)
+        field = disp * jnp.broadcast_to(units_per_voxel, disp.shape)
+    rough = smoothness.diffusion(field)
+    strength = jnp.array(weights.smoothness, jnp.float32)[pair.region]
+    loss = 1 - similarity + strength * rough
+    scalars = {"ncc": similarity.mean(), "smoothness": rough.mean()}
+    if weights.dice:
+        overlap, present = dice.soft_dice(
+            pair.fixed_labels, pair.moving_labels, disp, num_labels=weights.num_labels
+        )
+        count = present.sum(-1)
+        mean = (overlap * present).sum(-1) / jnp.maximum(count, 1)
+        loss = loss + weights.dice * jnp.where(count > 0, 1 - mean, 0.0)
+        labelled = (count > 0).sum()
+        total = jnp.where(count > 0, mean, 0.0).sum()
+        scalars["dice"] = jnp.where(
+            labelled > 0, total / jnp.maximum(labelled, 1), jnp.nan
+        )
+    loss = loss.mean()
+    return loss, {"loss": loss, **scalars}
+
+
+def make_loss(
+    apply_fn: Callable, *, weights: Weights, backend: str, hu_low: float, hu_high: float
+) -> Callable:
+    """Binds everything static: loss(params, batch) -> (loss, scalars)."""
+
+    def loss(params, batch: PairBatch):
+        pair = prepare(batch, backend=backend, hu_low=hu_low, hu_high=hu_high)
+        disp = apply_fn(
+            params,
+            pair.fixed,
+            pair.moving,
+            pair.corr,
+            pair.region,
+            pair.pair_type,
+            train=True,
+        )
+        return objective(disp, pair, weights=weights)
+
+    return loss
+
+
+def _check(weights: Weights) -> None:
+    if weights.reg_units not in REG_UNITS:
+        raise ValueError(
+            f"reg_units must be one of {REG_UNITS}, got {weights.reg_units!r}"
+        )
+    if len(weights.smoothness) != 4:
+        raise ValueError(
+            "smoothness must hold one weight per region (headneck, chest, abdomen, "
+            f"liver), got {len(weights.smoothness)}"
+        )
