@@ -22,11 +22,6 @@ from unireg_jax.models import features
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import ncc, smoothness, warp
 
-_SHAPE = flags.DEFINE_list("shape", ["96", "96", "80"], "X,Y,Z, multiples of 16.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Counted runs of each candidate.")
-_TRAIN = flags.DEFINE_boolean("train", False, "Time a training step, too.")
-_DIRECT = flags.DEFINE_boolean("direct", False, "Also XLA's own convolution (slow).")
-
 
 def _inputs(shape):
     rng = np.random.default_rng(0)
@@ -114,7 +109,7 @@ def _measure(candidates: dict[str, Callable], repeats: int) -> None:
 
 def main(argv) -> None:
     del argv
-    shape = tuple(int(n) for n in _SHAPE.value)
+    shape = tuple(int(n) for n in flags.FLAGS.shape)
     device = jax.devices()[0]
     print(
         f"{shape}, {device.platform} {device.device_kind}, {os.cpu_count()} cores, "
@@ -142,9 +137,9 @@ def main(argv) -> None:
             ),
         ]
     )
-    if _DIRECT.value:
+    if flags.FLAGS.direct:
         candidates |= [_compiled("network, XLA convolution", forward("direct"), *args)]
-    if _TRAIN.value:
+    if flags.FLAGS.train:
 
         def loss(params, fixed, moving, corr, cond):
             disp = model.apply(params, fixed, moving, corr, cond, cond)
@@ -158,8 +153,13 @@ def main(argv) -> None:
         ]
     if twin := _torch_twin(shape):
         candidates["PyTorch twin, forward"] = twin
-    _measure(candidates, _REPEATS.value)
+    _measure(candidates, flags.FLAGS.repeats)
 
 
 if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_list("shape", ["96", "96", "80"], "X,Y,Z, multiples of 16.")
+    flags.DEFINE_integer("repeats", 5, "Counted runs of each candidate.")
+    flags.DEFINE_boolean("train", False, "Time a training step, too.")
+    flags.DEFINE_boolean("direct", False, "Also XLA's own convolution (slow).")
     app.run(main)

@@ -105,6 +105,7 @@ def _dataset(config: ml_collections.ConfigDict, workdir: Path | str) -> loader.D
                 spacing_mm=data.spacing_mm,
                 subjects_per_task=data.phantoms,
                 seed=config.seed,
+                tasks=[task for task, share in data.weights.items() if share],
             )
         prealign.prealign(root)
     if not root:

@@ -20,8 +20,6 @@ from unireg_jax import registration
 from unireg_jax.imaging import nifti
 from unireg_jax.registration import metrics
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the demo.")
-
 SPACING_MM = 4.0
 SHAPE = (96, 96, 96)
 HELD_OUT_SEED = 900
@@ -33,7 +31,7 @@ def demo(workdir: Path) -> dict:
     weights = train.train(config, workdir)
     model = registration.load_model(weights)
     results = {}
-    for task in config.data.weights:
+    for task in [t for t, share in config.data.weights.items() if share]:
         scans, labels = _pair(workdir / "scans", task)
         result = registration.register(*scans, task=task, weights=model)
         results[task] = _judge(result, labels)
@@ -91,12 +89,10 @@ def _judge(result, labels) -> dict:
 def _draw(path: Path, result, scans, labels, scores) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fixed, moving = (nifti.read_image(p) for p in scans)
-    still = np.zeros_like(result.disp_mm)
-    placed = moving._replace(vox2world=np.linalg.inv(result.affine) @ moving.vox2world)
     figures.save_registration(
         path,
         fixed.data,
-        metrics.warp_labels(still, result.vox2world, placed, fixed),
+        figures.prealigned(moving, fixed, result.affine),
         result.warped,
         registration.residual_mm(result),
         fixed.spacing_mm,
@@ -122,10 +118,12 @@ def _line(task: str, scores: dict) -> str:
 def main(argv) -> None:
     del argv
     cli.setup()
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(flags.FLAGS.workdir)
     demo(workdir)
     print(f"pictures and metrics: {workdir}")
 
 
 if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_string("workdir", "runs/demo", "Folder of the demo.")
     app.run(main)

@@ -6,11 +6,21 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from unireg_jax.imaging import preprocess
+from unireg_jax.imaging.nifti import Volume
+
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
+AIR_HU = -1000
 WINDOW = (-400.0, 400.0)  # HU shown from black to white
 _PLANES = ("sagittal", "coronal", "axial")
+
+
+def prealigned(moving: Volume, fixed: Volume, affine: np.ndarray) -> np.ndarray:
+    """Moving scan on the fixed grid through the affine alone, air beyond it."""
+    grid = preprocess.Grid(fixed.data.shape, fixed.vox2world)
+    return preprocess.resample(moving, grid, fill=AIR_HU, matrix=affine)
 
 
 def save_registration(

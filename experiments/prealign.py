@@ -20,8 +20,6 @@ from experiments import cli
 from unireg_jax.registration import affine
 from unireg_jax.tasks import OUTSIDE_HU, PairType
 
-_DATA = flags.DEFINE_string("data", None, "Folder made by data_pipeline.prepare.")
-
 FAR_MM = 30.0
 _SAVE_EVERY = 20
 
@@ -76,9 +74,11 @@ def _middle(hu: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
 def main(argv) -> None:
     del argv
     cli.setup()
-    print(f"{prealign(_DATA.value)} pairs aligned")
+    print(f"{prealign(flags.FLAGS.data)} pairs aligned")
 
 
 if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_string("data", None, "Folder made by data_pipeline.prepare.")
     flags.mark_flags_as_required(["data"])
     app.run(main)

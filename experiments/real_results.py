@@ -26,10 +26,6 @@ from unireg_jax import registration
 from unireg_jax.imaging import nifti, points
 from unireg_jax.registration import metrics
 
-_DATA = flags.DEFINE_string("data", None, "Folder of the collection.")
-_OUT = flags.DEFINE_string("out", "runs/results", "Where results and pictures go.")
-_WEIGHTS = flags.DEFINE_multi_string("weights", [], "Files; none: the package's own.")
-
 LANDMARKS = {
     "liver": (
         "liver_multiphase/liver_hcc007_t1/pvp.nii.gz",
@@ -73,11 +69,10 @@ def headneck(data: Path, model, *, picture: Path | None) -> list[dict]:
             row[f"labels_{name}"] = {k: v["dsc"] for k, v in scores["labels"].items()}
         rows.append(row)
         if picture:
-            image = scans[1]._replace(vox2world=place @ scans[1].vox2world)
             figures.save_registration(
                 picture / f"headneck_{one}_{other}.png",
                 scans[0].data,
-                metrics.warp_labels(still, grid, image, fixed),
+                figures.prealigned(scans[1], scans[0], result.affine),
                 result.warped,
                 registration.residual_mm(result),
                 fixed.spacing_mm,
@@ -100,14 +95,10 @@ def landmarks(data: Path, model, task: str, *, picture: Path | None) -> dict:
     moved = pairs.fixed @ result.affine[:3, :3].T + result.affine[:3, 3]
     affine = np.linalg.norm(moved - pairs.moving, axis=1)
     if picture:
-        image = moving._replace(
-            vox2world=np.linalg.inv(result.affine) @ moving.vox2world
-        )
-        still = np.zeros_like(result.disp_mm)
         figures.save_registration(
             picture / f"{task}.png",
             fixed.data,
-            metrics.warp_labels(still, result.vox2world, image, fixed),
+            figures.prealigned(moving, fixed, result.affine),
             result.warped,
             registration.residual_mm(result),
             fixed.spacing_mm,
@@ -116,7 +107,7 @@ def landmarks(data: Path, model, task: str, *, picture: Path | None) -> dict:
     stages = {"initial": initial, "affine": affine, "network": network}
     return {
         "points": len(network),
-        "affine_kind": result.settings["affine"],
+        "affine_used": result.settings["affine_used"],
         **{f"tre_{k}": float(v.mean()) for k, v in stages.items()},
         **{f"tre_p95_{k}": float(np.percentile(v, 95)) for k, v in stages.items()},
         **_regularity(result),
@@ -159,10 +150,10 @@ def table(results: dict) -> str:
 def main(argv) -> None:
     del argv
     cli.setup()
-    data, out = Path(_DATA.value), Path(_OUT.value)
+    data, out = Path(flags.FLAGS.data), Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     results = {}
-    for i, path in enumerate(_WEIGHTS.value or [None]):
+    for i, path in enumerate(flags.FLAGS.weights or [None]):
         model = registration.load_model(path)
         picture = out if i == 0 else None
         name = Path(path).parent.name if path else "released"
@@ -174,5 +165,9 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_string("data", None, "Folder of the collection.")
+    flags.DEFINE_string("out", "runs/results", "Where results and pictures go.")
+    flags.DEFINE_multi_string("weights", [], "Files; none: the package's own.")
     flags.mark_flags_as_required(["data"])
     app.run(main)

@@ -18,9 +18,6 @@ from absl import app, flags
 from experiments import cli
 from unireg_jax.errors import USAGE, UserError
 
-_DATA = flags.DEFINE_string("data", None, "Folder of the collection.")
-_OUT = flags.DEFINE_string("out", None, "Where manifest.json and label maps go.")
-
 HELD_OUT = ("0022", "0061", "0096", "0112")
 LUNG_LOBES = range(10, 15)
 # Structures that both abdomen scans show and that a registration can hope to match.
@@ -114,13 +111,16 @@ def manifest(data: Path, out: Path) -> list[dict]:
 @cli.one_line_errors
 def main(argv) -> None:
     del argv
-    out = Path(_OUT.value)
+    out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = manifest(Path(_DATA.value), out)
+    rows = manifest(Path(flags.FLAGS.data), out)
     (out / "manifest.json").write_text(json.dumps(rows, indent=1))
     print(out / "manifest.json")
 
 
 if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_string("data", None, "Folder of the collection.")
+    flags.DEFINE_string("out", None, "Where manifest.json and label maps go.")
     flags.mark_flags_as_required(["data", "out"])
     app.run(main)

@@ -6,8 +6,10 @@ Writes to the work folder: config.json, checkpoints/, metrics.jsonl, tb/ (Tensor
 and weights.safetensors with its model card weights.json at the end.
 """
 
+import contextlib
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -24,9 +26,6 @@ from unireg_jax.training import checkpoint, evaluate, log
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
-
 
 def train(config, workdir: Path) -> Path:
     """Trains to config.train.steps and returns the path of the weights.
@@ -39,12 +38,7 @@ def train(config, workdir: Path) -> Path:
     checkpoint.check_config(workdir, config.to_dict())
     experiment = build.build(config, workdir)
     mesh = train_step.make_mesh()
-    step_fn = train_step.make_train_step(experiment.loss, experiment.tx, mesh=mesh)
-    state = train_state.make_state(experiment.model, experiment.tx, seed=config.seed)
-    if config.train.init_from:
-        params, _ = released.load_weights(config.train.init_from)
-        released.check_tensors(params, state.params, config.train.init_from)
-        state = state._replace(params=params)
+    state = _first_state(config, experiment)
     state = jax.device_put(state, train_step.replicated(mesh))
     stream = loader.make_iterator(
         experiment.dataset,
@@ -53,16 +47,45 @@ def train(config, workdir: Path) -> Path:
         seed=config.seed,
         weights=experiment.weights,
     )
-    checkpoints = checkpoint.Checkpoints(workdir)
-    if checkpoints.latest() is not None:
-        state = checkpoints.restore(state, stream)
-    start = int(state.step)
-    writer = log.Log(workdir, resume_step=start)
-    validate = _validator(config, experiment)
-    stop = _stop_on_signal()
-    names = [pair.task for pair in experiment.dataset.pairs("train")]
-    recent, waiting = _Recent(names), None
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            contextlib.closing(checkpoint.Checkpoints(workdir))
+        )
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(state, stream)
+        writer = stack.enter_context(
+            contextlib.closing(log.Log(workdir, resume_step=int(state.step)))
+        )
+        stop = stack.enter_context(_stop_on_signal())
+        state = _loop(
+            config, experiment, mesh, state, stream, checkpoints, writer, stop
+        )
     total = config.train.steps
+    if int(state.step) < total:
+        print(f"stopped at step {int(state.step)}; run again to go on", file=sys.stderr)
+        sys.exit(PREEMPTED)
+    path = workdir / "weights.safetensors"
+    training = {"steps": total, "preset": config.preset, "seed": config.seed}
+    released.save_weights(path, state.params, experiment.spec | {"training": training})
+    return path
+
+
+def _first_state(config, experiment: build.Experiment) -> train_state.TrainState:
+    """State at step 0, from released weights if the config names some."""
+    state = train_state.make_state(experiment.model, experiment.tx, seed=config.seed)
+    if config.train.init_from:
+        params, _ = released.load_weights(config.train.init_from)
+        released.check_tensors(params, state.params, config.train.init_from)
+        state = state._replace(params=params)
+    return state
+
+
+def _loop(config, experiment, mesh, state, stream, checkpoints, writer, stop):
+    """Steps from where `state` is to the end, or to a signal."""
+    step_fn = train_step.make_train_step(experiment.loss, experiment.tx, mesh=mesh)
+    validate = _validator(config, experiment)
+    recent = _Recent([pair.task for pair in experiment.dataset.pairs("train")])
+    start, total, waiting = int(state.step), config.train.steps, None
     with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
         for n in range(start + 1, total + 1):
             batch = next(stream)
@@ -73,7 +96,7 @@ def train(config, workdir: Path) -> Path:
             if waiting is not None:
                 recent.add(*waiting)
             waiting = (n, batch.pair, scalars)
-            last = n == total or stop.is_set
+            last = n == total or stop.is_set()
             if n % config.train.log_every == 0 or last:
                 recent.add(*waiting)
                 waiting = None
@@ -85,20 +108,9 @@ def train(config, workdir: Path) -> Path:
                 writer.write(n, validate(state.params))
             if n % config.train.checkpoint_every == 0 or last:
                 checkpoints.save(state, stream)
-            if stop.is_set:
+            if last:
                 break
-    checkpoints.close()
-    writer.close()
-    if int(state.step) < total:
-        print(f"stopped at step {int(state.step)}; run again to go on", file=sys.stderr)
-        sys.exit(PREEMPTED)
-    path = workdir / "weights.safetensors"
-    card = {
-        **experiment.spec,
-        "training": {"steps": total, "preset": config.preset, "seed": config.seed},
-    }
-    released.save_weights(path, state.params, card)
-    return path
+    return state
 
 
 class _Recent:
@@ -131,18 +143,23 @@ class _Recent:
         return means
 
 
-class _stop_on_signal:
-    """After SIGTERM or SIGINT `is_set`: the loop saves at the next step and leaves."""
+@contextlib.contextmanager
+def _stop_on_signal():
+    """An Event that SIGTERM or SIGINT sets: the loop saves at the next step's end."""
+    stop = threading.Event()
+    before = {}
 
-    def __init__(self):
-        self.is_set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)  # a second signal acts at once
 
-    def _handle(self, number, frame):
-        self.is_set = True
-        # A second signal acts at once.
-        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _validator(config, experiment: build.Experiment):
@@ -189,9 +206,12 @@ def _report(bar: tqdm, n: int, total: int, means: dict[str, float]) -> None:
 def main(argv) -> None:
     del argv
     cli.setup()
-    print(train(_CONFIG.value, Path(_WORKDIR.value)))
+    print(train(flags.FLAGS.config, Path(flags.FLAGS.workdir)))
 
 
 if __name__ == "__main__":
+    # Here, so that one script can import another.
+    config_flags.DEFINE_config_file("config", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

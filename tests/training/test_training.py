@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from data_pipeline import loader, synthetic
 from experiments import build, train, unireg
-from unireg_jax.errors import CHECKPOINT, NUMERICAL, USAGE, UserError
+from unireg_jax.errors import CHECKPOINT, NUMERICAL, PREEMPTED, USAGE, UserError
 from unireg_jax.training import checkpoint, evaluate, log, optimizer
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
@@ -40,6 +41,7 @@ def config(phantoms):
     config = unireg.get_config("demo")
     with config.unlocked():
         config.data.root = str(phantoms)
+        config.data.weights.headneck = 1.0
         config.data.shape = SHAPE
         config.data.spacing_mm = 12.0
         config.model.update(
@@ -277,6 +279,44 @@ def test_two_devices_train_as_one(phantoms):
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
     )
     assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+def test_signal_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch):
+    """SIGTERM in mid-run: exit 75 after a save; the rerun ends as if undisturbed."""
+    with config.unlocked():
+        config.train.checkpoint_every = 100
+    report = train._report
+
+    def interrupt(bar, n, total, means):
+        report(bar, n, total, means)
+        if n == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "_report", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        train.train(config, tmp_path / "hit")
+    assert stopped.value.code == PREEMPTED
+    monkeypatch.undo()
+    train.train(config, tmp_path / "hit")
+    train.train(config, tmp_path / "whole")
+    hit, whole = (_params(tmp_path / n, config) for n in ("hit", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, hit, whole)
+
+
+def test_init_from_starts_at_the_given_weights(config, tmp_path):
+    path = train.train(config, tmp_path / "first")
+    with config.unlocked():
+        config.train.init_from = str(path)
+    experiment = build.build(config, tmp_path)
+    state = train._first_state(config, experiment)
+    first = _params(tmp_path / "first", config)
+    jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
+    with config.unlocked():
+        config.model.encoder = (8, 4, 4, 4)
+    experiment = build.build(config, tmp_path)
+    with pytest.raises(UserError, match="expected, got") as error:
+        train._first_state(config, experiment)
+    assert error.value.exit_code == CHECKPOINT
 
 
 def test_missing_root_exits_2_with_one_line(tmp_path):

@@ -50,7 +50,7 @@ def make_train_step(
         grads, scalars = jax.grad(loss_fn, has_aux=True)(state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        scalars["grad_norm"] = optax.global_norm(grads)
+        scalars["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state, state.key), scalars
 
     keep, split = replicated(mesh), batch_sharding(mesh)
