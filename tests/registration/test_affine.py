@@ -1,0 +1,175 @@
+"""Pre-alignment: known maps are found, and nothing is ever made worse."""
+
+import numpy as np
+import pytest
+
+from data_pipeline import synthetic
+from unireg_jax.imaging import preprocess
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.registration import affine
+from unireg_jax.registration.affine import Plan, affine_align
+from unireg_jax.tasks import OUTSIDE_HU
+
+SHAPE = (60, 48, 56)
+SPACING = (6.0, 5.0, 5.5)
+# One plan for most tests: one compilation.
+PLAN = Plan(starts=8, finalists=2, fine_steps=50)
+
+
+def world_map(*, angle_deg=12.0, shift_mm=(25.0, -10.0, 15.0), scale=1.05):
+    """Rotation about an oblique axis, shift and uniform scale, [4, 4] mm."""
+    axis = np.array([0.8, 0.36, 0.48])
+    cross = np.cross(np.eye(3), axis)
+    angle = np.deg2rad(angle_deg)
+    turn = np.eye(3) + np.sin(angle) * -cross + (1 - np.cos(angle)) * cross @ cross
+    matrix = np.eye(4)
+    matrix[:3, :3] = scale * turn
+    matrix[:3, 3] = shift_mm
+    return matrix
+
+
+@pytest.fixture(scope="module")
+def scan():
+    """A head-neck phantom and the positions of its organs, LPS mm."""
+    phantom = synthetic.phantom("headneck", shape=SHAPE, spacing_mm=SPACING, seed=3)
+    points = np.argwhere(phantom.labels > 0)
+    points = points @ phantom.vox2world[:3, :3].T + phantom.vox2world[:3, 3]
+    return phantom.hu, phantom.vox2world, points
+
+
+def moved(scan, matrix, *, shape=(56, 60, 50), spacing=(6.0, 6.0, 6.0)):
+    """The scan as it looks from a world where x lies at matrix @ x, on its own grid."""
+    hu, vox2world, _ = scan
+    place = np.diag([*spacing, 1.0])
+    # Where the body lands, near enough, and far from the fixed grid's own centre.
+    place[:3, 3] = matrix[:3, 3] - (np.array(shape) - 1) / 2 * spacing
+    grid = preprocess.Grid(shape, place)
+    out = preprocess.resample(
+        Volume(hu, vox2world), grid, matrix=np.linalg.inv(matrix), fill=OUTSIDE_HU
+    )
+    return np.rint(out).astype(np.int16), place
+
+
+def error_mm(found, truth, points):
+    """Mean distance of where two maps send points, mm."""
+    gap = points @ (found - truth)[:3, :3].T + (found - truth)[:3, 3]
+    return float(np.linalg.norm(gap, axis=1).mean())
+
+
+def align(scan, moving, kind, plan=PLAN, **kwargs):
+    return affine_align(
+        scan[0],
+        moving[0],
+        fixed_vox2world=scan[1],
+        moving_vox2world=moving[1],
+        kind=kind,
+        plan=plan,
+        **kwargs,
+    )
+
+
+def test_affine_align_recovers_a_known_affine(scan):
+    truth = world_map()
+    found = align(scan, moved(scan, truth), "affine")
+    assert found.dtype == np.float64
+    # A quarter of the 8 mm voxels in which the search runs.
+    assert error_mm(found, truth, scan[2]) < 2.0
+
+
+def test_affine_align_recovers_a_known_rigid_motion(scan):
+    truth = world_map(scale=1.0)
+    found = align(scan, moved(scan, truth), "rigid")
+    assert error_mm(found, truth, scan[2]) < 2.0
+    # A rotation and nothing else.
+    np.testing.assert_allclose(found[:3, :3].T @ found[:3, :3], np.eye(3), atol=1e-6)
+
+
+def test_affine_align_recovers_from_a_scan_of_the_upper_half(scan):
+    truth = world_map(angle_deg=6.0)
+    hu, place = moved(scan, truth)
+    hu[:, :, :22] = OUTSIDE_HU
+    assert error_mm(align(scan, (hu, place), "affine"), truth, scan[2]) < 4.0
+
+
+def test_affine_align_of_equal_scans_is_the_identity(scan):
+    np.testing.assert_array_equal(align(scan, scan[:2], "affine"), np.eye(4))
+
+
+def test_affine_align_never_scores_below_its_plain_starts(scan):
+    # Steps of metres lose the image at once: what remains must be a plain start.
+    wild = Plan(
+        starts=1, finalists=1, coarse_steps=2, fine_steps=2, coarse_mm=3e3, fine_mm=3e3
+    )
+    truth = world_map(angle_deg=0.0, shift_mm=(40.0, 30.0, 20.0), scale=1.0)
+    moving = moved(scan, truth)
+    before = error_mm(align(scan, moving, "com", wild), truth, scan[2])
+    assert error_mm(align(scan, moving, "affine", wild), truth, scan[2]) <= before + 8
+
+
+def test_affine_align_none_and_com_need_no_search(scan):
+    truth = world_map(angle_deg=0.0, scale=1.0)
+    moving = moved(scan, truth)
+    np.testing.assert_array_equal(align(scan, moving, "none"), np.eye(4))
+    com = align(scan, moving, "com")
+    np.testing.assert_array_equal(com[:3, :3], np.eye(3))
+    # What leaves the field of view moves the centroid by some voxels.
+    assert error_mm(com, truth, scan[2]) < 15.0
+
+
+def test_affine_align_of_nothing_but_air_is_finite(scan):
+    air = np.full(SHAPE, -1000, np.int16)
+    found = align((air, *scan[1:]), (air, scan[1]), "rigid")
+    assert np.isfinite(found).all()
+
+
+def test_affine_align_looks_only_inside_the_mask(scan):
+    hu, vox2world, points = scan
+    truth = world_map(angle_deg=4.0, scale=1.0, shift_mm=(0.0, 0.0, 10.0))
+    moving, place = moved(scan, truth)
+    # The upper third moves as `truth`, the rest is another body.
+    mask = np.zeros(SHAPE, bool)
+    mask[:, :, 30:] = True
+    spoiled = hu.copy()
+    spoiled[:, :, :26] = spoiled[::-1, ::-1, :26]
+    found = align((spoiled, vox2world), (moving, place), "rigid", fixed_mask=mask)
+    high = points[points[:, 2] > vox2world[2, 3] + 32 * SPACING[2]]
+    assert error_mm(found, truth, high) < 4.0
+
+
+def test_affine_align_compiles_once_per_shape(scan, monkeypatch):
+    traces = []
+    search = affine._search
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(affine, "_search", counted)
+    plan = Plan(starts=1, finalists=1, coarse_steps=1, fine_steps=1)
+    for shift in (0.0, 10.0):
+        truth = world_map(angle_deg=shift, scale=1.0)
+        for kind in ("rigid", "affine"):
+            align(scan, moved(scan, truth), kind, plan)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"kind": "elastic"}, "kind must be one of"),
+        ({"fixed_hu": np.zeros((1, 4, 5, 6))}, r"fixed_hu must be \(X, Y, Z\)"),
+        ({"moving_vox2world": np.zeros((4, 4))}, "moving_vox2world must be"),
+        ({"fixed_mask": np.ones((4, 4, 4), bool)}, "fixed_mask must be"),
+    ],
+)
+def test_affine_align_rejects(change, match):
+    arguments = {
+        "fixed_hu": np.zeros((4, 5, 6), np.int16),
+        "moving_hu": np.zeros((4, 5, 6), np.int16),
+        "fixed_vox2world": np.eye(4),
+        "moving_vox2world": np.eye(4),
+        "kind": "affine",
+    } | change
+    fixed, moving = arguments.pop("fixed_hu"), arguments.pop("moving_hu")
+    with pytest.raises(ValueError, match=match):
+        affine_align(fixed, moving, **arguments)

@@ -1,0 +1,417 @@
+"""One pair from arrays: grids, pre-alignment, composition, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipeline import synthetic
+from unireg_jax import errors
+from unireg_jax.errors import UserError
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
+from unireg_jax.models.conditioning import dynamic
+from unireg_jax.models.unireg import UniReg
+from unireg_jax.registration import affine as prealign
+from unireg_jax.registration import metrics, pipeline, weights
+from unireg_jax.registration.pipeline import register
+from unireg_jax.tasks import Region
+
+SPEC = PreprocessSpec(shape=(48, 32, 48), spacing_mm=(8.0, 9.0, 8.0))
+ARCHITECTURE = {"encoder": (4, 4, 4, 4), "decoder": (4, 4, 4, 4), "remaining": (8,)}
+# At a few pixels a search of a few steps is enough.
+QUICK = prealign.Plan(starts=2, finalists=1, coarse_steps=5, fine_steps=5)
+
+
+def network(scale=1.0):
+    """A small random network; `scale` multiplies the field's last layer."""
+    module = UniReg(**ARCHITECTURE, field_level=1, conv_impl="direct")
+    params = jax.jit(pipeline._init(module))(jax.random.key(0))
+    bias = params["head"]["controller"]["bias"]
+    last = slice(dynamic.NUM_WEIGHTS - 3 * dynamic.HIDDEN, dynamic.NUM_WEIGHTS)
+    params["head"]["controller"]["bias"] = bias.at[last].multiply(scale)
+    spec = {
+        "architecture": {**ARCHITECTURE, "field_level": 1, "conv_impl": "direct"},
+        "features": "none",
+        "preprocess": SPEC.to_json(),
+    }
+    return params, spec
+
+
+def saved(folder, scale=1.0):
+    path = folder / "tiny.safetensors"
+    weights.save_weights(path, *network(scale))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A network whose field moves by millimetres."""
+    return pipeline.load_model(saved(tmp_path_factory.mktemp("weights"), scale=3e3))
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """A network as initialised: a field near zero."""
+    return pipeline.load_model(saved(tmp_path_factory.mktemp("weights")))
+
+
+def oblique(
+    shape, spacing, *, codes="LPS", angle_deg=8.0, center=(10.0, -220.0, 900.0)
+):
+    """An oblique grid, [4, 4]; codes other than LPS flip and permute its axes."""
+    angle = np.deg2rad(angle_deg)
+    turn = np.eye(3)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    axes = np.zeros((3, 3))
+    for column, code in enumerate(codes):
+        axes["LRPASI".find(code) // 2, column] = 1.0 if code in "LPS" else -1.0
+    vox2world = np.eye(4)
+    vox2world[:3, :3] = turn @ axes @ np.diag(spacing)
+    vox2world[:3, 3] = center - vox2world[:3, :3] @ (np.array(shape) - 1) / 2
+    return vox2world
+
+
+def smooth_body(shape, vox2world, *, shift=(0.0, 0.0, 0.0)):
+    """A smooth ellipsoid of HU with an off-centre bright spot, int16."""
+    axes = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    x = np.stack(axes, axis=-1) @ vox2world[:3, :3].T + vox2world[:3, 3]
+    x = x - np.array([10.0, -220.0, 900.0]) - shift
+    body = 1 / (1 + np.exp((np.square(x / [110, 90, 130]).sum(-1) - 1) * 6))
+    spot = np.exp(-np.square((x - [40, -20, 50]) / 45).sum(-1))
+    return np.rint(-1000 + 1040 * body + 250 * spot).astype(np.int16)
+
+
+def pair():
+    """Two scans of different grid, orientation and position."""
+    shapes = (33, 40, 29), (36, 28, 41)
+    grids = (
+        oblique(shapes[0], (8.0, 7.0, 10.0), codes="LPS"),
+        oblique(shapes[1], (8.5, 9.5, 7.5), codes="ASR", angle_deg=-5.0),
+    )
+    images = (
+        smooth_body(shapes[0], grids[0]),
+        smooth_body(shapes[1], grids[1], shift=(12.0, 5.0, -9.0)),
+    )
+    return images, grids
+
+
+def run(images, grids, **kwargs):
+    return register(
+        *images, fixed_vox2world=grids[0], moving_vox2world=grids[1], **kwargs
+    )
+
+
+def read_at(image, vox2world, points):
+    """Linear sampling at world points in float64, -1000 outside the outer faces."""
+    to_voxel = np.linalg.inv(vox2world)
+    coords = points @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+    limit = np.array(image.shape)
+    inside = ((coords >= -0.5) & (coords <= limit - 0.5)).all(-1)
+    coords = np.clip(coords, 0, limit - 1)
+    base = np.minimum(coords.astype(int), limit - 2)
+    part = coords - base
+    out = 0.0
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod(np.where(corner, part, 1 - part), axis=-1)
+        x, y, z = np.moveaxis(base + corner, -1, 0)
+        out = out + weight * image[x, y, z]
+    return np.where(inside, out, -1000.0)
+
+
+def world(shape, vox2world):
+    axes = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    return np.stack(axes, axis=-1) @ vox2world[:3, :3].T + vox2world[:3, 3]
+
+
+MATRIX = np.array(
+    [
+        [1.05, 0.04, 0.0, -3.0],
+        [-0.03, 0.97, 0.06, 61.0],
+        [0.0, -0.02, 1.02, -30.0],
+        [0.0, 0.0, 0.0, 1.0],
+    ]
+)
+
+
+def test_register_initial_network_is_near_the_identity(calm):
+    hu = synthetic.phantom("chest", shape=(40, 30, 36), spacing_mm=9.0, seed=1)
+    result = run(
+        (hu.hu, hu.hu), (hu.vox2world, hu.vox2world), task="lung", weights=calm
+    )
+    assert result.settings["affine_used"] == "none"
+    np.testing.assert_array_equal(result.affine, np.eye(4))
+    assert 0 < np.abs(result.disp_mm).max() < 0.1 * min(SPEC.spacing_mm)
+    # Steep edges of 1000 HU per voxel times a hundredth of a voxel.
+    assert np.abs(result.warped.astype(float) - hu.hu).mean() < 1.0
+    assert result.qc["ncc_before"] == pytest.approx(1.0, abs=1e-5)
+    assert result.qc["fold_percent"] == 0.0
+
+
+def test_register_total_map_is_affine_after_network(model):
+    images, grids = pair()
+    result = run(images, grids, task="chest", weights=model, affine=MATRIX)
+    assert result.disp_mm.shape == (*images[0].shape, 3)
+    np.testing.assert_array_equal(result.vox2world, grids[0])
+    x = world(images[0].shape, grids[0])
+    # The network's part in mm, sampled in float64 from its own grid.
+    grid = result.network_grid
+    u = [
+        read_at_clamped(result.network_disp[..., i] * SPEC.spacing_mm[i], grid, x)
+        for i in range(3)
+    ]
+    u = np.stack(u, axis=-1)
+    assert 1.0 < np.abs(u).max() < 60.0
+    y = (x + u) @ MATRIX[:3, :3].T + MATRIX[:3, 3]
+    # float32 coordinates of some hundred voxels.
+    np.testing.assert_allclose(result.disp_mm, y - x, atol=2e-3)
+    np.testing.assert_allclose(pipeline.residual_mm(result), u, atol=2e-3)
+    expected = read_at(images[1], grids[1], y)
+    assert result.warped.dtype == np.int16
+    edge = np.abs(expected + 1000) < 1  # where a rounding decides inside or outside
+    gap = np.abs(result.warped - expected)[~edge]
+    assert gap.max() < 1.0 and edge.mean() < 0.9
+
+
+def read_at_clamped(component, grid, points):
+    to_voxel = np.linalg.inv(grid.vox2world)
+    coords = points @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+    coords = np.clip(coords, 0, np.array(grid.shape) - 1)
+    return read_at(component, np.eye(4), coords)
+
+
+def test_register_slabs_give_the_same_as_one_piece(model, monkeypatch):
+    images, grids = pair()
+    whole = run(images, grids, task="chest", weights=model, affine=MATRIX)
+    x, y, _ = images[0].shape
+    monkeypatch.setattr(pipeline, "_SLAB_VOXELS", 4 * x * y)  # 29 is no multiple of 4
+    parts = run(images, grids, task="chest", weights=model, affine=MATRIX)
+    np.testing.assert_allclose(parts.disp_mm, whole.disp_mm, atol=1e-4)
+    assert np.abs(parts.warped - whole.warped).max() <= 1
+
+
+def test_register_does_not_depend_on_the_storage_order(model):
+    images, grids = pair()
+    first = run(images, grids, task="abdomen", weights=model, affine=MATRIX)
+    # The same fixed scan stored S, R, A instead of L, P, S.
+    turned = np.transpose(images[0][::-1, ::-1], (2, 0, 1))
+    flip = np.eye(4)[:, [2, 0, 1, 3]]
+    place = np.diag([-1.0, -1.0, 1.0, 1.0])
+    place[:2, 3] = np.array(images[0].shape[:2]) - 1
+    result = run(
+        (turned, images[1]),
+        (grids[0] @ place @ flip, grids[1]),
+        task="abdomen",
+        weights=model,
+        affine=MATRIX,
+    )
+    back = np.transpose(result.disp_mm, (1, 2, 0, 3))[::-1, ::-1]
+    np.testing.assert_allclose(back, first.disp_mm, atol=1e-3)
+    assert (
+        np.abs(np.transpose(result.warped, (1, 2, 0))[::-1, ::-1] - first.warped).max()
+        <= 1
+    )
+
+
+def test_register_prealigns_with_auto(calm, monkeypatch):
+    monkeypatch.setattr(prealign, "Plan", lambda: QUICK)
+    images, grids = pair()
+    lines = []
+    common = dict(weights=calm, progress=lines.append)
+    inter = run(images, grids, task="chest", **common)
+    assert inter.settings["affine_used"] == "affine"
+    intra = run(images, grids, task="lung", **common)
+    assert intra.settings["affine_used"] == "none"
+    far = grids[1].copy()
+    far[2, 3] += 200.0
+    moved = run(images, (grids[0], far), task="lung", **common)
+    assert moved.settings["affine_used"] == "rigid"
+    assert any("200 mm apart" in line for line in lines)
+    # Found, though the two do not overlap as they lie.
+    assert moved.qc["ncc_before"] > 0.9
+    forced = run(images, grids, task="lung", pair_type="inter", **common)
+    assert forced.settings["pair_type"] == "inter"
+    assert forced.settings["affine_used"] == "affine"
+
+
+def test_register_fills_beyond_the_moving_scan_with_air(calm):
+    images, grids = pair()
+    shift = np.eye(4)
+    shift[2, 3] = 5000.0
+    result = run(images, grids, task="lung", weights=calm, affine=shift)
+    assert (result.warped == -1000).all()
+    # An image without air, such as MR, gets its smallest value.
+    plain = images[1].astype(np.float32) + 1000
+    result = run((images[0], plain), grids, task="lung", weights=calm, affine=shift)
+    assert result.warped.dtype == np.float32
+    assert (result.warped == plain.min()).all()
+
+
+def test_register_compares_only_in_the_mask(calm):
+    images, grids = pair()
+    mask = np.zeros(images[0].shape, bool)
+    mask[10:20, 10:25, 8:20] = True
+    common = dict(task="lung", weights=calm, affine="none")
+    whole = run(images, grids, **common)
+    part = run(images, grids, fixed_mask=mask, **common)
+    np.testing.assert_array_equal(part.disp_mm, whole.disp_mm)
+    assert part.qc["ncc_before"] != whole.qc["ncc_before"]
+
+
+def test_register_traces_once_for_all_tasks(calm, monkeypatch):
+    traces = []
+    network = pipeline._network
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return network(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "_network", counted)
+    images, grids = pair()
+    for task in ("headneck", "chest", "abdomen", "liver", "lung"):
+        run(images, grids, task=task, weights=calm, affine="none")
+    assert len(traces) == 1
+
+
+def test_register_conditions_on_the_task(model):
+    images, grids = pair()
+    params = jax.tree.map(jnp.array, model.params)
+    kernel = params["head"]["controller"]["kernel"]
+    # The row that the chest's one-hot reads, after the 8 pooled features (eq. 4).
+    kernel = kernel.at[8 + Region.CHEST].add(1e-3)
+    params["head"]["controller"]["kernel"] = kernel
+    common = dict(
+        weights=model._replace(params=params), affine="none", pair_type="inter"
+    )
+    chest = run(images, grids, task="chest", **common)
+    abdomen = run(images, grids, task="abdomen", **common)
+    assert np.abs(chest.disp_mm - abdomen.disp_mm).max() > 0
+
+
+def test_register_refuses_a_field_that_is_not_finite(calm):
+    images, grids = pair()
+    params = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), calm.params)
+    with pytest.raises(UserError, match="finite vectors expected") as caught:
+        run(images, grids, task="lung", weights=calm._replace(params=params))
+    assert caught.value.reason == "field_nonfinite"
+    assert caught.value.exit_code == errors.NUMERICAL
+
+
+def test_register_refuses_a_field_of_kilometres(calm):
+    images, grids = pair()
+    params = jax.tree.map(jnp.array, calm.params)
+    bias = params["head"]["controller"]["bias"]
+    params["head"]["controller"]["bias"] = bias.at[-3:].set(1e3)
+    with pytest.raises(UserError, match="within 1000 mm") as caught:
+        run(images, grids, task="lung", weights=calm._replace(params=params))
+    assert caught.value.reason == "field_range"
+    assert caught.value.exit_code == errors.NUMERICAL
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"task": "knee"}, "task must be one of"),
+        ({"pair_type": "both"}, "type must be one of"),
+    ],
+)
+def test_register_refuses_unknown_tasks(calm, change, match):
+    images, grids = pair()
+    with pytest.raises(UserError, match=match) as caught:
+        run(images, grids, **({"task": "lung", "weights": calm} | change))
+    assert caught.value.exit_code == errors.USAGE
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"affine": "fancy"}, "affine must be one of"),
+        ({"affine": np.eye(3)}, r"affine must be a finite \(4, 4\)"),
+        ({"fixed_vox2world": None}, "fixed_vox2world must be"),
+        ({"fixed_mask": np.ones((2, 2, 2), bool)}, "fixed_mask must be"),
+        ({"fixed": np.zeros((2, 3, 4, 5))}, r"fixed must be \(X, Y, Z\)"),
+        ({"moving": np.full((4, 5, 6), np.nan)}, "moving must be finite"),
+    ],
+)
+def test_register_rejects(calm, change, match):
+    images, grids = pair()
+    arguments = {
+        "fixed": images[0],
+        "moving": images[1],
+        "fixed_vox2world": grids[0],
+        "moving_vox2world": grids[1],
+        "task": "lung",
+        "weights": calm,
+    } | change
+    fixed, moving = arguments.pop("fixed"), arguments.pop("moving")
+    with pytest.raises(ValueError, match=match):
+        register(fixed, moving, **arguments)
+
+
+def test_register_is_exported(calm):
+    from unireg_jax import registration
+
+    assert registration.register is register
+    with pytest.raises(AttributeError, match="nothing"):
+        registration.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "match"),
+    [
+        ({"features": "sam9"}, "checkpoint_other", "sam9"),
+        ({"architecture": {"layers": 5}}, "checkpoint_other", "layers"),
+        ({"architecture": {"conditioner": "odd"}}, "checkpoint_other", "odd"),
+        ({"architecture": {}}, "checkpoint_other", r"expected, got \("),
+        (
+            {"preprocess": PreprocessSpec(shape=(40, 32, 32)).to_json()},
+            "checkpoint_other",
+            "multiples of 16",
+        ),
+        (
+            {"preprocess": PreprocessSpec(codes="RAS").to_json()},
+            "checkpoint_other",
+            "RAS",
+        ),
+    ],
+)
+def test_load_model_refuses_weights_of_another_network(tmp_path, change, reason, match):
+    params, spec = network()
+    path = tmp_path / "other.safetensors"
+    weights.save_weights(path, params, spec | change)
+    with pytest.raises(UserError, match=match) as caught:
+        pipeline.load_model(path)
+    assert caught.value.reason == reason
+    assert caught.value.exit_code == errors.CHECKPOINT
+    assert "\n" not in str(caught.value)
+
+
+def test_load_model_refuses_missing_tensors(tmp_path):
+    params, spec = network()
+    del params["head"]["controller"]["bias"]
+    path = tmp_path / "torn.safetensors"
+    weights.save_weights(path, params, spec)
+    with pytest.raises(UserError, match=r"head/controller/bias: \(171,\) expected"):
+        pipeline.load_model(path)
+
+
+def test_warp_labels_follows_the_field(model):
+    images, grids = pair()
+    result = run(images, grids, task="chest", weights=model, affine=MATRIX)
+    source = Volume((images[1] > 100).astype(np.uint8) * 7, grids[1])
+    target = Volume(images[0], grids[0])
+    warped = metrics.warp_labels(result.disp_mm, grids[0], source, target)
+    y = world(images[0].shape, grids[0]) + result.disp_mm
+    expected = read_at(source.data.astype(float), grids[1], y)
+    assert warped.dtype == np.uint8 and set(np.unique(warped)) == {0, 7}
+    # Nearest and linear agree away from the surface.
+    np.testing.assert_array_equal(warped[expected == 7], 7)
+    np.testing.assert_array_equal(warped[np.abs(expected) < 1e-9], 0)
+
+
+def test_grid_is_the_weights_own(calm):
+    images, grids = pair()
+    result = run(images, grids, task="lung", weights=calm)
+    assert isinstance(result.network_grid, Grid)
+    assert result.network_disp.shape == (*SPEC.shape, 3)
+    assert result.timings["total"] > 0

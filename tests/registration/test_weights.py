@@ -1,0 +1,218 @@
+"""Released parameters: what is saved is what is loaded, and nothing else is."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from unireg_jax import errors
+from unireg_jax.errors import UserError
+from unireg_jax.imaging.preprocess import PreprocessSpec
+from unireg_jax.registration import weights
+
+SPEC = {
+    "architecture": {"encoder": [4, 8]},
+    "features": "none",
+    "preprocess": PreprocessSpec(shape=(48, 32, 32)).to_json(),
+    "licence": "Apache-2.0",
+}
+
+
+def params():
+    return {
+        "head": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "backbone": {"down": {"bias": np.array([0.5, -1.0], np.float32)}},
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    weights.save_weights(path, params(), SPEC)
+    return path
+
+
+def refusal(path, *, reason):
+    """The message of the UserError that loading must raise."""
+    with pytest.raises(UserError) as caught:
+        weights.load_weights(path)
+    assert caught.value.exit_code == errors.CHECKPOINT
+    assert caught.value.reason == reason
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit(path, change):
+    """Rewrites the description."""
+    card = path.with_suffix(".json")
+    spec = json.loads(card.read_text())
+    change(spec)
+    card.write_text(json.dumps(spec))
+
+
+def replace(path, data):
+    """Other tensors under a description that fits them."""
+    path.write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    edit(path, lambda spec: spec.update(sha256=digest))
+
+
+def test_weights_round_trip_is_exact(saved):
+    loaded, spec = weights.load_weights(saved)
+    assert set(loaded) == {"head", "backbone"}
+    np.testing.assert_array_equal(loaded["head"]["kernel"], params()["head"]["kernel"])
+    np.testing.assert_array_equal(loaded["backbone"]["down"]["bias"], [0.5, -1.0])
+    assert spec["format"] == weights.FORMAT
+    assert spec["licence"] == "Apache-2.0"
+    assert spec["architecture"] == SPEC["architecture"]
+    assert spec["sha256"] == hashlib.sha256(saved.read_bytes()).hexdigest()
+
+
+def test_save_weights_leaves_two_files_and_takes_tuples(tmp_path):
+    path = tmp_path / "a.safetensors"
+    spec = {**SPEC, "architecture": {"encoder": (4, 8)}}
+    weights.save_weights(path, params(), spec)
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.safetensors"]
+    assert weights.load_weights(path)[1]["architecture"] == {"encoder": [4, 8]}
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "match"),
+    [
+        ("a.npz", SPEC, "must end in .safetensors"),
+        ("a.safetensors", {"features": "none"}, "architecture"),
+        ("a.safetensors", {**SPEC, "note": float("nan")}, "JSON"),
+    ],
+)
+def test_save_weights_rejects(tmp_path, name, spec, match):
+    with pytest.raises(ValueError, match=match):
+        weights.save_weights(tmp_path / name, params(), spec)
+    assert os.listdir(tmp_path) == []
+
+
+def test_load_weights_names_both_digests_of_changed_tensors(saved):
+    data = bytearray(saved.read_bytes())
+    wanted = hashlib.sha256(data).hexdigest()
+    data[-1] ^= 1
+    saved.write_bytes(data)
+    message = refusal(saved, reason="checkpoint_changed")
+    assert wanted[:16] in message
+    assert hashlib.sha256(data).hexdigest()[:16] in message
+    assert "again" in message
+
+
+def test_load_weights_refuses_every_single_bit_flip(saved):
+    clean = saved.read_bytes()
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, 8 * len(clean), 50):
+        data = bytearray(clean)
+        data[position // 8] ^= 1 << (position % 8)
+        saved.write_bytes(data)
+        refusal(saved, reason="checkpoint_changed")
+
+
+def test_load_weights_refuses_a_newer_format(saved):
+    edit(saved, lambda spec: spec.update(format=7, features=["a", "b"]))
+    message = refusal(saved, reason="checkpoint_format")
+    assert "1 or older" in message and "got 7" in message and "update" in message
+
+
+def test_load_weights_refuses_a_newer_preprocess(saved):
+    edit(saved, lambda spec: spec["preprocess"].update(version=9))
+    assert "9" in refusal(saved, reason="checkpoint_format")
+
+
+@pytest.mark.parametrize("name", ["architecture", "features", "preprocess", "sha256"])
+def test_load_weights_names_a_missing_field(saved, name):
+    edit(saved, lambda spec: spec.pop(name))
+    assert name in refusal(saved, reason="checkpoint_torn")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": NaN}', '{"a": 1, "a": 2}', "[" * 100_000]
+)
+def test_load_weights_refuses_a_torn_description(saved, text):
+    saved.with_suffix(".json").write_text(text)
+    refusal(saved, reason="checkpoint_torn")
+
+
+def test_load_weights_refuses_a_lone_file(saved):
+    saved.with_suffix(".json").unlink()
+    assert "tiny.json" in refusal(saved, reason="checkpoint_missing")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00" * 7,
+        b"\xff" * 64,  # a header of 2^64 bytes
+        safetensors.numpy.save(params()["head"])[:-4],
+        safetensors.numpy.save(params()["head"]) + b"more",
+        b"\x80\x04\x95",  # a pickle
+    ],
+)
+def test_load_weights_refuses_what_is_no_safetensors(saved, data):
+    replace(saved, data)
+    refusal(saved, reason="checkpoint_torn")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_load_weights_refuses_nonfinite_tensors(saved, value):
+    spoiled = np.array([0.0, value], np.float32)
+    replace(saved, safetensors.numpy.save({"head/bias": spoiled}))
+    assert "head/bias" in refusal(saved, reason="checkpoint_nonfinite")
+
+
+def test_load_weights_refuses_a_tensor_inside_another(saved):
+    one = np.zeros(1, np.float32)
+    replace(saved, safetensors.numpy.save({"a": one, "a/b": one}))
+    refusal(saved, reason="checkpoint_torn")
+
+
+def test_check_tensors_names_missing_extra_and_misshapen(saved):
+    expected = params()
+    weights.check_tensors(params(), expected, saved)
+    expected["head"]["kernel"] = np.zeros((2, 4))
+    expected["head"]["bias"] = np.zeros(3)
+    del expected["backbone"]
+    with pytest.raises(UserError, match=r"head/kernel: \(2, 4\) expected") as caught:
+        weights.check_tensors(params(), expected, saved)
+    message = str(caught.value)
+    assert "got (2, 3)" in message
+    assert "head/bias: (3,) expected, got nothing" in message
+    assert "backbone/down/bias: nothing expected" in message
+    assert caught.value.exit_code == errors.CHECKPOINT
+
+
+def test_find_weights_prefers_argument_to_variable(saved, tmp_path, monkeypatch):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"x")
+    monkeypatch.setenv(weights.VARIABLE, str(other))
+    assert weights.find_weights(saved) == saved
+    assert weights.find_weights() == other
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "", "tiny.json", "a" * 5000])
+def test_find_weights_names_the_remedies(saved, name):
+    with pytest.raises(UserError) as caught:
+        weights.find_weights(saved.parent / name)
+    message = str(caught.value)
+    assert caught.value.exit_code == errors.CHECKPOINT
+    assert "--weights" in message and "experiments.train" in message
+    assert "\n" not in message
+
+
+def test_find_weights_names_the_variable_that_is_wrong(monkeypatch):
+    monkeypatch.setenv(weights.VARIABLE, "/nowhere/a.safetensors")
+    with pytest.raises(UserError, match=r"\$UNIREG_WEIGHTS /nowhere"):
+        weights.find_weights()
+
+
+def test_weights_import_no_jax():
+    code = "import sys, unireg_jax.registration.weights; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

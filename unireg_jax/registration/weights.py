@@ -1,0 +1,302 @@
+"""Released parameters: find, verify, load and save.
+
+Two files with one stem: `<stem>.safetensors` holds the tensors and can hold nothing
+that runs, `<stem>.json` says what they belong to. Neither is trusted: the tensors must
+have the digest that the description names, and must be finite. No JAX is imported here,
+so that a list of what is installed is instant.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from unireg_jax.errors import CHECKPOINT, STORAGE, UserError
+from unireg_jax.imaging import nifti
+from unireg_jax.imaging.nifti import shown
+from unireg_jax.imaging.preprocess import PreprocessSpec
+
+FORMAT = 1
+VARIABLE = "UNIREG_WEIGHTS"
+DEFAULT = "unireg.safetensors"  # preferred when the package holds several
+_REQUIRED = {"format": int, "architecture": dict, "features": str, "preprocess": dict}
+_LARGEST = {".json": 1 << 20, ".safetensors": 1 << 32}  # bytes
+_REMEDY = (
+    "pass --weights FILE.safetensors or train your own with "
+    "`python -m experiments.train`"
+)
+
+
+def find_weights(path: str | os.PathLike | None = None) -> Path:
+    """Says which weights are used: argument, then $UNIREG_WEIGHTS, then the package's.
+
+    Args:
+        path: `.safetensors` file, or None.
+
+    Returns:
+        Path of a `.safetensors` file that exists.
+
+    Raises:
+        UserError: `checkpoint_missing`, exit code 9.
+    """
+    if path is not None:
+        return _existing(Path(path), "--weights")
+    if named := os.environ.get(VARIABLE):
+        return _existing(Path(named), f"${VARIABLE}")
+    packaged = sorted((Path(__file__).parents[1] / "weights").glob("*.safetensors"))
+    preferred = [file for file in packaged if file.name == DEFAULT] or packaged
+    if len(preferred) == 1:
+        return preferred[0]
+    if preferred:
+        names = ", ".join(file.name for file in preferred)
+        raise _fault(
+            "missing", f"the package: one weights file expected, got {names}; {_REMEDY}"
+        )
+    raise _fault(
+        "missing",
+        f"no weights: none given, ${VARIABLE} is not set and the package holds none; "
+        + _REMEDY,
+    )
+
+
+def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loads parameters and their description, both verified.
+
+    Whether the tensors fit the network is for `check_tensors`.
+
+    Args:
+        path: `.safetensors` file, its description beside it as `.json`.
+
+    Returns:
+        params, nested dict of float arrays; spec: format, architecture (arguments of
+        UniReg), features (row of FEATURES), preprocess (PreprocessSpec), sha256 (of the
+        tensors' file), and what else the description says.
+
+    Raises:
+        UserError: exit code 9; reason `checkpoint_missing`, `checkpoint_torn`,
+            `checkpoint_changed`, `checkpoint_format` or `checkpoint_nonfinite`.
+    """
+    path = _existing(Path(path), "--weights")
+    card = path.with_suffix(".json")
+    if not card.is_file():
+        raise _fault(
+            "missing",
+            f"{shown(path)}: its description {shown(card.name)} is expected beside it, "
+            "none found; copy both files",
+        )
+    spec = _parse(_read(card), card)
+    data = _read(path)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != spec["sha256"]:
+        raise _fault(
+            "changed",
+            f"{shown(path)}: SHA-256 {spec['sha256'][:16]}... expected by "
+            f"{shown(card.name)}, got {digest[:16]}...; download or copy both files "
+            "again",
+        )
+    try:
+        tensors = safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise _fault(
+            "torn",
+            f"{shown(path)}: safetensors with float32 tensors expected, got "
+            f"{_one_line(error)}; download or copy it again",
+        ) from error
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise _fault(
+                "nonfinite",
+                f"{shown(path)}: finite numbers expected, got NaN or infinity in "
+                f"{shown(name)}; use an earlier checkpoint of the run",
+            )
+    return _nest(tensors), spec
+
+
+def save_weights(
+    path: str | os.PathLike, params: Mapping[str, Any], spec: Mapping[str, Any]
+) -> None:
+    """Writes parameters and their description, each whole or not at all.
+
+    Args:
+        path: name that ends in `.safetensors`; the description goes beside it.
+        params: nested dict of arrays, names without a slash.
+        spec: architecture, features, preprocess, and anything else JSON can hold;
+            format and sha256 are set here.
+
+    Raises:
+        ValueError: wrong name, a field is missing, or not JSON.
+        UserError: `storage`, exit code 6.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {shown(path)}; rename it")
+    spec = {**spec, "format": FORMAT}
+    if missing := sorted(set(_REQUIRED) - set(spec)):
+        raise ValueError(f"spec must hold {sorted(_REQUIRED)}, {missing} not given")
+    data = safetensors.numpy.save(_flatten(params))
+    spec["sha256"] = hashlib.sha256(data).hexdigest()
+    text = json.dumps(spec, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    with nifti.atomic_path(path) as temp:
+        temp.write_bytes(data)
+    with nifti.atomic_path(path.with_suffix(".json")) as temp:
+        temp.write_text(text, encoding="utf-8")
+
+
+def check_tensors(
+    params: Mapping[str, Any], expected: Mapping[str, Any], path: str | os.PathLike
+) -> None:
+    """Refuses parameters that do not fit the network.
+
+    Args:
+        params: nested dict of arrays, as loaded.
+        expected: the same tree of the network, leaves with a `shape`.
+        path: for the message.
+
+    Raises:
+        UserError: `checkpoint_other`, exit code 9, with both values.
+    """
+    got = {name: tuple(leaf.shape) for name, leaf in _leaves(params)}
+    want = {name: tuple(leaf.shape) for name, leaf in _leaves(expected)}
+    wrong = [
+        f"{shown(name)}: {want.get(name, 'nothing')} expected, "
+        f"got {got.get(name, 'nothing')}"
+        for name in sorted(want | got)
+        if want.get(name) != got.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise _fault(
+            "other",
+            f"{shown(path)}: the tensors do not fit the architecture in its "
+            f"description: {'; '.join(wrong[:3])}{more}; use the two files of one "
+            "training run",
+        )
+
+
+def _fault(kind: str, message: str) -> UserError:
+    return UserError(f"checkpoint_{kind}", message, CHECKPOINT)
+
+
+def _existing(path: Path, source: str) -> Path:
+    """The path, if it is a file with the right name."""
+    # A name too long or with NUL is no file either.
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):
+        found = False
+    if not found or path.suffix != ".safetensors":
+        got = f"{shown(path.name)} is none" if found else "no such file"
+        raise _fault(
+            "missing",
+            f"{source} {shown(path)}: a .safetensors file expected, {got}; {_REMEDY}",
+        )
+    return path
+
+
+def _read(path: Path) -> bytes:
+    """A whole file of believable size."""
+    limit = _LARGEST[path.suffix]
+    try:
+        size = path.stat().st_size
+        if not 0 < size <= limit:
+            raise _fault(
+                "torn",
+                f"{shown(path)}: 1 to {limit} bytes expected, got {size}; download or "
+                "copy it again",
+            )
+        return path.read_bytes()
+    except PermissionError as error:
+        raise _fault(
+            "missing",
+            f"{shown(path)}: read access expected, got none; ask its owner",
+        ) from error
+    except OSError as error:
+        raise UserError(
+            "storage",
+            f"{shown(path)}: cannot be read: {error.strerror}; check the disk",
+            STORAGE,
+        ) from error
+
+
+def _parse(data: bytes, card: Path) -> dict[str, Any]:
+    """The description, every field of the right kind."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON number")
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    try:
+        spec = json.loads(data, parse_constant=refuse, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _fault(
+            "torn",
+            f"{shown(card)}: a JSON description of weights expected, got "
+            f"{_one_line(error)}; download or copy it again",
+        ) from error
+    if not isinstance(spec, dict):
+        raise _fault(
+            "torn", f"{shown(card)}: a JSON object expected, got {type(spec).__name__}"
+        )
+    # Before anything else: a newer format may name and mean everything differently.
+    if isinstance(number := spec.get("format"), int) and number > FORMAT:
+        raise _fault(
+            "format",
+            f"{shown(card)}: format {FORMAT} or older expected, got {number}; update "
+            "the package",
+        )
+    for name, kind in {**_REQUIRED, "sha256": str}.items():
+        if not isinstance(spec.get(name), kind) or isinstance(spec[name], bool):
+            raise _fault(
+                "torn",
+                f"{shown(card)}: {name} of type {kind.__name__} expected, got "
+                f"{shown(repr(spec.get(name))[:40])}; copy both files again",
+            )
+    try:
+        PreprocessSpec.from_json(spec["preprocess"])
+    except (ValueError, TypeError) as error:
+        raise _fault("format", f"{shown(card)}: {_one_line(error)}") from error
+    return spec
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an exception, without line breaks and of bounded length."""
+    return " ".join(str(error).split())[:200]
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of a nested dict with their joined names."""
+    if not isinstance(tree, Mapping):
+        return [(prefix, tree)]
+    return [
+        leaf
+        for name, branch in tree.items()
+        for leaf in _leaves(branch, f"{prefix}/{name}" if prefix else name)
+    ]
+
+
+def _flatten(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(leaf) for name, leaf in _leaves(params)}
+
+
+def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Inverse of `_flatten`."""
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *folders, last = name.split("/")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+            if not isinstance(branch, dict):
+                raise _fault("torn", f"tensor {shown(name)} lies inside another one")
+        branch[last] = tensor
+    return tree
