@@ -1,0 +1,40 @@
+"""Turns a finished run into the weights that the package ships.
+
+    python -m experiments.release --workdir=runs/finish --sources=SOURCES.json
+
+Copies the run's weights into unireg_jax/weights/ and completes their card: licence, data
+with their licences, and the measured results.
+"""
+
+import json
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments import cli
+from unireg_jax.registration import weights
+
+TARGET = Path(__file__).resolve().parents[1] / "unireg_jax" / "weights"
+LICENCE = "Apache-2.0 (these parameters); see `sources` for the training scans"
+
+
+@cli.one_line_errors
+def main(argv) -> None:
+    del argv
+    run = Path(flags.FLAGS.workdir)
+    params, spec = weights.load_weights(run / "weights.safetensors")
+    for name in ("sha256", "format"):
+        spec.pop(name)
+    spec |= {"licence": LICENCE, **json.loads(Path(flags.FLAGS.sources).read_text())}
+    TARGET.mkdir(exist_ok=True)
+    path = TARGET / f"{flags.FLAGS.name}.safetensors"
+    weights.save_weights(path, params, spec)
+    print(path)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The finished run.")
+    flags.DEFINE_string("sources", None, "JSON merged into the card: sources, results.")
+    flags.DEFINE_string("name", "real_small", "File stem.")
+    flags.mark_flags_as_required(["workdir", "sources"])
+    app.run(main)
