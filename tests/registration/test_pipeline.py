@@ -224,7 +224,10 @@ def test_register_prealigns_with_auto(calm, monkeypatch):
     assert intra.settings["affine_used"] == "none"
     far = grids[1].copy()
     far[2, 3] += 200.0
+    # Breathing changes the size of a chest, not that of an abdomen.
     moved = run(images, (grids[0], far), task="lung", **common)
+    assert moved.settings["affine_used"] == "affine"
+    moved = run(images, (grids[0], far), task="liver", **common)
     assert moved.settings["affine_used"] == "rigid"
     assert any("200 mm apart" in line for line in lines)
     # Found, though the two do not overlap as they lie.

@@ -293,10 +293,10 @@ def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *folders, last = name.split("/")
-        branch = tree
+        branch: Any = tree
         for folder in folders:
-            branch = branch.setdefault(folder, {})
-            if not isinstance(branch, dict):
-                raise _fault("torn", f"tensor {shown(name)} lies inside another one")
+            branch = branch.setdefault(folder, {}) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or last in branch:
+            raise _fault("torn", f"tensor {shown(name)} lies inside another one")
         branch[last] = tensor
     return tree
