@@ -2,7 +2,7 @@
 
     python -m experiments.release --workdir=runs/finish --sources=SOURCES.json
 
-Copies the run's weights into unireg_jax/weights/ and completes their card: licence, data
+Copies the run's weights into unireg_jax/weights/, completes their card: licence, data
 with their licences, and the measured results.
 """
 

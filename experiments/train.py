@@ -73,9 +73,10 @@ def train(config, workdir: Path) -> Path:
 def _first_state(config, experiment: build.Experiment) -> train_state.TrainState:
     """State at step 0, from released weights if the config names some."""
     state = train_state.make_state(experiment.model, experiment.tx, seed=config.seed)
-    if config.train.init_from:
-        params, _ = released.load_weights(config.train.init_from)
-        released.check_tensors(params, state.params, config.train.init_from)
+    if name := config.train.init_from:
+        path = released.find_weights(None if name == "package" else name)
+        params, _ = released.load_weights(path)
+        released.check_tensors(params, state.params, path)
         state = state._replace(params=params)
     return state
 

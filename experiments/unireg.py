@@ -6,7 +6,7 @@ Presets are diffs of `paper`:
   paper       the published setting; needs --config.data.root=PREPARED (2 mm).
   real_small  scans in a manifest at 4 mm on a CPU; needs --config.data.root=PREPARED.
   real_small_finish  its second stage; also needs --config.train.init_from=WEIGHTS.
-  demo        phantoms of its own making, minutes on a CPU.
+  demo        the shipped weights, tuned on phantoms: minutes on a CPU.
 """
 
 import ml_collections
@@ -59,7 +59,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.optim.head_scale = 1.0
 
     config.train = ml_collections.ConfigDict()
-    config.train.init_from = ""  # weights file to start from, of the same model
+    # Weights to start from, of the same model: a file, or "package": the shipped ones.
+    config.train.init_from = ""
     config.train.steps = 120_000  # section 4.3
     config.train.log_every = 50
     config.train.eval_every = 5_000
@@ -122,13 +123,12 @@ PRESETS = {
         "optim": {**_REAL_SMALL["optim"], "lr": 6e-4, "decay_steps": 700},
         "train": {**_REAL_SMALL["train"], "steps": 700, "eval_every": 700},
     },
-    # Not in paper: the same recipe on 48x48x48 phantoms of three tasks, enough to see
-    # that one network learns to breathe and to tell two patients apart.
+    # Not in paper: goes on from the package's weights on phantoms of three tasks.
     "demo": {
+        **_REAL_SMALL,
         "data": {
-            "phantoms": 5,
-            "shape": (48, 48, 48),
-            "spacing_mm": 8.0,
+            **_REAL_SMALL["data"],
+            "phantoms": 4,
             "weights": {
                 "headneck": 0.0,
                 "chest": 1.0,
@@ -137,26 +137,20 @@ PRESETS = {
                 "lung": 2.0,
             },
         },
-        "model": {"field_level": 1, "remaining": (16,)},
-        "loss": {
-            "smoothness": (0.5, 0.5, 0.5, 0.5),
-            "reg_units": "voxel",
-            "ncc_window": 5,
-        },
+        "loss": {**_REAL_SMALL["loss"], "smoothness": (2.0, 2.0, 2.0, 4.0)},
         "optim": {
-            "name": "adam",
-            "lr": 1e-3,
-            "clip_norm": 1.0,
-            "warmup_steps": 20,
-            "decay_steps": 400,
-            "head_scale": 0.05,
+            **_REAL_SMALL["optim"],
+            "lr": 5e-4,
+            "warmup_steps": 5,
+            "decay_steps": 60,
         },
         "train": {
-            "steps": 400,
-            "log_every": 10,
-            "eval_every": 200,
-            "eval_pairs": 4,
-            "checkpoint_every": 100,
+            "init_from": "package",
+            "steps": 60,
+            "log_every": 5,
+            "eval_every": 60,
+            "eval_pairs": 2,
+            "checkpoint_every": 20,
         },
     },
 }

@@ -40,6 +40,7 @@ def config(phantoms):
     """A run of four steps of a small network."""
     config = unireg.get_config("demo")
     with config.unlocked():
+        config.train.init_from = ""
         config.data.root = str(phantoms)
         config.data.weights.headneck = 1.0
         config.data.shape = SHAPE
@@ -130,7 +131,7 @@ def test_config_drift_is_refused_with_the_difference(config, tmp_path):
     with config.unlocked():
         config.train.steps = 9  # may change
         config.optim.lr = 0.5  # may not
-    with pytest.raises(UserError, match=r"optim.lr: 0.001 -> 0.5") as error:
+    with pytest.raises(UserError, match=r"optim.lr: 0.0005 -> 0.5") as error:
         checkpoint.check_config(tmp_path, config.to_dict())
     assert error.value.exit_code == USAGE
 
@@ -248,6 +249,7 @@ from data_pipeline import loader
 assert len(jax.devices()) == 2
 c = unireg.get_config("demo")
 with c.unlocked():
+    c.train.init_from = ""
     c.data.root, c.data.shape, c.data.spacing_mm = sys.argv[1], (32, 16, 16), 12.0
     c.model.update({"encoder": (4,) * 4, "decoder": (4,) * 4, "remaining": (4,)})
 e = build.build(c, Path(sys.argv[1]))

@@ -110,13 +110,14 @@ def judge(
 def _moving_labels(disp: jax.Array, batch: PairBatch) -> jax.Array:
     """Moving labels at align(x + disp(x)), 0 beyond the moving grid: [B, X, Y, Z]."""
     shape = disp.shape[1:4]
-    coords = warp.identity_coords(shape)[None] + disp
+    coords = jnp.broadcast_to(warp.identity_coords(shape), disp.shape) + disp
     linear, offset = batch.align[:, :3, :3], batch.align[:, :3, 3]
     coords = jnp.einsum(
         "bxyzi,bji->bxyzj", coords, linear, precision=jax.lax.Precision.HIGHEST
     )
     coords = coords + offset[:, None, None, None, :]
-    limit = jnp.array(batch.moving_labels.shape[1:4], jnp.float32) - 1
-    within = ((coords >= -0.5) & (coords <= limit + 0.5)).all(-1)
+    limit = jnp.array(batch.moving_labels.shape[1:4], jnp.float32) - 0.5
+    limit = jnp.broadcast_to(limit, coords.shape)
+    within = ((coords >= -0.5) & (coords <= limit)).all(-1)
     labels = warp.sample(batch.moving_labels[..., None], coords, order=0)[..., 0]
     return jnp.where(within, labels, 0).astype(labels.dtype)
