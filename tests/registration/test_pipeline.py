@@ -291,6 +291,16 @@ def test_register_conditions_on_the_task(model):
     assert np.abs(chest.disp_mm - abdomen.disp_mm).max() > 0
 
 
+def test_register_refuses_scans_without_common_space(calm):
+    images, grids = pair()
+    far = grids[1].copy()
+    far[2, 3] += 5000.0  # mm
+    with pytest.raises(UserError, match="none shared after") as caught:
+        run(images, (grids[0], far), task="lung", weights=calm, affine="none")
+    assert caught.value.reason == "no_overlap"
+    assert caught.value.exit_code == errors.FAILED
+
+
 def test_register_refuses_a_field_that_is_not_finite(calm):
     images, grids = pair()
     params = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), calm.params)

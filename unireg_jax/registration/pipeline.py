@@ -178,8 +178,9 @@ def register(
 
     Raises:
         ValueError: shapes or names that do not fit.
-        UserError: a file that cannot be read, weights that cannot be used (exit code
-            9), a field that is not finite or longer than 1 km (exit code 8).
+        UserError: a file that cannot be read, scans without common space (exit code
+            4), weights that cannot be used (exit code 9), a field that is not finite or
+            longer than 1 km (exit code 8).
     """
     say = progress or (lambda line: None)
     clock = _Clock()
@@ -204,6 +205,12 @@ def register(
 
     moving_hu = preprocess.prepare_image(source, grid, model.preprocess, matrix=matrix)
     clock.lap("preprocess")
+    if not ((moving_hu != OUTSIDE_HU) & (fixed_hu != OUTSIDE_HU)).any():
+        raise UserError(
+            "no_overlap",
+            "fixed and moving: scans that share some space expected, none shared after "
+            f"pre-alignment {used!r}; use --affine com or affine",
+        )
     region = TASKS[task].region
     kind = PairType[settings["pair_type"].upper()]
     size = "x".join(map(str, grid.shape))
