@@ -69,13 +69,9 @@ def _pair(folder: Path, task: str) -> tuple[list[Path], list[nifti.Volume]]:
 def _judge(result, labels) -> dict:
     """DSC as the scans lie, pre-aligned and registered; regularity."""
     fixed, moving = labels
-    still = np.zeros_like(result.disp_mm)
-    placed = moving._replace(vox2world=np.linalg.inv(result.affine) @ moving.vox2world)
-    stages = {
-        "initial": metrics.warp_labels(still, result.vox2world, moving, fixed),
-        "affine": metrics.warp_labels(still, result.vox2world, placed, fixed),
-        "network": metrics.warp_labels(result.disp_mm, result.vox2world, moving, fixed),
-    }
+    stages = metrics.warp_stages(
+        result.disp_mm, result.vox2world, result.affine, moving, fixed
+    )
     scores = {
         f"dsc_{name}": metrics.overlap(fixed, moving, {"": warped}, surface=False)[
             "mean"

@@ -53,15 +53,9 @@ def headneck(data: Path, model, *, picture: Path | None) -> list[dict]:
             nifti.read_labels(folder / f"labels/case_{c}.nii.gz") for c in (one, other)
         )
         result = registration.register(*scans, task="headneck", weights=model)
-        still = np.zeros_like(result.disp_mm)
-        place = np.linalg.inv(result.affine)
-        placed = moving._replace(vox2world=place @ moving.vox2world)
-        grid = result.vox2world
-        stages = {
-            "initial": metrics.warp_labels(still, grid, moving, fixed),
-            "affine": metrics.warp_labels(still, grid, placed, fixed),
-            "network": metrics.warp_labels(result.disp_mm, grid, moving, fixed),
-        }
+        stages = metrics.warp_stages(
+            result.disp_mm, result.vox2world, result.affine, moving, fixed
+        )
         row = {"fixed": one, "moving": other, **_regularity(result)}
         for name, warped in stages.items():
             scores = metrics.overlap(fixed, moving, {"": warped}, surface=False)

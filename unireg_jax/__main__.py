@@ -245,22 +245,15 @@ def _write(prefix: Path, result, fixed, say: Callable[[str], None]) -> None:
 
 def _score(prefix: Path, result, labels, fixed) -> dict[str, Any]:
     """DSC as the scans lie, pre-aligned, and registered; writes the warped labels."""
-    import numpy as np
-
     from unireg_jax.imaging import nifti
     from unireg_jax.registration import metrics
 
     target, source = labels
-    still = np.broadcast_to(np.float32(0), result.disp_mm.shape)
-    # The affine alone: the same voxels, seen from the fixed world.
-    place = np.linalg.inv(result.affine) @ source.vox2world
-    warped = {
-        "before": metrics.warp_labels(still, result.vox2world, source, target),
-        "affine": metrics.warp_labels(
-            still, result.vox2world, source._replace(vox2world=place), target
-        ),
-        "": metrics.warp_labels(result.disp_mm, result.vox2world, source, target),
-    }
+    stages = metrics.warp_stages(
+        result.disp_mm, result.vox2world, result.affine, source, target
+    )
+    names = {"before": "initial", "affine": "affine", "": "network"}
+    warped = {ending: stages[stage] for ending, stage in names.items()}
     nifti.write_like(f"{prefix}_warped_label.nii.gz", warped[""], fixed)
     return metrics.overlap(target, source, warped, surface=False)
 

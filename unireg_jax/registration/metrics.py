@@ -200,6 +200,33 @@ def warp_labels(
     return out
 
 
+def warp_stages(
+    disp_mm: np.ndarray,
+    vox2world: np.ndarray,
+    affine: np.ndarray,
+    moving: Volume,
+    fixed: Volume,
+) -> dict[str, np.ndarray]:
+    """Brings labels onto the fixed grid as they lie, pre-aligned, and registered.
+
+    Args:
+        disp_mm, vox2world, affine: of a Registration; the whole map and its affine.
+        moving: labels.
+        fixed: labels that give the grid.
+
+    Returns:
+        "initial", "affine" and "network", see `warp_labels`.
+    """
+    still = np.broadcast_to(np.float32(0), disp_mm.shape)
+    # The affine alone: the same voxels, seen from the fixed world.
+    placed = moving._replace(vox2world=np.linalg.inv(affine) @ moving.vox2world)
+    return {
+        "initial": warp_labels(still, vox2world, moving, fixed),
+        "affine": warp_labels(still, vox2world, placed, fixed),
+        "network": warp_labels(disp_mm, vox2world, moving, fixed),
+    }
+
+
 def label_scores(
     fixed_labels: np.ndarray,
     warped_labels: np.ndarray,
