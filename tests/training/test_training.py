@@ -140,7 +140,8 @@ def test_checkpoint_of_another_model_is_refused(config, tmp_path):
     train.train(config, tmp_path)
     with config.unlocked():
         config.model.encoder = (8, 4, 4, 4)
-    with pytest.raises(UserError, match="does not fit this model") as error:
+    match = r"does not fit this model.*encoder_0/bias: \(8,\) expected, got \(4,\)"
+    with pytest.raises(UserError, match=match) as error:
         _params(tmp_path, config)
     assert error.value.exit_code == CHECKPOINT
 

@@ -163,20 +163,34 @@ def check_tensors(
     """
     got = {name: tuple(leaf.shape) for name, leaf in _leaves(params)}
     want = {name: tuple(leaf.shape) for name, leaf in _leaves(expected)}
-    wrong = [
-        f"{shown(name)}: {want.get(name, 'nothing')} expected, "
-        f"got {got.get(name, 'nothing')}"
-        for name in sorted(want | got)
-        if want.get(name) != got.get(name)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    if wrong := shape_faults(want, got):
         raise _fault(
             "other",
             f"{shown(path)}: the tensors do not fit the architecture in its "
-            f"description: {'; '.join(wrong[:3])}{more}; use the two files of one "
-            "training run",
+            f"description: {wrong}; use the two files of one training run",
         )
+
+
+def shape_faults(
+    want: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Says in which tensors two sets differ.
+
+    Args:
+        want: name -> shape, of the network.
+        got: name -> shape, as stored.
+
+    Returns:
+        The first three differences and how many more there are; "" when none.
+    """
+    wrong = [
+        f"{shown(name)}: {want.get(name, 'nothing')} expected, "
+        f"got {got.get(name, 'nothing')}"
+        for name in sorted({*want, *got})
+        if want.get(name) != got.get(name)
+    ]
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return "; ".join(wrong[:3]) + more
 
 
 def _fault(kind: str, message: str) -> UserError:

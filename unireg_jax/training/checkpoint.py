@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from unireg_jax.errors import CHECKPOINT, USAGE, UserError
+from unireg_jax.registration import weights
 from unireg_jax.training.state import TrainState
 
 
@@ -48,7 +49,8 @@ class Checkpoints:
             iterator: Grain iterator to set, or None to leave the data alone.
 
         Raises:
-            UserError: `checkpoint_other`, exit code 9: none there, or of another model.
+            UserError: exit code 9; `checkpoint_missing`, or `checkpoint_other` when it
+                is of another model or optimiser.
         """
         step = self.latest()
         if step is None:
@@ -57,6 +59,8 @@ class Checkpoints:
                 f"{self._manager.directory}: no checkpoint; train first",
                 CHECKPOINT,
             )
+        folder = self._manager.directory / str(step)
+        _check_shapes(folder, state)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = {"state": ocp.args.StandardRestore(abstract)}
         if iterator is not None:
@@ -64,19 +68,41 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                "checkpoint_other",
-                f"{self._manager.directory}/{step}: does not fit this model and "
-                f"optimiser ({str(error).splitlines()[0][:160]}); use the config of "
-                "the run, or another --workdir",
-                CHECKPOINT,
-            ) from error
+            raise _other(folder, str(error).splitlines()[0][:160]) from error
         return TrainState(*restored["state"])
 
     def close(self) -> None:
         """Waits for saves in flight."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _check_shapes(folder: Path, state: TrainState) -> None:
+    """Refuses a checkpoint of another model before anything of it is read.
+
+    Orbax compares only while it reads, and gives up on the first difference with all
+    other reads still in flight: they then fail in threads of their own.
+    """
+    stored = ocp.StandardCheckpointHandler().metadata(folder / "state").tree
+    if wrong := weights.shape_faults(_shapes(state), _shapes(stored)):
+        raise _other(folder, wrong)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _other(folder: Path, what: str) -> UserError:
+    return UserError(
+        "checkpoint_other",
+        f"{folder}: does not fit this model and optimiser ({what}); use the config of "
+        "the run, or another --workdir",
+        CHECKPOINT,
+    )
 
 
 # Fields that may differ when a run is continued: they change no parameter.
