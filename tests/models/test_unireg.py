@@ -107,6 +107,27 @@ def test_unireg_samples_of_a_batch_are_independent(key):
         np.testing.assert_allclose(both[b], one[0], atol=1e-4)  # float32, other order
 
 
+@pytest.mark.parametrize("options", [{}, {"field_level": 1}])
+def test_unireg_one_encoding_serves_every_condition(key, options):
+    model = UniReg(**SMALL, **options)
+    fixed, moving, corr, _, _ = _inputs(key)
+    cond = jnp.zeros(1, jnp.int32)
+    params = model.init(key, fixed, moving, corr, cond, cond)
+    # A trained controller: without it the condition has no say.
+    controller = params["params"]["head"]["controller"]
+    controller["kernel"] += 0.1 * jax.random.normal(key, controller["kernel"].shape)
+    features = model.apply(params, fixed, moving, corr, method="encode")
+    assert features.dtype == jnp.float32 and features.shape[-1] == 8
+    fields = []
+    for region, pair_type in ((0, 0), (2, 0), (2, 1)):
+        args = jnp.full(1, region, jnp.int32), jnp.full(1, pair_type, jnp.int32)
+        fields.append(model.apply(params, features, *args, method="decode"))
+        whole = model.apply(params, fixed, moving, corr, *args)
+        np.testing.assert_array_equal(fields[-1], whole)
+    assert float(jnp.abs(fields[0] - fields[1]).max()) > 0
+    assert float(jnp.abs(fields[1] - fields[2]).max()) > 0
+
+
 @pytest.mark.parametrize("options", [{"field_level": 1}, {"svf_steps": 4}])
 def test_unireg_variants_return_a_full_field(key, options):
     model = UniReg(**SMALL, **options)

@@ -34,7 +34,17 @@ class UniReg(nn.Module):
     dtype: str = "float32"
     conv_impl: str = "auto"
 
-    @nn.compact
+    def setup(self):
+        self.backbone = backbone.Backbone(
+            tuple(self.encoder),
+            tuple(self.decoder),
+            tuple(self.remaining),
+            self.field_level,
+            dtype=self.dtype,
+            conv_impl=self.conv_impl,
+        )
+        self.head = HEADS[self.conditioner]()
+
     def __call__(
         self,
         fixed: jax.Array,
@@ -45,7 +55,7 @@ class UniReg(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Predicts the displacement of one batch of pairs.
+        """Predicts the displacement of one batch of pairs: `decode` after `encode`.
 
         Args:
             fixed: [B, X, Y, Z, 1] float32 in [-1, 1]; X, Y, Z multiples of 16.
@@ -61,19 +71,46 @@ class UniReg(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
+        features = self.encode(fixed, moving, corr)
+        return self.decode(features, region, pair_type, train=train)
+
+    def encode(self, fixed: jax.Array, moving: jax.Array, corr: jax.Array) -> jax.Array:
+        """Runs the backbone, which no condition reaches (section 3.1.1).
+
+        Args:
+            fixed, moving, corr: see `__call__`.
+
+        Returns:
+            E, [B, X/s, Y/s, Z/s, 8] float32, s = 2 ** field_level; one serves any
+            number of conditions.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
         _check(fixed, moving, corr)
-        features = backbone.Backbone(
-            tuple(self.encoder),
-            tuple(self.decoder),
-            tuple(self.remaining),
-            self.field_level,
-            dtype=self.dtype,
-            conv_impl=self.conv_impl,
-            name="backbone",
-        )(moving, fixed, corr)
-        head = HEADS[self.conditioner](name="head")
-        field = head(features.astype(jnp.float32), (region, pair_type), train=train)
-        shape = fixed.shape[1:4]
+        return self.backbone(moving, fixed, corr).astype(jnp.float32)
+
+    def decode(
+        self,
+        features: jax.Array,
+        region: jax.Array,
+        pair_type: jax.Array,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Runs the head and turns its field into voxels (sections 3.1.2 and 3.1.3).
+
+        Args:
+            features: E, from `encode`.
+            region: [B] int32, tasks.Region.
+            pair_type: [B] int32, tasks.PairType.
+            train: passed to the head.
+
+        Returns:
+            [B, X, Y, Z, 3] float32, voxels, as `__call__`.
+        """
+        field = self.head(features, (region, pair_type), train=train)
+        shape = tuple(n << self.field_level for n in features.shape[1:4])
         # [-1, 1] units are the same on every grid, so up-sampling rescales nothing;
         # 1 unit is (n - 1) / 2 voxels (align-corners).
         field = resample.resize_volume(field, shape)
