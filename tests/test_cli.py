@@ -20,6 +20,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import pipeline, weights
+from unireg_jax.registration.network import initializer
 from unireg_jax.tasks import PairType
 
 REPO = Path(__file__).resolve().parents[1]
@@ -99,7 +100,7 @@ def save_network(path, *, scale=3e3, bias=0.0):
         key: tuple(value) if isinstance(value, list) else value
         for key, value in ARCHITECTURE.items()
     }
-    params = jax.jit(pipeline._init(UniReg(**fields)))(jax.random.key(0))
+    params = jax.jit(initializer(UniReg(**fields)))(jax.random.key(0))
     head = params["head"]["controller"]["bias"]
     last = slice(dynamic.NUM_WEIGHTS - 3 * dynamic.HIDDEN, dynamic.NUM_WEIGHTS)
     head = head.at[last].multiply(scale).at[-3:].set(bias)

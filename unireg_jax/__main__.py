@@ -172,10 +172,10 @@ def _register(args: argparse.Namespace) -> int:
         # Before JAX is imported: a wrong file is refused within a second.
         fixed, moving, labels, mask = _read_inputs(args, say)
         read = time.perf_counter() - started
-        from unireg_jax.registration import pipeline
+        from unireg_jax.registration import network, pipeline
 
         _use_compilation_cache()
-        model = pipeline.load_model(args.weights)
+        model = network.load_model(args.weights)
         result = pipeline.register(
             fixed,
             moving,

@@ -14,6 +14,7 @@ from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import metrics, pipeline, weights
+from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register
 from unireg_jax.tasks import Region
 
@@ -26,7 +27,7 @@ QUICK = prealign.Plan(starts=2, finalists=1, coarse_steps=5, fine_steps=5)
 def network(scale=1.0):
     """A small random network; `scale` multiplies the field's last layer."""
     module = UniReg(**ARCHITECTURE, field_level=1, conv_impl="direct")
-    params = jax.jit(pipeline._init(module))(jax.random.key(0))
+    params = jax.jit(initializer(module))(jax.random.key(0))
     bias = params["head"]["controller"]["bias"]
     last = slice(dynamic.NUM_WEIGHTS - 3 * dynamic.HIDDEN, dynamic.NUM_WEIGHTS)
     params["head"]["controller"]["bias"] = bias.at[last].multiply(scale)
@@ -47,13 +48,13 @@ def saved(folder, scale=1.0):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A network whose field moves by millimetres."""
-    return pipeline.load_model(saved(tmp_path_factory.mktemp("weights"), scale=3e3))
+    return load_model(saved(tmp_path_factory.mktemp("weights"), scale=3e3))
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     """A network as initialised: a field near zero."""
-    return pipeline.load_model(saved(tmp_path_factory.mktemp("weights")))
+    return load_model(saved(tmp_path_factory.mktemp("weights")))
 
 
 def oblique(
@@ -393,7 +394,7 @@ def test_load_model_refuses_weights_of_another_network(tmp_path, change, reason,
     path = tmp_path / "other.safetensors"
     weights.save_weights(path, params, spec | change)
     with pytest.raises(UserError, match=match) as caught:
-        pipeline.load_model(path)
+        load_model(path)
     assert caught.value.reason == reason
     assert caught.value.exit_code == errors.CHECKPOINT
     assert "\n" not in str(caught.value)
@@ -405,7 +406,7 @@ def test_load_model_refuses_missing_tensors(tmp_path):
     path = tmp_path / "torn.safetensors"
     weights.save_weights(path, params, spec)
     with pytest.raises(UserError, match=r"head/controller/bias: \(171,\) expected"):
-        pipeline.load_model(path)
+        load_model(path)
 
 
 def test_warp_labels_follows_the_field(model):

@@ -1,10 +1,19 @@
 """Two scans and released parameters -> displacement."""
 
+import importlib
+
+_HOME = {
+    "Model": "network",
+    "load_model": "network",
+    "Registration": "pipeline",
+    "register": "pipeline",
+    "residual_mm": "pipeline",
+}
+
 
 def __getattr__(name: str):
     # On first use, so that listing weights does not wait for JAX.
-    if name in ("register", "load_model", "residual_mm", "Model", "Registration"):
-        from unireg_jax.registration import pipeline
-
-        return getattr(pipeline, name)
+    if name in _HOME:
+        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,16 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unireg_jax.errors import CHECKPOINT, NUMERICAL, USAGE, UserError
+from unireg_jax.errors import NUMERICAL, USAGE, UserError
 from unireg_jax.imaging import nifti, orientation, preprocess
 from unireg_jax.imaging.nifti import Volume
-from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
+from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.models import features
-from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import intensity, jacobian, ncc, warp
 from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import metrics
-from unireg_jax.registration import weights as released
+from unireg_jax.registration.network import Model, load_model
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType
 
 AFFINES = ("auto", *prealign.KINDS)
@@ -34,24 +33,6 @@ _FAR_MM = 30.0  # centres of two scans of one patient on one table are nearer
 _SHARED = 0.3  # least share of the smaller scan that two such scans have in common
 _RANGE_MM = 1000.0  # the longest vector a transform file may hold
 _SLAB_VOXELS = 2**21  # native voxels per step: 100 MB of scratch
-
-
-class Model(NamedTuple):
-    """A network with its parameters, ready for any number of pairs.
-
-    Attributes:
-        module: UniReg.
-        params: parameters of `module`.
-        preprocess: how the network sees a scan.
-        features: row of models.features.FEATURES.
-        spec: description that came with the parameters.
-    """
-
-    module: UniReg
-    params: Any
-    preprocess: PreprocessSpec
-    features: str
-    spec: dict[str, Any]
 
 
 class Registration(NamedTuple):
@@ -85,57 +66,6 @@ class Registration(NamedTuple):
     settings: dict[str, str]
     qc: dict[str, Any]
     timings: dict[str, float]
-
-
-def load_model(path: str | os.PathLike | None = None) -> Model:
-    """Loads weights and builds the network they belong to.
-
-    Args:
-        path: `.safetensors` file; None for $UNIREG_WEIGHTS or the package's own.
-
-    Returns:
-        Model.
-
-    Raises:
-        UserError: exit code 9, see registration/weights.py; `checkpoint_other` when
-            this package has no such network.
-    """
-    path = released.find_weights(path)
-    params, spec = released.load_weights(path)
-    name = nifti.shown(path)
-    fields = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in spec["architecture"].items()
-    }
-    if spec["features"] not in features.FEATURES:
-        raise UserError(
-            "checkpoint_other",
-            f"{name}: features of {sorted(features.FEATURES)} expected, got "
-            f"{spec['features']!r}; use weights for this version of the package",
-            CHECKPOINT,
-        )
-    try:
-        module = UniReg(**fields)
-        expected = jax.eval_shape(_init(module), jax.random.key(0))
-    except (TypeError, ValueError, KeyError, IndexError) as error:
-        got = " ".join(str(error).split())[:200]
-        raise UserError(
-            "checkpoint_other",
-            f"{name}: an architecture of this package expected, got {fields}: {got}; "
-            "use weights for this version of the package",
-            CHECKPOINT,
-        ) from error
-    released.check_tensors(params, expected, path)
-    grid = PreprocessSpec.from_json(spec["preprocess"])
-    if any(n % 16 for n in grid.shape) or grid.codes != "LPS":
-        raise UserError(
-            "checkpoint_other",
-            f"{name}: a network grid on LPS axes in multiples of 16 voxels expected, "
-            f"got {grid.codes} and {grid.shape}; train with such a grid",
-            CHECKPOINT,
-        )
-    params = jax.tree.map(jnp.asarray, params)
-    return Model(module, params, grid, spec["features"], spec)
 
 
 def register(
@@ -279,18 +209,6 @@ class _Clock:
     def seconds(self) -> dict[str, float]:
         total = {"total": self._last - self._start}
         return {k: round(v, 3) for k, v in (self._stages | total).items()}
-
-
-def _init(module):
-    """Initialisation of the smallest input: parameters do not depend on its size."""
-
-    def init(key):
-        image = jnp.zeros((1, 16, 16, 16, 1))
-        cond = jnp.zeros((1,), jnp.int32)
-        corr = jnp.zeros((1, 8, 8, 8, 27))
-        return module.init(key, image, image, corr, cond, cond)["params"]
-
-    return init
 
 
 def _volume(scan, vox2world, name) -> Volume:
