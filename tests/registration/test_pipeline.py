@@ -13,7 +13,7 @@ from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import metrics, pipeline, weights
+from unireg_jax.registration import compiled, metrics, pipeline, weights
 from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register
 from unireg_jax.tasks import Region
@@ -264,13 +264,13 @@ def test_register_compares_only_in_the_mask(calm):
 
 def test_register_traces_once_for_all_tasks(calm, monkeypatch):
     traces = []
-    network = pipeline._network
+    predict = compiled._predict
 
     def counted(*args, **kwargs):
         traces.append(1)
-        return network(*args, **kwargs)
+        return predict(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "_network", counted)
+    monkeypatch.setattr(compiled, "_predict", counted)
     images, grids = pair()
     for task in ("headneck", "chest", "abdomen", "liver", "lung"):
         run(images, grids, task=task, weights=calm, affine="none")

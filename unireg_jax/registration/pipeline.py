@@ -5,9 +5,12 @@ is interpolated once for the network and once for the result, each time from its
 voxels.
 """
 
+import collections
+import concurrent.futures
 import functools
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,12 +23,12 @@ from unireg_jax.errors import NUMERICAL, USAGE, UserError
 from unireg_jax.imaging import nifti, orientation, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
-from unireg_jax.models import features
-from unireg_jax.ops import intensity, jacobian, ncc, warp
+from unireg_jax.ops import warp
 from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import metrics
+from unireg_jax.registration.compiled import compile_register
 from unireg_jax.registration.network import Model, load_model
-from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType
+from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 AFFINES = ("auto", *prealign.KINDS)
 _AIR_HU = -1000
@@ -113,62 +116,180 @@ def register(
             longer than 1 km (exit code 8).
     """
     say = progress or (lambda line: None)
-    clock = _Clock()
+    clock = Clock()
     target = _volume(fixed, fixed_vox2world, "fixed")
     source = _volume(moving, moving_vox2world, "moving")
-    settings = _settings(task, pair_type, affine)
-    mask = _mask(fixed_mask, fixed, target)
+    settings = check_settings(task, pair_type, affine)
+    mask = fixed_mask
+    if mask is not None and isinstance(fixed, np.ndarray):
+        _check_mask(mask, fixed.shape)
+        mask, _ = orientation.reorient(mask, target.native.vox2world)
     clock.lap("read")
     model = weights if isinstance(weights, Model) else load_model(weights)
     clock.lap("weights")
 
-    grid = preprocess.network_grid(target, model.preprocess)
-    fixed_hu = preprocess.prepare_image(target, grid, model.preprocess)
-    body = _on_grid(mask, target, grid, fixed_hu)
-    clock.lap("preprocess")
-    matrix, used, why = _prealign(
-        target, source, settings, affine, grid, fixed_hu, mask, body, model.preprocess
+    session = Session(model)
+    result = session.run(
+        target, source, settings, affine=affine, mask=mask, say=say, clock=clock
     )
-    settings["affine_used"] = used
-    say(f"pre-alignment: {used} ({why})")
-    clock.lap("affine")
+    if not isinstance(fixed, np.ndarray):
+        return result
+    return result._replace(
+        disp_mm=nifti.to_native(result.disp_mm, target),
+        warped=nifti.to_native(result.warped, target),
+        vox2world=target.native.vox2world,
+    )
 
-    moving_hu = preprocess.prepare_image(source, grid, model.preprocess, matrix=matrix)
-    clock.lap("preprocess")
-    if not ((moving_hu != OUTSIDE_HU) & (fixed_hu != OUTSIDE_HU)).any():
-        raise UserError(
-            "no_overlap",
-            "fixed and moving: scans that share some space expected, none shared after "
-            f"pre-alignment {used!r}; use --affine com or affine",
+
+class Session:
+    """A model with its compiled programs, and what its last scans had in common.
+
+    A scan is known by the identity of its Volume: its network grid, its image there and
+    its features are made once while it keeps coming back. `run` may be called from
+    several threads: host work runs side by side, the device serves one at a time.
+    """
+
+    def __init__(self, model: Model, *, keep: int = 4):
+        """Compiles the model for its own grid.
+
+        Args:
+            model: from `load_model`.
+            keep: scans remembered: their voxels, their image and its features.
+        """
+        self.model = model
+        self.programs = compile_register(model)
+        self._device = threading.Lock()
+        self._grids, self._bodies, self._described, self._read = (
+            _Kept(keep) for _ in range(4)
         )
-    region = TASKS[task].region
-    kind = PairType[settings["pair_type"].upper()]
-    size = "x".join(map(str, grid.shape))
-    say(f"network: {size}, {region.name.lower()}, {settings['pair_type']}-patient")
-    disp, qc = _predict(model, fixed_hu, moving_hu, body, region, kind)
-    qc = _quality(disp, qc, orientation.spacing_mm(grid.vox2world))
-    clock.lap("network")
 
-    size = "x".join(map(str, target.data.shape))
-    say(f"field and warped image on the fixed grid: {size}")
-    disp_mm, warped = _to_native(target, source, matrix, disp, grid)
-    clock.lap("native")
-    vox2world = target.vox2world
-    if isinstance(fixed, np.ndarray):
-        disp_mm = nifti.to_native(disp_mm, target)
-        warped = nifti.to_native(warped, target)
-        vox2world = target.native.vox2world
-    return Registration(
-        disp_mm,
-        vox2world,
-        matrix,
-        disp,
-        grid,
-        warped,
-        settings,
-        qc,
-        clock.seconds(),
-    )
+    def read(self, scan: Volume | str | os.PathLike) -> Volume:
+        """Reads a file, or finds the Volume that it gave before.
+
+        Args:
+            scan: NIfTI file; a Volume is returned as it is.
+
+        Returns:
+            Volume.
+
+        Raises:
+            UserError: the file is not a readable 3-D image; the same one for every
+                pair that names it.
+        """
+        if isinstance(scan, Volume):
+            return scan
+        key = os.path.realpath(scan)
+        return self._read.get(key, lambda: nifti.read_image(scan))
+
+    def run(
+        self,
+        target: Volume,
+        source: Volume,
+        settings: dict[str, str],
+        *,
+        affine: str | np.ndarray = "auto",
+        mask: np.ndarray | None = None,
+        clock: "Clock",
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Registration:
+        """Registers two volumes; `register` says how.
+
+        Args:
+            target: fixed, on LPS+ axes.
+            source: moving, on LPS+ axes.
+            settings: from `check_settings`.
+            affine: see `register`.
+            mask: [X, Y, Z] bool on target's LPS+ axes, or None.
+            clock: gets one lap per stage.
+            say: called with one line per stage.
+
+        Returns:
+            Registration on the grid of `target`.
+
+        Raises:
+            ValueError, UserError: see `register`.
+        """
+        if mask is not None:
+            _check_mask(mask, target.data.shape)
+        spec = self.model.preprocess
+        grid, fixed_hu = self._on_own_grid(target)
+        body = self._bodies.get(
+            (id(target), id(mask)),
+            lambda: _body(mask, target, grid, fixed_hu),
+            (target, mask),
+        )
+        clock.lap("preprocess")
+        matrix, used, why = _choose(target, source, settings, affine)
+        if matrix is None:
+            other, image = self._on_own_grid(source)
+            with self._device:
+                matrix = prealign.affine_align(
+                    fixed_hu,
+                    image,
+                    fixed_vox2world=grid.vox2world,
+                    moving_vox2world=other.vox2world,
+                    kind=used,
+                    fixed_mask=None if mask is None else body,
+                )
+        settings = settings | {"affine_used": used}
+        say(f"pre-alignment: {used} ({why})")
+        clock.lap("affine")
+
+        moving_hu = preprocess.prepare_image(source, grid, spec, matrix=matrix)
+        clock.lap("preprocess")
+        if not ((moving_hu != OUTSIDE_HU) & (fixed_hu != OUTSIDE_HU)).any():
+            raise UserError(
+                "no_overlap",
+                "fixed and moving: scans that share some space expected, none shared "
+                f"after pre-alignment {used!r}; use --affine com or affine",
+            )
+        size = "x".join(map(str, grid.shape))
+        say(f"network: {size}, {settings['region']}, {settings['pair_type']}-patient")
+        with self._device:
+            disp, qc = self._predict(target, fixed_hu, moving_hu, body, settings)
+        qc = _quality(disp, qc, orientation.spacing_mm(grid.vox2world))
+        clock.lap("network")
+
+        size = "x".join(map(str, target.data.shape))
+        say(f"field and warped image on the fixed grid: {size}")
+        with self._device:
+            disp_mm, warped = _to_native(target, source, matrix, disp, grid)
+        clock.lap("native")
+        return Registration(
+            disp_mm,
+            target.vox2world,
+            matrix,
+            disp,
+            grid,
+            warped,
+            settings,
+            qc,
+            clock.seconds(),
+        )
+
+    def _on_own_grid(self, volume: Volume) -> tuple[Grid, np.ndarray]:
+        """The network grid over a scan, and the scan's image on it."""
+
+        def lay():
+            grid = preprocess.network_grid(volume, self.model.preprocess)
+            return grid, preprocess.prepare_image(volume, grid, self.model.preprocess)
+
+        return self._grids.get(id(volume), lay, volume)
+
+    def _predict(self, target, fixed_hu, moving_hu, body, settings):
+        """network_disp and the programs' quality numbers, on the host."""
+        fixed = self._described.get(
+            id(target), lambda: self.programs.describe(fixed_hu), target
+        )
+        moving = self.programs.describe(moving_hu)
+        codes = [
+            Region[settings["region"].upper()],
+            PairType[settings["pair_type"].upper()],
+        ]
+        disp = self.programs(fixed, moving, *codes)
+        scores = self.programs.judge(fixed, moving, body, disp)
+        disp, scores = jax.device_get((disp, scores))
+        return disp[0], {name: float(value[0]) for name, value in scores.items()}
 
 
 def residual_mm(registration: Registration) -> np.ndarray:
@@ -194,8 +315,34 @@ def residual_mm(registration: Registration) -> np.ndarray:
     return out
 
 
-class _Clock:
-    """Seconds per stage, in the order of their first lap."""
+class _Kept:
+    """The last few things made, by key; threads that ask for the same one wait."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._lock = threading.Lock()
+        self._entries: collections.OrderedDict[Any, tuple] = collections.OrderedDict()
+
+    def get(self, key: Any, make: Callable[[], Any], held: Any = None) -> Any:
+        """Result or exception of `make`; `held` lives as long, so an id stays its."""
+        with self._lock:
+            absent = key not in self._entries
+            if absent:
+                self._entries[key] = concurrent.futures.Future(), held
+                if len(self._entries) > self._size:
+                    self._entries.popitem(last=False)
+            self._entries.move_to_end(key)
+            future, _ = self._entries[key]
+        if absent:
+            try:
+                future.set_result(make())
+            except BaseException as error:  # for those who wait, too
+                future.set_exception(error)
+        return future.result()
+
+
+class Clock:
+    """Seconds per stage, in the order of their first lap; waiting counts."""
 
     def __init__(self):
         self._start = self._last = time.perf_counter()
@@ -236,8 +383,21 @@ def _volume(scan, vox2world, name) -> Volume:
     return scan if isinstance(scan, Volume) else nifti.read_image(scan)
 
 
-def _settings(task, pair_type, affine) -> dict[str, str]:
-    """What was asked for, in names; refuses unknown ones."""
+def check_settings(
+    task: str, pair_type: str | None, affine: str | np.ndarray
+) -> dict[str, str]:
+    """Says what was asked for, in names.
+
+    Args:
+        task, pair_type, affine: see `register`.
+
+    Returns:
+        task, region, pair_type, affine ("given" for a matrix).
+
+    Raises:
+        UserError: unknown task or pair type, exit code 2.
+        ValueError: unknown name of a pre-alignment.
+    """
     if task not in TASKS:
         raise UserError(
             "task_unknown", f"task must be one of {sorted(TASKS)}, got {task!r}", USAGE
@@ -257,35 +417,26 @@ def _settings(task, pair_type, affine) -> dict[str, str]:
     }
 
 
-def _mask(mask, fixed, target: Volume) -> Volume | None:
-    """The caller's mask as a Volume on target's LPS+ axes."""
-    if mask is None:
-        return None
-    if isinstance(fixed, np.ndarray):
-        if mask.shape != fixed.shape:
-            raise ValueError(
-                f"fixed_mask must be {fixed.shape} like fixed, got {mask.shape}"
-            )
-        mask, _ = orientation.reorient(mask, target.native.vox2world)
-    if mask.shape != target.data.shape:
+def _check_mask(mask, shape) -> None:
+    if mask.shape != shape:
         raise ValueError(
-            f"fixed_mask must be {target.data.shape} like fixed on LPS+ axes, got "
-            f"{mask.shape}; resample it first"
+            f"fixed_mask must be {shape} like fixed, got {mask.shape}; resample it "
+            "first"
         )
-    return Volume((mask != 0).astype(np.uint8), target.vox2world)
 
 
-def _on_grid(mask, target, grid, fixed_hu) -> np.ndarray:
+def _body(mask, target, grid, fixed_hu) -> np.ndarray:
     """Where scans are compared, [x, y, z] bool on the network's grid."""
     if mask is not None:
+        mask = Volume((mask != 0).astype(np.uint8), target.vox2world)
         body = preprocess.prepare_labels(mask, grid) > 0
     else:
         body = preprocess.body_mask(Volume(fixed_hu, grid.vox2world))
     return body & (fixed_hu != OUTSIDE_HU)
 
 
-def _prealign(target, source, settings, affine, grid, fixed_hu, mask, body, spec):
-    """Fixed world -> moving world, the kind used, and why."""
+def _choose(target, source, settings, affine):
+    """The pre-alignment: matrix (None when it is to be found), its kind, and why."""
     if not isinstance(affine, str):
         matrix = np.asarray(affine, np.float64)
         if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
@@ -310,18 +461,7 @@ def _prealign(target, source, settings, affine, grid, fixed_hu, mask, body, spec
             f"auto: one patient, scan centres {gap:.0f} mm apart, {100 * shared:.0f} % "
             "of the smaller scan shared"
         )
-    if kind == "none":
-        return np.eye(4), kind, why
-    other = preprocess.network_grid(source, spec)
-    matrix = prealign.affine_align(
-        fixed_hu,
-        preprocess.prepare_image(source, other, spec),
-        fixed_vox2world=grid.vox2world,
-        moving_vox2world=other.vox2world,
-        kind=kind,
-        fixed_mask=None if mask is None else body,
-    )
-    return matrix, kind, why
+    return np.eye(4) if kind == "none" else None, kind, why
 
 
 def _box(volume: Volume) -> np.ndarray:
@@ -337,50 +477,6 @@ def _shared(a: np.ndarray, b: np.ndarray) -> float:
     common = np.minimum(a[1], b[1]) - np.maximum(a[0], b[0])
     smaller = min(np.prod(a[1] - a[0]), np.prod(b[1] - b[0]))
     return float(np.prod(np.maximum(common, 0.0)) / smaller)
-
-
-def _predict(model, fixed_hu, moving_hu, body, region, kind):
-    """Runs the compiled program: network_disp and scalars, on the host."""
-    spec = model.preprocess
-    # jit keeps its programs by function and static arguments: one per shape.
-    disp, scalars = jax.jit(_network, static_argnames=("module", "backend", "window"))(
-        model.params,
-        fixed_hu[None, ..., None],
-        moving_hu[None, ..., None],
-        body[None],
-        np.array([region], np.int32),
-        np.array([kind], np.int32),
-        module=model.module,
-        backend=model.features,
-        window=(spec.hu_low, spec.hu_high),
-    )
-    scalars = jax.device_get(scalars)
-    return np.asarray(disp[0]), {name: float(v[0]) for name, v in scalars.items()}
-
-
-def _network(
-    params, fixed_hu, moving_hu, body, region, kind, *, module, backend, window
-):
-    """Features, network and quality control in one program; every task shares it."""
-    low, high = window
-    fixed = intensity.window(fixed_hu, low=low, high=high)
-    moving = intensity.window(moving_hu, low=low, high=high)
-    corr = features.match(fixed, moving, backend=backend)
-    disp = module.apply({"params": params}, fixed, moving, corr, region, kind)
-    compare = body & intensity.valid(moving_hu)[..., 0]
-    reached = warp.sample(
-        intensity.valid(moving_hu),
-        warp.identity_coords(disp.shape[1:4])[None] + disp,
-        order=0,
-    )
-    after = body & reached[..., 0] & warp.inside(disp)
-    return disp, {
-        "finite": jnp.all(jnp.isfinite(disp), axis=(1, 2, 3, 4)),
-        "fold_percent": 100 * jacobian.folding_fraction(disp, mask=body),
-        "sdlogj": jacobian.sdlogj(disp, mask=body),
-        "ncc_before": ncc.global_ncc(fixed, moving, mask=compare),
-        "ncc_after": ncc.global_ncc(fixed, warp.warp(moving, disp), mask=after),
-    }
 
 
 def _quality(disp, scalars, spacing) -> dict[str, Any]:
@@ -407,7 +503,7 @@ def _quality(disp, scalars, spacing) -> dict[str, Any]:
         "finite": True,
         "max_mm": longest,
         "p99_mm": float(np.percentile(length, 99)),
-        **{name: scalars[name] for name in scalars if name != "finite"},
+        **scalars,
     }
     return {k: None if v != v else v for k, v in qc.items()}
 
