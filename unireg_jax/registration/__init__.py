@@ -5,6 +5,10 @@ import importlib
 _HOME = {
     "Model": "network",
     "load_model": "network",
+    "compile_register": "compiled",
+    "Outcome": "batch",
+    "Pair": "batch",
+    "register_many": "batch",
     "Registration": "pipeline",
     "register": "pipeline",
     "residual_mm": "pipeline",
