@@ -2,22 +2,17 @@
 
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import jax
-
 from unireg_jax.errors import UserError
+from unireg_jax.registration.compilation_cache import use_compilation_cache
 
 
 def setup() -> None:
     """Compilation cache in the user's own folder, quiet libraries."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "unireg_jax/xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    use_compilation_cache()
     for name in ("absl", "orbax", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

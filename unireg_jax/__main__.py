@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: 0 after --help and --version, 2 for a wrong command line.
     """
+    # Before JAX is imported: with a warm compilation cache XLA reports as an error, for
+    # every program, that `prefer-no-gather` is no feature of this CPU.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args([_dashes(word) for word in argv])
     try:
@@ -172,9 +175,10 @@ def _register(args: argparse.Namespace) -> int:
         # Before JAX is imported: a wrong file is refused within a second.
         fixed, moving, labels, mask = _read_inputs(args, say)
         read = time.perf_counter() - started
-        from unireg_jax.registration import network, pipeline
+        from unireg_jax.registration import compilation_cache, network, pipeline
 
-        _use_compilation_cache()
+        if compilation_cache.use_compilation_cache() is None:
+            say("warning: no folder of yours for compiled programs: set UNIREG_CACHE")
         model = network.load_model(args.weights)
         result = pipeline.register(
             fixed,
@@ -528,20 +532,6 @@ def _digest(path: Path) -> dict[str, Any]:
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             "bytes": os.fstat(file.fileno()).st_size,
         }
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless set otherwise."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "unireg_jax" / "xla"
-    with contextlib.suppress(OSError):  # a home that cannot be written: no cache
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _progress(quiet: bool) -> Callable[[str], None]:

@@ -57,7 +57,8 @@ class Registration(NamedTuple):
             ncc_after (global, signed, windowed intensities, after the pre-alignment and
             after the network), over the fixed body on the network's grid. None where
             undefined.
-        timings: seconds per stage; the first pair of a shape includes compilation.
+        timings: seconds per stage. compile is that of the network; other stages compile
+            in the first pair of a shape.
     """
 
     disp_mm: np.ndarray
@@ -129,6 +130,7 @@ def register(
     clock.lap("weights")
 
     session = Session(model)
+    clock.lap("compile")
     result = session.run(
         target, source, settings, affine=affine, mask=mask, say=say, clock=clock
     )
