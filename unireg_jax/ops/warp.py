@@ -3,11 +3,13 @@
 Every displacement is a pull-back in voxels of the grid it lives on: x -> x + disp(x).
 """
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 
 def identity_coords(shape: tuple[int, int, int]) -> jax.Array:
@@ -56,7 +58,7 @@ def sample(volume: jax.Array, coords: jax.Array, *, order: int = 1) -> jax.Array
             f"coords must be ({batch}, ..., 3) in voxels, got {coords.shape}; "
             "batch goes first, components last"
         )
-    return _sample(volume, tuple(coords[..., axis] for axis in range(3)), order)
+    return _sample(volume, coords, order, from_voxel=False)
 
 
 def warp(volume: jax.Array, disp: jax.Array, *, order: int = 1) -> jax.Array:
@@ -83,12 +85,10 @@ def warp(volume: jax.Array, disp: jax.Array, *, order: int = 1) -> jax.Array:
     check_disp(disp, grid=volume.shape[:4])
 
     def pull(volume, disp):
-        return _sample(volume, _displaced(disp), order)
+        return _sample(volume, disp, order, from_voxel=True)
 
     # Only volume and disp are kept between the passes: that bounds the memory of scans
-    # over warps. No barrier (prevent_cse): with one the backward pass cannot fuse with
-    # the forward pass and takes twice the time and 2.8 times the scratch (96x96x80 and
-    # 192x192x160, 2-core CPU).
+    # over warps. No barrier (prevent_cse): the slopes fuse into the backward pass.
     return jax.checkpoint(pull, prevent_cse=False)(volume, disp)
 
 
@@ -252,18 +252,101 @@ def check_disp(
         )
 
 
-def _sample(volume, coords, order):
-    """Samples each volume of the batch at its positions, given by component."""
+def _sample(volume, vectors, order, *, from_voxel):
+    """Samples each volume of the batch; see _coords for the vectors."""
     # vmap, not one flat index over the batch, so that a batch split over devices needs
     # no communication.
-    return jax.vmap(_linear if order == 1 else _nearest)(volume, coords)
+    if order == 0:
+        return jax.vmap(lambda v, u: _nearest(v, _coords(u, from_voxel)))(
+            volume, vectors
+        )
+    return jax.vmap(lambda v, u: _linear(v, u, from_voxel))(volume, vectors)
 
 
-def _linear(volume, coords):
-    """Blends the eight corners: volume [X, Y, Z, C], coords three arrays [*S]."""
-    shape, channels = volume.shape[:3], volume.shape[3]
-    dtype = jnp.float32 if volume.dtype.itemsize < 4 else volume.dtype
-    rows = volume.reshape(-1, channels)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _linear(volume, vectors, from_voxel):
+    """Blends the eight corners: volume [X, Y, Z, C], vectors [*S, 3] -> [*S, C].
+
+    For one channel the halves of a cell along X are summed by a reduction, over an axis
+    that is never stored. One more blend is as fast alone, but as soon as two operations
+    read the result (NCC reads it three times), XLA:CPU stores all eight corners instead
+    of the result: 3 times the time of warp, NCC and gradient. With more channels the
+    reduction itself costs a fifth or more.
+    """
+    if volume.shape[3] > 1:
+        return _blend(volume, vectors, from_voxel)
+    index, offsets, (fraction, *others) = _cells(volume, _coords(vectors, from_voxel))
+    dtype = _working_dtype(volume)
+    shape = (2, *index.shape)
+    upper = lax.broadcasted_iota(jnp.int32, shape, 0)
+    index = jnp.broadcast_to(index, shape) + upper * offsets[0][1]
+    fraction = jnp.broadcast_to(fraction.astype(dtype), shape)
+    weight = jnp.where(upper == 1, fraction, 1.0 - fraction)[..., None]
+    corners = _gather(volume, index, offsets[1:])
+    for fraction in others:
+        fraction = jnp.broadcast_to(fraction.astype(dtype), shape)[..., None]
+        corners = _along_axis(corners, 1.0 - fraction, fraction)
+    return jnp.sum(corners[0] * weight, axis=0).astype(volume.dtype)
+
+
+@functools.partial(_linear.defjvp, symbolic_zeros=True)
+def _linear_jvp(from_voxel, primals, tangents):
+    """Tangents of the blend: slopes times that of the vectors, blend of the volume's.
+
+    XLA's own derivative stores all eight corners and computes each in a pass of its
+    own. Here they are gathered again for each of the three slopes, in one loop without
+    scratch, which is faster: docs/performance.md.
+    """
+    volume, vectors = primals
+    volume_dot, vectors_dot = tangents
+    out, out_dot = _linear(volume, vectors, from_voxel), None
+    if not isinstance(vectors_dot, SymbolicZero):
+        slopes = _slopes(volume, vectors, from_voxel)
+        weighted = slopes * vectors_dot[..., None].astype(slopes.dtype)
+        out_dot = jnp.sum(weighted, axis=-2).astype(out.dtype)
+    if not isinstance(volume_dot, SymbolicZero):
+        blended = _blend(volume_dot, vectors, from_voxel)
+        out_dot = blended if out_dot is None else out_dot + blended
+    return out, jnp.zeros_like(out) if out_dot is None else out_dot
+
+
+def _blend(volume, vectors, from_voxel):
+    """Linear interpolation by XLA's own operations, hence differentiable by them."""
+    index, offsets, fractions = _cells(volume, _coords(vectors, from_voxel))
+    corners = _gather(volume, index, offsets)
+    for fraction in fractions:
+        fraction = fraction[..., None].astype(_working_dtype(volume))
+        # Two products, not a + f (b - a): exact at f = 1, the far edge.
+        corners = _along_axis(corners, 1.0 - fraction, fraction)
+    return corners[0].astype(volume.dtype)
+
+
+def _slopes(volume, vectors, from_voxel):
+    """Derivative of the blend along each axis, [*S, 3, C], 0 outside the grid.
+
+    One value per position and axis: the blend with weights -1 and 1 along that axis.
+    """
+    coords = _coords(vectors, from_voxel)
+    index, offsets, fractions = _cells(volume, coords)
+    dtype = _working_dtype(volume)
+    shape = (*index.shape, 3, 1)
+    axes = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
+    index = jnp.broadcast_to(index[..., None], shape[:-1])
+    corners = _gather(volume, index, offsets)
+    outside = jnp.zeros(shape, bool)
+    for axis, (coord, size) in enumerate(zip(coords, volume.shape[:3], strict=True)):
+        fraction = fractions[axis][..., None, None].astype(dtype)
+        low = jnp.where(axes == axis, -1.0, 1.0 - fraction).astype(dtype)
+        high = jnp.where(axes == axis, 1.0, fraction).astype(dtype)
+        corners = _along_axis(corners, low, high)
+        beyond = ((coord < 0.0) | (coord > float(size - 1)))[..., None, None]
+        outside |= (axes == axis) & beyond
+    return jnp.where(outside, 0.0, corners[0]).astype(dtype)
+
+
+def _cells(volume, coords):
+    """Flat index of the lowest corner, offsets of the others, fractions per axis."""
+    shape = volume.shape[:3]
     strides = (shape[1] * shape[2], shape[2], 1)
     # One flat index for the lowest corner; the others lie at constant offsets, which
     # lets the compiler fuse all eight gathers into one loop without scratch.
@@ -274,21 +357,31 @@ def _linear(volume, coords):
         # with weight 1: no special case at the border.
         base = jnp.minimum(jnp.floor(coord), float(max(size - 2, 0)))
         index = index + base.astype(jnp.int32) * stride
-        fractions.append((coord - base)[..., None].astype(dtype))
+        fractions.append(coord - base)
     # An axis of one voxel is its own neighbour.
     offsets = [(0, s if n > 1 else 0) for n, s in zip(shape, strides, strict=True)]
-    corners = [
+    return index, offsets, fractions
+
+
+def _gather(volume, index, offsets):
+    """The corners of every cell, each [*S, C] in working precision, X slowest."""
+    rows, dtype = volume.reshape(-1, volume.shape[3]), _working_dtype(volume)
+    return [
         jnp.take(rows, index + sum(offset), axis=0, mode="clip").astype(dtype)
         for offset in itertools.product(*offsets)
     ]
-    for fraction in fractions:
-        half = len(corners) // 2
-        # Two products, not a + f (b - a): exact at f = 1, the far edge.
-        corners = [
-            low * (1.0 - fraction) + high * fraction
-            for low, high in zip(corners[:half], corners[half:], strict=True)
-        ]
-    return corners[0].astype(volume.dtype)
+
+
+def _along_axis(corners, low, high):
+    """Weighs the lower half of the corners against the upper half."""
+    half = len(corners) // 2
+    pairs = zip(corners[:half], corners[half:], strict=True)
+    return [a * low + b * high for a, b in pairs]
+
+
+def _working_dtype(volume):
+    """Halves are blended in float32."""
+    return jnp.float32 if volume.dtype.itemsize < 4 else volume.dtype
 
 
 def _nearest(volume, coords):
@@ -312,6 +405,17 @@ def _positions(shape):
     """Returns the three components of the voxel positions, each float32 of `shape`."""
     return tuple(
         lax.broadcasted_iota(jnp.float32, tuple(shape), axis) for axis in range(3)
+    )
+
+
+def _coords(vectors, from_voxel):
+    """Components of the positions [*S, 3]; from_voxel: of x + vectors(x), on a grid."""
+    parts = tuple(vectors[..., axis] for axis in range(3))
+    if not from_voxel:
+        return parts
+    return tuple(
+        lax.broadcasted_iota(part.dtype, part.shape, axis) + part
+        for axis, part in enumerate(parts)
     )
 
 
