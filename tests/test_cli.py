@@ -1,5 +1,6 @@
 """The commands: files that other tools read, exit codes, and one line per mistake."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,7 +21,8 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import pipeline, weights
-from unireg_jax.registration.network import initializer
+from unireg_jax.registration.compiled import compile_register
+from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.tasks import PairType
 
 REPO = Path(__file__).resolve().parents[1]
@@ -406,7 +408,7 @@ def test_interrupt_leaves_nothing(scans, tmp_path, network, capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
-# --- evaluate and info --------------------------------------------------------------
+# --- evaluate -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -554,6 +556,103 @@ def test_evaluate_reads_what_simpleitk_writes(tmp_path, capsys):
     )
     report = evaluate(capsys, "--transform", tmp_path / "c.h5")
     assert report["field"]["max_mm"] == pytest.approx(np.sqrt(1 + 4 + 144), abs=1e-5)
+
+
+# --- export -------------------------------------------------------------------------
+
+
+def test_export_runs_without_this_package_and_equals_register(
+    tmp_path, network, capsys
+):
+    """In a process that has JAX and the two files only."""
+    out = tmp_path / "tiny.stablehlo"
+    arguments = ["export", "--weights", network, "--shape", "32,16,32"]
+    arguments += ["--out", str(out), "--json"]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    card = json.loads(captured.out)
+    assert card == json.loads(out.with_suffix(".json").read_text())
+    assert all(line.startswith("unireg: ") for line in captured.err.splitlines())
+    assert sorted(os.listdir(tmp_path)) == ["tiny.json", "tiny.stablehlo"]
+    digest = cli._digest(out)
+    assert card["artefact"]["sha256"] == digest["sha256"]
+    assert card["weights"]["sha256"] == cli._digest(Path(network))["sha256"]
+    assert card["preprocess"] == SPEC.to_json() | {"shape": [32, 16, 32]}
+    assert card["platforms"] == ["cpu", "cuda"]
+    assert str(tmp_path) not in out.with_suffix(".json").read_text()
+    hu = np.random.default_rng(0).integers(-1000, 600, (2, 2, 32, 16, 32))
+    hu = hu.astype(np.int16)
+    np.savez(tmp_path / "in.npz", fixed=hu[0, ..., None], moving=hu[1, ..., None])
+    code = (
+        "import jax.export, numpy as np, sys\n"
+        f"run = jax.export.deserialize(open({str(out)!r}, 'rb').read()).call\n"
+        f"x = np.load({str(tmp_path / 'in.npz')!r})\n"
+        "codes = np.array([1, 2], np.int32), np.array([0, 1], np.int32)\n"
+        "both = run(x['fixed'], x['moving'], *codes)\n"
+        "one = run(x['fixed'][1:], x['moving'][1:], codes[0][1:], codes[1][1:])\n"
+        f"np.savez({str(tmp_path / 'out.npz')!r}, both=both, one=one)\n"
+        "assert 'unireg_jax' not in sys.modules\n"
+    )
+    process_run = process("-c", code)
+    assert process_run.returncode == 0, process_run.stderr
+    program = compile_register(load_model(network), (32, 16, 32))
+    result = np.load(tmp_path / "out.npz")
+    for i, (region, pair_type) in enumerate(((1, 0), (2, 1))):
+        expected = program(hu[0, i], hu[1, i], region, pair_type)[0]
+        # Other fusions of the same float32 arithmetic; voxels.
+        np.testing.assert_allclose(result["both"][i], expected, atol=1e-4)
+    np.testing.assert_allclose(result["one"][0], expected, atol=1e-4)
+    assert result["both"].dtype == np.float32 and np.abs(result["both"]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "match"),
+    [
+        (["--shape", "32,24,32"], errors.USAGE, "multiples of 16"),
+        (["--shape", "32,32"], errors.USAGE, "multiples of 16"),
+        (["--shape", "32,-16,32"], errors.USAGE, "multiples of 16"),
+        (["--out", "net.bin"], errors.USAGE, "ends in .stablehlo"),
+        (["--out", "absent/net.stablehlo"], errors.STORAGE, "a folder expected"),
+        (["--weights", "absent.safetensors"], errors.CHECKPOINT, "--weights"),
+    ],
+)
+def test_export_mistake_is_one_line_and_leaves_nothing(
+    change, code, match, tmp_path, network, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["export", "--weights", network, "--out", "net.stablehlo", "--quiet"]
+    assert match in refused(capsys, [*arguments, *change], code)
+    assert os.listdir(tmp_path) == []
+
+
+def test_export_overwrites_only_when_asked(tmp_path, network, capsys):
+    out = tmp_path / "net.stablehlo"
+    out.with_suffix(".json").write_text("mine")
+    arguments = ["export", "--weights", network, "--out", str(out), "--quiet"]
+    arguments += ["--shape", "16,16,32"]
+    assert "--overwrite" in refused(capsys, arguments, errors.USAGE)
+    assert os.listdir(tmp_path) == ["net.json"]
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    card = json.loads(out.with_suffix(".json").read_text())
+    assert card["artefact"]["sha256"] == cli._digest(out)["sha256"]
+    assert sorted(os.listdir(tmp_path)) == ["net.json", "net.stablehlo"]
+
+
+def test_export_without_flatbuffers_names_the_extra(
+    tmp_path, network, capsys, monkeypatch
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n: None if n == "flatbuffers" else find(n)
+    )
+    arguments = ["export", "--weights", network, "--quiet"]
+    arguments += ["--out", str(tmp_path / "net.stablehlo")]
+    line = refused(capsys, arguments, errors.USAGE)
+    assert "not_installed" in line and "unireg-jax[export]" in line
+    assert os.listdir(tmp_path) == []
+
+
+# --- info ---------------------------------------------------------------------------
 
 
 def test_info_lists_tasks_and_weights(capsys, monkeypatch, network):

@@ -1,4 +1,4 @@
-"""`python -m unireg_jax <verb>`: register one pair, evaluate any transform, info.
+"""`python -m unireg_jax <verb>`: register a pair, evaluate a transform, export, info.
 
 Data goes to stdout, everything else to stderr. A user's mistake is one line and an exit
 code of unireg_jax/errors.py; anything else is our fault and exit code 1.
@@ -98,6 +98,7 @@ def _parser() -> _Parser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_register(verbs)
     _add_evaluate(verbs)
+    _add_export(verbs)
     verb = verbs.add_parser("info", help="version, tasks and weights")
     verb.add_argument("--json", action="store_true", help="as JSON")
     verb.set_defaults(run=_info, debug=False, out=None)
@@ -152,6 +153,45 @@ def _add_evaluate(verbs) -> None:
     add("--json", action="store_true", help="all numbers and definitions as JSON")
     add("--debug", action="store_true", help="trace of an internal error on stderr")
     verb.set_defaults(run=_evaluate, out=None)
+
+
+def _add_export(verbs) -> None:
+    verb = verbs.add_parser(
+        "export",
+        help="the network as a StableHLO file",
+        description="Writes FILE, a program for CPU and CUDA with the weights inside, "
+        "any batch size, which JAX alone can run, and beside it a .json: inputs, "
+        "outputs, units, preprocessing, digests. It takes volumes on the network's "
+        "grid; pre-alignment and files are not part of it.",
+    )
+    add = verb.add_argument
+    add(
+        *("-o", "--out"),
+        dest="file",
+        required=True,
+        metavar="FILE",
+        help="name ending in .stablehlo",
+    )
+    add(
+        "--weights", metavar="FILE", help="default: $UNIREG_WEIGHTS, then the package's"
+    )
+    add("--shape", type=_grid, metavar="X,Y,Z", help="voxels, default of the weights")
+    add("--overwrite", action="store_true", help="replace FILE and its .json")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    add("--json", action="store_true", help="the description on stdout")
+    add("--debug", action="store_true", help="trace of an internal error on stderr")
+    verb.set_defaults(run=_export, out=None)
+
+
+def _grid(text: str) -> tuple[int, ...]:
+    """X,Y,Z of a network grid."""
+    words = text.split(",")
+    shape = tuple(int(word) for word in words if word.strip().isdecimal())
+    if len(words) != 3 or len(shape) != 3 or any(n < 16 or n % 16 for n in shape):
+        raise argparse.ArgumentTypeError(
+            f"three multiples of 16 such as 96,96,80 expected, got {text[:40]!r}"
+        )
+    return shape
 
 
 def _dashes(word: str) -> str:
@@ -325,7 +365,7 @@ def _summarize(say: Callable[[str], None], record: dict[str, Any], where: Path) 
     say(f"done in {record['timings']['total']:.1f} s: {_shown(where)}")
 
 
-# --- evaluate, info -----------------------------------------------------------------
+# --- evaluate, export, info ---------------------------------------------------------
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -393,6 +433,22 @@ def _table(report: dict[str, Any]) -> str:
     for name, value in report["field"].items():
         lines.append(f"{name.ljust(24)} {_number(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _export(args: argparse.Namespace) -> int:
+    say = _progress(args.quiet)
+    from unireg_jax.registration import export
+
+    say("tracing")
+    card = export.export_register(
+        args.file, weights=args.weights, shape=args.shape, overwrite=args.overwrite
+    )
+    size = "x".join(map(str, card["preprocess"]["shape"]))
+    mib = card["artefact"]["bytes"] / 2**20
+    say(f"{_shown(args.file)}: {size}, {mib:.1f} MiB")
+    if args.json:
+        print(json.dumps(card, indent=2))
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

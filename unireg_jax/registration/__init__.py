@@ -9,6 +9,7 @@ _HOME = {
     "Outcome": "batch",
     "Pair": "batch",
     "register_many": "batch",
+    "export_register": "export",
     "Registration": "pipeline",
     "register": "pipeline",
     "residual_mm": "pipeline",

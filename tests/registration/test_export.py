@@ -1,0 +1,63 @@
+"""The exported program: the CPU's convolutions inside, any batch, the same field."""
+
+import json
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+from unireg_jax.imaging.preprocess import PreprocessSpec
+from unireg_jax.models.unireg import UniReg
+from unireg_jax.registration.compiled import compile_register
+from unireg_jax.registration.export import export_register
+from unireg_jax.registration.network import Model, initializer
+
+SHAPE = (32, 16, 32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Large enough that conv_impl "auto" is not the direct form on a CPU."""
+    module = UniReg(encoder=(4, 4, 4, 4), decoder=(4, 4, 4, 4), remaining=(4,))
+    direct = module.clone(conv_impl="direct")  # same parameters, compiled faster
+    params = jax.jit(initializer(direct))(jax.random.key(0))
+    bias = params["head"]["controller"]["bias"]
+    params["head"]["controller"]["bias"] = bias.at[128:152].multiply(3e3)
+    spec = PreprocessSpec(shape=SHAPE, spacing_mm=(8.0, 9.0, 8.0))
+    return Model(module, params, spec, "mind", {"licence": "Apache-2.0"})
+
+
+def test_export_equals_the_library_at_any_batch(model, tmp_path):
+    path = tmp_path / "net.stablehlo"
+    card = export_register(path, weights=model)
+    assert card == json.loads(path.with_suffix(".json").read_text())
+    assert card["weights"] == {"sha256": None, "licence": "Apache-2.0"}
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    assert exported.platforms == ("cpu", "cuda")
+    # What the description says is what the program takes and gives.
+    for arrays, avals in (
+        (card["inputs"], exported.in_avals),
+        (card["outputs"], exported.out_avals),
+    ):
+        assert [a["dtype"] for a in arrays] == [str(a.dtype) for a in avals]
+        for array, aval in zip(arrays, avals, strict=True):
+            assert [str(n) for n in array["shape"]] == [str(n) for n in aval.shape]
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1000, 600, (2, 2, *SHAPE)).astype(np.int16)
+    program = compile_register(model)
+    codes = np.array([2, 1], np.int32), np.array([1, 0], np.int32)
+    expected = np.concatenate(
+        [program(*hu[:, i], codes[0][i], codes[1][i]) for i in range(2)]
+    )
+    assert np.abs(expected).max() > 0.1  # voxels
+    for batch in (1, 2):
+        got = exported.call(
+            *hu[:, :batch, ..., None], *(code[:batch] for code in codes)
+        )
+        np.testing.assert_allclose(got, expected[:batch], atol=1e-4)
+
+
+def test_export_rejects_a_shape(model, tmp_path):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        export_register(tmp_path / "a.stablehlo", weights=model, shape=(32, 20, 32))
