@@ -1,5 +1,6 @@
 """Displacement fields and affines: what ITK reads is what we meant."""
 
+import concurrent.futures
 import itertools
 import struct
 import subprocess
@@ -350,6 +351,18 @@ def test_write_composite_compresses_large_fields(tmp_path):
     expected = point + (1.0, 2.0, 3.0)
     np.testing.assert_allclose(peer.TransformPoint(point.tolist()), expected, atol=1e-9)
     assert (tmp_path / "a.h5").stat().st_size < 8 * disp_mm.size
+
+
+def test_write_composite_from_several_threads(tmp_path):
+    disp_mm = displacement(world(oblique())).astype(np.float32)
+    paths = [tmp_path / f"{i}.h5" for i in range(8)]
+
+    def write(path):
+        transforms.write_composite(path, affine(), disp_mm, oblique())
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, paths))
+    assert len({path.read_bytes() for path in paths}) == 1
 
 
 def test_writers_on_a_full_disk_fail_with_storage_and_leave_nothing(tmp_path):

@@ -7,6 +7,7 @@ its axes run.
 """
 
 import os
+import uuid
 import zipfile
 import zlib
 from pathlib import Path
@@ -203,8 +204,10 @@ def write_composite(
     # Component fastest, then x, y, z.
     vectors = disp_mm.transpose(2, 1, 0, 3).astype(np.float64).ravel()
     center = np.zeros(3)
-    # Made in memory: on a full disk the HDF5 library ends the process.
-    with h5py.File("composite.h5", "w", driver="core", backing_store=False) as file:
+    # Made in memory: on a full disk the HDF5 library ends the process. It knows even
+    # such a file by its name, which two threads must not share.
+    name = f"{uuid.uuid4().hex}.h5"
+    with h5py.File(name, "w", driver="core", backing_store=False) as file:
         root = file.create_group("TransformGroup")
         _add_transform(root, 0, "CompositeTransform_double_3_3", None, None)
         parameters = _affine_parameters(affine, center)
