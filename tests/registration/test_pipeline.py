@@ -185,10 +185,26 @@ def test_register_slabs_give_the_same_as_one_piece(model, monkeypatch):
     images, grids = pair()
     whole = run(images, grids, task="chest", weights=model, affine=MATRIX)
     x, y, _ = images[0].shape
-    monkeypatch.setattr(pipeline, "_SLAB_VOXELS", 4 * x * y)  # 29 is no multiple of 4
+    monkeypatch.setattr(pipeline, "_SLAB_VOXELS", 4 * x * y)  # 8 slices a slab: 29 is no multiple
     parts = run(images, grids, task="chest", weights=model, affine=MATRIX)
     np.testing.assert_allclose(parts.disp_mm, whole.disp_mm, atol=1e-4)
     assert np.abs(parts.warped - whole.warped).max() <= 1
+
+
+def test_register_scans_of_nearly_one_size_share_every_program(calm, monkeypatch):
+    traces = []
+    slab = pipeline._slab
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return slab(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "_slab", counted)
+    images, grids = pair()
+    for drop in range(3):
+        cut = images[0][:, :, : 29 - drop], images[1][: 36 - drop, :, : 41 - drop]
+        run(cut, grids, task="lung", weights=calm, affine="none")
+    assert len(traces) == 1
 
 
 def test_register_does_not_depend_on_the_storage_order(model):

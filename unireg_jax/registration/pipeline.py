@@ -35,7 +35,7 @@ _AIR_HU = -1000
 _FAR_MM = 30.0  # centres of two scans of one patient on one table are nearer
 _SHARED = 0.3  # least share of the smaller scan that two such scans have in common
 _RANGE_MM = 1000.0  # the longest vector a transform file may hold
-_SLAB_VOXELS = 2**21  # native voxels per step: 100 MB of scratch
+_SLAB_VOXELS = 2**21  # native voxels per step, about: 100 MB of scratch
 
 
 class Registration(NamedTuple):
@@ -526,13 +526,18 @@ def _to_native(target, source, matrix, disp, grid):
         spread,
         to_moving @ target.vox2world,
         np.linalg.inv(source.vox2world)[:3, :3] @ spread,
+        np.array(source.data.shape) - 0.5,
     )
     place = tuple(np.asarray(m, np.float32) for m in place)
-    depth = max(1, min(shape[2], _SLAB_VOXELS // (shape[0] * shape[1])))
+    slabs = -(-shape[0] * shape[1] * shape[2] // _SLAB_VOXELS)
+    depth = _bucket(-(-shape[2] // slabs), 8)
+    # Repeating the edge changes nothing within the outer faces.
+    pads = [(0, _bucket(n, 32) - n) for n in source.data.shape]
+    padded = np.pad(source.data, pads, mode="edge")
     step = functools.partial(
         jax.jit(_slab, static_argnames="shape"),
         jnp.asarray(disp[None]),
-        jnp.asarray(source.data[None, ..., None], jnp.float32),
+        jnp.asarray(padded[None, ..., None], jnp.float32),
         place,
         np.float32(_fill(source.data)),
         shape=(*shape[:2], depth),
@@ -540,30 +545,36 @@ def _to_native(target, source, matrix, disp, grid):
     whole = np.issubdtype(source.data.dtype, np.integer)
     disp_mm = np.empty((*shape, 3), np.float32)
     warped = np.empty(shape, source.data.dtype)
-    # The last slab overlaps the one before, so that all have one shape.
-    for start in sorted({*range(0, shape[2] - depth, depth), shape[2] - depth}):
-        part = slice(start, start + depth)
+    # The last slab may reach beyond the volume, so that all have one shape.
+    for start in range(0, shape[2], depth):
+        count = min(depth, shape[2] - start)
+        part = slice(start, start + count)
         field, image = step(np.float32(start))
-        disp_mm[:, :, part] = field
+        disp_mm[:, :, part] = field[:, :, :count]
+        image = np.asarray(image)[:, :, :count]
         warped[:, :, part] = np.rint(image) if whole else image
     return disp_mm, warped
 
 
+def _bucket(count: int, step: int) -> int:
+    """Next multiple: scans of nearly the same size share a program."""
+    return -(-count // step) * step
+
+
 def _slab(disp, moving, place, fill, start, *, shape):
     """Total displacement in mm and warped image of one slab of native slices."""
-    to_grid, rigid, spread, to_moving, turn = place
+    to_grid, rigid, spread, to_moving, turn, limit = place
     coords = warp.identity_coords(shape) + jnp.broadcast_to(
         jnp.stack([jnp.zeros_like(start), jnp.zeros_like(start), start]), (*shape, 3)
     )
     # Beyond the network's grid its outermost vector holds.
     u = warp.sample(disp, _apply(to_grid, coords)[None])[0]
     read = _apply(to_moving, coords) + _apply(turn, u)
-    return _apply(rigid, coords) + _apply(spread, u), _read(moving, read, fill)
+    return _apply(rigid, coords) + _apply(spread, u), _read(moving, read, limit, fill)
 
 
-def _read(moving, coords, fill):
+def _read(moving, coords, limit, fill):
     """Moving image at voxel positions [..., 3], `fill` beyond its outer faces."""
-    limit = jnp.array(moving.shape[1:4], jnp.float32) - 0.5
     limit = jnp.broadcast_to(limit, coords.shape)
     inside = jnp.all((coords >= -0.5) & (coords <= limit), axis=-1)
     image = warp.sample(moving, coords[None])[0, ..., 0]
