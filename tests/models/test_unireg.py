@@ -158,12 +158,6 @@ def test_max_pool_gradient_has_no_select_and_scatter(key):
     assert "select_and_scatter" not in text
 
 
-def test_upsample_nearest_repeats(key):
-    x = jax.random.normal(key, (1, 2, 3, 4, 5))
-    y = np.asarray(x).repeat(2, 1).repeat(2, 2).repeat(2, 3)
-    np.testing.assert_array_equal(layers.upsample_nearest(x), y)
-
-
 @pytest.mark.parametrize(
     ("fixed", "moving", "corr", "match"),
     [

@@ -1,9 +1,12 @@
-"""conv3d: the Winograd form against XLA's own convolution, SciPy and PyTorch."""
+"""conv3d: the CPU form against XLA's own convolution, SciPy and PyTorch."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 from scipy import ndimage
 
 from unireg_jax.ops import conv
@@ -64,6 +67,111 @@ def test_conv3d_winograd_gradients_match_direct(key, shape, channels, features):
         np.testing.assert_allclose(g / scale, e / scale, atol=3e-5)  # as above
 
 
+def _block(key, shape, coarse, parts, features):
+    """A whole block: coarse map, several inputs, kernel and bias."""
+    keys = jax.random.split(key, 4)
+    half = tuple(n // 2 for n in shape[1:])
+    channels = coarse + sum(parts)
+    return {
+        "inputs": tuple(
+            jax.random.normal(k, (*shape, c))
+            for k, c in zip(jax.random.split(keys[0], len(parts)), parts, strict=True)
+        ),
+        "coarse": jax.random.normal(keys[1], (shape[0], *half, coarse)),
+        "kernel": jax.random.normal(keys[2], (3, 3, 3, channels, features)) * 0.2,
+        "bias": jax.random.normal(keys[3], (features,)),
+    }
+
+
+def _apply(block, impl, slope):
+    return conv.conv3d(
+        block["inputs"],
+        block["kernel"],
+        block["bias"],
+        coarse=block["coarse"],
+        slope=slope,
+        impl=impl,
+    )
+
+
+# Two tiles and more along X; a rest of two slices; a batch.
+BLOCKS = [((1, 8, 6, 10), 3, (2, 4), 5), ((2, 6, 4, 8), 2, (1,), 3)]
+
+
+def test_conv3d_is_the_convolution_of_the_concatenation(key):
+    """Against the definition, with the up-sampled map made and everything joined."""
+    block = _block(key, *BLOCKS[0])
+    joined = jnp.concatenate(
+        [conv.upsample_nearest(block["coarse"]), *block["inputs"]], axis=-1
+    )
+    y = np.asarray(conv.conv3d(joined, block["kernel"], impl="direct"))
+    y = y + np.asarray(block["bias"])
+    expected = np.where(y > 0, y, 0.2 * y)
+    for impl in ("direct", "winograd"):
+        got = _apply(block, impl, 0.2)
+        np.testing.assert_allclose(got, expected, atol=1e-4)  # sums of 243 products
+
+
+@pytest.mark.parametrize(
+    ("block", "slope"), [(BLOCKS[0], 0.2), (BLOCKS[1], 1.0), (BLOCKS[1], 0.2)]
+)
+def test_conv3d_forms_agree_in_value_and_gradient(key, block, slope):
+    block = _block(key, *block)
+    y = _apply(block, "direct", slope)
+    # No value so near zero that rounding decides the slope.
+    weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+    weight = jnp.where(jnp.abs(y) > 1e-3, weight, 0)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def loss(block, impl):
+        y = _apply(block, impl, slope)
+        return (y * weight).sum(), y
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (_, expected_y), expected = grad(block, "direct")
+    (_, y), got = grad(block, "winograd")
+    for e, g in zip(
+        jax.tree.leaves((expected_y, expected)), jax.tree.leaves((y, got)), strict=True
+    ):
+        assert g.dtype == e.dtype
+        scale = float(jnp.abs(e).max())
+        # The transforms amplify float32 rounding to about 1e-5.
+        np.testing.assert_allclose(g / scale, e / scale, atol=3e-5)
+
+
+def test_conv3d_gradient_matches_finite_differences(key):
+    block = _block(key, (1, 4, 4, 6), 1, (1,), 2)
+    check_grads(
+        jax.jit(lambda b: _apply(b, "winograd", 1.0)),
+        (block,),
+        order=1,
+        modes=("rev",),
+        atol=1e-2,  # float32 differences of sums of 192 values
+        rtol=1e-2,
+    )
+
+
+def test_conv3d_needs_scratch_for_slices_only(key):
+    """At 96 x 32 x 32 no map of the volume's size but the result and gradients."""
+    block = _block(key, (1, 96, 32, 32), 8, (8,), 8)
+    block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), block)
+    if jax.default_backend() != "cpu":
+        pytest.skip("the CPU form")
+    large = 96 * 32 * 32 * 8 * 4
+    program = jax.jit(lambda b: _apply(b, "winograd", 0.2)).lower(block).compile()
+    assert program.memory_analysis().temp_size_in_bytes < large
+    grad = jax.grad(lambda b: jnp.square(_apply(b, "winograd", 0.2)).sum())
+    program = jax.jit(grad).lower(block).compile()
+    # The result, its own gradient and what the loops work on.
+    assert program.memory_analysis().temp_size_in_bytes < 3.5 * large
+
+
+def test_upsample_nearest_repeats(key):
+    x = jax.random.normal(key, (1, 2, 3, 4, 5))
+    y = np.asarray(x).repeat(2, 1).repeat(2, 2).repeat(2, 3)
+    np.testing.assert_array_equal(conv.upsample_nearest(x), y)
+
+
 def test_conv3d_matches_torch(key):
     torch = pytest.importorskip("torch")
     x, kernel = _inputs(key, (2, 6, 5, 9), 3, 4)
@@ -99,8 +207,13 @@ def test_conv3d_compiled_cpu_program_holds_no_3d_convolution(key):
 
 def test_conv3d_keeps_bfloat16(key):
     x, kernel = _inputs(key, (1, 8, 6, 5), 2, 3)
-    y = conv.conv3d(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), impl="direct")
-    assert y.dtype == jnp.bfloat16
+    expected = conv.conv3d(x, kernel, impl="direct")
+    for impl in ("direct", "winograd"):
+        y = conv.conv3d(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), impl=impl)
+        assert y.dtype == jnp.bfloat16
+        y, scale = np.asarray(y, np.float32), float(jnp.abs(expected).max())
+        # bfloat16 keeps 8 bits of inputs, kernel and result.
+        np.testing.assert_allclose(y / scale, expected / scale, atol=1.5e-2)
 
 
 @pytest.mark.parametrize(
@@ -115,3 +228,14 @@ def test_conv3d_keeps_bfloat16(key):
 def test_conv3d_rejects_bad_input(x, kernel, impl, match):
     with pytest.raises(ValueError, match=match):
         conv.conv3d(jnp.zeros(x), jnp.zeros(kernel), impl=impl)
+
+
+def test_conv3d_rejects_what_does_not_belong_together(key):
+    block = _block(key, *BLOCKS[0])
+    with pytest.raises(ValueError, match="coarse must be"):
+        _apply(block | {"coarse": block["coarse"][:, 1:]}, "auto", 1.0)
+    with pytest.raises(ValueError, match=r"bias must be \(5,\), got \(4,\)"):
+        _apply(block | {"bias": jnp.zeros(4)}, "auto", 1.0)
+    other = (block["inputs"][0], jnp.zeros((1, 8, 6, 9, 4)))
+    with pytest.raises(ValueError, match="on one grid"):
+        _apply(block | {"inputs": other}, "auto", 1.0)

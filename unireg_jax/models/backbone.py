@@ -60,7 +60,7 @@ class Backbone(nn.Module):
                 features, activate, self.dtype, self.conv_impl, name=name
             )
 
-        skips, parts = [], (moving, fixed)
+        skips, parts, coarse = [], (moving, fixed), None
         for level, features in enumerate(self.encoder):
             skips.append(conv(features, f"encoder_{level}")(parts))
             parts = (layers.max_pool(skips[-1]),)
@@ -68,12 +68,13 @@ class Backbone(nn.Module):
                 parts = (*parts, corr)
         for i, features in enumerate(self.decoder):
             level = len(self.encoder) - i
-            x = conv(features, f"decoder_{i}")(parts)
+            x = conv(features, f"decoder_{i}")(parts, coarse)
             x = self.modulate(x, level)
             if level == self.field_level:
-                parts = (x,)
+                parts, coarse = (x,), None
                 break
-            parts = (layers.upsample_nearest(x), skips[level - 1])
+            # Up-sampled by the next convolution, which never makes the large map.
+            parts, coarse = (skips[level - 1],), x
         for i, features in enumerate(self.remaining):
-            parts = (conv(features, f"remaining_{i}")(parts),)
+            parts, coarse = (conv(features, f"remaining_{i}")(parts, coarse),), None
         return conv(self.pre_head, "pre_head", activate=False)(parts)

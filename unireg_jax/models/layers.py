@@ -1,4 +1,4 @@
-"""Building blocks of the backbone: convolution block, pooling, up-sampling.
+"""Building blocks of the backbone: convolution block and pooling.
 
 UniReg, Figure 4: every convolution is 3x3x3 with bias and a LeakyReLU of slope 0.2.
 """
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from unireg_jax.ops import conv
 
@@ -16,9 +15,6 @@ LEAK = 0.2
 
 class Conv(nn.Module):
     """3x3x3 convolution of several maps as if they were concatenated.
-
-    The convolution of a concatenation is the sum of the convolutions of its parts;
-    summing saves the copy, which at full resolution is larger than any other buffer.
 
     Attributes:
         features: channels out.
@@ -33,24 +29,29 @@ class Conv(nn.Module):
     impl: str = "auto"
 
     @nn.compact
-    def __call__(self, inputs: Sequence[jax.Array]) -> jax.Array:
-        """Maps parts [B, X, Y, Z, C_i] to [B, X, Y, Z, features]."""
-        channels = [x.shape[-1] for x in inputs]
+    def __call__(
+        self, inputs: Sequence[jax.Array], coarse: jax.Array | None = None
+    ) -> jax.Array:
+        """Maps parts [B, X, Y, Z, C_i] to [B, X, Y, Z, features].
+
+        `coarse` [B, X/2, Y/2, Z/2, C] comes first, up-sampled to the nearest voxel.
+        """
+        maps = [*inputs] if coarse is None else [coarse, *inputs]
+        channels = sum(x.shape[-1] for x in maps)
         # He initialisation for a leaky rectifier: 2 / (1 + 0.2^2) / fan_in.
         init = nn.initializers.variance_scaling(
             2 / (1 + LEAK**2), "fan_in", "truncated_normal"
         )
-        kernel = self.param("kernel", init, (3, 3, 3, sum(channels), self.features))
+        kernel = self.param("kernel", init, (3, 3, 3, channels, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel = kernel.astype(self.dtype)
-        y, start = None, 0
-        for x, c in zip(inputs, channels, strict=True):
-            part = kernel[:, :, :, start : start + c]
-            z = conv.conv3d(x.astype(self.dtype), part, impl=self.impl)
-            y = z if y is None else y + z
-            start += c
-        y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
-        return nn.leaky_relu(y, LEAK) if self.activate else y
+        return conv.conv3d(
+            [x.astype(self.dtype) for x in inputs],
+            kernel.astype(self.dtype),
+            bias.astype(self.dtype),
+            coarse=None if coarse is None else coarse.astype(self.dtype),
+            slope=LEAK if self.activate else 1.0,
+            impl=self.impl,
+        )
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -61,12 +62,3 @@ def max_pool(x: jax.Array) -> jax.Array:
     """
     b, x_, y, z, c = x.shape
     return x.reshape(b, x_ // 2, 2, y // 2, 2, z // 2, 2, c).max(axis=(2, 4, 6))
-
-
-def upsample_nearest(x: jax.Array) -> jax.Array:
-    """Repeats every voxel twice along X, Y and Z."""
-    b, nx, ny, nz, c = x.shape
-    wide = jnp.broadcast_to(
-        x[:, :, None, :, None, :, None], (b, nx, 2, ny, 2, nz, 2, c)
-    )
-    return wide.reshape(b, 2 * nx, 2 * ny, 2 * nz, c)

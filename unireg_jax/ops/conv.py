@@ -1,15 +1,26 @@
-"""Three-dimensional convolution: one signature, one formulation per backend.
+"""Three-dimensional convolution block: one signature, one formulation per backend.
 
-Stride 1, zero padding, 3x3x3. On accelerators this is XLA's own convolution. XLA's CPU
-backend has no fast 3-D kernel: there, one-dimensional Winograd F(4, 3) along X turns
-four output slices into six 2-D convolutions instead of twelve, each of which the
-backend runs as a matrix product (Lavin and Gray, "Fast Algorithms for Convolutional
-Neural Networks", 2016, eq. 8 for F(2, 3); F(4, 3) from the points 0, 1, -1, 2, -2,
-infinity). Timings: docs/performance.md, experiments/benchmark_conv.py.
+3x3x3, stride 1, zero padding, with what surrounds it in the network: several inputs as
+if concatenated, one of them up-sampled, bias, LeakyReLU. On accelerators these are
+XLA's own operations, which it fuses. XLA's CPU backend has no fast 3-D kernel; there,
+four output slices at a time are made from the six input slices that they see:
+
+- along X by Winograd F(4, 3): six 2-D convolutions instead of twelve, each of which the
+  backend runs as a matrix product near the machine's peak (Lavin and Gray, "Fast
+  Algorithms for Convolutional Neural Networks", 2016, eq. 8 for F(2, 3); F(4, 3) from
+  the points 0, 1, -1, 2, -2, infinity);
+- the up-sampled input is never made: along each axis, a neighbour either equals the
+  voxel or differs from it by one difference of the coarse map, which leaves 27 products
+  per coarse voxel for its eight fine ones, an eighth of the arithmetic;
+- concatenation, bias and activation happen on those slices, so that no other map of
+  the size of the volume exists, forward or backward.
+
+Timings: docs/performance.md, experiments/benchmark.py.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,78 +33,311 @@ _TAPS = _TILE + 2
 # Below this many voxels XLA's own kernel is fast enough, and it compiles faster.
 _SMALL = 16**3
 
+# Winograd F(4, 3): transforms of input [6, 6], kernel [6, 3] and output [4, 6].
+_DATA = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_WEIGHT = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_OUTPUT = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
+)
 
-def conv3d(x: jax.Array, kernel: jax.Array, *, impl: str = "auto") -> jax.Array:
-    """Correlates `x` with a 3x3x3 kernel, stride 1, zeros beyond the border.
+
+def conv3d(
+    inputs: jax.Array | Sequence[jax.Array],
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    coarse: jax.Array | None = None,
+    slope: float = 1.0,
+    impl: str = "auto",
+) -> jax.Array:
+    """Correlates maps with a 3x3x3 kernel, stride 1, zeros beyond the border.
+
+    out = leaky_relu(kernel * concatenate([upsample_nearest(coarse), *inputs]) + bias)
 
     Args:
-        x: [B, X, Y, Z, C] floating.
-        kernel: [3, 3, 3, C, K], dtype of x.
+        inputs: [B, X, Y, Z, C] floating, or several, which count as concatenated.
+        kernel: [3, 3, 3, sum of all C, K], dtype of inputs.
+        bias: [K], dtype of inputs; None for none.
+        coarse: [B, X/2, Y/2, Z/2, C], up-sampled by two; None for none.
+        slope: of LeakyReLU below zero; 1 leaves the result linear.
         impl: "direct" is XLA's convolution, "winograd" the CPU form, "auto" chooses
             by the platform that the program is compiled for, and by size.
 
     Returns:
-        [B, X, Y, Z, K], dtype of x. Winograd in float32 differs from direct by about
-        1e-5 of the largest value.
+        [B, X, Y, Z, K], dtype of inputs. Winograd computes in float32 and differs from
+        direct in float32 by about 1e-5 of the largest value.
 
     Raises:
         ValueError: a shape does not fit, or `impl` is unknown.
     """
-    if x.ndim != 5 or kernel.shape[:3] != (3, 3, 3) or kernel.ndim != 5:
-        raise ValueError(
-            f"conv3d takes x [B, X, Y, Z, C] and a kernel [3, 3, 3, C, K], got "
-            f"{x.shape} and {kernel.shape}; channels go last"
-        )
-    if x.shape[-1] != kernel.shape[3]:
-        raise ValueError(
-            f"kernel must take {x.shape[-1]} channels, got {kernel.shape[3]}; its "
-            "fourth axis is the input channel"
-        )
+    parts = tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
+    _check(parts, coarse, kernel, bias)
+    if bias is None:
+        bias = jnp.zeros(kernel.shape[4], kernel.dtype)
+    direct = functools.partial(_direct, slope=slope)
+    tiled = functools.partial(_tiled, slope=slope)
+    args = (parts, coarse, kernel, bias)
     if impl == "direct":
-        return _direct(x, kernel)
+        return direct(*args)
     if impl == "winograd":
-        return _winograd(x, kernel)
+        return tiled(*args)
     if impl != "auto":
         raise ValueError(f"impl must be auto, direct or winograd, got {impl!r}")
-    if math.prod(x.shape[1:4]) < _SMALL:
-        return _direct(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_winograd, default=_direct)
+    if math.prod(parts[0].shape[1:4]) < _SMALL:
+        return direct(*args)
+    return lax.platform_dependent(*args, cpu=tiled, default=direct)
 
 
-def _direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+def upsample_nearest(x: jax.Array) -> jax.Array:
+    """Repeats every voxel twice along X, Y and Z.
+
+    Args:
+        x: [B, X, Y, Z, C], any dtype.
+
+    Returns:
+        [B, 2 X, 2 Y, 2 Z, C].
+    """
+    b, nx, ny, nz, c = x.shape
+    wide = jnp.broadcast_to(
+        x[:, :, None, :, None, :, None], (b, nx, 2, ny, 2, nz, 2, c)
     )
+    return wide.reshape(b, 2 * nx, 2 * ny, 2 * nz, c)
 
 
-def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Winograd F(4, 3): input [6, 6], kernel [6, 3] and output [4, 6] transforms."""
-    data = [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ]
-    weight = [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ]
-    output = [
-        [1, 1, 1, 1, 1, 0],
-        [0, 1, -1, 2, -2, 0],
-        [0, 1, 1, 4, 4, 0],
-        [0, 1, -1, 8, -8, 1],
-    ]
-    return np.array(data, float), np.array(weight, float), np.array(output, float)
+def _check(parts, coarse, kernel, bias):
+    first = parts[0].shape
+    if (
+        any(p.ndim != 5 or p.shape[:4] != first[:4] for p in parts)
+        or kernel.ndim != 5
+        or kernel.shape[:3] != (3, 3, 3)
+    ):
+        raise ValueError(
+            "conv3d takes inputs [B, X, Y, Z, C] on one grid and a kernel "
+            f"[3, 3, 3, C, K], got {[p.shape for p in parts]} and {kernel.shape}; "
+            "channels go last"
+        )
+    channels = sum(p.shape[4] for p in parts)
+    if coarse is not None:
+        half = (first[0], *(n / 2 for n in first[1:4]))
+        if coarse.ndim != 5 or coarse.shape[:4] != half:
+            raise ValueError(
+                f"coarse must be [B, X/2, Y/2, Z/2, C] for inputs {first}, got "
+                f"{coarse.shape}"
+            )
+        channels += coarse.shape[4]
+    if channels != kernel.shape[3]:
+        raise ValueError(
+            f"kernel must take {channels} channels, got {kernel.shape[3]}; its "
+            "fourth axis is the input channel"
+        )
+    if bias is not None and bias.shape != kernel.shape[4:]:
+        raise ValueError(f"bias must be {kernel.shape[4:]}, got {bias.shape}")
 
 
-def _combine(coefficients: np.ndarray, arrays: list[jax.Array]) -> jax.Array:
+def _split(kernel, parts, coarse):
+    """The kernel's input channels by map: (of coarse or None, of each part)."""
+    widths = [] if coarse is None else [coarse.shape[-1]]
+    widths += [p.shape[-1] for p in parts]
+    kernels = jnp.split(kernel, np.cumsum(widths)[:-1], axis=3)
+    return (None, kernels) if coarse is None else (kernels[0], kernels[1:])
+
+
+def _direct(parts, coarse, kernel, bias, *, slope):
+    """The convolution of a concatenation is the sum of the convolutions: no copy."""
+    coarse_kernel, kernels = _split(kernel, parts, coarse)
+    if coarse is not None:
+        parts = (upsample_nearest(coarse), *parts)
+        kernels = [coarse_kernel, *kernels]
+    y = functools.reduce(
+        jnp.add,
+        [
+            lax.conv_general_dilated(
+                x, k, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+            )
+            for x, k in zip(parts, kernels, strict=True)
+        ],
+    )
+    return _activate(y + jnp.broadcast_to(bias, y.shape), slope)
+
+
+def _activate(y, slope):
+    return y if slope == 1 else jnp.where(y > 0, y, slope * y)
+
+
+# --- four slices at a time ----------------------------------------------------------
+
+
+def _tiled(parts, coarse, kernel, bias, *, slope):
+    size = parts[0].shape[1]
+    if tail := -size % _TILE:  # never in the network, whose sizes are multiples of 16
+        if coarse is not None:
+            parts = (upsample_nearest(coarse), *parts)
+        pad = ((0, 0), (0, tail), (0, 0), (0, 0), (0, 0))
+        parts = tuple(jnp.pad(p, pad) for p in parts)
+        return _tiled(parts, None, kernel, bias, slope=slope)[:, :size]
+    # vmap keeps the batch an axis of its own: split over devices, no example moves.
+    single = functools.partial(_block, slope)
+    return jax.vmap(single, in_axes=(0, 0, None, None))(parts, coarse, kernel, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(slope, parts, coarse, kernel, bias):
+    """One example: parts [X, Y, Z, C], coarse [X/2, Y/2, Z/2, C] -> [X, Y, Z, K]."""
+    kernels = _transform(kernel, parts, coarse)
+    shape, dtype = parts[0].shape[:3], parts[0].dtype
+    wide = bias.astype(jnp.float32)
+
+    def step(t, y):
+        rows = _tile(*_read(parts, coarse, t), kernels)
+        for i, row in enumerate(rows):
+            row = _activate(row + jnp.broadcast_to(wide, row.shape), slope)
+            y = _write(y, row, _TILE * t + i)
+        return y
+
+    empty = jnp.zeros((*shape, kernel.shape[-1]), dtype)
+    return lax.fori_loop(0, shape[0] // _TILE, step, empty)
+
+
+def _block_fwd(slope, parts, coarse, kernel, bias):
+    y = _block(slope, parts, coarse, kernel, bias)
+    return y, (parts, coarse, kernel, bias, y)
+
+
+def _block_bwd(slope, residuals, grad):
+    """The tile is linear in slices and kernels; its own gradient is taken tile by tile.
+
+    Each tile adds to two slices of the one before it; all other slices it writes first.
+    """
+    parts, coarse, kernel, bias, y = residuals
+    kernels, pull_kernels = jax.vjp(lambda k: _transform(k, parts, coarse), kernel)
+
+    def step(t, carry):
+        d_parts, d_coarse, d_kernels, d_bias = carry
+        rows = []
+        for i in range(_TILE):
+            g = _at(grad, _TILE * t + i).astype(jnp.float32)
+            rows.append(
+                g if slope == 1 else jnp.where(_at(y, _TILE * t + i) > 0, g, slope * g)
+            )
+        slices, coarse_slices = _read(parts, coarse, t)
+        _, pull = jax.vjp(_tile, slices, coarse_slices, kernels)
+        d_slices, d_coarse_slices, d_kernels_here = pull(rows)
+        d_parts = [
+            _accumulate(d, s, _TILE * t - 1)
+            for d, s in zip(d_parts, d_slices, strict=True)
+        ]
+        if coarse is not None:
+            d_coarse = _accumulate(d_coarse, d_coarse_slices, _TILE // 2 * t - 1)
+        d_kernels = jax.tree.map(jnp.add, d_kernels, d_kernels_here)
+        d_bias = d_bias + sum(row.sum((0, 1)) for row in rows)
+        return d_parts, d_coarse, d_kernels, d_bias
+
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    start = (
+        [zeros(p) for p in parts],
+        zeros(coarse),
+        zeros(kernels),
+        jnp.zeros(bias.shape, jnp.float32),
+    )
+    d_parts, d_coarse, d_kernels, d_bias = lax.fori_loop(
+        0, y.shape[0] // _TILE, step, start
+    )
+    (d_kernel,) = pull_kernels(d_kernels)
+    return tuple(d_parts), d_coarse, d_kernel, d_bias.astype(bias.dtype)
+
+
+_block.defvjp(_block_fwd, _block_bwd)
+
+
+def _at(x, index):
+    return lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+
+def _write(x, row, index):
+    return lax.dynamic_update_index_in_dim(x, row.astype(x.dtype), index, 0)
+
+
+def _read(parts, coarse, t):
+    """Slices that tile t sees: six per part, four of the coarse map, float32."""
+
+    def around(x, first, count):
+        n = x.shape[0]
+        slices = []
+        for i in range(count):
+            index = first + i
+            inside = (index >= 0) & (index < n)
+            s = _at(x, jnp.clip(index, 0, n - 1)).astype(jnp.float32)
+            slices.append(jnp.where(inside, s, 0.0))
+        return slices
+
+    slices = [around(p, _TILE * t - 1, _TAPS) for p in parts]
+    if coarse is None:
+        return slices, []
+    return slices, around(coarse, _TILE // 2 * t - 1, _TILE // 2 + 2)
+
+
+def _accumulate(total, slices, first):
+    """Adds the first two slices to what stands there and writes the others.
+
+    Slices beyond the border vanish: the one before it is added as zero, the one after
+    it is overwritten by its neighbour.
+    """
+    n = total.shape[0]
+    for i in reversed(range(2, len(slices))):
+        total = _write(total, slices[i], jnp.minimum(first + i, n - 1))
+    for i in range(2):
+        index = jnp.maximum(first + i, 0)
+        here = jnp.where(first + i >= 0, slices[i], 0.0)
+        total = _write(total, _at(total, index) + here.astype(total.dtype), index)
+    return total
+
+
+def _transform(kernel, parts, coarse):
+    """Kernels as the tiles use them, float32: (of coarse or None, of each part)."""
+    kernel = kernel.astype(jnp.float32)
+    coarse_kernel, kernels = _split(kernel, parts, coarse)
+    kernels = [[_combine(row, list(k)) for row in _WEIGHT] for k in kernels]
+    return None if coarse is None else _differences(coarse_kernel), kernels
+
+
+def _tile(slices, coarse_slices, kernels):
+    """Four output slices [Y, Z, K] of one tile, linear in slices and in kernels."""
+    coarse_kernels, part_kernels = kernels
+    products = None
+    for six, transformed in zip(slices, part_kernels, strict=True):
+        here = [
+            _conv2d(_combine(row, six), k)
+            for row, k in zip(_DATA, transformed, strict=True)
+        ]
+        products = here if products is None else _add(products, here)
+    rows = [_combine(row, products) for row in _OUTPUT]
+    if coarse_slices:
+        rows = _add(rows, _upsampled(coarse_slices, coarse_kernels))
+    return rows
+
+
+def _add(some, others):
+    return [a + b for a, b in zip(some, others, strict=True)]
+
+
+def _combine(coefficients, arrays):
     """Linear combination that spells out its terms, so that XLA fuses them."""
     terms = [
         a if c == 1 else a * float(c)
@@ -103,82 +347,42 @@ def _combine(coefficients: np.ndarray, arrays: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _tiles(x: jax.Array, count: int, offsets: range) -> list[jax.Array]:
-    """Slices offset, offset + 4, ... of X, each [B * count, Y, Z, C]."""
-    b, _, y, z, c = x.shape
-    stop = _TILE * (count - 1) + 1
-    return [
-        lax.slice_in_dim(x, o, o + stop, _TILE, 1).reshape(b * count, y, z, c)
-        for o in offsets
-    ]
-
-
-def _input_transform(x: jax.Array) -> list[jax.Array]:
-    """Six transformed stacks of slices, each [B * tiles, Y, Z, C]."""
-    data, _, _ = _matrices()
-    count = -(-x.shape[1] // _TILE)
-    tail = count * _TILE - x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (1, 1 + tail), (0, 0), (0, 0), (0, 0)))
-    slices = _tiles(padded, count, range(_TAPS))
-    return [_combine(row, slices) for row in data]
-
-
-def _kernel_transform(kernel: jax.Array) -> jax.Array:
-    """[3, 3, 3, C, K] -> [6, 3, 3, C, K]; float32 at least, and exact products."""
-    _, weight, _ = _matrices()
-    return jnp.stack([_combine(row, list(kernel)) for row in weight])
+# --- 2-D convolution of a slice -----------------------------------------------------
 
 
 @jax.custom_vjp
-def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    _, _, output = _matrices()
-    b, nx, y, z, _ = x.shape
-    stacks, kernels = _input_transform(x), _kernel_transform(kernel)
-    products = [
-        lax.conv_general_dilated(
-            s, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        for s, k in zip(stacks, kernels, strict=True)
-    ]
-    rows = [_combine(row, products) for row in output]
-    rows = [r.reshape(b, -1, y, z, kernel.shape[-1]) for r in rows]
-    return jnp.stack(rows, axis=2).reshape(b, -1, y, z, kernel.shape[-1])[:, :nx]
+def _conv2d(x, kernel):
+    """[Y, Z, C] with [3, 3, C, K] -> [Y, Z, K]."""
+    return lax.conv_general_dilated(
+        x[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )[0]
 
 
-def _winograd_fwd(x, kernel):
-    return _winograd(x, kernel), (x, kernel)
+def _conv2d_fwd(x, kernel):
+    return _conv2d(x, kernel), (x, kernel)
 
 
-def _winograd_bwd(residuals, grad):
-    x, kernel = residuals
-    flipped = jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
-    return _winograd(grad, flipped), _kernel_gradient(x, grad)
+def _conv2d_bwd(residuals, grad):
+    """XLA's own CPU gradient to the kernel is two to four times slower than a product.
 
-
-def _kernel_gradient(x: jax.Array, grad: jax.Array) -> jax.Array:
-    """Adjoint of the kernel transform over six 2-D kernel gradients.
-
-    Each of the six is one product (3C x N)(N x 3K): Z shifts stacked on the input,
-    Y shifts on the output. XLA's own CPU kernel gradient is two to four times slower.
+    (3C x N)(N x 3K): Z shifts stacked on the input, Y shifts on the output.
     """
-    _, weight, output = _matrices()
-    c, k = x.shape[-1], grad.shape[-1]
-    count = -(-grad.shape[1] // _TILE)
-    tail = count * _TILE - grad.shape[1]
-    padded = jnp.pad(grad, ((0, 0), (0, tail), (0, 0), (0, 0), (0, 0)))
-    rows = _tiles(padded, count, range(_TILE))
-    kernels = []
-    for stack, column in zip(_input_transform(x), output.T, strict=True):
-        z_shifts = _shifts(stack, axis=2)
-        y_shifts = _shifts(_combine(column, rows), axis=1)[::-1]
-        lhs = jnp.concatenate(z_shifts, -1).reshape(-1, 3 * c)
-        rhs = jnp.concatenate(y_shifts, -1).reshape(-1, 3 * k)
-        product = lax.dot_general(lhs, rhs, (((0,), (0,)), ((), ())))
-        kernels.append(product.reshape(3, c, 3, k).transpose(2, 0, 1, 3))
-    return jnp.stack([_combine(column, kernels) for column in weight.T])
+    x, kernel = residuals
+    c, k = kernel.shape[2:]
+    flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+    lhs = jnp.concatenate(_shifts(x, axis=1), -1).reshape(-1, 3 * c)
+    rhs = jnp.concatenate(_shifts(grad, axis=0)[::-1], -1).reshape(-1, 3 * k)
+    product = lax.dot_general(lhs, rhs, (((0,), (0,)), ((), ())))
+    return (
+        _conv2d(grad, flipped),
+        product.reshape(3, c, 3, k).transpose(2, 0, 1, 3),
+    )
 
 
-def _shifts(x: jax.Array, *, axis: int) -> list[jax.Array]:
+_conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+def _shifts(x, *, axis):
     """x at index -1, 0 and +1 along `axis`, zeros beyond the border."""
     n = x.shape[axis]
     pad = [(0, 0)] * x.ndim
@@ -187,4 +391,103 @@ def _shifts(x: jax.Array, *, axis: int) -> list[jax.Array]:
     return [lax.slice_in_dim(padded, o, o + n, axis=axis) for o in range(3)]
 
 
-_winograd.defvjp(_winograd_fwd, _winograd_bwd)
+# --- an up-sampled input ------------------------------------------------------------
+#
+# Along one axis, with taps w, coarse values l and differences e[i] = l[i - 1] - l[i],
+#     out[2 i]     = w0 l[i - 1] + (w1 + w2) l[i] = s l[i] + w0 e[i],
+#     out[2 i + 1] = (w0 + w1) l[i] + w2 l[i + 1] = s l[i] - w2 e[i + 1],
+# s = w0 + w1 + w2. So l meets the kernel s, and e the kernels w0 and -w2: three
+# products per coarse voxel and axis, and 27 in three dimensions.
+
+# Taps to (s, w0, -w2).
+_GROUPS = ((1, 1, 1), (1, 0, 0), (0, 0, -1))
+# Groups of (Y, Z) that meet the same data: values or differences along either axis.
+_SHARED = (
+    ((0, 0),),
+    ((0, 1), (0, 2)),
+    ((1, 0), (2, 0)),
+    ((1, 1), (1, 2), (2, 1), (2, 2)),
+)
+
+
+def _differences(kernel):
+    """[3, 3, 3, C, K] -> [group of X][row of _SHARED], [C, K per group of (Y, Z)]."""
+
+    def groups(array):
+        return [_combine(g, list(array)) for g in _GROUPS]
+
+    return [
+        [
+            jnp.concatenate([groups(groups(plane)[gy])[gz] for gy, gz in shared], -1)
+            for shared in _SHARED
+        ]
+        for plane in groups(kernel)
+    ]
+
+
+def _upsampled(slices, kernels):
+    """Four output slices [2 Y, 2 Z, K] from four coarse slices [Y, Z, C]."""
+    before, left, right, after = slices
+    values = _products(jnp.stack([left, right]), kernels[0])
+    low, high = before - left, right - after
+    middle = left - right
+    rows = [
+        _interleave(_add(values, _products(jnp.stack(steps), kernel)))
+        for steps, kernel in (((low, middle), kernels[1]), ((middle, high), kernels[2]))
+    ]
+    return [rows[odd][i] for i in range(2) for odd in range(2)]
+
+
+def _products(x, kernels):
+    """[N, Y, Z, C] -> for each row of _SHARED its groups side by side.
+
+    Shapes [N, Y + 1, Z + 1, K per group]: a line of voxels has one difference more.
+    """
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    along_y = (padded[:, 1:], padded[:, :-1] - padded[:, 1:])
+    data = [d for v in along_y for d in (v[:, :, 1:], v[:, :, :-1] - v[:, :, 1:])]
+    return [
+        jnp.einsum("nyzc,ck->nyzk", d, k) for d, k in zip(data, kernels, strict=True)
+    ]
+
+
+@jax.custom_vjp
+def _interleave(products):
+    """Products on the coarse grid, as `_products` -> fine slices [N, 2 Y, 2 Z, K].
+
+    Group s reaches both voxels of a pair, w0 the even one, w2, from one step on, the
+    odd one. Masks over a broadcast: an interleaving copy would not fuse.
+    """
+    n, ny, nz, k = products[0].shape
+    wide = (n, ny - 1, 2, nz - 1, 2, k)
+    reach = np.array(((1, 1), (1, 0), (0, 1)), np.float32)
+    terms = []
+    for product, shared in zip(products, _SHARED, strict=True):
+        for i, (gy, gz) in enumerate(shared):
+            near = product[:, gy == 2 :, gz == 2 :, i * k : (i + 1) * k]
+            near = near[:, None : ny - 1, None : nz - 1][:, :, None, :, None]
+            mask = np.multiply.outer(reach[gy], reach[gz])[:, None, :, None]
+            mask = jnp.broadcast_to(jnp.asarray(mask)[None, None], wide)
+            terms.append(jnp.broadcast_to(near, wide) * mask)
+    return functools.reduce(jnp.add, terms).reshape(n, 2 * (ny - 1), 2 * (nz - 1), k)
+
+
+def _interleave_fwd(products):
+    return _interleave(products), None
+
+
+def _interleave_bwd(_, grad):
+    """Adds up, for every group, the fine voxels that it reaches."""
+    n, ny, nz, k = grad.shape
+    pairs = grad.reshape(n, ny // 2, 2, nz // 2, 2, k)
+
+    def reached(gy, gz):
+        ys, zs = ((0, 1), (0,), (1,))[gy], ((0, 1), (0,), (1,))[gz]
+        parts = [pairs[:, :, y, :, z] for y in ys for z in zs]
+        edges = [(1, 0) if g == 2 else (0, 1) for g in (gy, gz)]
+        return jnp.pad(functools.reduce(jnp.add, parts), ((0, 0), *edges, (0, 0)))
+
+    return ([jnp.concatenate([reached(*g) for g in shared], -1) for shared in _SHARED],)
+
+
+_interleave.defvjp(_interleave_fwd, _interleave_bwd)
