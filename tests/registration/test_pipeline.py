@@ -185,7 +185,9 @@ def test_register_slabs_give_the_same_as_one_piece(model, monkeypatch):
     images, grids = pair()
     whole = run(images, grids, task="chest", weights=model, affine=MATRIX)
     x, y, _ = images[0].shape
-    monkeypatch.setattr(pipeline, "_SLAB_VOXELS", 4 * x * y)  # 8 slices a slab: 29 is no multiple
+    monkeypatch.setattr(
+        pipeline, "_SLAB_VOXELS", 4 * x * y
+    )  # 8 slices a slab: 29 is no multiple
     parts = run(images, grids, task="chest", weights=model, affine=MATRIX)
     np.testing.assert_allclose(parts.disp_mm, whole.disp_mm, atol=1e-4)
     assert np.abs(parts.warped - whole.warped).max() <= 1
