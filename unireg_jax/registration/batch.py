@@ -126,5 +126,7 @@ def _one(session, pair, finish) -> Outcome:
         )
         value = finish(pair, result, fixed, moving) if finish else result
     except UserError as error:
-        return Outcome(pair, None, error)
+        # Rebuilt without its trace, whose frames hold the volumes.
+        bare = UserError(error.reason, str(error), error.exit_code)
+        return Outcome(pair, None, bare)
     return Outcome(pair, value, None)
