@@ -243,15 +243,13 @@ def _predict(params, fixed, moving, region, pair_type, *, module, window):
     """Displacements of one pair, [N, X, Y, Z, 3]; every task shares the program."""
     encoded = encode_described(params, fixed, moving, module=module, window=window)
 
-    def decode(codes):
-        region, pair_type = codes[:, None]
+    def decode(region, pair_type):
         fields = module.apply(
-            {"params": params}, encoded, region, pair_type, method="decode"
+            {"params": params}, encoded, region[None], pair_type[None], method="decode"
         )
         return fields[0]
 
-    # One head after the other: the scratch of one, whatever their number.
-    return jax.lax.map(decode, jnp.stack([region, pair_type], axis=1))
+    return jax.vmap(decode)(region, pair_type)
 
 
 def _judge(fixed_hu, moving_hu, body, disp, *, window):
