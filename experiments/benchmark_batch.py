@@ -8,7 +8,8 @@ One atlas as fixed scan, phantoms of different sizes as moving ones, from files 
 loop       `register` and writing, one pair after the other
 batch      `register_many`, writing in its threads
 processes  `unireg register` per pair, compilation cache warm
-heads      one call of the network under 1 and under 8 conditions
+heads      one call under 1 and under 8 conditions, of the package's network and of the
+           paper's, features given
 
 The first two run interleaved in one process after a warm-up each; medians. A cold start
 is the first `unireg register` with an empty cache folder, a warm one the next.
@@ -29,6 +30,7 @@ from absl import app, flags
 from data_pipeline import synthetic
 from experiments import cli
 from unireg_jax.imaging import nifti, transforms
+from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import batch, compiled, network, pipeline
 from unireg_jax.tasks import PairType, Region
 
@@ -169,8 +171,13 @@ def main(argv) -> None:
     others = [command_seconds(p, out, cache) for p in pairs[1 : 1 + options.processes]]
     if others:
         report("processes, per pair", *np.mean(others, axis=0))
-    for name, seconds in head_seconds(model, options.repeats + 2).items():
-        report(name, *seconds)
+    module = UniReg()
+    paper = model._replace(
+        module=module, params=jax.jit(network.initializer(module))(jax.random.key(0))
+    )
+    for name, candidate in (("package", model), ("paper", paper)):
+        for count, seconds in head_seconds(candidate, options.repeats + 2).items():
+            report(f"{name}, {count}", *seconds)
 
 
 if __name__ == "__main__":
