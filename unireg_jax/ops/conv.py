@@ -211,7 +211,7 @@ def _block(slope, parts, coarse, kernel, bias):
             y = _write(y, row, _TILE * t + i)
         return y
 
-    empty = jnp.zeros((*shape, kernel.shape[-1]), dtype)
+    empty = _zeros((*shape, kernel.shape[-1]), dtype, after=parts[0])
     return lax.fori_loop(0, shape[0] // _TILE, step, empty)
 
 
@@ -226,6 +226,7 @@ def _block_bwd(slope, residuals, grad):
     Each tile adds to two slices of the one before it; all other slices it writes first.
     """
     parts, coarse, kernel, bias, y = residuals
+    wide_bias = bias.astype(jnp.float32)
     kernels, pull_kernels = jax.vjp(lambda k: _transform(k, parts, coarse), kernel)
 
     def step(t, carry):
@@ -249,12 +250,9 @@ def _block_bwd(slope, residuals, grad):
         d_bias = d_bias + sum(row.sum((0, 1)) for row in rows)
         return d_parts, d_coarse, d_kernels, d_bias
 
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    start = (
-        [zeros(p) for p in parts],
-        zeros(coarse),
-        zeros(kernels),
-        jnp.zeros(bias.shape, jnp.float32),
+    start = jax.tree.map(
+        lambda x: _zeros(x.shape, x.dtype, after=grad),
+        (list(parts), coarse, kernels, wide_bias),
     )
     d_parts, d_coarse, d_kernels, d_bias = lax.fori_loop(
         0, y.shape[0] // _TILE, step, start
@@ -264,6 +262,15 @@ def _block_bwd(slope, residuals, grad):
 
 
 _block.defvjp(_block_fwd, _block_bwd)
+
+
+def _zeros(shape, dtype, *, after):
+    """Zeros that exist only once `after` does.
+
+    XLA makes constants at the start of the program and shares one among all loops,
+    with a copy each: every buffer of the network would live through the whole step.
+    """
+    return jnp.broadcast_to((after[(0,) * after.ndim] * 0).astype(dtype), shape)
 
 
 def _at(x, index):
