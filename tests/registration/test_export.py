@@ -19,7 +19,9 @@ SHAPE = (32, 16, 32)
 @pytest.fixture(scope="module")
 def model():
     """Large enough that conv_impl "auto" is not the direct form on a CPU."""
-    module = UniReg(encoder=(4, 4, 4, 4), decoder=(4, 4, 4, 4), remaining=(4,))
+    module = UniReg(
+        encoder=(4, 4, 4, 4), decoder=(4, 4, 4, 4), remaining=(4,), field_level=1
+    )
     direct = module.clone(conv_impl="direct")  # same parameters, compiled faster
     params = jax.jit(initializer(direct))(jax.random.key(0))
     bias = params["head"]["controller"]["bias"]
