@@ -253,6 +253,49 @@ def test_soft_dice_gradient_adds_no_scatter():
     assert both.count("stablehlo.scatter") == forward.count("stablehlo.scatter")
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_soft_dice_counted_by_comparison_is_bit_equal(shape, compiled):
+    arrays = blocks(shape, 0), blocks(shape, 1), random_disp(shape)
+
+    def with_gradient(counting):
+        def loss(fixed, moving, disp):
+            values, _ = dice.soft_dice(
+                fixed, moving, disp, num_labels=4, counting=counting
+            )
+            return jnp.sum(values**2)
+
+        both = jax.value_and_grad(loss, 2)
+        return (jax.jit(both) if compiled else both)(*arrays)
+
+    scatter, compare = with_gradient("scatter"), with_gradient("compare")
+    for a, b in zip(scatter, compare, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_soft_dice_counted_by_comparison_holds_no_scatter():
+    shape = SHAPES[0]
+    arrays = blocks(shape, 0), blocks(shape, 1), random_disp(shape)
+
+    def loss(fixed, moving, disp):
+        values, _ = dice.soft_dice(
+            fixed, moving, disp, num_labels=4, counting="compare"
+        )
+        return jnp.sum(values)
+
+    text = jax.jit(jax.value_and_grad(loss, 2)).lower(*arrays).as_text()
+    assert "scatter" not in text
+
+
+def test_soft_dice_rejects_unknown_counting():
+    labels = jnp.zeros((1, 2, 3, 4), jnp.int32)
+    with pytest.raises(ValueError, match="counting must be one of"):
+        dice.soft_dice(
+            labels, labels, jnp.zeros((1, 2, 3, 4, 3)), num_labels=2, counting="sort"
+        )
+
+
 # --- soft Dice: degenerate points, transforms, bad input ------------------------------
 
 

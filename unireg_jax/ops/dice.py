@@ -23,6 +23,7 @@ def soft_dice(
     disp: jax.Array,
     *,
     num_labels: int,
+    counting: str = "scatter",
 ) -> tuple[jax.Array, jax.Array]:
     """Dice of the fixed map and the linearly warped one-hot of the moving map.
 
@@ -31,8 +32,8 @@ def soft_dice(
 
     No one-hot channel exists: W_k(p) is the sum of the trilinear weights of those of
     the 8 corners around p + disp(p) whose id is k. Outside the grid the edge value
-    holds, as in ops/warp.py, and there the gradient is 0. The cost does not depend on
-    num_labels; the gradient to `disp` only gathers.
+    holds, as in ops/warp.py, and there the gradient is 0. Counted by scatter, the cost
+    does not depend on num_labels; the gradient to `disp` only gathers.
 
     Args:
         fixed_labels: [B, X, Y, Z] integer; ids outside 1 ... num_labels - 1 are
@@ -40,6 +41,9 @@ def soft_dice(
         moving_labels: [B, X, Y, Z] integer, on a grid of the same shape.
         disp: [B, X, Y, Z, 3] float32, voxels.
         num_labels: K, background included; static.
+        counting: "scatter" adds integers into bins, exact in any order; "compare" tests
+            every voxel for every label, for devices or flags under which a scatter is
+            serial. Both give the same bits.
 
     Returns:
         dice: [B, K - 1] float32 in [0, 1], labels 1 ... K - 1; 0 for an empty label.
@@ -55,9 +59,13 @@ def soft_dice(
             f"disp must be {(*fixed_labels.shape, 3)} float32 in voxels, got "
             f"{disp.shape} {disp.dtype}; components go last, on the fixed grid"
         )
+    if counting not in _COUNTING:
+        raise ValueError(
+            f"counting must be one of {sorted(_COUNTING)}, got {counting!r}"
+        )
     # vmap keeps the batch an axis of its own: split over devices, no example moves.
     overlap, warped, fixed, moving = jax.vmap(
-        lambda f, m, d: _soft_sums(f, m, d, num_labels)
+        lambda f, m, d: _soft_sums(f, m, d, num_labels, counting)
     )(fixed_labels, moving_labels, disp)
     return _ratio(overlap, fixed + warped, 0.0), (fixed > 0.0) & (moving > 0.0)
 
@@ -105,9 +113,10 @@ def _hard_sums(fixed_labels, warped_labels, num_labels):
     return jnp.sum(_in_chunks(count, fixed_labels.shape), axis=0)[:, 1:]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _soft_sums(fixed_labels, moving_labels, disp, num_labels):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _soft_sums(fixed_labels, moving_labels, disp, num_labels, counting):
     """Overlap, warped, fixed and moving sums, each [K - 1] float32; one example."""
+    add = _COUNTING[counting]
     scale = _fixed_point(fixed_labels.shape)
 
     def count(start, slices):
@@ -120,30 +129,31 @@ def _soft_sums(fixed_labels, moving_labels, disp, num_labels):
             x, y, z = _corner_weights(coords, corner)
             share = jnp.round(x * y * z * scale).astype(jnp.int32)
             # Row 0 where fixed agrees, row 1 where not: one addition feeds both sums.
-            return _add(bins, (label != f).astype(jnp.int32), label, share), None
+            return add(bins, (label != f).astype(jnp.int32), label, share), None
 
         # A loop over the corners: laid side by side in one array they take 4 times as
         # long on CPU.
         bins, _ = lax.scan(add_corner, _bins(slices, 4, num_labels), _corner_numbers())
         one = jnp.full(f.shape, scale, jnp.int32)
-        return _add(_add(bins, 2, f, one), 3, m, one)
+        return add(add(bins, 2, f, one), 3, m, one)
 
     bins = _in_chunks(count, fixed_labels.shape).astype(jnp.float32) / scale
     agree, differ, fixed, moving = jnp.sum(bins, axis=0)[:, 1:]
     return agree, agree + differ, fixed, moving
 
 
-def _soft_sums_forward(fixed_labels, moving_labels, disp, num_labels):
+def _soft_sums_forward(fixed_labels, moving_labels, disp, num_labels, counting):
     """Keeps the inputs alone: gathering again costs less than storing 8 corners."""
-    sums = _soft_sums(fixed_labels, moving_labels, disp, num_labels)
+    sums = _soft_sums(fixed_labels, moving_labels, disp, num_labels, counting)
     return sums, (fixed_labels, moving_labels, disp)
 
 
-def _soft_sums_backward(num_labels, residuals, cotangents):
+def _soft_sums_backward(num_labels, counting, residuals, cotangents):
     """Gradient of trilinear sampling, with the cotangents as the sampled values.
 
     A corner of id k is worth dL/dwarped_k, and dL/doverlap_k more where fixed is k.
     """
+    del counting  # of the forward pass
     fixed_labels, moving_labels, disp = residuals
     # Background is worth nothing.
     worth_overlap, worth_warped = (jnp.pad(c, (1, 0)) for c in cotangents[:2])
@@ -236,6 +246,18 @@ def _add(bins, row, labels, values):
     # several times dearer on CPU than the addition.
     flat = bins.reshape(-1).at[index].add(values.reshape(-1), mode="promise_in_bounds")
     return flat.reshape(slices, rows, num_labels)
+
+
+def _add_compared(bins, row, labels, values):
+    """The same without a scatter: every value against every bin of its slice."""
+    _, rows, num_labels = bins.shape
+    index = (row * num_labels + labels)[..., None]
+    numbers = lax.broadcasted_iota(jnp.int32, (1, 1, 1, rows * num_labels), 3)
+    added = jnp.sum(jnp.where(index == numbers, values[..., None], 0), axis=(1, 2))
+    return bins + added.reshape(bins.shape)
+
+
+_COUNTING = {"scatter": _add, "compare": _add_compared}
 
 
 def _in_chunks(function, shape):
