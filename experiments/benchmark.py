@@ -1,13 +1,20 @@
-"""Times the network and the training step on this machine.
+"""Times the network and the training step on this machine, and states their memory.
 
-    python -m experiments.benchmark [--shape=96,96,80] [--repeats=5] [--train]
+    python -m experiments.benchmark [--shape=96,96,80] [--repeats=5] [--memory]
 
-Forward of the full network (features included), forward with each convolution form
-interleaved in one process, and, with --train, one training step: compile seconds, and
-median CPU and wall seconds after one warm-up, and the compiled scratch memory. With
-PyTorch installed, a twin of the network with the same layers runs interleaved.
+Forward of the full network with the correlation given, features and correlation of a
+pair, the training step of preset `paper` (MIND features, NCC, diffusion, SGD; without
+and with Dice on 13 labels) as `experiments.train` compiles it. With PyTorch installed,
+a twin of the same layers and losses (experiments/torch_twin.py; no features) runs in
+turn with them in one process. Medians after one warm-up round. `share` is what the
+network's 3x3x3 convolutions would take at the speed of a large matrix product, over
+what they took; above 1, the formulation needs fewer operations than the definition.
+
+--memory only compiles: scratch of forward and training step, float32 and bfloat16.
 """
 
+import functools
+import math
 import os
 import platform
 import time
@@ -18,93 +25,160 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments import build, timing, unireg
 from unireg_jax.models import features
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.ops import ncc, smoothness, warp
+from unireg_jax.tasks import PairBatch
+from unireg_jax.training import objective, optimizer
+from unireg_jax.training import state as train_state
+from unireg_jax.training import step as train_step
+
+_LABELS = 14  # 13 structures and background
+_MACS_PER_VOXEL = 470.1e9 / (192 * 192 * 160)  # tests/models/test_unireg.py
 
 
-def _inputs(shape):
+def make_batch(shape: tuple[int, int, int]) -> PairBatch:
+    """One pair of smooth random volumes with labels in blocks."""
     rng = np.random.default_rng(0)
-    fixed, moving = jnp.asarray(rng.uniform(-1, 1, (2, 1, *shape, 1)), jnp.float32)
-    return fixed, moving, jnp.zeros(1, jnp.int32)
+    coarse = rng.normal(size=(2, 1, *(n // 8 for n in shape), 1))
+    hu = np.asarray(jax.image.resize(coarse, (2, 1, *shape, 1), "linear"))
+    hu = (300 * hu).astype(np.int16)
+    blocks = rng.integers(0, _LABELS, size=tuple(n // 16 for n in shape))
+    labels = np.kron(blocks, np.ones((16, 16, 16))).astype(np.uint8)[None]
+    return PairBatch(
+        fixed=hu[0],
+        moving=hu[1],
+        fixed_labels=labels,
+        moving_labels=np.roll(labels, 3, axis=1),
+        align=np.eye(4, dtype=np.float32)[None],
+        region=np.zeros(1, np.int32),
+        pair_type=np.zeros(1, np.int32),
+        pair=np.zeros(1, np.int32),
+    )
 
 
-def _compiled(name: str, function: Callable, *args) -> tuple[str, Callable]:
+def training_step(dtype: str, dice: float) -> tuple[Callable, Callable]:
+    """The step of preset `paper` and what makes its first state."""
+    config = unireg.get_config()
+    model = UniReg(dtype=dtype)
+    weights = objective.Weights(
+        num_labels=_LABELS, **{**config.loss.to_dict(), "dice": dice}
+    )
+    loss = objective.make_loss(
+        functools.partial(build.apply, model),
+        weights=weights,
+        backend="mind",
+        hu_low=config.data.hu_window[0],
+        hu_high=config.data.hu_window[1],
+    )
+    tx = optimizer.make_optimizer(**config.optim.to_dict())
+    step = train_step.make_train_step(loss, tx, mesh=train_step.make_mesh())
+    return step, lambda: train_state.make_state(model, tx, seed=0)
+
+
+def compile_step(dice: float, batch: PairBatch) -> tuple[Callable, float, float]:
+    """The float32 step as a function that goes on from its own result.
+
+    Returns:
+        the function, compile seconds, scratch MiB.
+    """
+    step, make_state = training_step("float32", dice)
+    mesh = train_step.make_mesh()
+    batch = jax.device_put(batch, train_step.batch_sharding(mesh))
+    held = [jax.device_put(make_state(), train_step.replicated(mesh))]
     start = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
+    program = step.lower(held[0], batch).compile()
     seconds = time.perf_counter() - start
-    scratch = program.memory_analysis().temp_size_in_bytes / 2**20
-    print(f"{name}: compiled in {seconds:.1f} s, scratch {scratch:.0f} MiB")
-    return name, lambda: jax.block_until_ready(program(*args))
-
-
-def _torch_twin(shape) -> Callable | None:
-    """The same layers in PyTorch, channels-last, no features; None without PyTorch."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    functional = torch.nn.functional
-    widths = {
-        "e0": (2, 16),
-        "e1": (43, 32),
-        "e2": (32, 32),
-        "e3": (32, 32),
-        "d0": (32, 32),
-        "d1": (64, 32),
-        "d2": (64, 32),
-        "d3": (64, 32),
-        "r0": (48, 32),
-        "r1": (32, 16),
-        "r2": (16, 16),
-        "p": (16, 8),
-    }
-    layers = {
-        k: torch.nn.Conv3d(a, b, 3, padding=1).to(memory_format=torch.channels_last_3d)
-        for k, (a, b) in widths.items()
-    }
-    head = torch.nn.Conv3d(8, 3, 1)
-
-    def conv(name, x):
-        return functional.leaky_relu(layers[name](x), 0.2)
-
-    def up(x):
-        return functional.interpolate(x, scale_factor=2, mode="nearest")
 
     def run():
-        with torch.inference_mode():
-            x = torch.rand(1, 2, *shape).to(memory_format=torch.channels_last_3d)
-            corr = torch.rand(1, 27, *(n // 2 for n in shape))
-            corr = corr.to(memory_format=torch.channels_last_3d)
-            skips = [conv("e0", x)]
-            x = torch.cat([functional.max_pool3d(skips[0], 2), corr], 1)
-            for name in ("e1", "e2", "e3"):
-                skips.append(conv(name, x))
-                x = functional.max_pool3d(skips[-1], 2)
-            x = conv("d0", x)
-            for name, skip in zip(("d1", "d2", "d3"), skips[:0:-1], strict=True):
-                x = conv(name, torch.cat([up(x), skip], 1))
-            x = torch.cat([up(x), skips[0]], 1)
-            for name in ("r0", "r1", "r2"):
-                x = conv(name, x)
-            head(layers["p"](x))
+        state, scalars = program(held.pop(), batch)
+        held.append(jax.block_until_ready(state))
+        return jax.block_until_ready(scalars)
 
-    return run
+    return run, seconds, program.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def _measure(candidates: dict[str, Callable], repeats: int) -> None:
-    """Interleaved: every candidate once per round, medians over the rounds."""
-    times: dict[str, list] = {name: [] for name in candidates}
-    for i in range(repeats + 1):
-        for name, run in candidates.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            run()
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if i:  # the first round warms up
-                times[name].append((cpu, wall))
-    for name, pairs in times.items():
-        cpu, wall = np.median(pairs, axis=0)
-        print(f"{name}: {cpu:.2f} CPU s, {wall:.2f} s (median of {repeats})")
+def candidates(shape: tuple[int, int, int]) -> dict[str, Callable]:
+    """Everything that is timed, compiled; prints compile seconds and scratch."""
+    batch = make_batch(shape)
+    pair = jax.jit(lambda b: objective.prepare(b, backend="mind"))(batch)
+    model = UniReg()
+    params = train_state.init_params(model, jax.random.key(0))
+    runs = {}
+
+    def add(name, run, seconds, scratch):
+        print(f"{name}: compiled in {seconds:.1f} s, scratch {scratch:.0f} MiB")
+        runs[name] = run
+
+    args = (pair.fixed, pair.moving, pair.corr, pair.region, pair.pair_type)
+    program = timing.compile_program(
+        functools.partial(build.apply, model), params, *args
+    )
+    add("forward", program.run, program.compile_s, program.scratch_mib)
+    match = functools.partial(features.match, backend="mind")
+    program = timing.compile_program(match, *args[:2])
+    name = "features and correlation"
+    add(name, program.run, program.compile_s, program.scratch_mib)
+    for name, dice in (("step", 0.0), ("step with Dice", 1.0)):
+        add(name, *compile_step(dice, batch))
+    try:
+        from experiments import torch_twin
+    except ImportError:
+        print("PyTorch is not installed: no twin")
+        return runs
+    twin = torch_twin.prepare(
+        np.asarray(pair.fixed[0, ..., 0]),
+        np.asarray(pair.moving[0, ..., 0]),
+        np.asarray(pair.corr[0]),
+        np.asarray(batch.fixed_labels[0]),
+    )
+    return runs | {f"PyTorch twin, {k}": run for k, run in twin.items()}
+
+
+def report(times: dict[str, timing.Timing], shape: tuple[int, int, int]) -> str:
+    """Markdown: CPU and wall seconds, ratio to the twin, share of the matrix peak."""
+    peak = timing.machine_limits(3)["matmul_flops"]
+    least = 2e3 * _MACS_PER_VOXEL * math.prod(shape) / peak
+    lines = [
+        f"matrix product: {peak / 1e9:.0f} GF/s",
+        "",
+        "| candidate | CPU s | wall s | twin / ours, CPU | wall | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (cpu, wall) in times.items():
+        ratios = ["", ""]
+        if twin := times.get(f"PyTorch twin, {name}"):
+            ratios = [f"{twin.cpu_ms / cpu:.2f}", f"{twin.wall_ms / wall:.2f}"]
+        passes = {"forward": 1, "step": 3, "step with Dice": 3}
+        share = passes.get(name.removeprefix("PyTorch twin, "), 0) * least / wall
+        lines.append(
+            f"| {name} | {cpu / 1e3:.2f} | {wall / 1e3:.2f} | {ratios[0]} | "
+            f"{ratios[1]} | {share or math.nan:.2f} |".replace("nan", "")
+        )
+    return "\n".join(lines)
+
+
+def memory(shape: tuple[int, int, int]) -> None:
+    """Prints the compiled scratch of forward and training step; runs nothing."""
+    cond = jnp.zeros(1, jnp.int32)
+    image = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
+    half = tuple(n // 2 for n in shape)
+    corr = jax.ShapeDtypeStruct((1, *half, 27), jnp.float32)
+    print("| scratch, GiB | float32 | bfloat16 |\n|---|---|---|")
+    rows: dict[str, list] = {"forward": [], "step": [], "step with Dice": []}
+    for dtype in ("float32", "bfloat16"):
+        model = UniReg(dtype=dtype)
+        params = jax.eval_shape(
+            lambda m=model: train_state.init_params(m, jax.random.key(0))
+        )
+        forward = jax.jit(functools.partial(build.apply, model))
+        rows["forward"].append(forward.lower(params, image, image, corr, cond, cond))
+        for name, dice in (("step", 0.0), ("step with Dice", 1.0)):
+            step, make_state = training_step(dtype, dice)
+            rows[name].append(step.lower(jax.eval_shape(make_state), make_batch(shape)))
+    for name, lowered in rows.items():
+        sizes = [x.compile().memory_analysis().temp_size_in_bytes for x in lowered]
+        print(f"| {name} | " + " | ".join(f"{s / 2**30:.2f}" for s in sizes) + " |")
 
 
 def main(argv) -> None:
@@ -115,51 +189,16 @@ def main(argv) -> None:
         f"{shape}, {device.platform} {device.device_kind}, {os.cpu_count()} cores, "
         f"jax {jax.__version__}, Python {platform.python_version()}"
     )
-    fixed, moving, cond = _inputs(shape)
-    model = UniReg()
-    tiny = jnp.zeros((1, 16, 16, 16, 1))
-    corr = jnp.zeros((1, 8, 8, 8, 27))
-    params = jax.jit(model.init)(jax.random.key(0), tiny, tiny, corr, cond, cond)
-    corr = jax.jit(lambda a, b: features.match(a, b, backend="mind"))(fixed, moving)
-
-    def forward(impl):
-        return UniReg(conv_impl=impl).apply
-
-    args = (params, fixed, moving, corr, cond, cond)
-    candidates = dict(
-        [
-            _compiled("network", forward("auto"), *args),
-            _compiled(
-                "features and correlation",
-                lambda a, b: features.match(a, b, backend="mind"),
-                fixed,
-                moving,
-            ),
-        ]
-    )
-    if flags.FLAGS.direct:
-        candidates |= [_compiled("network, XLA convolution", forward("direct"), *args)]
-    if flags.FLAGS.train:
-
-        def loss(params, fixed, moving, corr, cond):
-            disp = model.apply(params, fixed, moving, corr, cond, cond)
-            similarity = ncc.local_ncc(fixed, warp.warp(moving, disp))
-            return (smoothness.diffusion(disp) - similarity).mean()
-
-        candidates |= [
-            _compiled(
-                "loss and gradient", jax.grad(loss), params, fixed, moving, corr, cond
-            )
-        ]
-    if twin := _torch_twin(shape):
-        candidates["PyTorch twin, forward"] = twin
-    _measure(candidates, flags.FLAGS.repeats)
+    if flags.FLAGS.memory:
+        memory(shape)
+        return
+    times = timing.measure(candidates(shape), flags.FLAGS.repeats)
+    print(report(times, shape))
 
 
 if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_list("shape", ["96", "96", "80"], "X,Y,Z, multiples of 16.")
     flags.DEFINE_integer("repeats", 5, "Counted runs of each candidate.")
-    flags.DEFINE_boolean("train", False, "Time a training step, too.")
-    flags.DEFINE_boolean("direct", False, "Also XLA's own convolution (slow).")
+    flags.DEFINE_boolean("memory", False, "Only compile, and state the scratch.")
     app.run(main)
