@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from tests import oracles
 from unireg_jax import errors
 from unireg_jax.errors import UserError
 from unireg_jax.imaging import nifti, orientation
@@ -158,6 +159,46 @@ def test_read_image_qform_alone(tmp_path, qfac):
     content = encode(scan().astype("i2"), world, sform_code=0, pixdim=(0, qfac))
     volume = nifti.read_image(put(tmp_path, content))
     np.testing.assert_allclose(volume.native.vox2world, world, atol=1e-4)  # quaternion
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Header, nib.Nifti2Header])
+@pytest.mark.parametrize("codes", ALL_CODES)
+def test_read_image_qform_alone_agrees_with_nibabel(tmp_path, codes, kind):
+    """Half turns store b, c, d of float32 length below 1: no fourth number is left."""
+    shape = (9, 10, 120)
+    data, world = orientation.reorient(scan(shape).astype("i2"), straight(), codes)
+    path = put(tmp_path, encode(data, world, kind=kind, sform_code=0))
+    volume = nifti.read_image(path)
+    expected = nib.load(path).header.get_qform()
+    np.testing.assert_array_equal(volume.data, scan(shape))
+    # float64, the same formula; without the threshold 1e-3 mm per voxel.
+    found = orientation.ras_from_lps(volume.native.vox2world)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_read_image_of_half_turn_by_simpleitk_has_no_conflict(tmp_path):
+    data, world = orientation.reorient(
+        scan((9, 10, 120)).astype("i2"), straight(), "SPR"
+    )
+    path = tmp_path / "peer.nii"
+    sitk.WriteImage(oracles.itk_image(data, world), path)
+    header, volume = nib.load(path).header, nifti.read_image(path)
+    stored = [float(header[f"quatern_{letter}"]) for letter in "bcd"]
+    assert stored == [float(np.float32(np.sqrt(0.5))), 0.0, stored[0]]
+    assert volume.warnings == ()
+    np.testing.assert_allclose(volume.native.vox2world, world, atol=1e-5)  # float32
+
+
+def test_read_image_qform_keeps_a_turn_that_is_nearly_half(tmp_path):
+    """0.2 degrees from half a turn: above the threshold the fourth number counts."""
+    half = np.deg2rad(179.8) / 2
+    turned = dict(quatern_b=np.sin(half), quatern_d=0.0)
+    content = encode(scan().astype("i2"), sform_code=0, **turned)
+    volume = nifti.read_image(put(tmp_path, content))
+    turn = nib.quaternions.quat2mat([np.cos(half), np.sin(half), 0, 0])
+    found = orientation.ras_from_lps(volume.native.vox2world)
+    # float32 of sin(half), near 1, keeps the angle to 1e-4.
+    np.testing.assert_allclose(found[:3, :3], turn * SPACING, atol=1e-3)
 
 
 def test_read_image_skips_extension(tmp_path):

@@ -595,14 +595,20 @@ def _forms(header: Any) -> list[np.ndarray]:
 
 
 def _qform(header: Any) -> np.ndarray:
-    """Affine of the quaternion; a qfac that is not -1 counts as 1, as in niftilib."""
+    """Affine of the quaternion; a qfac that is not -1 counts as 1, as in niftilib.
+
+    The fourth number a is 0 below nibabel's threshold: 3 eps of the stored precision.
+    """
     b, c, d = (float(header[f"quatern_{letter}"]) for letter in "bcd")
     affine = np.eye(4)
     length = b * b + c * c + d * d
     if not length <= 1 + 1e-5:  # NaN fails as well
         affine[:3, :3] = np.nan
         return affine
-    turn = nib.quaternions.quat2mat([np.sqrt(max(0.0, 1 - length)), b, c, d])
+    # A half turn has a = 0; the rounding of b, c, d would make up to 6e-4 of it.
+    rest = 1 - length
+    a = np.sqrt(rest) if rest >= abs(header.quaternion_threshold) else 0.0
+    turn = nib.quaternions.quat2mat([a, b, c, d])
     zooms = np.asarray(header["pixdim"][1:4], np.float64).copy()
     if float(header["pixdim"][0]) == -1:
         zooms[2] *= -1
