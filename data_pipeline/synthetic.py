@@ -3,7 +3,8 @@
 A subject is a function of position: HU and organ at any point in mm, drawn from a seed
 (body size, organ place, size and shape, vessels, texture). A scan evaluates it on a
 grid; a second scan of the same subject evaluates it at positions moved by a known
-field. Nothing is interpolated from another volume, so the known field is exact and both
+field: breathing in `pair` of liver and lung, a random one in `deformed_pair` of every
+task. Nothing is interpolated from another volume, so the known field is exact and both
 scans are equally sharp.
 
 Frames: LPS mm about the grid's centre; x to the left, y to the back, z to the head.
@@ -116,7 +117,7 @@ class PhantomPair(NamedTuple):
         fixed: Phantom.
         moving: Phantom.
         disp: [X, Y, Z, 3] float32, voxels of the fixed grid: moving(x + disp(x)) is the
-            tissue of fixed(x), exactly. None for inter-patient tasks: two subjects.
+            tissue of fixed(x), exactly. None where `pair` shows two subjects.
     """
 
     fixed: Phantom
@@ -161,30 +162,8 @@ def phantom(
             f"variant must be one of {anatomy.variants} for {task}, got {variant!r}"
         )
     shape, spacing = _check_grid(shape, spacing_mm)
-    axes = [
-        (np.arange(n, dtype=np.float32) - np.float32((n - 1) / 2)) * np.float32(s)
-        for n, s in zip(shape, spacing, strict=True)
-    ]
-    x, y, z = np.meshgrid(*axes, indexing="ij")
-    if variant in ("pvp", "exp"):
-        dx, dy, dz = _motion(task, seed)(x, y, z)
-        x, y, z = x + dx, y + dy, z + dz
-    subject = _rng(task, seed, "subject")
-    canvas = _Canvas(*_individual(subject, x, y, z + anatomy.center_z_mm), spacing)
-    canvas.noise = _Noise(subject)
-    if anatomy.torso:
-        _paint_torso(canvas, subject, variant)
-    else:
-        _paint_headneck(canvas, subject)
-    hu = canvas.hu + _scanner_noise(_rng(task, seed, variant), shape)
-    hu = np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
-    lookup = np.zeros(len(canvas.names) + 1, np.uint8)
-    for name, code in canvas.names.items():
-        if name in anatomy.labels:
-            lookup[code] = anatomy.labels.index(name) + 1
-    vox2world = np.diag([*spacing, 1.0])
-    vox2world[:3, 3] = [a[0] for a in axes]
-    return Phantom(hu, lookup[canvas.labels], anatomy.labels, vox2world)
+    noise = _rng(task, seed, variant)
+    return _scan(task, _points(shape, spacing), spacing, seed, variant, noise)
 
 
 def pair(
@@ -203,6 +182,7 @@ def pair(
     Returns:
         PhantomPair, with the exact field for liver (pvp fixed, art moving; breathing of
         about 10 mm) and lung (exp fixed, insp moving; about 25 mm at the diaphragm).
+        Two subjects have none: `deformed_pair` gives one for every task.
 
     Raises:
         ValueError: as `phantom`.
@@ -215,6 +195,41 @@ def pair(
         phantom(task, seed=seed, variant=v, **grid) for v in variants(task)
     )
     return PhantomPair(first, second, known_disp(task, seed=seed, **grid))
+
+
+def deformed_pair(
+    task: str,
+    *,
+    shape: Sequence[int] = (96, 96, 80),
+    spacing_mm: float | Sequence[float] = 4.0,
+    seed: int = 0,
+) -> PhantomPair:
+    """Paints one subject twice, related by a smooth random field: any task, one phase.
+
+    The moving scan is `phantom(task, seed=seed)`; the fixed one shows, with noise of
+    its own, the tissue that a sum of sine waves points to, some 5 mm away.
+
+    The field never folds, by construction: wave k adds a_k sin(w_k . x + p_k), whose
+    Jacobian has norm |a_k| |w_k| at most, and these sum up to 0.5. All singular values
+    of the map's Jacobian thus lie within [0.5, 1.5], so that x -> x + disp(x) is one to
+    one and its determinant at least 0.125; central differences obey the same bound.
+
+    Args:
+        task, shape, spacing_mm, seed: see `phantom`; the seed also draws the field.
+
+    Returns:
+        PhantomPair; disp is exact and never None.
+
+    Raises:
+        ValueError: as `phantom`.
+    """
+    variant = variants(task)[0]
+    shape, spacing = _check_grid(shape, spacing_mm)
+    moved = _waves(task, seed)(*_points(shape, spacing))
+    noise = _rng(task, seed, "deformed")
+    fixed = _scan(task, _points(shape, spacing), spacing, seed, variant, noise, moved)
+    moving = phantom(task, shape=shape, spacing_mm=spacing, seed=seed)
+    return PhantomPair(fixed, moving, _in_voxels(moved, spacing))
 
 
 def known_disp(
@@ -237,17 +252,12 @@ def known_disp(
         ValueError: the task has one scan per subject; bad shape or spacing.
     """
     if len(variants(task)) < 2:
-        raise ValueError(f"task must be liver or lung, got {task}: it has no motion")
+        raise ValueError(
+            f"task must be liver or lung, got {task}: it has no motion; "
+            "deformed_pair makes a known field for every task"
+        )
     shape, spacing = _check_grid(shape, spacing_mm)
-    axes = [
-        (np.arange(n, dtype=np.float32) - np.float32((n - 1) / 2)) * np.float32(s)
-        for n, s in zip(shape, spacing, strict=True)
-    ]
-    moved = _motion(task, seed)(*np.meshgrid(*axes, indexing="ij"))
-    disp = np.stack(
-        [m / np.float32(s) for m, s in zip(moved, spacing, strict=True)], -1
-    )
-    return disp.astype(np.float32)
+    return _in_voxels(_motion(task, seed)(*_points(shape, spacing)), spacing)
 
 
 def write_dataset(
@@ -403,6 +413,56 @@ def _check_grid(
     if len(spacing) != 3 or not min(spacing) > 0:
         raise ValueError(f"spacing_mm must be positive, one or three, got {spacing_mm}")
     return tuple(int(n) for n in shape), tuple(float(s) for s in spacing)
+
+
+def _points(
+    shape: tuple[int, ...], spacing: tuple[float, ...]
+) -> tuple[np.ndarray, ...]:
+    """x, y and z of every voxel, mm about the grid's centre; each [X, Y, Z] float32."""
+    axes = [
+        (np.arange(n, dtype=np.float32) - np.float32((n - 1) / 2)) * np.float32(s)
+        for n, s in zip(shape, spacing, strict=True)
+    ]
+    return tuple(np.meshgrid(*axes, indexing="ij"))
+
+
+def _in_voxels(moved: Sequence[np.ndarray], spacing: tuple[float, ...]) -> np.ndarray:
+    """Three components in mm -> [X, Y, Z, 3] float32 in voxels."""
+    parts = [m / np.float32(s) for m, s in zip(moved, spacing, strict=True)]
+    return np.stack(parts, -1).astype(np.float32)
+
+
+def _scan(
+    task: str,
+    points: tuple[np.ndarray, ...],
+    spacing: tuple[float, ...],
+    seed: int,
+    variant: str,
+    noise: np.random.Generator,
+    moved: Sequence[np.ndarray] = (0, 0, 0),
+) -> Phantom:
+    """Paints at each of `points` the tissue found `moved` mm from it in the variant."""
+    anatomy = _ANATOMY[task]
+    x, y, z = (p + m for p, m in zip(points, moved, strict=True))
+    if variant in ("pvp", "exp"):
+        dx, dy, dz = _motion(task, seed)(x, y, z)
+        x, y, z = x + dx, y + dy, z + dz
+    subject = _rng(task, seed, "subject")
+    canvas = _Canvas(*_individual(subject, x, y, z + anatomy.center_z_mm), spacing)
+    canvas.noise = _Noise(subject)
+    if anatomy.torso:
+        _paint_torso(canvas, subject, variant)
+    else:
+        _paint_headneck(canvas, subject)
+    hu = canvas.hu + _scanner_noise(noise, x.shape)
+    hu = np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
+    lookup = np.zeros(len(canvas.names) + 1, np.uint8)
+    for name, code in canvas.names.items():
+        if name in anatomy.labels:
+            lookup[code] = anatomy.labels.index(name) + 1
+    vox2world = np.diag([*spacing, 1.0])
+    vox2world[:3, 3] = [p[0, 0, 0] for p in points]
+    return Phantom(hu, lookup[canvas.labels], anatomy.labels, vox2world)
 
 
 def _rng(task: str, seed: int, purpose: str) -> np.random.Generator:
@@ -712,6 +772,34 @@ def _motion(task: str, seed: int) -> Callable:
             ripple = np.sin(angle + np.float32(phase[i]))
             moved = [
                 m + np.float32(s) * ripple for m, s in zip(moved, size[i], strict=True)
+            ]
+        return moved
+
+    return field
+
+
+def _waves(task: str, seed: int) -> Callable:
+    """A random field without folds: (x, y, z) -> (dx, dy, dz), all mm.
+
+    Five sine waves of 150 to 300 mm; see `deformed_pair` for why it folds nowhere.
+    """
+    rng = _rng(task, seed, "waves")
+    ways, axes = rng.standard_normal((2, 5, 3))
+    ways /= np.linalg.norm(ways, axis=1, keepdims=True)
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    turn = 2 * np.pi / rng.uniform(150, 300, 5)  # per mm
+    steep = rng.uniform(0.5, 1.5, 5)
+    size = 0.5 * steep / steep.sum() / turn  # mm; sizes times turns add up to 0.5
+    phase = rng.uniform(0, 2 * np.pi, 5)
+
+    def field(x, y, z):
+        moved = [np.zeros_like(x)] * 3
+        for k in range(5):
+            a, b, c = np.float32(turn[k] * axes[k])
+            ripple = np.sin(a * x + b * y + c * z + np.float32(phase[k]))
+            moved = [
+                m + np.float32(size[k] * way) * ripple
+                for m, way in zip(moved, ways[k], strict=True)
             ]
         return moved
 

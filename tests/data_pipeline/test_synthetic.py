@@ -124,6 +124,99 @@ def test_pair_of_inter_patient_task_is_two_subjects():
     assert np.mean(made.fixed.labels != made.moving.labels) > 0.001
 
 
+@pytest.fixture(scope="module", params=TASKS)
+def deformed(request):
+    """A deformed pair of each task at 2 mm, and where its field stays on the grid."""
+    grid = dict(shape=(60, 52, 56), spacing_mm=(2.0, 2.2, 2.1), seed=1)
+    made = synthetic.deformed_pair(request.param, **grid)
+    coords = np.indices(made.disp.shape[:3]) + np.moveaxis(made.disp, -1, 0)
+    last = np.array(made.disp.shape[:3]).reshape(3, 1, 1, 1) - 1
+    return request.param, made, np.all((coords >= 0) & (coords <= last), axis=0)
+
+
+def test_deformed_pair_moving_is_the_phantom_and_fixed_another_scan(deformed):
+    task, made, _ = deformed
+    expected = synthetic.phantom(
+        task, shape=(60, 52, 56), spacing_mm=(2.0, 2.2, 2.1), seed=1
+    )
+    for one, other, fixed in zip(made.moving, expected, made.fixed, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.asarray(fixed).dtype == np.asarray(one).dtype
+    np.testing.assert_array_equal(made.fixed.vox2world, made.moving.vox2world)
+    assert made.disp.shape == (60, 52, 56, 3) and made.disp.dtype == np.float32
+    # Noise of its own: far from what moved, air differs too.
+    air = (made.fixed.hu < -900) & (made.moving.hu < -900)
+    assert np.mean((made.fixed.hu != made.moving.hu)[air]) > 0.8
+
+
+def test_deformed_pair_field_maps_moving_labels_onto_fixed(deformed):
+    _, made, kept = deformed
+    warped = _warp(made.moving.labels, made.disp, order=0)
+    moved = 0
+    for i, name in enumerate(made.fixed.label_names, 1):
+        fixed = (made.fixed.labels == i) & kept
+        if fixed.sum() < 300:
+            continue
+        before = _dice(fixed, (made.moving.labels == i) & kept)
+        after = _dice(fixed, (warped == i) & kept)
+        # Nearest neighbour costs a rim of half a voxel: small organs lose more.
+        assert after > max(before, 0.9 if fixed.sum() > 2000 else 0.8), name
+        moved += before < 0.85
+    assert moved >= 3
+
+
+def test_deformed_pair_field_maps_moving_intensities_onto_fixed(deformed):
+    """The known field is the best: a third of a voxel beside it, errors grow by 10 %.
+
+    What is left is noise (9 HU in each scan) and linear sampling of edges.
+    """
+    _, made, kept = deformed
+    kept = kept & (made.fixed.hu > -500)  # the body
+    moving = made.moving.hu.astype(np.float32)
+
+    def error(disp):
+        return np.abs(made.fixed.hu - _warp(moving, disp, order=1))[kept].mean()
+
+    exact = error(made.disp)
+    assert exact < 0.4 * error(np.zeros_like(made.disp))
+    for shift in np.concatenate([np.eye(3), -np.eye(3)]).astype(np.float32) / 3:
+        assert error(made.disp + shift) > 1.1 * exact
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("task", ("headneck", "abdomen"))
+def test_deformed_pair_field_obeys_its_bound(task, seed):
+    """Singular values within [0.5, 1.5], hence no fold; and not idle either."""
+    spacing = np.array((12.0, 14.0, 13.0))
+    grid = dict(shape=(18, 15, 16), spacing_mm=tuple(spacing), seed=seed)
+    disp_mm = synthetic.deformed_pair(task, **grid).disp * spacing
+    assert 2 < np.linalg.norm(disp_mm, axis=-1).mean() < 12
+    slopes = [
+        (np.roll(disp_mm, -1, j) - np.roll(disp_mm, 1, j)) / (2 * spacing[j])
+        for j in range(3)
+    ]
+    jac = np.stack(slopes, -1)[1:-1, 1:-1, 1:-1] + np.eye(3)
+    values = np.linalg.svd(jac, compute_uv=False)
+    assert 0.5 < values.min() < 0.9 and 1.1 < values.max() < 1.5
+    assert np.linalg.det(jac).min() > 0.125
+
+
+def test_deformed_pair_depends_on_its_arguments_alone():
+    first, again, other = (
+        synthetic.deformed_pair("chest", **SMALL, seed=seed) for seed in (5, 5, 6)
+    )
+    np.testing.assert_array_equal(first.disp, again.disp)
+    np.testing.assert_array_equal(first.fixed.hu, again.fixed.hu)
+    assert np.abs(first.disp - other.disp).max() > 0.3
+
+
+def test_deformed_pair_rejects_bad_arguments():
+    with pytest.raises(ValueError, match="task must be one of"):
+        synthetic.deformed_pair("heart")
+    with pytest.raises(ValueError, match="shape must be three"):
+        synthetic.deformed_pair("chest", shape=(8, 8))
+
+
 def test_liver_phases_enhance_as_contrast_does():
     art, pvp = (
         synthetic.phantom("liver", **SMALL, seed=7, variant=v) for v in ("art", "pvp")
