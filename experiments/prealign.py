@@ -2,10 +2,9 @@
 
     python -m experiments.prealign --data=PREPARED
 
-Inter-patient pairs get an affine, intra-patient pairs keep the scanner's frame unless
-the bodies lie more than 30 mm apart in it: then a rigid alignment. UniReg, section 4.1:
-inter-patient datasets are aligned globally first. Pairs already in align.json are kept,
-so an interrupted run goes on where it stopped.
+By the rule that `unireg register --affine auto` follows (registration/affine.py).
+UniReg, section 4.1: inter-patient datasets are aligned globally first. Pairs already in
+align.json are kept, so an interrupted run goes on where it stopped.
 """
 
 import sys
@@ -18,9 +17,8 @@ from tqdm import tqdm
 from data_pipeline import loader, pairs, store
 from experiments import cli
 from unireg_jax.registration import affine
-from unireg_jax.tasks import OUTSIDE_HU, PairType
+from unireg_jax.tasks import OUTSIDE_HU
 
-FAR_MM = 30.0
 _SAVE_EVERY = 20
 
 
@@ -49,10 +47,11 @@ def _align(dataset: loader.Dataset, pair: pairs.Pair) -> np.ndarray:
         np.asarray(dataset.index["volumes"][i]["vox2world"], float) for i in ends
     )
     fixed_hu, moving_hu = (dataset.volume(i)[0] for i in ends)
-    kind = "affine"
-    if pair.pair_type == PairType.INTRA:
-        apart = _middle(fixed_hu, fixed) - _middle(moving_hu, moving)
-        kind = "rigid" if np.linalg.norm(apart) > FAR_MM else "none"
+    kind, _ = affine.choose_kind(
+        *(_box(hu, m) for hu, m in ((fixed_hu, fixed), (moving_hu, moving))),
+        region=pair.region,
+        pair_type=pair.pair_type,
+    )
     world = affine.affine_align(
         fixed_hu,
         moving_hu,
@@ -63,11 +62,10 @@ def _align(dataset: loader.Dataset, pair: pairs.Pair) -> np.ndarray:
     return np.linalg.inv(moving) @ world @ fixed
 
 
-def _middle(hu: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
-    """Centre of the scan's own field of view, LPS mm."""
+def _box(hu: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
+    """Box of the scan's own field of view, without padding."""
     inside = np.argwhere(hu != OUTSIDE_HU)
-    middle = (inside.min(0) + inside.max(0)) / 2
-    return vox2world[:3, :3] @ middle + vox2world[:3, 3]
+    return affine.scan_box(vox2world, inside.min(0), inside.max(0))
 
 
 @cli.one_line_errors

@@ -8,7 +8,7 @@ from unireg_jax.imaging import preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.registration import affine
 from unireg_jax.registration.affine import Plan, affine_align
-from unireg_jax.tasks import OUTSIDE_HU
+from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
 
 SHAPE = (60, 48, 56)
 SPACING = (6.0, 5.0, 5.5)
@@ -173,3 +173,26 @@ def test_affine_align_rejects(change, match):
     fixed, moving = arguments.pop("fixed_hu"), arguments.pop("moving_hu")
     with pytest.raises(ValueError, match=match):
         affine_align(fixed, moving, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("shift", "region", "pair_type", "kind"),
+    [
+        ((0, 0, 0), Region.LIVER, PairType.INTER, "affine"),
+        ((0, 0, 29), Region.CHEST, PairType.INTRA, "none"),
+        ((0, 0, 31), Region.CHEST, PairType.INTRA, "affine"),
+        ((0, 0, 31), Region.LIVER, PairType.INTRA, "rigid"),
+        # Centres 28 mm apart, but only 8 of 36 mm of the smaller scan shared.
+        ((0, 28, 0), Region.LIVER, PairType.INTRA, "rigid"),
+    ],
+)
+def test_choose_kind_follows_patients_distance_and_shared_space(
+    shift, region, pair_type, kind
+):
+    vox2world = np.diag([2.0, 3.0, 10.0, 1.0])
+    fixed = affine.scan_box(vox2world, (0, 0, 0), (9, 11, 9))
+    np.testing.assert_array_equal(fixed, [(-1, -1.5, -5), (19, 34.5, 95)])
+    moving = fixed + np.array(shift)
+    got, why = affine.choose_kind(fixed, moving, region=region, pair_type=pair_type)
+    assert got == kind
+    assert pair_type == PairType.INTER or "% of the smaller scan" in why

@@ -11,6 +11,7 @@ tilts, refines the best of them with Adam, and keeps the best of all. Not from t
 paper, which takes its affine stage from SAMReg: chosen because it needs no weights.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -20,9 +21,11 @@ import optax
 from scipy import ndimage
 
 from unireg_jax.ops import warp
-from unireg_jax.tasks import OUTSIDE_HU
+from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
 
 KINDS = ("none", "com", "rigid", "affine")
+_FAR_MM = 30.0  # centres of two scans of one patient on one table are nearer
+_SHARED = 0.3  # least share of the smaller scan that two such scans have in common
 
 # Parameters are in mm of motion at 100 mm from the centre, so that one learning rate
 # serves all: 3 translations (mm), 3 rotations, 3 log scales, 3 shears (1/100).
@@ -96,6 +99,64 @@ class _Moving(NamedTuple):
     valid: jax.Array
     mm2vox: jax.Array
     overlap: jax.Array
+
+
+def choose_kind(
+    fixed_box: np.ndarray,
+    moving_box: np.ndarray,
+    *,
+    region: Region,
+    pair_type: PairType,
+) -> tuple[str, str]:
+    """Says which pre-alignment a pair needs, in use and for training alike.
+
+    Args:
+        fixed_box: [2, 3] LPS mm, from `scan_box`.
+        moving_box: the same.
+        region: what is registered.
+        pair_type: between patients or within one.
+
+    Returns:
+        Row of KINDS, and why: affine between patients; within one none, but rigid
+        (chest: affine) when the scans' centres are over 30 mm apart or they share less
+        than 30 % of the smaller one.
+    """
+    if pair_type == PairType.INTER:
+        return "affine", "two patients"
+    gap = float(np.linalg.norm(fixed_box.mean(axis=0) - moving_box.mean(axis=0)))
+    ends = [
+        np.maximum(fixed_box[0], moving_box[0]),
+        np.minimum(fixed_box[1], moving_box[1]),
+    ]
+    smaller = min(np.prod(box[1] - box[0]) for box in (fixed_box, moving_box))
+    shared = float(np.prod(np.maximum(ends[1] - ends[0], 0.0)) / smaller)
+    kind = "none"
+    if gap > _FAR_MM or shared < _SHARED:
+        # Two breaths change the chest's size: 6.0 mm after an affine, 8.7 mm after a
+        # rigid map (landmarks of the elastix lung pair; 35.1 mm before).
+        kind = "affine" if region == Region.CHEST else "rigid"
+    return kind, (
+        f"one patient, scan centres {gap:.0f} mm apart, {100 * shared:.0f} % of the "
+        "smaller scan shared"
+    )
+
+
+def scan_box(vox2world: np.ndarray, first, last) -> np.ndarray:
+    """Lowest and highest corner of a field of view.
+
+    Args:
+        vox2world: [4, 4], voxel -> LPS mm.
+        first: (x, y, z), the first voxel inside.
+        last: (x, y, z), the last voxel inside.
+
+    Returns:
+        [2, 3] LPS mm, faces of the outermost voxels.
+    """
+    ends = zip(np.asarray(first) - 0.5, np.asarray(last) + 0.5, strict=True)
+    corners = _apply(
+        np.asarray(vox2world, float), np.array([*itertools.product(*ends)])
+    )
+    return np.stack([corners.min(axis=0), corners.max(axis=0)])
 
 
 def affine_align(

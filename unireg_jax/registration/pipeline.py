@@ -8,7 +8,6 @@ voxels.
 import collections
 import concurrent.futures
 import functools
-import itertools
 import os
 import threading
 import time
@@ -32,8 +31,6 @@ from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 AFFINES = ("auto", *prealign.KINDS)
 _AIR_HU = -1000
-_FAR_MM = 30.0  # centres of two scans of one patient on one table are nearer
-_SHARED = 0.3  # least share of the smaller scan that two such scans have in common
 _RANGE_MM = 1000.0  # the longest vector a transform file may hold
 _SLAB_VOXELS = 2**21  # native voxels per step, about: 100 MB of scratch
 
@@ -448,37 +445,18 @@ def _choose(target, source, settings, affine):
             )
         return matrix, "given", "as given"
     kind, why = affine, "as asked"
-    if kind == "auto" and settings["pair_type"] == "inter":
-        kind, why = "affine", "auto: two patients"
-    elif kind == "auto":
-        boxes = [_box(target), _box(source)]
-        gap = float(np.linalg.norm(boxes[0].mean(axis=0) - boxes[1].mean(axis=0)))
-        shared = _shared(*boxes)
-        kind = "none"
-        if gap > _FAR_MM or shared < _SHARED:
-            # Two breaths change the chest's size: 6.0 mm after an affine, 8.7 mm after
-            # a rigid map (landmarks of the elastix lung pair; 35.1 mm before).
-            kind = "affine" if settings["region"] == "chest" else "rigid"
-        why = (
-            f"auto: one patient, scan centres {gap:.0f} mm apart, {100 * shared:.0f} % "
-            "of the smaller scan shared"
+    if kind == "auto":
+        boxes = [
+            prealign.scan_box(v.vox2world, (0, 0, 0), np.array(v.data.shape) - 1)
+            for v in (target, source)
+        ]
+        kind, why = prealign.choose_kind(
+            *boxes,
+            region=Region[settings["region"].upper()],
+            pair_type=PairType[settings["pair_type"].upper()],
         )
+        why = f"auto: {why}"
     return np.eye(4) if kind == "none" else None, kind, why
-
-
-def _box(volume: Volume) -> np.ndarray:
-    """Lowest and highest corner of a scan's field of view, [2, 3] LPS mm."""
-    ends = [(-0.5, n - 0.5) for n in volume.data.shape]
-    corners = np.array(list(itertools.product(*ends)))
-    corners = corners @ volume.vox2world[:3, :3].T + volume.vox2world[:3, 3]
-    return np.stack([corners.min(axis=0), corners.max(axis=0)])
-
-
-def _shared(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of the smaller box that lies in the other one."""
-    common = np.minimum(a[1], b[1]) - np.maximum(a[0], b[0])
-    smaller = min(np.prod(a[1] - a[0]), np.prod(b[1] - b[0]))
-    return float(np.prod(np.maximum(common, 0.0)) / smaller)
 
 
 def _quality(disp, scalars, spacing) -> dict[str, Any]:
