@@ -12,8 +12,13 @@ from unireg_jax.models import layers
 from unireg_jax.models.unireg import UniReg
 
 SHAPE = (32, 16, 48)
-# Smaller than the paper's, so that the tests compile in seconds.
-SMALL = {"encoder": (4, 6, 6, 6), "decoder": (6, 6, 6, 6), "remaining": (6, 4, 4)}
+# Smaller than the paper's, and XLA's own convolution: they compile in seconds.
+SMALL = {
+    "encoder": (4, 6, 6, 6),
+    "decoder": (6, 6, 6, 6),
+    "remaining": (6, 4, 4),
+    "conv_impl": "direct",
+}
 
 
 def _inputs(key, batch=1, shape=SHAPE):
@@ -76,6 +81,44 @@ def test_unireg_field_is_near_zero_at_initialisation(key):
     assert disp.shape == (1, *SHAPE, 3) and disp.dtype == jnp.float32
     assert float(jnp.abs(disp).max()) < 0.1  # voxels
     assert float(jnp.abs(disp).max()) > 0
+
+
+def test_unireg_field_does_not_depend_on_the_convolution_form(key):
+    args = _inputs(key)
+    model = UniReg(**SMALL | {"conv_impl": "winograd"})
+    params = UniReg(**SMALL).init(key, *args)
+    # A field of some voxels: the initial one is 1e-3.
+    params["params"]["head"]["controller"]["bias"] *= 100
+    disp, expected = (jax.jit(m.apply)(params, *args) for m in (model, UniReg(**SMALL)))
+    scale = float(jnp.abs(expected).max())
+    assert scale > 0.01
+    # Each of eleven layers rounds to some 1e-5 of its largest value.
+    np.testing.assert_allclose(disp, expected, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("conditioner", ["dynamic", "static"])
+def test_unireg_every_parameter_has_a_gradient_at_initialisation(key, conditioner):
+    """Near the identity, yet nothing starts dead.
+
+    But the norm before the controller's pooling: the controller's weights begin at
+    zero (its bias is the base head), so that nothing flows back through them until
+    they have moved, after the first step.
+    """
+    model = UniReg(**SMALL, conditioner=conditioner)
+    args = _inputs(key)
+    params = model.init(key, *args)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sin(model.apply(p, *args)).sum()))
+    grads = gradient(params)
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree_util.tree_flatten_with_path(grads)[0]
+        if not (jnp.isfinite(g).all() and jnp.abs(g).max() > 0)
+    ]
+    assert all("pool_norm" in name for name in dead), dead
+    if conditioner == "dynamic":
+        moved = jax.tree.map(lambda p, g: p - 1e-3 * jnp.sign(g), params, grads)
+        norm = gradient(moved)["params"]["head"]["pool_norm"]
+        assert all(float(jnp.abs(g).max()) > 0 for g in norm.values())
 
 
 def test_unireg_one_trace_serves_every_task(key):

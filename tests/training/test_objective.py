@@ -1,5 +1,6 @@
 """The objective: weights per region, units, validity, what its gradient may hold."""
 
+import functools
 import re
 
 import jax
@@ -7,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import build
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import smoothness
 from unireg_jax.tasks import OUTSIDE_HU, PairBatch
-from unireg_jax.training import objective
+from unireg_jax.training import objective, optimizer
+from unireg_jax.training import state as train_state
+from unireg_jax.training import step as train_step
 
 SHAPE = (16, 32, 48)
 SMALL = {"encoder": (4, 6, 6, 6), "decoder": (6, 6, 6, 6), "remaining": (4,)}
@@ -115,41 +119,30 @@ def test_prepare_applies_the_alignment():
     assert float(pair.moving[0, -1, 0, 0, 0]) == -1
 
 
-def test_training_gradient_holds_no_scatter_but_the_label_counts():
+def test_compiled_training_step_holds_no_scatter_but_the_label_counts():
     """Gathers and reshapes only: bit-exact on every backend, and the fastest form.
 
-    The one scatter of the step is the forward label count of the soft Dice (integer
-    adds into labels per slice); the backward pass adds none.
+    The scatters of the step are the forward label counts of the soft Dice (integer
+    adds into labels per slice, exact in any order); the backward pass adds none.
     """
-    model = UniReg(**SMALL, conv_impl="direct")
-    batch = _batch()
+    model = UniReg(**SMALL)
     loss = objective.make_loss(
-        lambda p, *a, **k: model.apply({"params": p}, *a, **k),
+        functools.partial(build.apply, model),
         weights=_weights(),
         backend="mind",
         hu_low=-800.0,
         hu_high=400.0,
     )
-    params = jax.eval_shape(
-        model.init,
-        jax.random.key(0),
-        jnp.zeros((1, 16, 16, 16, 1)),
-        jnp.zeros((1, 16, 16, 16, 1)),
-        jnp.zeros((1, 8, 8, 8, 27)),
-        jnp.zeros(1, jnp.int32),
-        jnp.zeros(1, jnp.int32),
-    )["params"]
-
-    def scatters(function):
-        text = jax.jit(function).lower(params, batch).as_text()
-        assert "stablehlo.select_and_scatter" not in text
-        return len(re.findall(r'"?stablehlo\.scatter"?\(', text))
-
-    forward = scatters(lambda p, b: loss(p, b)[0])
-    assert forward >= 1  # the search finds what is there
-    assert (
-        scatters(lambda p, b: jax.value_and_grad(loss, has_aux=True)(p, b)) == forward
-    )
+    tx = optimizer.make_optimizer("sgd", lr=1e-3)
+    step = train_step.make_train_step(loss, tx, mesh=train_step.make_mesh())
+    state = jax.eval_shape(lambda: train_state.make_state(model, tx, seed=0))
+    batch = _batch()
+    text = step.lower(state, batch).compile().as_text()
+    assert not re.search(r"\bselect-and-scatter\(", text)
+    forward = jax.jit(loss).lower(state.params, batch).compile().as_text()
+    counts = [len(re.findall(r"\bscatter\(", t)) for t in (forward, text)]
+    assert counts[0] >= 1  # the search finds what is there
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
