@@ -213,7 +213,7 @@ def _register(args: argparse.Namespace) -> int:
     with _case_folder(Path(args.out), case, args.overwrite) as folder:
         say("reading")
         # Before JAX is imported: a wrong file is refused within a second.
-        fixed, moving, labels, mask = _read_inputs(args, say)
+        fixed, moving, labels, mask = _read_inputs(args)
         read = time.perf_counter() - started
         from unireg_jax.registration import compilation_cache, network, pipeline
 
@@ -247,7 +247,7 @@ def _register(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_inputs(args: argparse.Namespace, say: Callable[[str], None]):
+def _read_inputs(args: argparse.Namespace):
     """Images, label maps (or None) and mask (or None), on matching grids."""
     from unireg_jax.imaging import nifti
 
@@ -261,9 +261,6 @@ def _read_inputs(args: argparse.Namespace, say: Callable[[str], None]):
         volume = nifti.read_labels(args.fixed_mask)
         nifti.check_same_grid(fixed, volume)
         mask = volume.data > 0
-    for name, volume in (("fixed", fixed), ("moving", moving)):
-        for line in volume.warnings:
-            say(f"warning: {name}: {line}")
     return fixed, moving, labels, mask
 
 
@@ -307,7 +304,7 @@ def _record(args, case: str, result, model, volumes) -> dict[str, Any]:
     import jax
 
     from unireg_jax.imaging import orientation
-    from unireg_jax.registration import metrics
+    from unireg_jax.registration import metrics, pipeline
 
     inputs = {}
     for name, volume in zip(("fixed", "moving"), volumes, strict=True):
@@ -318,17 +315,23 @@ def _record(args, case: str, result, model, volumes) -> dict[str, Any]:
             "shape": list(native.shape),
             "spacing_mm": list(orientation.spacing_mm(native.vox2world)),
             "axes": orientation.axis_codes(native.vox2world),
-            "warnings": list(volume.warnings),
         }
     for name in ("fixed_label", "moving_label", "fixed_mask"):
         if path := getattr(args, name):
             inputs[name] = {**_digest(Path(path)), "name": Path(path).name}
     device = jax.devices()[0]
+    warnings = [
+        f"{name}: {line}"
+        for name, volume in zip(("fixed", "moving"), volumes, strict=True)
+        for line in volume.warnings
+    ]
+    warnings += pipeline.quality_warnings(result.qc)
     return metrics.as_json(
         {
             "schema": SCHEMA,
             "case": case,
-            "status": "ok",
+            "status": "warn" if warnings else "ok",
+            "warnings": warnings,
             "settings": result.settings,
             "inputs": inputs,
             "weights": {
@@ -362,6 +365,8 @@ def _summarize(say: Callable[[str], None], record: dict[str, Any], where: Path) 
         steps = (mean[k] for k in ("dsc_before", "dsc_affine", "dsc") if k in mean)
         line += f", mean DSC {' -> '.join(map(_number, steps))}"
     say(line)
+    for warning in record["warnings"]:
+        say(f"warning: {warning}")
     say(f"done in {record['timings']['total']:.1f} s: {_shown(where)}")
 
 

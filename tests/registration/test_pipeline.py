@@ -447,3 +447,16 @@ def test_grid_is_the_weights_own(calm):
     assert isinstance(result.network_grid, Grid)
     assert result.network_disp.shape == (*SPEC.shape, 3)
     assert result.timings["total"] > 0
+
+
+def test_quality_warnings_name_folds_and_lost_similarity():
+    good = {"fold_percent": 0.4, "ncc_before": 0.5, "ncc_after": 0.8}
+    assert pipeline.quality_warnings(good) == []
+    for change, match in (
+        ({"fold_percent": 6.35}, "folding: 6.35 %"),
+        ({"ncc_after": 0.04}, "got 0.04"),
+        ({"ncc_after": None}, "got none"),
+        ({"ncc_after": 0.46}, "fell from 0.500 to 0.460"),
+    ):
+        (line,) = pipeline.quality_warnings(good | change)
+        assert match in line

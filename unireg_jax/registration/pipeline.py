@@ -31,6 +31,8 @@ from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 AFFINES = ("auto", *prealign.KINDS)
 _AIR_HU = -1000
+_FOLDS_PERCENT = 1.0  # more is worth a look
+_LEAST_NCC = 0.2  # less is no match
 _RANGE_MM = 1000.0  # the longest vector a transform file may hold
 _SLAB_VOXELS = 2**21  # native voxels per step, about: 100 MB of scratch
 
@@ -486,6 +488,37 @@ def _quality(disp, scalars, spacing) -> dict[str, Any]:
         **scalars,
     }
     return {k: None if v != v else v for k, v in qc.items()}
+
+
+def quality_warnings(qc: dict[str, Any]) -> list[str]:
+    """Says what a person should look at before using the result.
+
+    Args:
+        qc: of a Registration.
+
+    Returns:
+        One line per finding: folding over 1 % of the body, images that correlate below
+        0.2 after registration, or less than before it.
+    """
+    lines = []
+    if (folds := qc["fold_percent"]) is not None and folds > _FOLDS_PERCENT:
+        lines.append(
+            f"folding: {folds:.2f} % of the body folds, at most {_FOLDS_PERCENT:g} % "
+            "expected; look at the field, try another --affine or --task"
+        )
+    before, after = qc["ncc_before"], qc["ncc_after"]
+    if after is None or after < _LEAST_NCC:
+        got = "none" if after is None else f"{after:.2f}"
+        lines.append(
+            f"similarity: correlation of {_LEAST_NCC:g} or more expected, got {got}; are "
+            "both scans of the same region, and pre-aligned?"
+        )
+    elif before is not None and after < before - 0.005:
+        lines.append(
+            f"similarity: correlation fell from {before:.3f} to {after:.3f}; the "
+            "pre-alignment alone may serve better"
+        )
+    return lines
 
 
 def _to_native(target, source, matrix, disp, grid):
