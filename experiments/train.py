@@ -6,6 +6,7 @@ Writes to the work folder: config.json, checkpoints/, metrics.jsonl, tb/ (Tensor
 and weights.safetensors with its model card weights.json at the end.
 """
 
+import collections
 import contextlib
 import signal
 import sys
@@ -86,28 +87,29 @@ def _loop(config, experiment, mesh, state, stream, checkpoints, writer, stop):
     step_fn = train_step.make_train_step(experiment.loss, experiment.tx, mesh=mesh)
     validate = _validator(config, experiment)
     recent = _Recent([pair.task for pair in experiment.dataset.pairs("train")])
-    start, total, waiting = int(state.step), config.train.steps, None
+    start, total = int(state.step), config.train.steps
     with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
         for n in range(start + 1, total + 1):
             batch = next(stream)
             state, scalars = step_fn(
                 state, jax.device_put(batch, train_step.batch_sharding(mesh))
             )
-            # The previous step's numbers are fetched while this step runs.
-            if waiting is not None:
-                recent.add(*waiting)
-            waiting = (n, batch.pair, scalars)
+            recent.add(n, batch.pair, scalars)
             last = n == total or stop.is_set()
-            if n % config.train.log_every == 0 or last:
-                recent.add(*waiting)
-                waiting = None
+            logs = n % config.train.log_every == 0 or last
+            validates = n % config.train.eval_every == 0 or n == total
+            saves = n % config.train.checkpoint_every == 0 or last
+            # The previous step's numbers are fetched while this step runs; this
+            # step's too before anything of it is written.
+            recent.check(behind=0 if logs or validates or saves else 1)
+            if logs:
                 means = recent.flush()
                 writer.write(n, means)
                 _report(bar, n, total, means)
             bar.update()
-            if n % config.train.eval_every == 0 or n == total:
+            if validates:
                 writer.write(n, validate(state.params))
-            if n % config.train.checkpoint_every == 0 or last:
+            if saves:
                 checkpoints.save(state, stream)
             if last:
                 break
@@ -119,17 +121,28 @@ class _Recent:
 
     def __init__(self, tasks: list[str]):
         self._tasks = tasks
+        self._waiting: collections.deque = collections.deque()
         self._values: dict[str, list[float]] = {}
 
     def add(self, n, pairs, scalars) -> None:
+        """Takes a step's scalars, which may still be computed."""
+        self._waiting.append((n, pairs, scalars))
+
+    def check(self, *, behind: int) -> None:
+        """Fetches all but the last `behind` steps and refuses what is not finite."""
+        while len(self._waiting) > behind:
+            self._fetch(*self._waiting.popleft())
+
+    def _fetch(self, n, pairs, scalars) -> None:
         scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
-        if not np.isfinite([scalars["loss"], scalars["grad_norm"]]).all():
+        loss, gradient, size = (scalars[k] for k in ("loss", "grad_norm", "param_norm"))
+        if not np.isfinite([loss, gradient, size]).all():
             where = ", ".join(f"{p} ({self._tasks[p]})" for p in pairs)
             raise UserError(
                 "field_nonfinite",
-                f"step {n}: loss {scalars['loss']}, gradient {scalars['grad_norm']} on "
-                f"pair {where}; the last checkpoint is intact: lower optim.lr or set "
-                "optim.clip_norm",
+                f"step {n}: loss {loss}, norm of the gradient {gradient}, of the "
+                f"parameters {size} on pair {where}; nothing of it was saved: lower "
+                "optim.lr or set optim.clip_norm, with another --workdir",
                 NUMERICAL,
             )
         for name, value in scalars.items():

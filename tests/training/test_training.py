@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from data_pipeline import loader, synthetic
@@ -154,6 +155,23 @@ def test_nonfinite_loss_stops_naming_step_and_task(config, tmp_path):
     with pytest.raises(UserError, match=r"step \d: loss .* on pair \d+ \(") as error:
         train.train(config, tmp_path)
     assert error.value.exit_code == NUMERICAL
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e15])  # at once; after a step of finite numbers
+def test_checkpoints_of_a_diverging_run_are_finite(config, tmp_path, lr):
+    """Saving comes before logging here: a step is checked before it is saved."""
+    with config.unlocked():
+        config.optim.update({"lr": lr, "clip_norm": 0.0, "warmup_steps": 0})
+        config.train.update({"log_every": 10, "checkpoint_every": 1})
+    with pytest.raises(UserError, match="nothing of it was saved") as error:
+        train.train(config, tmp_path)
+    assert error.value.exit_code == NUMERICAL
+    folders = [x for x in (tmp_path / "checkpoints").iterdir() if x.name.isdigit()]
+    assert bool(folders) == (lr == 1e15)
+    for folder in folders:
+        with ocp.StandardCheckpointer() as reader:
+            params = reader.restore(folder / "state")["params"]
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)), folder
 
 
 def test_paper_preset_without_data_says_so(tmp_path):

@@ -43,7 +43,8 @@ def make_train_step(
         mesh: from `make_mesh`; the batch size is a multiple of its data axis.
 
     Returns:
-        The jitted step. `scalars` adds grad_norm to those of the loss.
+        The jitted step. `scalars` adds to those of the loss grad_norm and param_norm,
+        of the parameters after the step: finite if and only if they can be used.
     """
 
     def step(state: TrainState, batch: PairBatch):
@@ -51,6 +52,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         scalars["grad_norm"] = optax.tree.norm(grads)
+        scalars["param_norm"] = optax.tree.norm(params)
         return TrainState(state.step + 1, params, opt_state, state.key), scalars
 
     keep, split = replicated(mesh), batch_sharding(mesh)
