@@ -35,7 +35,6 @@ def train(config, workdir: Path) -> Path:
         UserError: exit code 2, 3, 8, 9 or 10; SystemExit 75 after a signal.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.check_config(workdir, config.to_dict())
     experiment = build.build(config, workdir)
     mesh = train_step.make_mesh()
@@ -54,6 +53,7 @@ def train(config, workdir: Path) -> Path:
         )
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state, stream)
+        checkpoint.write_config(workdir, config.to_dict())
         writer = stack.enter_context(
             contextlib.closing(log.Log(workdir, resume_step=int(state.step)))
         )

@@ -196,3 +196,10 @@ def torch_warp(volume, disp):
         )
         (out**2).sum().backward()
     return np.moveaxis(out.detach().numpy(), 1, -1), field.grad.numpy()
+
+
+def slope(function, point, direction, *, step=1e-5):
+    """Central difference of a scalar function of a float64 array along a direction."""
+    point, direction = (np.asarray(v, np.float64) for v in (point, direction))
+    up, down = (function(point + s * direction) for s in (step, -step))
+    return (up - down) / (2.0 * step)

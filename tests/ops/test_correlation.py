@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import analytic, oracles
 from unireg_jax.ops import correlation as ops
 
 SHAPES = [(1, 5, 6, 7, 4), (2, 3, 8, 4, 12)]
@@ -94,6 +95,52 @@ def test_correlation_of_zero_and_tiny_features():
     np.testing.assert_allclose(out, oracle_correlation(fixed, moving, 1), atol=1e-6)
     gradient = jax.jit(jax.grad(lambda f: jnp.sum(correlation(f, moving))))(fixed)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ["fixed", "moving"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_correlation_gradient_matches_finite_differences(shape, name):
+    maps = {"fixed": features(shape, 0), "moving": features(shape, 1)}
+    # Some features below eps, where the divisor is a constant.
+    maps = {key: value.at[:, 1, 2].multiply(1e-7) for key, value in maps.items()}
+    point = np.asarray(maps[name], np.float64)
+    rng = np.random.default_rng(3)
+    weights = rng.standard_normal((*shape[:-1], 27))
+    # In proportion to the feature, so that no norm crosses eps.
+    norm = np.linalg.norm(point, axis=-1, keepdims=True)
+    direction = rng.uniform(-0.5, 0.5, shape) * norm
+
+    def loss(value):
+        out = correlation(**{**maps, name: value})
+        return jnp.sum(out * jnp.asarray(weights, jnp.float32))
+
+    def oracle(value):
+        values = {**maps, name: value}
+        return np.sum(weights * oracle_correlation(*values.values(), 1))
+
+    gradient = np.asarray(jax.jit(jax.grad(loss))(maps[name]), np.float64)
+    expected = oracles.slope(oracle, point, direction)
+    # float32 sums of up to 27 000 terms that partly cancel.
+    np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-4)
+
+
+def test_correlation_error_of_its_expansion_is_fourth_order():
+    """1 - out(o) tends to |d F . o|^2 / 2, F the unit feature of a smooth map."""
+    turns = 2.0 * np.array([[0.9, -0.5, 0.3], [-0.2, 0.7, 1.1]])  # per voxel at scale 1
+
+    def error(scale):
+        shape = tuple(scale * n + 1 for n in (4, 5, 6))
+        angle = analytic.positions(shape) @ (turns / (10 * scale)).T
+        unit = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+        # A bump of the norm, which must not matter.
+        bump, _ = analytic.bump_disp(shape, vector=(2.0, 0.0, 0.0))
+        maps = jnp.asarray((1.0 + bump[0, ..., :1]) * unit, jnp.float32)[None]
+        out = np.asarray(correlation(maps, maps), np.float64)[:, 1:-1, 1:-1, 1:-1]
+        step = np.asarray(ops.offsets()) @ (turns / (10 * scale)).T
+        return np.abs(out - (1.0 - 0.25 * np.sum(step**2, axis=-1))).max()
+
+    # 16 in the limit, where float32 would not see it: the error is 2e-3 and 1e-4.
+    assert 14.0 < error(1) / error(2) < 17.0
 
 
 def test_correlation_sums_bfloat16_in_float32():

@@ -187,6 +187,46 @@ def test_sdlogj_floor_sets_the_value_of_folds():
     np.testing.assert_allclose(sdlogj_l2r(disp), [np.std(logs)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "function, oracle", [(sdlogj, oracles.sdlogj), (sdlogj_l2r, oracles.sdlogj_l2r)]
+)
+def test_sdlogj_gradient_equals_finite_differences(function, oracle, masked):
+    shape = (6, 7, 8)
+    disp = analytic.random_disp(shape, size=0.25, batch=2)
+    assert oracles.determinant(disp).min() > 0.05  # the floor is a kink
+    mask = _mask(shape, 2) if masked else np.ones((2, *shape), bool)
+    given = jnp.asarray(mask) if masked else None
+    weights = np.array([1.0, -2.0])
+
+    def loss(field):
+        return jnp.sum(function(field, mask=given) * jnp.asarray(weights, jnp.float32))
+
+    gradient = np.asarray(jax.jit(jax.grad(loss))(disp), np.float64)
+    direction = np.random.default_rng(3).uniform(-1, 1, disp.shape)
+    expected = oracles.slope(
+        lambda field: np.sum(weights * oracle(field, mask)), disp, direction
+    )
+    # float32: a determinant near 0.1 keeps six digits, and so does its log's slope.
+    np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "function, offset, rim", [(sdlogj, 0.0, 1), (sdlogj_l2r, 3.0, 2)]
+)
+def test_sdlogj_error_is_second_order(function, offset, rim):
+    def error(scale):
+        shape = tuple(scale * n + 1 for n in (16, 20, 12))
+        disp, detj = analytic.bump_disp(
+            shape, vector=scale * np.array([1.6, -1.2, 1.0])
+        )
+        inner = detj[(0, *(slice(rim, -rim),) * 3)]
+        return abs(float(function(disp)[0]) - np.std(np.log(inner + offset)))
+
+    # 4 in the limit; the vector grows with the resolution so that the map is the same.
+    assert 3.3 < error(1) / error(2) < 4.7
+
+
 def test_sdlogj_is_accurate_when_the_mean_dominates():
     # log detj is 3.3 everywhere with a spread of 1e-3: moments would cancel.
     shape = (24, 20, 28)

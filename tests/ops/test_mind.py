@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
+from tests import analytic, oracles
 from unireg_jax.ops import mind
 
 SHAPES = [(1, 5, 6, 7, 1), (2, 9, 4, 8, 1)]
@@ -153,6 +154,54 @@ def test_mind_of_constant_volume_is_one_with_finite_gradient():
     np.testing.assert_array_equal(mind_ssc(volume), 1.0)
     gradient = jax.jit(jax.grad(lambda v: jnp.sum(mind_ssc(v))))(volume)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("faint", [1.0, 3e-3], ids=["plain", "clamped"])
+def test_mind_gradient_matches_finite_differences(faint):
+    """Clamped: one half is so faint that its variance is the floor, a mean of all."""
+    volume = smooth_noise((1, 10, 6, 7, 1)).at[:, 5:].multiply(faint)
+    rng = np.random.default_rng(3)
+    weights = rng.standard_normal((*volume.shape[:-1], 12))
+    direction = rng.uniform(-1, 1, volume.shape)
+    direction[:, 5:] *= faint
+
+    def loss(value):
+        return jnp.sum(mind_ssc(value) * jnp.asarray(weights, jnp.float32))
+
+    def oracle(value):
+        return np.sum(weights * oracle_mind(value, 1, 2))
+
+    gradient = np.asarray(jax.jit(jax.grad(loss))(volume), np.float64)
+    # The step changes no channel that is the smallest.
+    expected = oracles.slope(oracle, volume, direction, step=1e-7)
+    np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-3)
+
+
+def test_mind_error_is_first_order():
+    """On a smooth image a patch distance tends to the slope along s - t, squared.
+
+    First order only: s and t lie beside the voxel, on one side of it.
+    """
+    tilt = np.array([1.0, -0.7, 0.5])
+    ways = np.array([np.subtract(s, t) for s, t in mind.offset_pairs()])
+
+    def error(scale):
+        shape = tuple(8 * scale * n + 9 for n in (1, 2, 1))
+        size = np.array([8.0, 16.0, 8.0]) * scale
+        s = 3.0 * (analytic.positions(shape) - analytic.centre(shape)) / size
+        bump = 0.4 * np.exp(-0.5 * np.sum(s**2, axis=-1))
+        volume = (s @ tilt + bump)[None, ..., None].astype(np.float32)
+        slope = (tilt - bump[..., None] * s) * 3.0 / size
+        squares = (slope @ ways.T) ** 2
+        excess = squares - squares.min(axis=-1, keepdims=True)
+        expected = np.exp(-excess / excess.mean(axis=-1, keepdims=True))
+        # Three voxels of border rules are the same share of no two grids.
+        inner = (slice(4, -4),) * 3
+        out = np.asarray(mind_ssc(jnp.asarray(volume)))[0]
+        return np.abs(out - expected)[inner].mean()
+
+    errors = error(1), error(2)
+    assert 1.7 < errors[0] / errors[1] < 2.3
 
 
 def test_mind_examples_are_independent():

@@ -128,13 +128,38 @@ def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
 
 
 def test_config_drift_is_refused_with_the_difference(config, tmp_path):
-    checkpoint.check_config(tmp_path, config.to_dict())
+    checkpoint.write_config(tmp_path, config.to_dict())
     with config.unlocked():
         config.train.steps = 9  # may change
+        config.train.eval_pairs = 7
+        config.data.root = "/moved/elsewhere"
+    checkpoint.check_config(tmp_path, config.to_dict())
+    with config.unlocked():
         config.optim.lr = 0.5  # may not
-    with pytest.raises(UserError, match=r"optim.lr: 0.0005 -> 0.5") as error:
+    match = r"another config \(optim.lr: 0.0005 -> 0.5\)"
+    with pytest.raises(UserError, match=match) as error:
         checkpoint.check_config(tmp_path, config.to_dict())
     assert error.value.exit_code == USAGE
+
+
+def test_refused_run_leaves_its_workdir_usable(config, tmp_path):
+    """The remedy that a refusal names must work in the same folder."""
+    root, lr = config.data.root, config.optim.lr
+    with config.unlocked():
+        config.data.update({"root": "", "phantoms": 0})
+        config.optim.lr = -1.0
+        config.train.steps = 1
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="data.root expected"):
+        train.train(config, workdir)
+    with config.unlocked():
+        config.data.root = root
+    with pytest.raises(UserError, match="lr must be positive"):
+        train.train(config, workdir)
+    assert not workdir.exists()
+    with config.unlocked():
+        config.optim.lr = lr
+    assert train.train(config, workdir).is_file()
 
 
 def test_checkpoint_of_another_model_is_refused(config, tmp_path):

@@ -510,8 +510,8 @@ def quality_warnings(qc: dict[str, Any]) -> list[str]:
     if after is None or after < _LEAST_NCC:
         got = "none" if after is None else f"{after:.2f}"
         lines.append(
-            f"similarity: correlation of {_LEAST_NCC:g} or more expected, got {got}; are "
-            "both scans of the same region, and pre-aligned?"
+            f"similarity: correlation of {_LEAST_NCC:g} or more expected, got {got}; "
+            "are both scans of the same region, and pre-aligned?"
         )
     elif before is not None and after < before - 0.005:
         lines.append(

@@ -105,38 +105,57 @@ def _other(folder: Path, what: str) -> UserError:
     )
 
 
-# Fields that may differ when a run is continued: they change no parameter.
-_FREE = ("train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every")
+# Fields that may differ when a run is continued: they change no parameter. data.root is
+# only a path: the data iterator refuses a folder of other content.
+_FREE = (
+    "data.root",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_pairs",
+    "train.checkpoint_every",
+)
 
 
 def check_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
-    """Writes the config of a new run, or refuses one that differs from the old run's.
+    """Refuses a config that differs from the one the run was started with.
 
     Args:
-        workdir: the run's folder.
+        workdir: the run's folder; of a new run, empty or absent.
         config: nested dict of numbers, strings and lists.
 
     Raises:
         UserError: `schema`, exit code 2, naming every field that differs.
     """
     path = Path(workdir) / "config.json"
-    text = json.dumps(config, indent=1, sort_keys=True)
-    if path.exists():
-        before, now = _flat(json.loads(path.read_text())), _flat(json.loads(text))
-        drift = [
-            f"{k}: {before.get(k)!r} -> {now.get(k)!r}"
-            for k in sorted(before.keys() | now.keys())
-            if before.get(k) != now.get(k) and k not in _FREE
-        ]
-        if drift:
-            raise UserError(
-                "schema",
-                f"{path}: this run was started with another config ("
-                + "; ".join(drift)
-                + "); give the old values, or another --workdir",
-                USAGE,
-            )
-    path.write_text(text + "\n")
+    if not path.exists():
+        return
+    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(_text(config)))
+    drift = [
+        f"{k}: {before.get(k)!r} -> {now.get(k)!r}"
+        for k in sorted(before.keys() | now.keys())
+        if before.get(k) != now.get(k) and k not in _FREE
+    ]
+    if drift:
+        raise UserError(
+            "schema",
+            f"{path}: this run was started with another config ("
+            + "; ".join(drift)
+            + "); give the old values, or another --workdir",
+            USAGE,
+        )
+
+
+def write_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
+    """Binds the work folder to a config, once a run with it is known to start."""
+    path = Path(workdir) / "config.json"
+    temp = path.with_suffix(".json.tmp")
+    temp.write_text(_text(config) + "\n")
+    temp.replace(path)
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=1, sort_keys=True)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
