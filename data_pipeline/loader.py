@@ -262,17 +262,23 @@ def make_iterator(
 
 
 def make_eval_batches(
-    root: Path | str | Dataset, split: str, *, tasks: Sequence[str] | None = None
+    root: Path | str | Dataset,
+    split: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    pairs_per_task: int | None = None,
 ) -> Iterator[tuple[Pair, PairBatch]]:
-    """Gives every pair of a split once, in order, as batches of one.
+    """Gives the pairs of a split once, in order, as batches of one.
 
     Args:
         root: prepared folder, or a Dataset that is open already.
         split: "train", "val" or "test".
         tasks: only these; None: all.
+        pairs_per_task: so many at most, evenly spread over the task's pairs, because
+            neighbours share their fixed volume; None: all.
 
     Returns:
-        Iterator of (Pair, PairBatch with B = 1).
+        Iterator of (Pair, PairBatch with B = 1); only these are read.
 
     Raises:
         UserError: at once, exit code 3, when there is no pair; 2 for an unknown task;
@@ -282,11 +288,14 @@ def make_eval_batches(
     chosen = None if tasks is None else dict.fromkeys(tasks, 1)
     pairs = dataset.pairs(split)
     wanted = _shares(pairs, split, chosen)
-    return (
-        (pair, _stack([dataset.example(pair, position)]))
-        for position, pair in enumerate(pairs)
-        if pair.task in wanted
+    positions = sorted(
+        position
+        for task in wanted
+        for position in _spread(
+            [i for i, pair in enumerate(pairs) if pair.task == task], pairs_per_task
+        )
     )
+    return ((pairs[i], _stack([dataset.example(pairs[i], i)])) for i in positions)
 
 
 class PairOrder:
@@ -385,6 +394,13 @@ def _shares(
             whole = counts
             break
     return dict(zip(wanted, whole, strict=True))
+
+
+def _spread(items: Sequence[int], count: int | None) -> Sequence[int]:
+    """`count` of the items at even distances, the first and the last among them."""
+    if count is None or count >= len(items):
+        return items
+    return [items[int(i)] for i in np.linspace(0, len(items) - 1, count).round()]
 
 
 def _stack(examples: Sequence[PairBatch]) -> PairBatch:

@@ -88,6 +88,8 @@ def _loop(config, experiment, mesh, state, stream, checkpoints, writer, stop):
     validate = _validator(config, experiment)
     recent = _Recent([pair.task for pair in experiment.dataset.pairs("train")])
     start, total = int(state.step), config.train.steps
+    if start == 0:  # what the run starts from
+        writer.write(0, validate(state.params))
     with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
         for n in range(start + 1, total + 1):
             batch = next(stream)
@@ -177,27 +179,27 @@ def _stop_on_signal():
 
 
 def _validator(config, experiment: build.Experiment):
-    """validate(params) -> scalars per task, over the first pairs of `val`."""
+    """validate(params) -> scalars per task, over pairs spread over those of `val`."""
+    dataset = experiment.dataset
     eval_step = train_step.make_eval_step(
         lambda params, *args: build.apply(experiment.model, params, *args),
         num_labels=experiment.num_labels,
         **experiment.view,
     )
 
-    def chosen():
-        counts: dict[str, int] = {}
-        for pair, batch in loader.make_eval_batches(experiment.dataset, "val"):
-            counts[pair.task] = counts.get(pair.task, 0) + 1
-            if counts[pair.task] <= config.train.eval_pairs:
-                yield pair, batch
-
     def validate(params):
-        summary = evaluate.summarize(evaluate.evaluate(eval_step, params, chosen()))
-        return {
+        batches = loader.make_eval_batches(
+            dataset, "val", pairs_per_task=config.train.eval_pairs
+        )
+        rows = evaluate.evaluate(eval_step, params, batches)
+        scalars = {
             f"val/{name}/{task}": value
-            for task, values in summary.items()
+            for task, values in evaluate.summarize(rows).items()
             for name, value in values.items()
         }
+        for task, values in evaluate.per_label(rows, dataset.label_names).items():
+            scalars |= {f"val/dsc/{task}/{label}": v for label, v in values.items()}
+        return scalars
 
     return validate
 

@@ -63,8 +63,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.train.init_from = ""
     config.train.steps = 120_000  # section 4.3
     config.train.log_every = 50
-    config.train.eval_every = 5_000
-    config.train.eval_pairs = 20  # per task, of the split `val`
+    config.train.eval_every = 5_000  # and before the first step and after the last
+    config.train.eval_pairs = 20  # per task, spread over those of the split `val`
     config.train.checkpoint_every = 1_000
 
     if preset not in PRESETS:
@@ -102,7 +102,7 @@ _REAL_SMALL = {
     "train": {
         "steps": 1000,
         "log_every": 10,
-        "eval_every": 1000,
+        "eval_every": 200,
         "eval_pairs": 6,
         "checkpoint_every": 100,
     },
@@ -121,7 +121,7 @@ PRESETS = {
         **_REAL_SMALL,
         "loss": {**_REAL_SMALL["loss"], "smoothness": (3.0, 3.0, 3.0, 8.0)},
         "optim": {**_REAL_SMALL["optim"], "lr": 6e-4, "decay_steps": 700},
-        "train": {**_REAL_SMALL["train"], "steps": 700, "eval_every": 700},
+        "train": {**_REAL_SMALL["train"], "steps": 700, "eval_every": 140},
     },
     # Not in paper: goes on from the package's weights on phantoms of three tasks.
     "demo": {

@@ -333,6 +333,29 @@ def test_eval_batches_are_every_pair_once_in_order(root):
     assert caught.value.exit_code == NOTHING
 
 
+def test_eval_pairs_are_spread_and_no_other_is_read(root, monkeypatch):
+    """Validation of a few pairs must not stay with the first patient."""
+    dataset = loader.Dataset(root)
+    pairs = dataset.pairs("train")
+    read, example = [], loader.Dataset.example
+
+    def spy(self, pair, position):
+        read.append(position)
+        return example(self, pair, position)
+
+    monkeypatch.setattr(loader.Dataset, "example", spy)
+    made = list(loader.make_eval_batches(dataset, "train", pairs_per_task=3))
+    assert read == [int(batch.pair[0]) for _, batch in made]
+    for task in TASKS:
+        mine = [pair for pair in pairs if pair.task == task]
+        chosen = [pair for pair, _ in made if pair.task == task]
+        assert len(chosen) == 3 and len({pair.fixed for pair in chosen}) == 3
+        assert chosen[0] == mine[0] and chosen[-1] == mine[-1]
+    many = list(loader.make_eval_batches(dataset, "train", pairs_per_task=1000))
+    assert [pair for pair, _ in many] == pairs
+    assert not list(loader.make_eval_batches(dataset, "train", pairs_per_task=0))
+
+
 def test_volume_without_labels_gives_background(tmp_path):
     volumes = []
     for name in ("a", "b"):

@@ -97,7 +97,16 @@ def test_run_leaves_weights_config_and_metrics(config, tmp_path):
     lines = [
         json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().split("\n") if x
     ]
-    assert any("val/mean_dsc/headneck" in line for line in lines)
+    judged = [line for line in lines if "val/mean_dsc/headneck" in line]
+    assert [line["step"] for line in judged] == [0, 4]  # what it started from, and end
+    index = json.loads((Path(config.data.root) / "index.json").read_text())
+    for task in ("headneck", "lung"):
+        wanted = {f"val/dsc/{task}/{x}" for x in index["tasks"][task]["labels"]}
+        found = {k for k in judged[-1] if k.startswith(f"val/dsc/{task}/")}
+        assert found == wanted
+        values = [judged[-1][k] for k in found if judged[-1][k] is not None]
+        mean = judged[-1][f"val/mean_dsc/{task}"]
+        np.testing.assert_allclose(np.mean(values), mean)  # of one pair
     assert all(line["train/loss"] > 0 for line in lines if "train/loss" in line)
     assert list((tmp_path / "tb").iterdir())
 
@@ -271,6 +280,35 @@ def test_log_drops_lines_past_the_resume_step(tmp_path):
     ]
     assert [(x["step"], x["x"]) for x in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert lines[0]["bad"] is None
+
+
+def test_log_of_a_run_that_starts_again_is_empty(tmp_path):
+    """Killed before its first checkpoint, it validates at step 0 again."""
+    for value in (1.0, 2.0):
+        writer = log.Log(tmp_path, resume_step=0)
+        writer.write(0, {"x": value})
+        writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["x"] for x in lines] == [2.0]
+
+
+def test_per_label_means_over_the_pairs_that_show_the_label():
+    nan = float("nan")
+    rows = [
+        {"task": "chest", "dsc": [0.5, nan, nan]},
+        {"task": "lung", "dsc": [0.1, 0.2, 0.3]},
+        {"task": "chest", "dsc": [0.7, 0.4, nan]},
+    ]
+    names = {"chest": ("heart", "aorta"), "lung": ("lobe", "airway", "vessel")}
+    found = evaluate.per_label(rows, names.__getitem__)
+    assert found["lung"] == {"lobe": 0.1, "airway": 0.2, "vessel": 0.3}
+    assert found["chest"] == pytest.approx({"heart": 0.6, "aorta": 0.4})
+
+
+@pytest.mark.parametrize("preset", ["paper", "real_small", "real_small_finish"])
+def test_presets_validate_during_the_run(preset):
+    train_config = unireg.get_config(preset).train
+    assert train_config.eval_every <= train_config.steps / 5
 
 
 def test_summarize_skips_undefined():

@@ -1,6 +1,6 @@
 """Metrics over a dataset: per pair, per label, per task."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,27 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         keys = ("mean_dsc", "mean_dsc_before", *PER_PAIR)
         summary[task] = {k: nanmean([row[k] for row in mine]) for k in keys}
     return summary
+
+
+def per_label(
+    rows: list[dict[str, Any]], labels: Callable[[str], Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """Mean DSC per task and label name.
+
+    Args:
+        rows: from `evaluate`.
+        labels: names of a task's labels, id i + 1 first, as loader.Dataset.label_names.
+
+    Returns:
+        {task: {label name: DSC}}; NaN where no pair of the task shows the label.
+    """
+    return {
+        task: {
+            label: nanmean([row["dsc"][i] for row in rows if row["task"] == task])
+            for i, label in enumerate(labels(task))
+        }
+        for task in dict.fromkeys(row["task"] for row in rows)
+    }
 
 
 def nanmean(values: Iterable[float]) -> float:

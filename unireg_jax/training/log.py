@@ -11,18 +11,20 @@ import tensorboardX
 class Log:
     """Appends to `metrics.jsonl` and `tb/` of a work folder.
 
-    Lines past `resume_step` are dropped on opening: a restarted run repeats them.
+    Lines past `resume_step` are dropped on opening: a restarted run repeats them. From
+    step 0 a run repeats everything.
     """
 
     def __init__(self, workdir: Path | str, *, resume_step: int = 0):
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             lines = self._path.read_text().splitlines()
-            kept = [x for x in lines if _step_of(x) <= resume_step]
+            kept = [x for x in lines if resume_step and _step_of(x) <= resume_step]
             self._path.write_text("".join(line + "\n" for line in kept))
         self._file = open(self._path, "a")  # noqa: SIM115  closed in close()
+        # TensorBoard hides what it has from purge_step on.
         self._board = tensorboardX.SummaryWriter(
-            str(Path(workdir) / "tb"), purge_step=resume_step or None
+            str(Path(workdir) / "tb"), purge_step=resume_step and resume_step + 1
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
