@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
+from tests import analytic
 from unireg_jax.ops import dice
 
 SHAPES = [(1, 5, 6, 7), (2, 8, 4, 9)]
@@ -189,6 +190,65 @@ def test_soft_dice_counts_unknown_ids_as_background():
     negative = jnp.where(fixed == 0, -1, fixed.astype(jnp.int32))
     out, _ = soft_dice(negative, moving, disp, num_labels=3)
     np.testing.assert_array_equal(out, value)
+
+
+# --- soft Dice and DSC: refinement ----------------------------------------------------
+
+
+def ball(points, center, radius):
+    """Label 1 in a ball of the unit cube, [B, X, Y, Z] uint8."""
+    inside = np.sum((points - np.asarray(center)) ** 2, axis=-1) < radius**2
+    return jnp.asarray(inside, jnp.uint8)
+
+
+def test_soft_dice_error_of_a_known_field_is_first_order():
+    """1 in the limit; what is lost is the rim, a voxel wide, that linear weights blur.
+
+    The field is a bump: fixed(x) = moving(x + disp(x)) for the ball, in closed form.
+    """
+
+    def error(scale):
+        shape = tuple(scale * n for n in (20, 24, 28))
+        # Several voxels long at the rim, so that its fractions are of all sizes.
+        disp, _ = analytic.bump_disp(
+            shape, vector=scale * np.array([3.4, -4.4, 4.8]), width=0.35
+        )
+        points = (analytic.positions(shape)[None] + 0.5) / np.asarray(shape)
+        center, radius = (0.52, 0.47, 0.51), 0.3
+        fixed = ball(points + disp / np.asarray(shape), center, radius)
+        moving = ball(points, center, radius)
+        value, _ = soft_dice(fixed, moving, jnp.asarray(disp), num_labels=2)
+        at_rest, _ = soft_dice(fixed, moving, jnp.zeros(disp.shape), num_labels=2)
+        assert value[0, 0] > at_rest[0, 0] + 0.05
+        return 1.0 - float(value[0, 0])
+
+    # 2 in the limit.
+    assert 1.8 < error(1) / error(2) < 2.2
+
+
+def test_dsc_error_of_two_balls_is_second_order():
+    """Of two shifted balls it tends to lens over ball.
+
+    Counting the voxels of a ball of radius R is off by about R, hence by 1 / R^2 of
+    them: as the root mean square over 32 places, for the single errors scatter.
+    """
+    radius, apart = 0.3, np.array([0.1, -0.06, 0.08])
+    d = np.linalg.norm(apart)
+    lens = np.pi * (2 * radius - d) ** 2 * (d**2 + 4 * d * radius) / (12 * d)
+    expected = lens / (4.0 / 3.0 * np.pi * radius**3)
+    places = 0.5 + np.random.default_rng(0).uniform(-0.05, 0.05, (32, 1, 1, 1, 3))
+
+    def error(scale):
+        shape = tuple(scale * n for n in (12, 10, 14))
+        points = (analytic.positions(shape)[None] + 0.5) / np.asarray(shape)
+        fixed, moving = (
+            ball(points, places + sign * apart / 2, radius) for sign in (1, -1)
+        )
+        value = np.asarray(dsc(fixed, moving, num_labels=2), np.float64)
+        return np.sqrt(np.mean((value - expected) ** 2))
+
+    # 4 over all places; 32 of them gave 2.3 to 5.3 under 30 seeds, and 3.7 here.
+    assert 2.5 < error(1) / error(2) < 5.5
 
 
 # --- soft Dice: gradient --------------------------------------------------------------

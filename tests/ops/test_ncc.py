@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tests import analytic
 from unireg_jax.ops import ncc
 
 SHAPES = [(1, 5, 6, 7, 1), (2, 8, 4, 9, 1)]
@@ -228,6 +229,47 @@ def test_local_ncc_gradient_lowers_without_scatter():
     assert "scatter" not in gradient.lower(moving).as_text()
 
 
+# --- local: refinement ----------------------------------------------------------------
+
+
+def slanted_bump(shape, tilt, width):
+    """A slope and a bump on the unit cube: image [1, X, Y, Z, 1], gradient in voxels.
+
+    The slope is steep enough that the gradient vanishes nowhere.
+    """
+    size = np.asarray(shape) - 1.0
+    s = (analytic.unit_positions(shape) - 0.5) / width
+    bump = 0.2 * np.exp(-0.5 * np.sum(s**2, axis=-1))
+    gradient = (np.asarray(tilt) - bump[..., None] * s / width) / size
+    image = analytic.unit_positions(shape) @ np.asarray(tilt) + bump
+    return jnp.asarray(image, jnp.float32)[None, ..., None], gradient
+
+
+def test_local_ncc_error_is_second_order():
+    """On smooth images it tends to the squared cosine between their gradients."""
+
+    def error(scale):
+        shape = tuple(scale * n + 1 for n in (12, 15, 9))
+        fixed, slope_f = slanted_bump(shape, (1.0, 0.4, -0.6), 0.25)
+        moving, slope_m = slanted_bump(shape, (0.5, -0.7, -0.9), 0.35)
+        # Windows with a voxel all around: those of the border are not symmetric.
+        mask = np.zeros((1, *shape), bool)
+        inner = (0, *(slice(scale, -scale),) * 3)
+        mask[inner] = True
+        # In voxels, since a window is a cube of voxels.
+        dot, square_f, square_m = (
+            np.sum(a * b, axis=-1)[inner[1:]]
+            for a, b in ((slope_f, slope_m), (slope_f, slope_f), (slope_m, slope_m))
+        )
+        expected = np.mean(dot**2 / (square_f * square_m))
+        # eps far below (27 voxels * variance)^2, which falls with the fourth power.
+        out = local_ncc(fixed, moving, window=3, mask=jnp.asarray(mask), eps=1e-12)
+        return abs(float(out[0]) - expected)
+
+    # 4 in the limit.
+    assert 3.3 < error(1) / error(2) < 4.7
+
+
 # --- local: degenerate points, transforms, bad input ----------------------------------
 
 
@@ -351,6 +393,48 @@ def test_global_ncc_gradient_matches_finite_differences(masked):
         )
         slope = np.sum(np.asarray(gradient, np.float64) * direction)
         np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-4)
+
+
+def test_global_ncc_error_is_second_order():
+    """Sums over voxels tend to the integrals over the cube, by the midpoint rule."""
+    bumps = ((0.3, 0.4, 0.6), 0.35), ((0.4, 0.55, 0.45), 0.45)  # centre, width
+
+    def line(points, bump, axis):
+        return np.exp(-0.5 * ((points - bump[0][axis]) / bump[1]) ** 2)
+
+    nodes, weights = np.polynomial.legendre.leggauss(30)
+
+    def integral(*factors):
+        """Of a product of bumps over the unit cube, exact to 1e-14."""
+        return np.prod(
+            [
+                np.sum(
+                    np.prod([line(0.5 + 0.5 * nodes, b, j) for b in factors], axis=0)
+                    * weights
+                    / 2
+                )
+                for j in range(3)
+            ]
+        )
+
+    f, m = bumps
+    c, vf, vm = (
+        integral(a, b) - integral(a) * integral(b) for a, b in ((f, m), (f, f), (m, m))
+    )
+    assert c / np.sqrt(vf * vm) > 0.5  # far from 0, where a wrong scale would not show
+
+    def error(scale):
+        shape = tuple(scale * n for n in (8, 9, 7))
+        points = [(np.arange(n) + 0.5) / n for n in shape]
+        images = (
+            np.einsum("x,y,z->xyz", *(line(p, b, j) for j, p in enumerate(points)))
+            for b in bumps
+        )
+        fixed, moving = (jnp.asarray(v, jnp.float32)[None, ..., None] for v in images)
+        return abs(float(global_ncc(fixed, moving)[0]) - c / np.sqrt(vf * vm))
+
+    # 4 in the limit.
+    assert 3.5 < error(1) / error(2) < 4.5
 
 
 def test_global_ncc_degenerate_points_are_zero_and_finite():
