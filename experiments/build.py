@@ -4,6 +4,7 @@ The only reader of the config: below this file, functions take plain arguments.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ import optax
 from data_pipeline import loader, synthetic
 from experiments import prealign
 from unireg_jax.errors import USAGE, UserError
+from unireg_jax.models.conditioning import HEADS
+from unireg_jax.models.features import FEATURES
 from unireg_jax.models.unireg import UniReg
+from unireg_jax.tasks import Region
 from unireg_jax.training import objective, optimizer
 
 
@@ -51,19 +55,21 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
     Raises:
         UserError: exit code 2 or 3: no data, data on another grid, a bad number.
     """
-    dataset = _dataset(config, workdir)
-    model = UniReg(**architecture(config))
-    num_labels = 1 + max(len(t["labels"]) for t in dataset.index["tasks"].values())
+    _check(config)
     try:
+        model = UniReg(**architecture(config))
         tx = optimizer.make_optimizer(**config.optim.to_dict())
-        view = {
-            "backend": config.model.features,
-            "hu_low": config.data.hu_window[0],
-            "hu_high": config.data.hu_window[1],
-        }
-        weights = objective.Weights(num_labels=num_labels, **config.loss.to_dict())
+        weights = objective.Weights(**config.loss.to_dict())
     except (TypeError, ValueError) as error:
         raise UserError("schema", f"config: {error}", USAGE) from error
+    view = {
+        "backend": config.model.features,
+        "hu_low": config.data.hu_window[0],
+        "hu_high": config.data.hu_window[1],
+    }
+    dataset = _dataset(config, workdir)
+    num_labels = 1 + max(len(t["labels"]) for t in dataset.index["tasks"].values())
+    weights = weights._replace(num_labels=num_labels)
     apply_fn = functools.partial(apply, model)
     return Experiment(
         dataset=dataset,
@@ -91,6 +97,83 @@ def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     fields = config.model.to_dict()
     del fields["features"]
     return fields
+
+
+# The least value of numbers.
+_LEAST = {
+    "seed": 0,
+    "data.batch_size": 1,
+    "model.svf_steps": 0,
+    "loss.ncc_window": 3,
+    "train.steps": 0,
+    "train.log_every": 1,
+    "train.eval_every": 1,
+    "train.eval_pairs": 0,
+    "train.checkpoint_every": 1,
+}
+# Fields with a closed choice.
+_CHOICES = {
+    "model.conditioner": tuple(HEADS),
+    "model.features": tuple(FEATURES),
+    "model.dtype": ("float32", "bfloat16"),
+    "loss.reg_units": objective.REG_UNITS,
+    "optim.name": optimizer.OPTIMIZERS,
+}
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+    """Refuses values that no run can have, all at once and before anything is made."""
+    fields = {
+        f"{section}.{name}": value
+        for section in ("data", "model", "loss", "optim", "train")
+        for name, value in config[section].items()
+    } | {"seed": config.seed}
+    encoder, decoder = config.model.encoder, config.model.decoder
+    depth = len(encoder)
+    shape, window = config.data.shape, config.data.hu_window
+    rules = {
+        **{f: (fields[f] >= n, f"{n} or more") for f, n in _LEAST.items()},
+        **{f: (fields[f] in c, f"one of {', '.join(c)}") for f, c in _CHOICES.items()},
+        "model.encoder": (_whole(encoder) and 0 < depth < 5, "1 to 4 channel numbers"),
+        "model.decoder": (
+            _whole(decoder) and len(decoder) == depth,
+            "as many channel numbers as model.encoder",
+        ),
+        "model.remaining": (_whole(config.model.remaining), "channel numbers"),
+        "model.field_level": (
+            fields["model.field_level"] in range(depth),
+            "a level of model.encoder, from 0",
+        ),
+        "data.shape": (
+            _whole(shape) and len(shape) == 3 and not any(n % 16 for n in shape),
+            "three multiples of 16",
+        ),
+        "data.spacing_mm": (config.data.spacing_mm > 0, "more than 0"),
+        "data.hu_window": (len(window) == 2 and window[0] < window[1], "(low, high)"),
+        "loss.smoothness": (
+            len(config.loss.smoothness) == len(Region),
+            f"{len(Region)} numbers, one per region",
+        ),
+    }
+    if not config.loss.ncc_window % 2:
+        rules["loss.ncc_window"] = (False, "an odd number")
+    faults = [
+        f"{field}: {expected} expected, got {fields[field]!r}"
+        for field, (right, expected) in rules.items()
+        if not right
+    ]
+    if faults:
+        raise UserError(
+            "schema",
+            f"config: {'; '.join(faults)}; correct the file, or pass "
+            "--config.FIELD=VALUE",
+            USAGE,
+        )
+
+
+def _whole(values: Sequence[Any]) -> bool:
+    """True for positive whole numbers."""
+    return all(isinstance(n, int) and n > 0 for n in values)
 
 
 def _dataset(config: ml_collections.ConfigDict, workdir: Path | str) -> loader.Dataset:

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from unireg_jax.errors import UserError
+from absl import app, flags
+
+from unireg_jax.errors import USAGE, UserError
 from unireg_jax.registration.compilation_cache import use_compilation_cache
 
 
@@ -15,6 +17,14 @@ def setup() -> None:
     use_compilation_cache()
     for name in ("absl", "orbax", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """`app.run`, with a mistake in flags or config as one line and exit code 2.
+
+    Anything else that `main` raises is a fault of ours: its trace, exit code 1.
+    """
+    app.run(one_line_errors(main), flags_parser=one_line_errors(_parse_flags))
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,3 +39,39 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(error.exit_code)
 
     return wrapped
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        program, *unknown = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            flags.FLAGS.config.keys()  # a file that is not there is told at first use
+    # Not flags.Error alone: of an unknown config field comes ConfigDict's own error, of
+    # a file that is not there an OSError.
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
+        raise UserError(
+            "schema", f"flags: {_brief(error)}; see --help", USAGE
+        ) from error
+    if unknown:
+        raise UserError(
+            "schema",
+            f"flags: --name=value expected, got {' '.join(unknown)}; see --help",
+            USAGE,
+        )
+    return [program]
+
+
+def _brief(error: Exception) -> str:
+    """What is wrong and with what: a message's ends, without the trace between them."""
+    inner: Any = error
+    while isinstance(inner, Exception) and inner.args:
+        inner = inner.args[-1]  # an OSError's first is its number
+    lines = [x.strip() for x in str(inner).splitlines() if x.strip()]
+    return " ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else repr(error)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from experiments import cli, figures
@@ -140,7 +140,6 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-@cli.one_line_errors
 def main(argv) -> None:
     del argv
     cli.setup()
@@ -164,4 +163,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/results", "Where results and pictures go.")
     flags.DEFINE_multi_string("weights", [], "Files; none: the package's own.")
     flags.mark_flags_as_required(["data"])
-    app.run(main)
+    cli.run(main)

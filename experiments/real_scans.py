@@ -13,7 +13,7 @@ import json
 import os
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from experiments import cli
 from unireg_jax.errors import USAGE, UserError
@@ -108,7 +108,6 @@ def manifest(data: Path, out: Path) -> list[dict]:
     return rows
 
 
-@cli.one_line_errors
 def main(argv) -> None:
     del argv
     out = Path(flags.FLAGS.out)
@@ -123,4 +122,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", None, "Where manifest.json and label maps go.")
     flags.mark_flags_as_required(["data", "out"])
-    app.run(main)
+    cli.run(main)

@@ -9,7 +9,7 @@ with their licences, and the measured results.
 import json
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from experiments import cli
 from unireg_jax.registration import weights
@@ -18,7 +18,6 @@ TARGET = Path(__file__).resolve().parents[1] / "unireg_jax" / "weights"
 LICENCE = "Apache-2.0 (these parameters); see `sources` for the training scans"
 
 
-@cli.one_line_errors
 def main(argv) -> None:
     del argv
     run = Path(flags.FLAGS.workdir)
@@ -37,4 +36,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("sources", None, "JSON merged into the card: sources, results.")
     flags.DEFINE_string("name", "real_small", "File stem.")
     flags.mark_flags_as_required(["workdir", "sources"])
-    app.run(main)
+    cli.run(main)

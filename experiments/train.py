@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -218,7 +218,6 @@ def _report(bar: tqdm, n: int, total: int, means: dict[str, float]) -> None:
         bar.set_postfix(shown)
 
 
-@cli.one_line_errors
 def main(argv) -> None:
     del argv
     cli.setup()
@@ -230,4 +229,5 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    flags.register_validator("workdir", lambda x: x != "", "a folder expected")
+    cli.run(main)

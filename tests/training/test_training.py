@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from data_pipeline import loader, synthetic
-from experiments import build, train, unireg
+from experiments import build, cli, train, unireg
 from unireg_jax.errors import CHECKPOINT, NUMERICAL, PREEMPTED, USAGE, UserError
 from unireg_jax.training import checkpoint, evaluate, log, optimizer
 from unireg_jax.training import state as train_state
@@ -403,18 +406,96 @@ def test_init_from_starts_at_the_given_weights(config, tmp_path):
     assert error.value.exit_code == CHECKPOINT
 
 
-def test_missing_root_exits_2_with_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("model.conditioner", "foo", "one of dynamic, static expected, got 'foo'"),
+        ("model.features", "sam", "one of mind, none expected, got 'sam'"),
+        ("model.dtype", "int8", "one of float32, bfloat16 expected"),
+        ("model.encoder", (4, 4, 4, 4, 4), "1 to 4 channel numbers expected"),
+        ("model.decoder", (4, 4, 4), "as many channel numbers as model.encoder"),
+        ("model.remaining", (4, 0), "channel numbers expected"),
+        ("model.field_level", 4, "a level of model.encoder, from 0 expected, got 4"),
+        ("loss.reg_units", "mm", "one of normalized, voxel expected"),
+        ("loss.smoothness", (1.0,), "4 numbers, one per region expected"),
+        ("loss.ncc_window", 8, "an odd number expected, got 8"),
+        ("data.shape", (40, 32, 32), "three multiples of 16 expected"),
+        ("optim.name", "rmsprop", "one of sgd, adam expected"),
+        ("train.log_every", 0, "1 or more expected, got 0"),
+    ],
+)
+def test_config_value_that_no_run_can_have_is_refused(
+    config, tmp_path, field, value, expected
+):
+    section, name = field.split(".")
+    with config.unlocked():
+        config.data.update({"root": "", "phantoms": 4})
+        config[section][name] = value
+    with pytest.raises(UserError, match=f"config: {field}: {expected}") as error:
+        build.build(config, tmp_path)
+    assert (error.value.reason, error.value.exit_code) == ("schema", USAGE)
+    assert not list(tmp_path.iterdir())
+
+
+_PRESETS = f"--config={ROOT}/experiments/unireg.py"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections'
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (f"{_PRESETS}:foo", "preset must be one of .* got 'foo'"),
+        (f"{_PRESETS}:demo --config.optim.lr=abc", "optim.lr=abc: could not convert"),
+        (f"{_PRESETS}:demo --config.optim=1", "not a dict"),
+        (f"{_PRESETS}:demo --speed=1", "Unknown command line flag 'speed'"),
+        (f"{_PRESETS}:demo extra", "--name=value expected, got extra"),
+        ("--config=none.py", "No such file or directory: 'none.py'"),
+    ],
+)
+def test_flags_that_cannot_be_parsed_are_one_line(
+    monkeypatch, capsys, arguments, expected
+):
+    argv = ["train", *arguments.split()]
+    own = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", own)
+    config_flags.DEFINE_config_file("config", flag_values=own, sys_argv=argv)
+    with pytest.raises(SystemExit) as stopped:
+        cli.one_line_errors(cli._parse_flags)(argv)
+    assert stopped.value.code == USAGE
+    assert re.fullmatch(
+        f"error: schema: flags: .*{expected}.*\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (f"{_PRESETS} --workdir=run", "config.data.root expected, none given"),
+        (f"{_PRESETS} --workdir=run --config.optim.lrr=1", 'Did you mean "lr"'),
+        (f"{_PRESETS}:demo --workdir=", "--workdir=: a folder expected"),
+    ],
+)
+def test_mistake_on_the_command_line_exits_2_with_one_line(
+    tmp_path, arguments, expected
+):
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "experiments.train",
-            "--config=experiments/unireg.py",
-            f"--workdir={tmp_path}",
-        ],
+        [sys.executable, "-m", "experiments.train", *arguments.split()],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=tmp_path,  # where a run without a folder would write
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=100,
     )
-    assert done.returncode == USAGE
-    assert done.stderr.strip().count("\n") == 0 and "data.root" in done.stderr
+    assert done.returncode == USAGE, done.stderr
+    assert re.fullmatch(f"error: schema: .*{expected}.*\n", done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_fault_of_ours_keeps_its_trace_and_exits_1(tmp_path):
+    """docs/errors.md, code 1."""
+    code = "from experiments import cli; cli.run(lambda argv: 1 // 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
