@@ -38,8 +38,7 @@ def train(config, workdir: Path) -> Path:
     checkpoint.check_config(workdir, config.to_dict())
     experiment = build.build(config, workdir)
     mesh = train_step.make_mesh()
-    state = _first_state(config, experiment)
-    state = jax.device_put(state, train_step.replicated(mesh))
+    state = train_state.make_state(experiment.model, experiment.tx, seed=config.seed)
     stream = loader.make_iterator(
         experiment.dataset,
         "train",
@@ -51,9 +50,14 @@ def train(config, workdir: Path) -> Path:
         checkpoints = stack.enter_context(
             contextlib.closing(checkpoint.Checkpoints(workdir))
         )
-        if checkpoints.latest() is not None:
+        if continued := checkpoints.latest() is not None:
+            origin = checkpoint.started_from(workdir)
+        else:
+            state, origin = _init_from(config.train.init_from, state)
+        state = jax.device_put(state, train_step.replicated(mesh))
+        if continued:
             state = checkpoints.restore(state, stream)
-        checkpoint.write_config(workdir, config.to_dict())
+        checkpoint.write_config(workdir, config.to_dict(), origin)
         writer = stack.enter_context(
             contextlib.closing(log.Log(workdir, resume_step=int(state.step)))
         )
@@ -66,20 +70,25 @@ def train(config, workdir: Path) -> Path:
         print(f"stopped at step {int(state.step)}; run again to go on", file=sys.stderr)
         sys.exit(PREEMPTED)
     path = workdir / "weights.safetensors"
-    training = {"steps": total, "preset": config.preset, "seed": config.seed}
+    training = {
+        "steps": total,
+        "preset": config.preset,
+        "seed": config.seed,
+        "init_from": origin,
+    }
     released.save_weights(path, state.params, experiment.spec | {"training": training})
     return path
 
 
-def _first_state(config, experiment: build.Experiment) -> train_state.TrainState:
-    """State at step 0, from released weights if the config names some."""
-    state = train_state.make_state(experiment.model, experiment.tx, seed=config.seed)
-    if name := config.train.init_from:
-        path = released.find_weights(None if name == "package" else name)
-        params, _ = released.load_weights(path)
-        released.check_tensors(params, state.params, path)
-        state = state._replace(params=params)
-    return state
+def _init_from(name: str, state: train_state.TrainState):
+    """The state at released weights, and their name and digest; as it is without."""
+    if not name:
+        return state, None
+    path = released.find_weights(None if name == "package" else name)
+    params, spec = released.load_weights(path)
+    released.check_tensors(params, state.params, path)
+    origin = {"name": path.name, "sha256": spec["sha256"]}
+    return state._replace(params=params), origin
 
 
 def _loop(config, experiment, mesh, state, stream, checkpoints, writer, stop):

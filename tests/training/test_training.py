@@ -162,15 +162,15 @@ def test_refused_run_leaves_its_workdir_usable(config, tmp_path):
         config.optim.lr = -1.0
         config.train.steps = 1
     workdir = tmp_path / "run"
-    with pytest.raises(UserError, match="data.root expected"):
+    with pytest.raises(UserError, match="lr must be positive"):
         train.train(config, workdir)
     with config.unlocked():
-        config.data.root = root
-    with pytest.raises(UserError, match="lr must be positive"):
+        config.optim.lr = lr
+    with pytest.raises(UserError, match="data.root expected"):
         train.train(config, workdir)
     assert not workdir.exists()
     with config.unlocked():
-        config.optim.lr = lr
+        config.data.root = root
     assert train.train(config, workdir).is_file()
 
 
@@ -391,19 +391,40 @@ def test_signal_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch
 
 
 def test_init_from_starts_at_the_given_weights(config, tmp_path):
+    """The card of the new weights names them, also when a continued run writes it."""
+    first = train.train(config, tmp_path / "first")
+    digest = json.loads(first.with_suffix(".json").read_text())["sha256"]
+    with config.unlocked():
+        config.train.update({"init_from": str(first), "steps": 0})
+    second = train.train(config, tmp_path / "second")
+    assert second.read_bytes() == first.read_bytes()  # no step: still those weights
+    with config.unlocked():
+        config.train.steps = 2
+    train.train(config, tmp_path / "second")
+    first.unlink()  # no longer needed once there is a checkpoint
+    with config.unlocked():
+        config.train.steps = 3
+    train.train(config, tmp_path / "second")
+    card = json.loads(second.with_suffix(".json").read_text())
+    assert card["training"] == {
+        "steps": 3,
+        "preset": "demo",
+        "seed": 0,
+        "init_from": {"name": "weights.safetensors", "sha256": digest},
+    }
+
+
+def test_init_from_of_another_model_is_refused(config, tmp_path):
+    with config.unlocked():
+        config.train.steps = 0
     path = train.train(config, tmp_path / "first")
     with config.unlocked():
         config.train.init_from = str(path)
-    experiment = build.build(config, tmp_path)
-    state = train._first_state(config, experiment)
-    first = _params(tmp_path / "first", config)
-    jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
-    with config.unlocked():
         config.model.encoder = (8, 4, 4, 4)
-    experiment = build.build(config, tmp_path)
     with pytest.raises(UserError, match="expected, got") as error:
-        train._first_state(config, experiment)
+        train.train(config, tmp_path / "second")
     assert error.value.exit_code == CHECKPOINT
+    assert not (tmp_path / "second" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

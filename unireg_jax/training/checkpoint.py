@@ -115,6 +115,7 @@ _FREE = (
     "train.eval_pairs",
     "train.checkpoint_every",
 )
+_ORIGIN = "started_from"  # in config.json, beside the config
 
 
 def check_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
@@ -130,7 +131,9 @@ def check_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
     path = Path(workdir) / "config.json"
     if not path.exists():
         return
-    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(_text(config)))
+    before, now = json.loads(path.read_text()), json.loads(_text(config))
+    before.pop(_ORIGIN, None)
+    before, now = _flat(before), _flat(now)
     drift = [
         f"{k}: {before.get(k)!r} -> {now.get(k)!r}"
         for k in sorted(before.keys() | now.keys())
@@ -146,12 +149,28 @@ def check_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
         )
 
 
-def write_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
-    """Binds the work folder to a config, once a run with it is known to start."""
+def write_config(
+    workdir: Path | str,
+    config: Mapping[str, Any],
+    started_from: Mapping[str, str] | None = None,
+) -> None:
+    """Binds the work folder to a config, once a run with it is known to start.
+
+    Args:
+        workdir: the run's folder.
+        config: see `check_config`.
+        started_from: name and sha256 of the weights at step 0, or None.
+    """
     path = Path(workdir) / "config.json"
     temp = path.with_suffix(".json.tmp")
-    temp.write_text(_text(config) + "\n")
+    temp.write_text(_text({**config, _ORIGIN: started_from}) + "\n")
     temp.replace(path)
+
+
+def started_from(workdir: Path | str) -> dict[str, str] | None:
+    """The weights at step 0 of a run that is continued, see `write_config`."""
+    path = Path(workdir) / "config.json"
+    return json.loads(path.read_text()).get(_ORIGIN) if path.exists() else None
 
 
 def _text(config: Mapping[str, Any]) -> str:
