@@ -221,3 +221,37 @@ def test_resize_disp_rejects_one_voxel():
 def test_downsample_mean_rejects_remainders():
     with pytest.raises(ValueError, match=r"multiples of \(2, 2, 2\) voxels.*crop it"):
         downsample_mean(jnp.zeros((1, 4, 5, 6, 1)), 2)
+
+
+def test_upsample_disp_by_hand():
+    line = np.zeros((1, 2, 1, 1, 3), np.float32)
+    line[0, :, 0, 0, 0] = [1.0, 5.0]
+    out = np.asarray(jax.jit(ops.upsample_disp, static_argnums=1)(line, 2))
+    assert out.shape == (1, 4, 2, 2, 3)
+    # Blocks of two voxels: the edge holds, then a quarter and three quarters; doubled.
+    np.testing.assert_array_equal(out[0, :, 1, 1, 0], [2.0, 4.0, 8.0, 10.0])
+    np.testing.assert_array_equal(out[..., 1:], 0.0)
+
+
+def test_upsample_disp_is_undone_by_downsample_disp():
+    disp = analytic.linear_disp((6, 8, 10), 0.1 * np.eye(3), (0.4, -0.3, 0.2))
+    fine = ops.upsample_disp(jnp.asarray(disp), 2)
+    back = ops.downsample_disp(fine, 2)
+    inner = (slice(None), *(slice(1, -1),) * 3)  # the edge value holds outside
+    np.testing.assert_allclose(back[inner], disp[inner], atol=1e-6)  # float32 blends
+    np.testing.assert_array_equal(ops.upsample_disp(jnp.asarray(disp), 1), disp)
+
+
+def test_upsample_disp_gradient_is_exact_and_has_no_scatter():
+    disp = jnp.asarray(analytic.random_disp((4, 5, 6)))
+    check_grads(lambda d: ops.upsample_disp(d, 2), (disp,), order=1, atol=1e-2)
+
+    def loss(disp):
+        return jnp.sum(ops.upsample_disp(disp, 2) ** 2)
+
+    assert not oracles.has_scatter(jax.value_and_grad(loss), disp)
+
+
+def test_upsample_disp_rejects_bad_factor():
+    with pytest.raises(ValueError, match="factor must be at least 1"):
+        ops.upsample_disp(jnp.zeros((1, 4, 5, 6, 3)), 0)

@@ -31,7 +31,7 @@ def resize_volume(volume: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """
     _check_volume(volume)
     shape = _check_shape(shape)
-    out = _interpolate(volume.astype(_working_dtype(volume)), shape)
+    out = _interpolate(volume.astype(_working_dtype(volume)), shape, False)
     return out.astype(volume.dtype)
 
 
@@ -66,6 +66,51 @@ def resize_disp(disp: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return resize_volume(disp, shape) * scale
 
 
+def upsample_disp(disp: jax.Array, factor: int) -> jax.Array:
+    """Refines a displacement to a grid of `factor` times as many voxels.
+
+    out_k(i) = factor disp_k((i + 1/2) / factor - 1/2) on every axis
+
+    Trilinear between the centres of blocks of factor^3 voxels, the grid of
+    `downsample_disp`; beyond the outer centres the edge value holds.
+
+    Args:
+        disp: [B, X, Y, Z, 3] float32, voxels of its own grid.
+        factor: edge of a block in voxels of the new grid.
+
+    Returns:
+        [B, f X, f Y, f Z, 3] float32, voxels of the new grid.
+
+    Raises:
+        ValueError: wrong shape or dtype, or factor below 1.
+    """
+    check_disp(disp)
+    if factor < 1:
+        raise ValueError(f"factor must be at least 1, got {factor}")
+    shape = tuple(factor * size for size in disp.shape[1:4])
+    return _interpolate(disp * factor, shape, True)
+
+
+def downsample_disp(disp: jax.Array, factor: int) -> jax.Array:
+    """Averages blocks of a displacement and rescales to voxels of the new grid.
+
+    out = downsample_mean(disp, factor) / factor
+
+    Args:
+        disp: [B, X, Y, Z, 3] float32, voxels; X, Y, Z multiples of the factor.
+        factor: edge of a block in voxels.
+
+    Returns:
+        [B, X/f, Y/f, Z/f, 3] float32, voxels of the new grid, whose voxel i has its
+        centre at f i + (f - 1) / 2.
+
+    Raises:
+        ValueError: wrong shape or dtype, or a size that is no multiple.
+    """
+    check_disp(disp)
+    return downsample_mean(disp, factor) * (1.0 / factor)
+
+
 def downsample_mean(volume: jax.Array, factor: int | tuple[int, int, int]) -> jax.Array:
     """Averages blocks of voxels.
 
@@ -97,12 +142,12 @@ def downsample_mean(volume: jax.Array, factor: int | tuple[int, int, int]) -> ja
     return mean.astype(volume.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _interpolate(volume, shape):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _interpolate(volume, shape, blocks):
     """Blends the two neighbours along each axis: eight gathers in one loop."""
     axes = [axis for axis in (3, 2, 1) if volume.shape[axis] != shape[axis - 1]]
     for axis in axes:
-        low, fraction = _neighbours(volume.shape[axis], shape[axis - 1])
+        low, fraction = _neighbours(volume.shape[axis], shape[axis - 1], blocks)
         high = np.minimum(low + 1, volume.shape[axis] - 1)
         if axis != axes[-1]:
             pair = ((low, 1.0 - fraction), (high, fraction))
@@ -126,18 +171,18 @@ def _weighted(volume, axis, index, weights):
 
 
 @_interpolate.defjvp
-def _interpolate_jvp(shape, primals, tangents):
+def _interpolate_jvp(shape, blocks, primals, tangents):
     """The tangent by matrices: their transpose holds no scatter."""
     (volume,), (volume_dot,) = primals, tangents
     for axis, size in enumerate(shape, start=1):
         if volume_dot.shape[axis] != size:
-            volume_dot = _interpolate_axis(volume_dot, axis, size)
-    return _interpolate(volume, shape), volume_dot
+            volume_dot = _interpolate_axis(volume_dot, axis, size, blocks)
+    return _interpolate(volume, shape, blocks), volume_dot
 
 
-def _interpolate_axis(volume, axis, size):
+def _interpolate_axis(volume, axis, size, blocks=False):
     """Multiplies one spatial axis by its interpolation matrix."""
-    matrix = jnp.asarray(_matrix(volume.shape[axis], size), volume.dtype)
+    matrix = jnp.asarray(_matrix(volume.shape[axis], size, blocks), volume.dtype)
     # Highest precision: matrix units would round displacements to ten bits.
     out = jnp.tensordot(
         volume, matrix, axes=((axis,), (1,)), precision=lax.Precision.HIGHEST
@@ -145,16 +190,23 @@ def _interpolate_axis(volume, axis, size):
     return jnp.moveaxis(out, -1, axis)
 
 
-def _matrix(size_in, size_out):
-    """Linear interpolation with aligned corners as a [size_out, size_in] matrix."""
-    low, fraction = _neighbours(size_in, size_out)
+def _matrix(size_in, size_out, blocks):
+    """Linear interpolation as a [size_out, size_in] matrix."""
+    low, fraction = _neighbours(size_in, size_out, blocks)
     position = (low + fraction)[:, None]
     return np.maximum(1.0 - np.abs(position - np.arange(size_in)[None]), 0.0)
 
 
-def _neighbours(size_in, size_out):
-    """Lower neighbour of every output voxel, and the distance from it in [0, 1]."""
-    position = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
+def _neighbours(size_in, size_out, blocks):
+    """Lower neighbour of every output voxel, and the distance from it in [0, 1].
+
+    The outer voxel centres coincide or, with `blocks`, the outer faces.
+    """
+    if blocks:
+        position = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+        position = np.clip(position, 0.0, size_in - 1)
+    else:
+        position = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
     low = np.clip(np.floor(position).astype(np.int32), 0, max(size_in - 2, 0))
     return low, np.clip(position - low, 0.0, 1.0)
 
