@@ -29,6 +29,7 @@ SCHEMA = 1  # of <case>_run.json and of evaluate's JSON
 # Spelled here so that --help imports neither NumPy nor JAX; a test compares them.
 AFFINES = ("auto", "none", "com", "rigid", "affine")
 TYPES = ("inter", "intra")
+IO_FEATURES = ("image", "mind")
 OUTPUTS = (  # the record comes last: it says that a case is whole
     "warped.nii.gz",
     "1Warp.nii.gz",
@@ -125,6 +126,20 @@ def _add_register(verbs) -> None:
         "--weights", metavar="FILE", help="default: $UNIREG_WEIGHTS, then the package's"
     )
     add("--affine", choices=AFFINES, default="auto", help="pre-alignment, default auto")
+    add(
+        "--io-iterations",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="steps of instance optimisation on this pair, default 0",
+    )
+    add("--io-features", choices=IO_FEATURES, help="what it compares, default image")
+    add(
+        "--io-smoothness",
+        type=_weight,
+        metavar="X",
+        help="weight of its smoothness, default that of the features",
+    )
     add("--fixed-label", metavar="FILE", help="with --moving-label: DSC in the record")
     add("--moving-label", metavar="FILE", help="labels to be warped too")
     add("--fixed-mask", metavar="FILE", help="where scans are compared, default body")
@@ -194,6 +209,28 @@ def _grid(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _count(text: str) -> int:
+    """Number of iterations."""
+    if not text.isdecimal() or not text.isascii() or int(text) > 10_000:
+        raise argparse.ArgumentTypeError(
+            f"a whole number from 0 to 10000 expected, got {text[:40]!r}"
+        )
+    return int(text)
+
+
+def _weight(text: str) -> float:
+    """A finite weight."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"a number of at least 0 such as 1.5 expected, got {text[:40]!r}"
+        )
+    return weight
+
+
 def _dashes(word: str) -> str:
     """--fixed_label is --fixed-label."""
     if not word.startswith("--"):
@@ -209,6 +246,12 @@ def _register(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     case = _case(args)
     _both_labels(args)
+    if not args.io_iterations and (args.io_features or args.io_smoothness is not None):
+        raise UserError(
+            "schema",
+            "--io-features and --io-smoothness need --io-iterations of at least 1",
+            USAGE,
+        )
     say = _progress(args.quiet)
     with _case_folder(Path(args.out), case, args.overwrite) as folder:
         say("reading")
@@ -216,10 +259,14 @@ def _register(args: argparse.Namespace) -> int:
         fixed, moving, labels, mask = _read_inputs(args)
         read = time.perf_counter() - started
         from unireg_jax.registration import compilation_cache, network, pipeline
+        from unireg_jax.registration.refine import Plan
 
         if compilation_cache.use_compilation_cache() is None:
             say("warning: no folder of yours for compiled programs: set UNIREG_CACHE")
         model = network.load_model(args.weights)
+        options = {"features": args.io_features, "smoothness": args.io_smoothness}
+        options = {k: v for k, v in options.items() if v is not None}
+        plan = Plan(args.io_iterations, **options) if args.io_iterations else None
         result = pipeline.register(
             fixed,
             moving,
@@ -228,6 +275,7 @@ def _register(args: argparse.Namespace) -> int:
             weights=model,
             affine=args.affine,
             fixed_mask=mask,
+            refine=plan,
             progress=say,
         )
         say("writing")
@@ -357,7 +405,7 @@ def _summarize(say: Callable[[str], None], record: dict[str, Any], where: Path) 
     qc, scores = record["qc"], record["scores"]
     line = (
         f"NCC {_number(qc['ncc_before'])} -> {_number(qc['ncc_after'])}, longest "
-        f"vector of the network {_number(qc['max_mm'])} mm, folding "
+        f"vector after pre-alignment {_number(qc['max_mm'])} mm, folding "
         f"{_number(qc['fold_percent'])} %"
     )
     if scores:

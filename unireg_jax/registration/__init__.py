@@ -10,6 +10,7 @@ _HOME = {
     "Pair": "batch",
     "register_many": "batch",
     "export_register": "export",
+    "Plan": "refine",
     "Registration": "pipeline",
     "register": "pipeline",
     "residual_mm": "pipeline",

@@ -13,6 +13,7 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.registration import pipeline
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.pipeline import Registration
+from unireg_jax.registration.refine import Plan
 
 
 class Pair(NamedTuple):
@@ -61,6 +62,7 @@ def register_many(
     finish: Finish | None = None,
     workers: int = 3,
     keep: int = 4,
+    refine: Plan | None = None,
 ) -> Iterator[Outcome]:
     """Registers pairs one after the other while their neighbours read and write.
 
@@ -78,12 +80,14 @@ def register_many(
             registration, whose arrays are then freed.
         workers: threads; each holds one pair in memory.
         keep: scans remembered, with their image on the network's grid and its features.
+        refine: instance optimisation of every pair's field; None for none.
 
     Yields:
         Outcome per pair, in the order of `pairs`.
 
     Raises:
-        ValueError: workers or keep below 1, or a pair whose arguments do not fit.
+        ValueError: workers or keep below 1, a plan that cannot be carried out, or a
+            pair whose arguments do not fit.
         UserError: weights that cannot be used (exit code 9). That of a pair is yielded;
             anything else ends the batch. Then, as when the caller stops, pairs in work
             are finished, no other is begun, and no thread is left.
@@ -92,7 +96,8 @@ def register_many(
         raise ValueError(f"workers and keep must be at least 1, got {workers}, {keep}")
     model = weights if isinstance(weights, Model) else load_model(weights)
     # A generator of its own: what is wrong above is raised by the call itself.
-    return _outcomes(pairs, pipeline.Session(model, keep=keep), finish, workers)
+    session = pipeline.Session(model, keep=keep, refine=refine)
+    return _outcomes(pairs, session, finish, workers)
 
 
 def _outcomes(pairs, session, finish, workers) -> Iterator[Outcome]:

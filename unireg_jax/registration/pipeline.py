@@ -27,6 +27,7 @@ from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import metrics
 from unireg_jax.registration.compiled import compile_register
 from unireg_jax.registration.network import Model, load_model
+from unireg_jax.registration.refine import Plan, Refiner, compile_refine
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 AFFINES = ("auto", *prealign.KINDS)
@@ -45,17 +46,18 @@ class Registration(NamedTuple):
             on the grid of `fixed`.
         vox2world: [4, 4] float64, voxel of disp_mm -> LPS mm.
         affine: [4, 4] float64, fixed world -> moving world, LPS mm: the pre-alignment.
-        network_disp: [x, y, z, 3] float32, voxels of `network_grid`: the network's own
-            part, which acts before the pre-alignment.
+        network_disp: [x, y, z, 3] float32, voxels of `network_grid`: the part of the
+            network and of `refine`, which acts before the pre-alignment.
         network_grid: shape and vox2world of the network's grid.
         warped: [X, Y, Z], moving on the grid of `fixed`, in moving's dtype; air (or the
             smallest value, where that is not air) beyond the moving scan.
-        settings: task, region, pair_type, affine: asked and used.
-        qc: finite; max_mm and p99_mm, length of the network's part; fold_percent,
-            sdlogj (see ops/jacobian.py) of the network's part, and ncc_before,
-            ncc_after (global, signed, windowed intensities, after the pre-alignment and
-            after the network), over the fixed body on the network's grid. None where
-            undefined.
+        settings: task, region, pair_type, affine: asked and used; with `refine` its
+            plan.
+        qc: of network_disp: finite; max_mm and p99_mm, length; fold_percent, sdlogj
+            (see ops/jacobian.py); and ncc_before, ncc_after (global, signed, windowed
+            intensities, after the pre-alignment and after network_disp); over the fixed
+            body on the network's grid; with `refine` also refine_before, refine_after,
+            its cost. None where undefined.
         timings: seconds per stage. compile is that of the network; other stages compile
             in the first pair of a shape.
     """
@@ -66,7 +68,7 @@ class Registration(NamedTuple):
     network_disp: np.ndarray
     network_grid: Grid
     warped: np.ndarray
-    settings: dict[str, str]
+    settings: dict[str, Any]
     qc: dict[str, Any]
     timings: dict[str, float]
 
@@ -82,6 +84,7 @@ def register(
     fixed_mask: np.ndarray | None = None,
     fixed_vox2world: np.ndarray | None = None,
     moving_vox2world: np.ndarray | None = None,
+    refine: Plan | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Registration:
     """Registers two CT scans of any orientation, spacing and size.
@@ -103,6 +106,7 @@ def register(
             pre-alignment and quality control; the body by default.
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         moving_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
+        refine: instance optimisation of the network's field; None for none.
         progress: called with one line per stage.
 
     Returns:
@@ -128,7 +132,7 @@ def register(
     model = weights if isinstance(weights, Model) else load_model(weights)
     clock.lap("weights")
 
-    session = Session(model)
+    session = Session(model, refine=refine)
     clock.lap("compile")
     result = session.run(
         target, source, settings, affine=affine, mask=mask, say=say, clock=clock
@@ -150,14 +154,21 @@ class Session:
     several threads: host work runs side by side, the device serves one at a time.
     """
 
-    def __init__(self, model: Model, *, keep: int = 4):
+    def __init__(self, model: Model, *, keep: int = 4, refine: Plan | None = None):
         """Compiles the model for its own grid.
 
         Args:
             model: from `load_model`.
             keep: scans remembered: their voxels, their image and its features.
+            refine: instance optimisation of every pair; None for none.
+
+        Raises:
+            ValueError: see `refine.check_plan`.
         """
         self.model = model
+        self.refiner: Refiner | None = None
+        if refine is not None and refine.iterations:
+            self.refiner = compile_refine(model, refine)
         self.programs = compile_register(model)
         self._device = threading.Lock()
         self._grids, self._bodies, self._described, self._read = (
@@ -247,9 +258,21 @@ class Session:
         size = "x".join(map(str, grid.shape))
         say(f"network: {size}, {settings['region']}, {settings['pair_type']}-patient")
         with self._device:
-            disp, qc = self._predict(target, fixed_hu, moving_hu, body, settings)
+            scans, disp = self._predict(target, fixed_hu, moving_hu, settings)
+            clock.lap("network")
+            costs = {}
+            if self.refiner:
+                settings = settings | {"refine": self.refiner.plan._asdict()}
+                say(f"refinement: {self.refiner.plan.iterations} iterations")
+                disp, *costs = self.refiner(*scans, body, disp)
+                costs = dict(zip(("refine_before", "refine_after"), costs, strict=True))
+                jax.block_until_ready(disp)
+                clock.lap("refine")
+            scores = self.programs.judge(*scans, body, disp) | costs
+            disp, scores = jax.device_get((disp, scores))
+        disp, qc = disp[0], {name: float(value[0]) for name, value in scores.items()}
         qc = _quality(disp, qc, orientation.spacing_mm(grid.vox2world))
-        clock.lap("network")
+        clock.lap("quality")
 
         size = "x".join(map(str, target.data.shape))
         say(f"field and warped image on the fixed grid: {size}")
@@ -277,8 +300,8 @@ class Session:
 
         return self._grids.get(id(volume), lay, volume)
 
-    def _predict(self, target, fixed_hu, moving_hu, body, settings):
-        """network_disp and the programs' quality numbers, on the host."""
+    def _predict(self, target, fixed_hu, moving_hu, settings):
+        """Both scans described, and the network's displacement, on the device."""
         fixed = self._described.get(
             id(target), lambda: self.programs.describe(fixed_hu), target
         )
@@ -288,9 +311,7 @@ class Session:
             PairType[settings["pair_type"].upper()],
         ]
         disp = self.programs(fixed, moving, *codes)
-        scores = self.programs.judge(fixed, moving, body, disp)
-        disp, scores = jax.device_get((disp, scores))
-        return disp[0], {name: float(value[0]) for name, value in scores.items()}
+        return (fixed, moving), jax.block_until_ready(disp)
 
 
 def residual_mm(registration: Registration) -> np.ndarray:

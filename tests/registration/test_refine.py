@@ -1,0 +1,288 @@
+"""Instance optimisation: known deformations, guards, one program, nothing scattered."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from unireg_jax import __main__ as cli
+from unireg_jax import errors
+from unireg_jax.imaging.preprocess import PreprocessSpec
+from unireg_jax.models import features
+from unireg_jax.models.unireg import UniReg
+from unireg_jax.ops import intensity
+from unireg_jax.registration import batch, pipeline, refine, weights
+from unireg_jax.registration.compiled import Described, compile_register
+from unireg_jax.registration.network import Model, initializer
+from unireg_jax.registration.refine import Plan
+from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
+
+SHAPE = (32, 16, 48)
+WINDOW = (-800.0, 400.0)
+SPEC = PreprocessSpec(shape=SHAPE, spacing_mm=(8.0, 9.0, 8.0))
+ARCHITECTURE = {
+    "encoder": (4, 4, 4, 4),
+    "decoder": (4, 4, 4, 4),
+    "remaining": (8,),
+    "field_level": 1,
+    "conv_impl": "direct",
+}
+PLANS = {
+    "image": Plan(20, "image", smoothness=0.1, lr=0.2, divisor=2, window=5),
+    "mind": Plan(20, "mind", smoothness=0.1, lr=0.1, divisor=2),
+}
+
+
+def known_disp():
+    """A smooth bump of up to 2.4 voxels, 0 on the border, [1, X, Y, Z, 3]."""
+    axes = [np.sin(np.pi * np.arange(n) / (n - 1)) ** 2 for n in SHAPE]
+    bump = np.einsum("x,y,z->xyz", *axes)
+    return (bump[..., None] * [1.6, -1.0, 1.5]).astype(np.float32)[None]
+
+
+@pytest.fixture(scope="module")
+def scans():
+    """Texture in HU, moving, and fixed(x) = moving(x + known_disp(x))."""
+    rng = np.random.default_rng(0)
+    moving = ndimage.gaussian_filter(rng.normal(size=SHAPE), 1.5)
+    moving = -200 + 250 * moving / moving.std()
+    coords = np.moveaxis(known_disp()[0], -1, 0) + np.indices(SHAPE)
+    fixed = ndimage.map_coordinates(moving, coords, order=3, mode="nearest")
+    return np.rint(np.stack([fixed, moving])).astype(np.int16)
+
+
+def compiled(plan):
+    """`refine` from HU volumes: the lowered and the compiled program."""
+
+    def whole(hu, disp, mask):
+        views = []
+        for volume in (hu[:1, ..., None], hu[1:, ..., None]):
+            image = intensity.window(volume, low=WINDOW[0], high=WINDOW[1])
+            scan = Described(volume, features.describe(image, backend="mind"))
+            views.append(refine.view(scan, plan=plan, backend="mind", window=WINDOW))
+        return refine.refine(disp, *views, mask, plan=plan)
+
+    of = jax.ShapeDtypeStruct
+    lowered = jax.jit(whole).lower(
+        of((2, *SHAPE), jnp.int16),
+        of((1, *SHAPE, 3), jnp.float32),
+        of((1, *SHAPE), bool),
+    )
+    return lowered, lowered.compile()
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return {kind: compiled(plan) for kind, plan in PLANS.items()}
+
+
+EVERYWHERE = np.ones((1, *SHAPE), bool)
+STILL = np.zeros((1, *SHAPE, 3), np.float32)
+
+
+def error(disp):
+    """Mean distance from the truth in voxels, away from the border."""
+    gap = np.linalg.norm(np.asarray(disp) - known_disp(), axis=-1)
+    return gap[:, 4:-4, 4:-4, 4:-4].mean()
+
+
+@pytest.mark.parametrize("kind", sorted(PLANS))
+def test_refine_recovers_a_known_field(kind, scans, programs):
+    out = programs[kind][1](scans, STILL, EVERYWHERE)
+    assert out.disp.shape == STILL.shape and out.disp.dtype == jnp.float32
+    # MIND lives on half the resolution, where the bump is one voxel high.
+    left, cost = {"image": (0.25, 0.5), "mind": (0.55, 0.85)}[kind]
+    assert error(out.disp) < left * error(STILL)
+    assert float(out.cost_after[0]) < cost * float(out.cost_before[0])
+
+
+def test_refine_without_iterations_is_exact(scans):
+    _, program = compiled(PLANS["mind"]._replace(iterations=0))
+    out = program(scans, known_disp(), EVERYWHERE)
+    np.testing.assert_array_equal(out.disp, known_disp())
+    np.testing.assert_array_equal(out.cost_before, out.cost_after)
+
+
+def test_refine_never_ends_worse_than_it_began(scans):
+    """A rate far too high, from the truth itself: the start is the best seen."""
+    _, program = compiled(PLANS["image"]._replace(lr=50.0, iterations=3))
+    out = program(scans, known_disp(), EVERYWHERE)
+    np.testing.assert_array_equal(out.cost_before, out.cost_after)
+    np.testing.assert_array_equal(out.disp, known_disp())
+    # A start without a cost stays as it is.
+    broken = known_disp()
+    broken[0, 5, 6, 7, 0] = np.nan
+    out = program(scans, broken, EVERYWHERE)
+    np.testing.assert_array_equal(out.disp, broken)
+    assert np.isnan(out.cost_after[0])
+
+
+@pytest.mark.parametrize("kind", sorted(PLANS))
+def test_refine_sees_neither_outside_the_scans_nor_the_mask(kind, scans, programs):
+    """Where nothing may be compared, what lies there changes nothing."""
+    _, program = programs[kind]
+    mask = EVERYWHERE.copy()
+    mask[:, :12] = False
+    spoiled = scans.copy()
+    # Windows and descriptors reach 6 voxels beyond the mask.
+    spoiled[0, :4] = 300
+    clean, other = (program(hu, STILL, mask) for hu in (scans, spoiled))
+    # MIND clamps by its mean over the volume.
+    tolerance = {"image": 1e-4, "mind": 0.1}[kind]
+    np.testing.assert_allclose(clean.disp, other.disp, atol=tolerance)
+    assert float(jnp.abs(clean.disp).max()) > 1.0
+    # Outside the moving scan: no pull although the images differ there.
+    cut = scans.copy()
+    cut[1, :16] = OUTSIDE_HU
+    mask = np.zeros((1, *SHAPE), bool)
+    mask[:, :8] = True
+    out = program(cut, STILL, mask)
+    np.testing.assert_array_equal(out.disp, STILL)
+    assert float(out.cost_before[0]) == 1.0  # nothing in common
+
+
+@pytest.mark.parametrize("kind", sorted(PLANS))
+def test_refine_holds_no_scatter(kind, programs):
+    for stage in programs[kind]:
+        text = stage.as_text()
+        # The operations, not names that appear in the metadata.
+        assert re.search(r"\bgather\"?\(", text)
+        assert not re.search(r"\bscatter\"?\(", text)
+        assert not re.search(r"\bselect[-_]and[-_]scatter\"?\(", text)
+        assert len(re.findall(r"\bwhile\"?\(", text)) >= 1  # one loop, in the program
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small network whose head listens to the condition."""
+    module = UniReg(**ARCHITECTURE)
+    params = jax.jit(initializer(module))(jax.random.key(0))
+    controller = params["head"]["controller"]
+    noise = jax.random.normal(jax.random.key(1), controller["kernel"].shape)
+    controller["kernel"] += 0.01 * noise
+    return Model(module, params, SPEC, "none", {})
+
+
+def test_refiner_serves_all_tasks_and_reads_no_parameter(model, scans, monkeypatch):
+    traces = []
+    original = refine.refine
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(refine, "refine", counted)
+    before = jax.tree.map(np.array, model.params)
+    program, refiner = compile_register(model), refine.compile_refine(model, Plan(2))
+    pair = [program.describe(hu) for hu in scans]
+    body = np.ones(SHAPE, bool)
+    fields = []
+    with jax.transfer_guard("disallow"):
+        for region in Region:
+            disp = program(*pair, region, PairType.INTER)
+            out = refiner(*pair, body, disp)
+            fields.append(jax.device_get((disp, *out)))
+    assert len(traces) == 1
+    for disp, refined, cost_before, cost_after in fields:
+        assert cost_after[0] < cost_before[0]
+        assert np.abs(refined - disp).max() > 0
+    jax.tree.map(np.testing.assert_array_equal, before, model.params)
+    with pytest.raises(ValueError, match="body must be"):
+        refiner(*pair, body[..., None], disp)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"features": "sam"}, "features must be one of"),
+        ({"iterations": -1}, "iterations must be at least 0"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"smoothness": float("nan")}, "smoothness must be"),
+        ({"features": "mind", "divisor": 1}, "multiple of 2 with 'mind'"),
+    ],
+)
+def test_plan_refuses_what_cannot_be_done(change, match):
+    with pytest.raises(ValueError, match=match):
+        refine.check_plan(Plan(**change))
+
+
+def test_refine_rejects_a_view_of_another_plan():
+    half = (1, *(n // 2 for n in SHAPE))
+    wrong = refine.View(jnp.zeros((*half, 12)), jnp.ones((*half, 1)))
+    with pytest.raises(ValueError, match="with `view` and the same plan"):
+        refine.refine(STILL, wrong, wrong, plan=PLANS["image"])
+    with pytest.raises(ValueError, match="multiples of 8 voxels"):
+        plan = PLANS["mind"]._replace(divisor=8)
+        refine.refine(STILL[:, :, :4], wrong, wrong, plan=plan)
+
+
+@pytest.fixture(scope="module")
+def files(model, scans, tmp_path_factory):
+    """Two scans as files, and weights."""
+    folder = tmp_path_factory.mktemp("files")
+    place = np.diag([-8.0, -9.0, 8.0, 1.0])  # LPS of the network's own spacing
+    paths = {}
+    for name, hu in zip(("fixed", "moving"), scans, strict=True):
+        image = nib.Nifti1Image(hu, place)
+        image.header.set_xyzt_units("mm")
+        paths[name] = str(folder / f"{name}.nii.gz")
+        nib.save(image, paths[name])
+    spec = {"features": "none", "preprocess": SPEC.to_json()}
+    paths["weights"] = str(folder / "tiny.safetensors")
+    fields = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in ARCHITECTURE.items()
+    }
+    weights.save_weights(
+        folder / "tiny.safetensors", model.params, spec | {"architecture": fields}
+    )
+    return paths
+
+
+def test_command_register_optimises_and_records_it(files, tmp_path, capsys):
+    arguments = [
+        *("register", "-f", files["fixed"], "-m", files["moving"], "--task", "lung"),
+        *("--weights", files["weights"], "-o", str(tmp_path), "--json"),
+    ]
+    plan = ("--io-iterations", "3", "--io-features", "image", "--io-smoothness", "2.5")
+    assert cli.main([*arguments, *plan]) == 0
+    record = json.loads(capsys.readouterr().out)
+    used = record["settings"]["refine"]
+    assert (used["iterations"], used["features"], used["smoothness"]) == (
+        *(3, "image", 2.5),
+    )
+    qc = record["qc"]
+    assert qc["refine_after"] < qc["refine_before"]
+    assert record["timings"]["refine"] > 0
+
+    line = [*arguments, "--case", "other", "--io-smoothness", "1"]
+    assert cli.main(line) == errors.USAGE
+    assert "need --io-iterations" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--io-iterations", "-1"])
+    assert "whole number" in capsys.readouterr().err
+
+
+def test_choices_are_those_of_refine():
+    assert cli.IO_FEATURES == tuple(sorted(refine.LEVELS))
+
+
+def test_many_pairs_are_refined_as_one(files, model):
+    pair = batch.Pair(files["fixed"], files["moving"], "lung")
+    plan = Plan(3, "image", smoothness=2.5)
+    (outcome,) = batch.register_many([pair], weights=model, refine=plan)
+    single = pipeline.register(
+        files["fixed"], files["moving"], task="lung", weights=model, refine=plan
+    )
+    np.testing.assert_array_equal(outcome.value.disp_mm, single.disp_mm)
+    assert single.settings["refine"] == plan._asdict()
+    assert single.qc["refine_after"] < single.qc["refine_before"]
+    plain = pipeline.register(
+        files["fixed"], files["moving"], task="lung", weights=model, refine=Plan(0)
+    )
+    assert "refine" not in plain.settings and "refine_after" not in plain.qc
+    assert np.abs(plain.disp_mm - single.disp_mm).max() > 0
