@@ -23,9 +23,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments import build, timing, unireg
+from experiments import build, cli, timing, unireg
 from unireg_jax.models import features
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.tasks import PairBatch
@@ -201,4 +201,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("shape", ["96", "96", "80"], "X,Y,Z, multiples of 16.")
     flags.DEFINE_integer("repeats", 5, "Counted runs of each candidate.")
     flags.DEFINE_boolean("memory", False, "Only compile, and state the scratch.")
-    app.run(main)
+    cli.run(main)

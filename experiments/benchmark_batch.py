@@ -25,7 +25,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from data_pipeline import synthetic
 from experiments import cli
@@ -143,7 +143,6 @@ def report(name: str, wall: float, cpu: float) -> None:
     print(f"{name.ljust(28)} wall {wall:8.2f} s   CPU {cpu:8.2f} s", flush=True)
 
 
-@cli.one_line_errors
 def main(argv) -> None:
     del argv
     options = flags.FLAGS
@@ -190,4 +189,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("workers", 3, "Threads of the batch.")
     flags.DEFINE_integer("processes", 2, "Pairs that the command registers, too.")
     flags.DEFINE_integer("repeats", 2, "Counted rounds.")
-    app.run(main)
+    cli.run(main)

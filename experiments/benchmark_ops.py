@@ -24,11 +24,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from scipy import ndimage
 
 from experiments import benchmark_peers as peers
-from experiments import timing
+from experiments import cli, timing
+from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import layers
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.ops import (
@@ -398,7 +399,9 @@ def main(argv) -> None:
     shape = tuple(int(n) for n in flags.FLAGS.shape)
     names = flags.FLAGS.only or list(OPS)
     if unknown := sorted(set(names) - set(OPS)):
-        raise app.UsageError(f"--only takes {', '.join(OPS)}; got {unknown}")
+        raise UserError(
+            "schema", f"--only takes {', '.join(OPS)}; got {unknown}", USAGE
+        )
     jax.config.update("jax_enable_compilation_cache", False)
     print(f"{shape}, {flags.FLAGS.repeats} repeats, {_describe_machine()}", flush=True)
     limits = timing.machine_limits(flags.FLAGS.repeats)
@@ -421,4 +424,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("shape", ["96", "96", "80"], "X,Y,Z, multiples of 16.")
     flags.DEFINE_integer("repeats", 5, "Counted rounds.")
     flags.DEFINE_list("only", [], "Ops to time, by default all.")
-    app.run(main)
+    cli.run(main)

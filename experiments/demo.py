@@ -2,17 +2,18 @@
 
     python -m experiments.demo --workdir=runs/demo
 
-Leaves in the work folder the run (see experiments/train.py) and, for one held-out pair
-per task, pictures/<task>.png, plus metrics.json, and for the lung pair the files that
+Leaves in the work folder the run (see experiments/train.py), for one held-out pair per
+task pictures/<task>.png, plus metrics.json, and for the last of them the files that
 `unireg register` writes.
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from data_pipeline import synthetic
 from experiments import cli, figures, train, unireg
@@ -40,6 +41,11 @@ def demo(workdir: Path) -> dict:
         )
         print(_line(task, results[task]), file=sys.stderr)
     (workdir / "metrics.json").write_text(json.dumps(results, indent=1))
+    command = ["-m", "unireg_jax", "register", "--task", task, "--overwrite"]
+    command += ["--fixed", scans[0], "--moving", scans[1], "--case", task]
+    command += ["--weights", weights, "--out", workdir / "register"]
+    print("python", *command, file=sys.stderr)
+    subprocess.run([sys.executable, *map(str, command)], check=True)
     return results
 
 
@@ -110,7 +116,6 @@ def _line(task: str, scores: dict) -> str:
     )
 
 
-@cli.one_line_errors
 def main(argv) -> None:
     del argv
     cli.setup()
@@ -122,4 +127,4 @@ def main(argv) -> None:
 if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("workdir", "runs/demo", "Folder of the demo.")
-    app.run(main)
+    cli.run(main)

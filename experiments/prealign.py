@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import loader, pairs, store
@@ -68,7 +68,6 @@ def _box(hu: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
     return affine.scan_box(vox2world, inside.min(0), inside.max(0))
 
 
-@cli.one_line_errors
 def main(argv) -> None:
     del argv
     cli.setup()
@@ -79,4 +78,4 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder made by data_pipeline.prepare.")
     flags.mark_flags_as_required(["data"])
-    app.run(main)
+    cli.run(main)
