@@ -138,7 +138,7 @@ def _add_register(verbs) -> None:
         "--io-smoothness",
         type=_weight,
         metavar="X",
-        help="weight of its smoothness, default that of the features",
+        help="weight of its smoothness, default 4",
     )
     add("--fixed-label", metavar="FILE", help="with --moving-label: DSC in the record")
     add("--moving-label", metavar="FILE", help="labels to be warped too")

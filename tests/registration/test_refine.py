@@ -15,7 +15,7 @@ from unireg_jax import errors
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models import features
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.ops import intensity
+from unireg_jax.ops import intensity, jacobian
 from unireg_jax.registration import batch, pipeline, refine, weights
 from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
@@ -99,6 +99,17 @@ def test_refine_recovers_a_known_field(kind, scans, programs):
     left, cost = {"image": (0.25, 0.5), "mind": (0.55, 0.85)}[kind]
     assert error(out.disp) < left * error(STILL)
     assert float(out.cost_after[0]) < cost * float(out.cost_before[0])
+
+
+def test_refine_unfolds_a_folded_start(scans):
+    """With nothing to compare, the folding term alone pulls."""
+    axis = np.arange(SHAPE[0])
+    folded = STILL.copy()
+    folded[..., 0] = (3.0 * np.sin(axis / 1.6))[:, None, None]
+    _, program = compiled(Plan(20, smoothness=0.0, folding=10.0, lr=0.3, divisor=2))
+    out = program(scans, folded, np.zeros_like(EVERYWHERE))
+    before, after = (float(jacobian.folding_fraction(d)[0]) for d in (folded, out.disp))
+    assert before > 0.2 and after < 0.5 * before
 
 
 def test_refine_without_iterations_is_exact(scans):
