@@ -1,0 +1,332 @@
+"""Instance optimisation: its time beside PyTorch's, and what it brings on real scans.
+
+    python -m experiments.benchmark_refine --shape=96,96,80 --shape=192,192,160
+    python -m experiments.benchmark_refine --data=FOLDER [--split=train]
+
+The first form times the default plans on textured volumes: milliseconds of CPU per
+iteration, of `--iterations` after what precedes the loop, taken as the difference to
+none; seconds to compile; scratch. Where PyTorch is installed, a loop of the same cost
+and steps runs in turn with ours, and both costs after the last iteration are printed.
+
+The second form registers pairs of the real collection through `registration`, with 0,
+25, 50 and 100 iterations (MIND: 50): the 12 ordered pairs of the held-out head-neck
+patients or, with --split=train, 4 pairs of others, on which the defaults were chosen;
+the liver phases and the two lung scans, which have no other pair.
+"""
+
+import functools
+import itertools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from scipy import ndimage
+from tqdm import tqdm
+
+from experiments import cli, timing
+from experiments.real_results import LANDMARKS
+from experiments.real_scans import HELD_OUT
+from unireg_jax import registration
+from unireg_jax.imaging import nifti, points
+from unireg_jax.models import features
+from unireg_jax.ops import intensity, resample
+from unireg_jax.registration import metrics, pipeline, refine
+from unireg_jax.registration.compiled import Described
+from unireg_jax.registration.refine import Plan
+
+WINDOW = (-800.0, 400.0)
+TRAIN_PAIRS = (("0004", "0034"), ("0060", "0013"), ("0017", "0087"), ("0095", "0082"))
+PLANS = (
+    Plan(0),
+    Plan(25),
+    Plan(50),
+    Plan(100),
+    Plan(50, "mind"),
+)
+
+
+# --- time ---------------------------------------------------------------------------
+
+
+def measure(shape: tuple[int, int, int], iterations: int, repeats: int) -> list[str]:
+    """Rows of the table for one grid.
+
+    Args:
+        shape: (X, Y, Z) voxels.
+        iterations: per run.
+        repeats: counted runs.
+    """
+    lines = []
+    size = "x".join(map(str, shape))
+    scans, disp = _inputs(shape)
+    for kind in sorted(refine.LEVELS):
+        plan = Plan(iterations, kind)
+        views = [_view(scan, plan) for scan in scans]
+        none, ours = (
+            timing.compile_program(
+                functools.partial(refine.refine, plan=p), disp, *views
+            )
+            for p in (plan._replace(iterations=0), plan)
+        )
+        runs = {"none": none.run, "ours": ours.run}
+        peer = _torch_loop(disp, *views, plan)
+        if peer:
+            runs["torch"] = peer
+        times = timing.measure(runs, repeats)
+        cost = float(ours.run().cost_after[0])
+        each = (times["ours"].cpu_ms - times["none"].cpu_ms) / iterations
+        wall = (times["ours"].wall_ms - times["none"].wall_ms) / iterations
+        line = (
+            f"| {size} | {kind} | {each:.1f} | {wall:.1f} | {ours.compile_s:.1f} | "
+            f"{ours.scratch_mib:.0f} | {cost:.4f} | "
+        )
+        if peer:
+            theirs = times["torch"].cpu_ms / iterations
+            line += f"{theirs:.1f} | {theirs / each:.1f} | {peer():.4f} |"
+        else:
+            line += "- | - | - |"
+        lines.append(line)
+    return lines
+
+
+def _inputs(shape):
+    """Two textured volumes described, the second one displaced, and a start."""
+    rng = np.random.default_rng(0)
+    # Coarse noise enlarged: a filter over the full grid would take minutes.
+    coarse = rng.normal(size=tuple(n // 4 for n in shape))
+    volume = ndimage.zoom(coarse, 4, order=1)
+    volume = -200 + 300 * volume / volume.std()
+    moved = np.roll(volume, (2, -1, 1), axis=(0, 1, 2))
+    scans = [
+        _described(jnp.asarray(np.rint(v).astype(np.int16)[None, ..., None]))
+        for v in (volume, moved)
+    ]
+    # Off the voxel centres, where the slope of the interpolation is not one number.
+    return scans, jnp.full((1, *shape, 3), 0.3, jnp.float32)
+
+
+@jax.jit
+def _described(hu):
+    image = intensity.window(hu, low=WINDOW[0], high=WINDOW[1])
+    return Described(hu, features.describe(image, backend="mind"))
+
+
+def _view(scan, plan):
+    view = functools.partial(refine.view, plan=plan, backend="mind", window=WINDOW)
+    return jax.block_until_ready(jax.jit(view)(scan))
+
+
+def _torch_loop(disp, fixed, moving, plan):
+    """The same iterations in PyTorch; None without it or on an accelerator."""
+    try:
+        import torch
+        from torch.nn import functional
+    except ImportError:
+        return None
+    if jax.default_backend() != "cpu":
+        return None
+
+    def first(array):
+        return torch.tensor(np.moveaxis(np.asarray(array), -1, 1)).contiguous()
+
+    level = refine.LEVELS[plan.features]
+    fixed_values, weight = first(fixed.values), first(fixed.valid)
+    scanned = torch.cat([first(moving.values), first(moving.valid)], 1)
+    shape = fixed_values.shape[2:]
+    coarse = tuple(n // plan.divisor for n in disp.shape[1:4])
+    factor = plan.divisor // level
+    start = first(resample.downsample_disp(disp, level))
+    start_coarse = first(resample.downsample_disp(disp, plan.divisor))
+    inner = slice(1, -1)
+    still = functional.affine_grid(
+        torch.eye(3, 4)[None], (1, 1, *shape), align_corners=True
+    )
+    half = (torch.tensor(shape) - 1) / 2
+
+    def mean(x):
+        # One axis after another: at once, a window of 9^3 takes tens of times as long.
+        for axis in range(3):
+            window, pad = [1, 1, 1], [0, 0, 0]
+            window[axis], pad[axis] = plan.window, plan.window // 2
+            x = functional.avg_pool3d(x, window, 1, pad, count_include_pad=False)
+        return x
+
+    def correlation(a, b, mask):
+        mean_a, mean_b = mean(a), mean(b)
+        cross = mean(a * b) - mean_a * mean_b
+        var_a = (mean(a * a) - mean_a**2).clamp(min=0)
+        var_b = (mean(b * b) - mean_b**2).clamp(min=0)
+        # As in ops/ncc.py, whose products are of sums, not of means.
+        floor = 1e-5 / plan.window**6
+        return (mask * cross**2 / (var_a * var_b + floor)).sum() / mask.sum()
+
+    def cost(d):
+        smooth = functional.pad(d, (3,) * 6)
+        for _ in range(3):
+            smooth = functional.avg_pool3d(smooth, 3, 1)
+        # Central differences at interior voxels, [1, 3, 3, X, Y, Z].
+        jac = torch.stack(torch.gradient(start_coarse + smooth, dim=(2, 3, 4)), dim=2)[
+            ..., inner, inner, inner
+        ]
+        jac = jac + torch.eye(3)[None, :, :, None, None, None]
+        (a, b, c), (e, f, g), (h, i, j) = jac[0]
+        detj = a * (f * j - g * i) - b * (e * j - g * h) + c * (e * i - f * h)
+        narrow = (0.3 - detj).clamp(min=0).mean()
+        if factor > 1:
+            smooth = factor * functional.interpolate(
+                smooth, scale_factor=factor, mode="trilinear", align_corners=False
+            )
+        whole = start + smooth
+        # grid_sample wants the last axis first, in [-1, 1].
+        grid = still + (whole.permute(0, 2, 3, 4, 1) / half).flip(-1)
+        warped = functional.grid_sample(
+            scanned, grid, align_corners=True, padding_mode="border"
+        )
+        inside = (grid.detach().abs() <= 1 + 1e-6).all(-1)[:, None]
+        mask = weight * warped[:, -1:].detach() * inside
+        if plan.features == "image":
+            likeness = correlation(fixed_values, warped[:, :1], mask)
+        else:
+            distance = (warped[:, :-1] - fixed_values).square().sum(1, keepdim=True) / 2
+            likeness = (mask * (1 - distance)).sum() / mask.sum()
+        rough = sum(whole.diff(dim=axis).square().mean() for axis in (2, 3, 4)) / 3
+        return 1 - likeness + plan.smoothness * rough + plan.folding * narrow
+
+    def run():
+        d = torch.zeros(1, 3, *coarse, requires_grad=True)
+        optimizer = torch.optim.Adam([d], lr=plan.lr, eps=plan.eps)
+        for _ in range(plan.iterations):
+            optimizer.zero_grad()
+            (cost(d) * float(np.prod(shape))).backward()
+            optimizer.step()
+        with torch.no_grad():
+            return float(cost(d))
+
+    return run
+
+
+# --- real scans ---------------------------------------------------------------------
+
+
+def judge(data: Path, model, split: str) -> list[dict]:
+    """One row per pair and plan.
+
+    Args:
+        data: folder of the collection.
+        model: from `load_model`.
+        split: "val", the held-out patients, or "train".
+    """
+    sessions = [pipeline.Session(model, refine=plan) for plan in PLANS]
+    folder = data / "headneck_openkbp"
+    pairs = TRAIN_PAIRS
+    if split == "val":
+        pairs = tuple(itertools.permutations(HELD_OUT, 2))
+    todo = [("headneck", *pair) for pair in pairs]
+    todo += [(task, *paths[:2]) for task, paths in LANDMARKS.items()]
+    rows = []
+    for task, one, other in tqdm(todo, disable=not sys.stderr.isatty()):
+        if task == "headneck":
+            scans = [
+                nifti.read_image(folder / f"images/case_{c}.nii.gz")
+                for c in (one, other)
+            ]
+            truth = [
+                nifti.read_labels(folder / f"labels/case_{c}.nii.gz")
+                for c in (one, other)
+            ]
+        else:
+            scans = [nifti.read_image(data / name) for name in (one, other)]
+            truth = points.read_points(data / LANDMARKS[task][2])
+        settings = pipeline.check_settings(task, None, "auto")
+        affine = "auto"
+        for plan, session in zip(PLANS, sessions, strict=True):
+            clock = pipeline.Clock()
+            result = session.run(*scans, settings, affine=affine, clock=clock)
+            affine = result.affine  # found once per pair
+            rows.append(
+                {
+                    "task": task,
+                    "pair": (one, other),
+                    "plan": plan,
+                    "score": _score(task, result, truth),
+                    "fold_percent": result.qc["fold_percent"],
+                    "seconds": result.timings.get("refine", 0.0),
+                }
+            )
+    return rows
+
+
+def _score(task, result, truth) -> float:
+    """Mean DSC of the organs in percent, or mean landmark error in mm."""
+    place = result.disp_mm, result.vox2world
+    if task == "headneck":
+        fixed, moving = truth
+        warped = metrics.warp_labels(*place, moving, fixed)
+        scores = metrics.overlap(fixed, moving, {"": warped}, surface=False)
+        return 100 * scores["mean"]["dsc"]
+    _, error = metrics.landmark_errors(*place, truth.fixed, truth.moving)
+    return float(error.mean())
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one row per plan."""
+    lines = [
+        "| features | iterations | head-neck DSC₇, mean (min … max) | pairs better | "
+        "folds %, mean (max) | liver TRE mm | lung TRE mm | folds %, liver, lung | "
+        "seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def column(plan, task, key):
+        chosen = [r for r in rows if r["plan"] == plan and r["task"] == task]
+        return np.array([r[key] for r in chosen])
+
+    base = column(PLANS[0], "headneck", "score")
+    for plan in PLANS:
+        dsc, folds, seconds = (
+            column(plan, "headneck", k) for k in ("score", "fold_percent", "seconds")
+        )
+        tre = [column(plan, task, "score")[0] for task in LANDMARKS]
+        other = [column(plan, task, "fold_percent")[0] for task in LANDMARKS]
+        name = plan.features if plan.iterations else "none"
+        lines.append(
+            f"| {name} | {plan.iterations} | **{dsc.mean():.1f}** ({dsc.min():.1f} … "
+            f"{dsc.max():.1f}) | {int((dsc > base).sum())} of {len(dsc)} | "
+            f"{folds.mean():.2f} ({folds.max():.2f}) | {tre[0]:.2f} | {tre[1]:.2f} | "
+            f"{other[0]:.2f}, {other[1]:.2f} | {np.median(seconds):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+@cli.one_line_errors
+def main(argv) -> None:
+    del argv
+    cli.setup()
+    options = flags.FLAGS
+    if options.data:
+        model = registration.load_model(options.weights)
+        print(table(judge(Path(options.data), model, options.split)))
+        return
+    print(
+        "| grid | features | ms CPU per iteration | wall | compile s | scratch MiB | "
+        "cost after | torch ms | ratio | its cost after |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for text in options.shape:
+        shape = tuple(int(n) for n in text.split(","))
+        for line in measure(shape, options.iterations, options.repeats):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_multi_string("shape", ["96,96,80"], "X,Y,Z voxels; may repeat.")
+    flags.DEFINE_integer("iterations", 10, "Per run.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "Counted runs.", lower_bound=1)
+    flags.DEFINE_string("data", None, "Folder of the collection: accuracy instead.")
+    flags.DEFINE_enum("split", "val", ["val", "train"], "Head-neck patients.")
+    flags.DEFINE_string("weights", None, "File; none: the package's own.")
+    app.run(main)
