@@ -1,6 +1,7 @@
 """Times the network and the training step on this machine, and states their memory.
 
     python -m experiments.benchmark [--shape=96,96,80] [--repeats=5] [--memory]
+        [--dtype=float32] [--precision=default]
 
 Forward of the full network with the correlation given, features and correlation of a
 pair, the training step of preset `paper` (MIND features, NCC, diffusion, SGD; without
@@ -10,6 +11,10 @@ turn with them in one process. Medians after one warm-up round. `share` is what 
 network's 3x3x3 convolutions would take at the speed of a large matrix product, over
 what they took; above 1, the formulation needs fewer operations than the definition.
 
+--dtype is that of the convolutions, config.model.dtype in training. --precision is
+JAX's default_matmul_precision: on recent GPUs `default` rounds float32 products to
+TF32, `highest` does not; JAX_DEFAULT_MATMUL_PRECISION sets it for any other command.
+
 --memory only compiles: scratch of forward and training step, float32 and bfloat16.
 """
 
@@ -17,6 +22,7 @@ import functools
 import math
 import os
 import platform
+import resource
 import time
 from collections.abc import Callable
 
@@ -76,13 +82,15 @@ def training_step(dtype: str, dice: float) -> tuple[Callable, Callable]:
     return step, lambda: train_state.make_state(model, tx, seed=0)
 
 
-def compile_step(dice: float, batch: PairBatch) -> tuple[Callable, float, float]:
-    """The float32 step as a function that goes on from its own result.
+def compile_step(
+    dtype: str, dice: float, batch: PairBatch
+) -> tuple[Callable, float, float]:
+    """The step as a function that goes on from its own result.
 
     Returns:
         the function, compile seconds, scratch MiB.
     """
-    step, make_state = training_step("float32", dice)
+    step, make_state = training_step(dtype, dice)
     mesh = train_step.make_mesh()
     batch = jax.device_put(batch, train_step.batch_sharding(mesh))
     held = [jax.device_put(make_state(), train_step.replicated(mesh))]
@@ -98,11 +106,11 @@ def compile_step(dice: float, batch: PairBatch) -> tuple[Callable, float, float]
     return run, seconds, program.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def candidates(shape: tuple[int, int, int]) -> dict[str, Callable]:
+def candidates(shape: tuple[int, int, int], dtype: str) -> dict[str, Callable]:
     """Everything that is timed, compiled; prints compile seconds and scratch."""
     batch = make_batch(shape)
     pair = jax.jit(lambda b: objective.prepare(b, backend="mind"))(batch)
-    model = UniReg()
+    model = UniReg(dtype=dtype)
     params = train_state.init_params(model, jax.random.key(0))
     runs = {}
 
@@ -120,7 +128,7 @@ def candidates(shape: tuple[int, int, int]) -> dict[str, Callable]:
     name = "features and correlation"
     add(name, program.run, program.compile_s, program.scratch_mib)
     for name, dice in (("step", 0.0), ("step with Dice", 1.0)):
-        add(name, *compile_step(dice, batch))
+        add(name, *compile_step(dtype, dice, batch))
     try:
         from experiments import torch_twin
     except ImportError:
@@ -192,13 +200,23 @@ def main(argv) -> None:
     if flags.FLAGS.memory:
         memory(shape)
         return
-    times = timing.measure(candidates(shape), flags.FLAGS.repeats)
+    with jax.default_matmul_precision(flags.FLAGS.precision):
+        runs = candidates(shape, flags.FLAGS.dtype)
+    times = timing.measure(runs, flags.FLAGS.repeats)
     print(report(times, shape))
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"\npeak of this process, peers included: {host:.1f} GiB on the host")
+    if stats := device.memory_stats():
+        print(f"peak on the device: {stats['peak_bytes_in_use'] / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_list("shape", ["96", "96", "80"], "X,Y,Z, multiples of 16.")
     flags.DEFINE_integer("repeats", 5, "Counted runs of each candidate.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of convolutions.")
+    flags.DEFINE_enum(
+        "precision", "default", ["default", "high", "highest"], "Of float32 products."
+    )
     flags.DEFINE_boolean("memory", False, "Only compile, and state the scratch.")
     cli.run(main)
