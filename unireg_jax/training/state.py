@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unireg_jax.registration import network
+
 
 class TrainState(NamedTuple):
     """State of a run; restoring it continues the run exactly.
@@ -26,10 +28,7 @@ class TrainState(NamedTuple):
 
 def init_params(model: nn.Module, key: jax.Array) -> Any:
     """Parameters of a UniReg-like module; they do not depend on the volume size."""
-    image = jnp.zeros((1, 16, 16, 16, 1))
-    corr = jnp.zeros((1, 8, 8, 8, 27))
-    cond = jnp.zeros((1,), jnp.int32)
-    return jax.jit(model.init)(key, image, image, corr, cond, cond)["params"]
+    return jax.jit(network.initializer(model))(key)
 
 
 def make_state(
