@@ -10,25 +10,20 @@ the same command goes on where it stopped.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
 import json
 import math
-import multiprocessing
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
-from data_pipeline import store
+from data_pipeline import parallel, store
 from data_pipeline.datasets import manifest
 from data_pipeline.datasets.manifest import Record
 from data_pipeline.pairs import SPLITS, make_pairs
@@ -165,7 +160,7 @@ def prepare(
     results: dict[str, _Result] = {}
     with _lock(out):
         _sweep(out)
-        for result in _run(jobs, workers):
+        for result in parallel.run(_guarded, jobs, workers, died=_died):
             if result["status"] == "fatal":
                 raise UserError(result["reason"], result["message"], STORAGE)
             results[result["id"]] = result
@@ -289,49 +284,14 @@ def _failure(job: Job, reason: str, message: str) -> _Result:
     }
 
 
-def _run(jobs: Sequence[Job], workers: int) -> Iterator[_Result]:
-    """Results as they come."""
-    if workers <= 1 or len(jobs) <= 1:
-        yield from map(_guarded, jobs)
-        return
-    left = dict(enumerate(jobs))
-    try:
-        with _pool(min(workers, len(jobs))) as pool:
-            with _no_interrupt():
-                futures = {pool.submit(_guarded, job): i for i, job in left.items()}
-            for future in concurrent.futures.as_completed(futures):
-                result = future.result()
-                del left[futures[future]]
-                yield result
-        return
-    except BrokenProcessPool:
-        pass
-    # A worker was killed and took the pool with it. One process per scan tells which.
-    for job in list(left.values()):
-        try:
-            with _pool(1) as pool:
-                with _no_interrupt():
-                    future = pool.submit(_guarded, job)
-                yield future.result()
-        except BrokenProcessPool:
-            yield _failure(
-                job,
-                "worker_died",
-                f"{job.record.id}: the worker process was killed, often for memory; "
-                "run again with fewer --workers",
-            )
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    """Processes; at the end, what still waits in the queue is dropped."""
-    # Spawned: a fork of a process with threads may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _died(job: Job) -> _Result:
+    """What is said of a scan whose worker was killed."""
+    return _failure(
+        job,
+        "worker_died",
+        f"{job.record.id}: the worker process was killed, often for memory; "
+        "run again with fewer --workers",
+    )
 
 
 @contextlib.contextmanager
@@ -353,30 +313,6 @@ def _lock(out: Path) -> Iterator[None]:
                 USAGE,
             ) from error
         yield
-
-
-@contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Holds signals back; processes started meanwhile never see them, the parent later.
-
-    So a worker always ends its scan, and no pool is interrupted half made.
-    """
-    held, came = (signal.SIGINT, signal.SIGTERM), []
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        # The mask alone does not protect the parent: the threads of a BLAS take signals
-        # too, and Python then handles them in the main thread.
-        for number in held:
-            before[number] = signal.signal(number, lambda n, _: came.append(n))
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        for number in came[:1]:
-            signal.raise_signal(number)
 
 
 def _sweep(out: Path) -> None:
@@ -518,19 +454,6 @@ def _pair_warnings(index: dict[str, Any]) -> list[str]:
     return lines
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Lets SIGTERM, as batch systems send it, end the run as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
 def _run_command(options: argparse.Namespace) -> int:
     records = manifest.read(
         options.manifest,
@@ -561,7 +484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     try:
-        with _terminable():
+        with parallel.terminable():
             return _run_command(options)
     except UserError as error:
         print(f"error: {error.reason}: {error}", file=sys.stderr)

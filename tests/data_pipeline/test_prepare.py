@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from data_pipeline import loader, prepare, store, synthetic
+from data_pipeline import loader, parallel, prepare, store, synthetic
 from data_pipeline.datasets import manifest
 from unireg_jax.errors import (
     FAILED,
@@ -332,7 +332,8 @@ def test_killed_worker_is_named_and_the_others_done(raw, tmp_path):
     store.make_folders(tmp_path, "volumes", "records")
     good = [prepare.Job(r, str(tmp_path), SPEC, names) for r in manifest.read(raw)]
     bad = good[0]._replace(root=_Deadly(tmp_path))
-    results = list(prepare._run([good[0], bad, good[1]], 2))
+    jobs = [good[0], bad, good[1]]
+    results = list(parallel.run(prepare._guarded, jobs, 2, died=prepare._died))
     # A scan whose result was lost with the pool is found on disk: "skipped".
     assert len(results) == 3
     assert {r["status"] for r in results} <= {"done", "skipped", "failed"}
