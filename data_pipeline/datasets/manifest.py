@@ -82,6 +82,32 @@ def read(
             `path_escape`, `not_found`). Exit code 3 when no scan is listed.
     """
     path = Path(path)
+    records, faults = examine(path, roots=roots, strict=strict, allow_leak=allow_leak)
+    if faults:
+        _refuse(path.name, faults)
+    return records
+
+
+def examine(
+    path: Path | str,
+    *,
+    roots: Sequence[Path | str] = (),
+    strict: bool = False,
+    allow_leak: bool = False,
+) -> tuple[list[Record], list[tuple[str, str]]]:
+    """As `read`, but gives the faults of the entries beside the records that are good.
+
+    Args:
+        path, roots, strict, allow_leak: as in `read`.
+
+    Returns:
+        Records in the order of the manifest, and (reason, message) of every fault.
+
+    Raises:
+        UserError: the file as a whole cannot be read (exit code 2) or lists no scan
+            (3).
+    """
+    path = Path(path)
     rows = _rows(path, _text(path))
     if not rows:
         raise UserError(
@@ -99,9 +125,7 @@ def read(
     if not allow_leak:
         _check_leaks(records, faults)
     _check_vocabulary(records, faults)
-    if faults:
-        _refuse(path.name, faults)
-    return [record for _, record in records]
+    return [record for _, record in records], faults
 
 
 def vocabulary(records: Iterable[Record]) -> dict[str, tuple[str, ...]]:

@@ -310,3 +310,10 @@ def test_long_lists_of_faults_are_cut(folder):
     text = str(_refusal(_write_csv(folder, rows)))
     assert "500 faults" in text and "… and 450 more" in text
     assert text.count("\n") == 51
+
+
+def test_examine_gives_the_good_records_beside_the_faults(folder):
+    rows = [GOOD[0], dict(GOOD[1], task="knee")]
+    records, faults = manifest.examine(_write_csv(folder, rows))
+    assert [record.id for record in records] == ["a1"]
+    assert [reason for reason, _ in faults] == ["task_unknown"]
