@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import os
+import socket
 import struct
 import tracemalloc
 import zlib
@@ -140,12 +141,12 @@ def test_read_image_wide_integers_become_float(tmp_path):
     np.testing.assert_array_equal(volume.data, stored)
 
 
-@pytest.mark.parametrize("slope", [0.0, np.nan])
+@pytest.mark.parametrize("slope", [0.0, np.nan, np.inf])
 def test_read_image_no_slope_reads_as_stored(tmp_path, slope):
     content = encode(scan().astype("i2"), scl_slope=slope, scl_inter=77)
     volume = nifti.read_image(put(tmp_path, content))
     np.testing.assert_array_equal(volume.data, scan())
-    assert any("scaling" in line for line in volume.warnings) == np.isnan(slope)
+    assert any("scaling" in line for line in volume.warnings) == (slope != 0)
 
 
 def test_read_image_one_frame_is_accepted(tmp_path):
@@ -208,6 +209,33 @@ def test_read_image_skips_extension(tmp_path):
     np.testing.assert_array_equal(volume.data, scan())
 
 
+@pytest.mark.parametrize("size", [0, -1, -(2**31), 2**31 - 1, 24, 8, 64])
+@pytest.mark.parametrize("order", "<>")
+def test_read_image_warns_of_bad_extension_and_ends(tmp_path, size, order):
+    content = encode(scan().astype("i2"), order=order, vox_offset=352 + 48)
+    extension = struct.pack(order + "ii", size, 6) + bytes(40)
+    content = content[:348] + b"\1\0\0\0" + extension + content[352:]
+    volume = nifti.read_image(put(tmp_path, content))
+    assert volume.warnings == (f"offset: a header extension of {size} bytes, skipped",)
+    np.testing.assert_array_equal(volume.data, scan())
+
+
+def test_read_image_of_good_extensions_has_no_warning(tmp_path):
+    content = encode(scan().astype("i2"), vox_offset=352 + 48)
+    extensions = struct.pack("<ii8x", 16, 6) + struct.pack("<ii24x", 32, 4)
+    content = content[:348] + b"\1\0\0\0" + extensions + content[352:]
+    assert nifti.read_image(put(tmp_path, content)).warnings == ()
+
+
+def test_read_image_warns_of_announced_extension_that_is_absent(tmp_path):
+    content = bytearray(encode(scan().astype("i2")))
+    content[348] = 1
+    volume = nifti.read_image(put(tmp_path, content))
+    assert volume.warnings == (
+        "offset: header extensions are announced, none is there",
+    )
+
+
 def test_read_image_joined_gzip_members_with_odd_name(tmp_path):
     content, packed = encode(scan().astype("i2")), io.BytesIO()
     with gzip.GzipFile("../../x\n.nii", "wb", fileobj=packed) as file:
@@ -218,7 +246,19 @@ def test_read_image_joined_gzip_members_with_odd_name(tmp_path):
     assert volume.warnings == ()
 
 
-@pytest.mark.parametrize("name", ["a b.nii", "-x.nii", "%s{}$(y).nii", "é\n1.2.3.NII"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b.nii",
+        "-x.nii",
+        "%s{}$(y).nii",
+        "é\n1.2.3.NII",
+        "'\".nii",
+        os.fsdecode(b"\xff\xfe.nii"),
+        "n" * 243 + ".nii",
+        "1.2.840.113619.2.55.nii",
+    ],
+)
 def test_read_image_odd_names(tmp_path, name):
     volume = nifti.read_image(put(tmp_path, encode(scan().astype("i2")), name))
     np.testing.assert_array_equal(volume.data, scan())
@@ -229,6 +269,42 @@ def test_read_image_is_not_mapped(tmp_path):
     volume = nifti.read_image(path)
     path.write_bytes(b"")  # a mapped array would now raise SIGBUS
     np.testing.assert_array_equal(volume.data, scan())
+
+
+def test_read_image_shortened_while_being_read_is_truncated(tmp_path, monkeypatch):
+    path = put(tmp_path, encode(scan((50, 60, 70)).astype("i2")))
+    plain = nifti._check_affine
+
+    def shorten(*args):
+        os.truncate(path, 100_000)
+        return plain(*args)
+
+    monkeypatch.setattr(nifti, "_check_affine", shorten)
+    refuse(path, "truncated", "bytes of voxels")
+
+
+def test_read_image_keeps_padding_metal_and_denormals(tmp_path):
+    array = scan().astype("i2")
+    array[0, 0, :2] = -3024, 30000
+    volume = nifti.read_image(put(tmp_path, encode(array)))
+    np.testing.assert_array_equal(volume.data, array)
+    assert volume.warnings == ()
+    tiny = scan().astype("f4")
+    tiny[0, 0, 0] = 1e-40
+    volume = nifti.read_image(put(tmp_path, encode(tiny), "tiny.nii"))
+    np.testing.assert_array_equal(volume.data, tiny)
+
+
+def test_read_image_negative_slope_warns(tmp_path):
+    content = encode(scan().astype("i2"), scl_slope=-1)
+    volume = nifti.read_image(put(tmp_path, content))
+    np.testing.assert_array_equal(volume.data, -scan())
+    assert volume.warnings[0].startswith("hu_range: not Hounsfield units?")
+
+
+def test_read_image_hardly_sheared_has_no_warning(tmp_path):
+    content = encode(scan().astype("i2"), srow_x=(1, 1e-6), qform_code=0)
+    assert nifti.read_image(put(tmp_path, content)).warnings == ()
 
 
 @pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP", "AIR"])
@@ -274,6 +350,8 @@ def test_read_labels_types(tmp_path, dtype, expected):
         (scan() / 2000 + 0.5, "hu_range"),
         (scan() + 1024, "hu_range"),
         (np.where(scan() < 500, 1000, -scan()), "hu_range"),  # air at +1000
+        (np.clip(scan() / 8 + 100, 0, 255), "hu_range"),  # an 8-bit window
+        (-scan(), "hu_range"),
     ],
 )
 def test_read_image_warns_of_odd_intensities(tmp_path, array, word):
@@ -292,6 +370,8 @@ def test_read_image_of_ct_has_no_warning(tmp_path):
         ({"srow_x": (1, 0.5)}, "orientation_conflict: axes are not perpendicular"),
         ({"quatern_b": np.nan}, "orientation_conflict: the qform is not finite"),
         ({"pixdim": (2, 2.0)}, "spacing: pixdim"),
+        ({"pixdim": (0, 5.0)}, "orientation_conflict: qfac is 5, read as 1"),
+        ({"vox_offset": 352.5}, "offset: vox_offset is 352.5, read as 352"),
     ],
 )
 def test_read_image_warns_of_odd_geometry(tmp_path, fields, word):
@@ -324,6 +404,17 @@ def test_read_image_refuses_what_is_not_there(tmp_path):
 
 def test_read_image_refuses_folder_and_pipe(tmp_path):
     refuse(tmp_path, "not_a_file", "got a folder")
+    refuse("/dev/null", "not_a_file", "got a device or pipe")
+    (tmp_path / "dangling.nii").symlink_to(tmp_path / "absent.nii")
+    refuse(tmp_path / "dangling.nii", "not_found", "got nothing")
+    with socket.socket(socket.AF_UNIX) as local:
+        here = os.getcwd()
+        os.chdir(tmp_path)  # a socket's path may hold about 100 bytes
+        try:
+            local.bind("socket.nii")
+        finally:
+            os.chdir(here)
+        refuse(tmp_path / "socket.nii", "not_a_file", "got a device or pipe")
     os.mkfifo(tmp_path / "pipe.nii")  # opening it would block
     refuse(tmp_path / "pipe.nii", "not_a_file", "got a device or pipe")
 
@@ -467,6 +558,28 @@ def test_read_image_refuses_too_large_unallocated(tmp_path, kind, dim, packed):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("honest", [True, False])
+def test_read_image_does_not_inflate_a_bomb(tmp_path, honest):
+    """64 MiB of zeros in 64 KiB: too large by its header, or behind a small one."""
+    dim = [3, 320, 320, 320, 1, 1, 1, 1] if honest else [3, *SHAPE, 1, 1, 1, 1]
+    content = encode(scan().astype("i2"), dim=dim) + bytes(2**26)
+    path = put(tmp_path, gzip.compress(content, 1), "scan.nii.gz")
+    seen = []
+
+    class Counted(gzip.GzipFile):
+        def read(self, size=-1):
+            block = super().read(size)
+            seen.append(len(block))
+            return block
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nifti.gzip, "GzipFile", Counted)
+        with pytest.raises(UserError) as caught:
+            nifti.read_image(path, max_voxels=2**24)
+    assert caught.value.reason == ("too_large" if honest else "trailing_data")
+    assert sum(seen) < 2**18
+
+
 def test_read_image_refuses_above_callers_limit(tmp_path):
     path = put(tmp_path, encode(scan().astype("i2")))
     assert nifti.read_image(path, max_voxels=210).data.shape == SHAPE
@@ -492,6 +605,17 @@ def test_read_image_refuses_ndim(tmp_path, ndim):
     content = encode(scan().astype("i2"))
     content = content[:40] + struct.pack("<h", ndim) + content[42:]
     refuse(put(tmp_path, content), "ndim", rf"\(X, Y, Z\), got dim\[0\] = {ndim}")
+
+
+@pytest.mark.parametrize("size", [0, 347, 349, -348, 2**31 - 1])
+def test_read_image_refuses_wrong_sizeof_hdr(tmp_path, size):
+    content = struct.pack("<i", size) + encode(scan().astype("i2"))[4:]
+    refuse(put(tmp_path, content), "not_nifti", "unknown binary data|got text")
+
+
+def test_read_image_refuses_voxels_of_a_pair_without_header(tmp_path):
+    path = put(tmp_path, scan().astype("i2").tobytes(), "a.img")
+    refuse(path, "not_nifti", "unknown binary data")
 
 
 def test_read_image_refuses_several_frames(tmp_path):
@@ -545,6 +669,7 @@ def test_read_image_refuses_offset(tmp_path, offset):
         {"sform_code": 0, "quatern_b": np.nan},
         {"sform_code": 0, "quatern_b": 1.0, "quatern_c": 1.0},
         {"sform_code": 0, "qoffset_x": np.inf},
+        {"sform_code": 0, "pixdim": (1, 1e30)},
     ],
 )
 def test_read_image_refuses_affine_nonfinite(tmp_path, fields):
@@ -572,6 +697,7 @@ def test_read_image_refuses_affine_singular(tmp_path, rows):
         {"pixdim": (2, np.nan)},
         {"pixdim": (3, np.inf)},
         {"pixdim": (1, 0.0), "sform_code": 0},
+        {"pixdim": (1, 1e-30), "sform_code": 0},
         {"srow_x": [-1e-30, 0, 0, 0]},
         {"srow_x": [-400.0, 0, 0, 0]},
     ],
@@ -588,6 +714,7 @@ def test_read_image_refuses_spacing(tmp_path, fields):
         ((1, 1, 1), (20.0, 20.0, 20.0)),
         ((5, 6, 7), (1.5, 2.5, 4.0)),
         ((5, 6, 70), (3.0, 2.5, 50.0)),
+        ((1, 1, 5000), (20.0, 20.0, 0.5)),
     ],
 )
 def test_read_image_refuses_fov(tmp_path, shape, spacing):
@@ -610,6 +737,14 @@ def test_read_image_refuses_mirrored_forms(tmp_path):
     refuse(put(tmp_path, content), "orientation_conflict", match)
 
 
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_read_image_refuses_negative_spacing_of_a_qform(tmp_path, axis):
+    fields = {"sform_code": 0, "pixdim": (axis, -3.0)}
+    path = put(tmp_path, encode(scan().astype("i2"), **fields))
+    match = r"positive spacings \(pixdim\) beside a qform, got .*-3"
+    refuse(path, "orientation_conflict", match)
+
+
 @pytest.mark.parametrize("units, word", [(1, "metres"), (3, "microns"), (7, "code 7")])
 def test_read_image_refuses_units(tmp_path, units, word):
     path = put(tmp_path, encode(scan().astype("i2"), xyzt_units=units))
@@ -628,6 +763,19 @@ def test_read_image_refuses_nonfinite(tmp_path, value):
     array[2, 3, 4] = value
     path = put(tmp_path, encode(array))
     refuse(path, "nonfinite", "got 1 NaN or infinite; replace them with air")
+
+
+def test_read_image_refuses_nothing_but_nan(tmp_path):
+    path = put(tmp_path, encode(np.full(SHAPE, np.nan)))
+    refuse(path, "nonfinite", "got 210 NaN or infinite")
+
+
+def test_read_labels_applies_the_scaling(tmp_path):
+    ids = np.arange(210).reshape(SHAPE).astype("i2")
+    path = put(tmp_path, encode(ids, scl_slope=2))
+    np.testing.assert_array_equal(nifti.read_labels(path).data, 2 * ids)
+    path = put(tmp_path, encode(ids, scl_slope=0.5))
+    refuse(path, "label_value", "got fractions", read=nifti.read_labels)
 
 
 @pytest.mark.parametrize("value", [0.5, -1.0, np.nan, np.inf, 70000.0, 2.0**25])
@@ -654,6 +802,13 @@ def test_check_same_grid(tmp_path):
             nifti.check_same_grid(volume(), other)
         assert caught.value.reason == "grid_mismatch"
         assert caught.value.exit_code == errors.FAILED
+    # RAS taken for LPS: the same box on the other side of the origin.
+    for signs, axes in (([-1, -1, 1], "x and y"), ([-1, 1, 1], "x"), ([1, 1, -1], "z")):
+        world = np.diag([*signs, 1.0]) @ oblique()
+        data, world = orientation.reorient(np.zeros(SHAPE, np.uint8), world)
+        with pytest.raises(UserError, match=f"mirror image along {axes} of") as caught:
+            nifti.check_same_grid(volume(), nifti.Volume(data, world))
+        assert caught.value.reason == "mirrored"
     # Another storage order of the same grid is the same grid.
     paths = []
     for codes in ("LPS", "AIR"):

@@ -182,7 +182,8 @@ def check_same_grid(a: Volume, b: Volume, *, tolerance_mm: float = 0.05) -> None
         tolerance_mm: largest distance of corresponding corners, mm.
 
     Raises:
-        UserError: `grid_mismatch`.
+        UserError: `grid_mismatch`; `mirrored` when one is the other's mirror image,
+            as where RAS was taken for LPS.
     """
     names = [shown(v.path) if v.path else "the volume" for v in (a, b)]
     remedy = f"resample it onto the grid of {names[0]} (nearest neighbour for labels)"
@@ -194,11 +195,38 @@ def check_same_grid(a: Volume, b: Volume, *, tolerance_mm: float = 0.05) -> None
         )
     gap = _corner_distance(a.vox2world, b.vox2world, a.data.shape)
     if gap > tolerance_mm:
+        if axes := _mirrored_axes(a, b, tolerance_mm):
+            raise UserError(
+                "mirrored",
+                f"{names[1]}: mirrored: expected the grid of {names[0]}, got its "
+                f"mirror image along {axes} of the world; RAS and LPS were mixed up: "
+                "export the labels again from the image",
+            )
         raise UserError(
             "grid_mismatch",
             f"{names[1]}: grid_mismatch: expected corners within {tolerance_mm} mm of "
             f"those of {names[0]}, got {gap:.3g} mm; {remedy}",
         )
+
+
+def _mirrored_axes(a: Volume, b: Volume, tolerance_mm: float) -> str:
+    """World axes along which b's grid is the mirror image of a's, "" if it is none."""
+    last = np.array(a.data.shape) - 1
+    middles = [v.vox2world[:3, :3] @ (last / 2) + v.vox2world[:3, 3] for v in (a, b)]
+    for signs in ((-1, -1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)):
+        turn = np.array(signs)[:, None] * b.vox2world[:3, :3]
+        # Both are stored towards LPS: mirrored axes run backwards.
+        gaps = [
+            np.minimum(
+                np.linalg.norm((turn - a.vox2world[:3, :3])[:, i]),
+                np.linalg.norm((turn + a.vox2world[:3, :3])[:, i]),
+            )
+            for i in range(3)
+        ]
+        moved = np.linalg.norm(signs * middles[1] - middles[0])
+        if moved <= tolerance_mm and (gaps * last).max() <= tolerance_mm:
+            return " and ".join(n for n, s in zip("xyz", signs, strict=True) if s < 0)
+    return ""
 
 
 def read_vectors(
@@ -351,8 +379,8 @@ def _load_stream(
     header = _read_header(stream, path, gzipped)
     shape = _check_dims(header, path, last, max_voxels)
     dtype = _check_dtype(header, path)
-    offset = _check_offset(header, path)
     warnings: list[str] = []
+    offset = _check_offset(header, path, warnings)
     affine = _check_affine(header, path, shape, warnings)
     _check_scaling(header, path, warnings)
 
@@ -362,8 +390,10 @@ def _load_stream(
     if offset + wanted > size * (_DEFLATE if gzipped else 1):
         raise _truncated(path, offset + wanted, f"a file of {size} bytes")
     gap = offset - header.sizeof_hdr
-    if len(_read_exactly(stream, gap)) < gap:
+    between = _read_exactly(stream, gap)
+    if len(between) < gap:
         raise _truncated(path, offset, "its end before the voxels")
+    _check_extensions(between, header.endianness, warnings)
     raw = _read_exactly(stream, wanted)
     if raw.size < wanted:
         raise _truncated(path, wanted, f"{raw.size} bytes of voxels")
@@ -450,7 +480,7 @@ def _looks_like(block: bytes) -> str:
         return "an HTML page, probably an error message of a download"
     if text.startswith(b"<?xml"):
         return "an XML document"
-    if text.startswith((b"{", b"[")):
+    if text.startswith((b"{", b"[")) and block[:4].isascii() and min(block[:4]) > 8:
         return "a JSON document"
     if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in block):
         return "text"
@@ -500,7 +530,7 @@ def _check_dtype(header: Any, path: str | os.PathLike) -> np.dtype:
     return dtype
 
 
-def _check_offset(header: Any, path: str | os.PathLike) -> int:
+def _check_offset(header: Any, path: str | os.PathLike, warnings: list[str]) -> int:
     """Byte at which the voxels begin; extensions before it are skipped unread."""
     offset = float(header["vox_offset"])
     first = header.sizeof_hdr + 4
@@ -508,7 +538,32 @@ def _check_offset(header: Any, path: str | os.PathLike) -> int:
         raise _fault(
             "offset", path, f"voxels from byte {first} on", f"vox_offset = {offset:g}"
         )
+    if offset != int(offset):
+        warnings.append(f"offset: vox_offset is {offset:g}, read as {int(offset)}")
     return int(offset)
+
+
+def _check_extensions(between: np.ndarray, order: str, warnings: list[str]) -> None:
+    """Warns when the sizes of the extensions do not lead to the first voxel.
+
+    `between` is what lies between header and voxels: a flag of 4 bytes, then
+    extensions that each begin with their size. Their content is never looked at.
+    """
+    if not between[0]:
+        return
+    place = 4
+    while place + 8 <= between.size:
+        size = int.from_bytes(
+            between[place : place + 4].tobytes(),
+            "little" if order == "<" else "big",
+            signed=True,
+        )
+        if size < 16 or size % 16 or place + size > between.size:
+            warnings.append(f"offset: a header extension of {size} bytes, skipped")
+            return
+        place += size
+    if place == 4:
+        warnings.append("offset: header extensions are announced, none is there")
 
 
 def _check_scaling(header: Any, path: str | os.PathLike, warnings: list[str]) -> None:
@@ -548,6 +603,17 @@ def _check_affine(
             "both codes 0",
         )
     affine = forms[0]
+    if int(header["sform_code"]) <= 0 and (header["pixdim"][1:4] < 0).any():
+        raise _fault(
+            "orientation_conflict",
+            path,
+            "positive spacings (pixdim) beside a qform",
+            _mm(np.asarray(header["pixdim"][1:4], np.float64)),
+        )
+    if int(header["qform_code"]) > 0 and float(header["pixdim"][0]) not in (-1, 0, 1):
+        warnings.append(
+            f"orientation_conflict: qfac is {float(header['pixdim'][0]):g}, read as 1"
+        )
     if not np.isfinite(affine).all() or np.abs(affine).max() > 1e6:
         raise _fault(
             "affine_nonfinite",
@@ -741,10 +807,12 @@ def _rescale(stored: _Stored, path: str | os.PathLike) -> np.ndarray:
 def _intensity_warnings(array: np.ndarray) -> list[str]:
     """Warns when the values do not look like Hounsfield units."""
     step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
-    low, middle, high = (float(v) for v in np.percentile(array[step], (0.1, 50, 99.9)))
+    parts = np.percentile(array[step], (0.1, 50, 95, 99.9))
+    low, middle, dense, high = (float(v) for v in parts)
     if low == high and array.min() == array.max():
         return [f"constant: every voxel is {low:g}"]
-    if low > -500 or high < 0 or middle > 700:
+    # One voxel in twenty above 800 HU is no bone: the sign of air was turned.
+    if low > -500 or high < 0 or middle > 700 or dense > 800:
         seen = f"0.1 %, 50 % and 99.9 % at {low:g}, {middle:g} and {high:g}"
         return [f"hu_range: not Hounsfield units? {seen}; air should be near -1000"]
     return []
