@@ -33,6 +33,7 @@ from absl import flags
 
 from experiments import build, cli, timing, unireg
 from unireg_jax.models import features
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.tasks import PairBatch
 from unireg_jax.training import objective, optimizer
@@ -70,13 +71,7 @@ def training_step(dtype: str, dice: float) -> tuple[Callable, Callable]:
     weights = objective.Weights(
         num_labels=_LABELS, **{**config.loss.to_dict(), "dice": dice}
     )
-    loss = objective.make_loss(
-        functools.partial(build.apply, model),
-        weights=weights,
-        backend="mind",
-        hu_low=config.data.hu_window[0],
-        hu_high=config.data.hu_window[1],
-    )
+    loss = objective.make_loss(functools.partial(build.apply, model), weights=weights)
     tx = optimizer.make_optimizer(**config.optim.to_dict())
     step = train_step.make_train_step(loss, tx, mesh=train_step.make_mesh())
     return step, lambda: train_state.make_state(model, tx, seed=0)
@@ -95,11 +90,12 @@ def compile_step(
     batch = jax.device_put(batch, train_step.batch_sharding(mesh))
     held = [jax.device_put(make_state(), train_step.replicated(mesh))]
     start = time.perf_counter()
-    program = step.lower(held[0], batch).compile()
+    extractor = Extractor("mind")
+    program = step.lower(held[0], batch, extractor).compile()
     seconds = time.perf_counter() - start
 
     def run():
-        state, scalars = program(held.pop(), batch)
+        state, scalars = program(held.pop(), batch, extractor)
         held.append(jax.block_until_ready(state))
         return jax.block_until_ready(scalars)
 
@@ -109,7 +105,7 @@ def compile_step(
 def candidates(shape: tuple[int, int, int], dtype: str) -> dict[str, Callable]:
     """Everything that is timed, compiled; prints compile seconds and scratch."""
     batch = make_batch(shape)
-    pair = jax.jit(lambda b: objective.prepare(b, backend="mind"))(batch)
+    pair = jax.jit(lambda b: objective.prepare(b, Extractor("mind")))(batch)
     model = UniReg(dtype=dtype)
     params = train_state.init_params(model, jax.random.key(0))
     runs = {}
@@ -123,8 +119,7 @@ def candidates(shape: tuple[int, int, int], dtype: str) -> dict[str, Callable]:
         functools.partial(build.apply, model), params, *args
     )
     add("forward", program.run, program.compile_s, program.scratch_mib)
-    match = functools.partial(features.match, backend="mind")
-    program = timing.compile_program(match, *args[:2])
+    program = timing.compile_program(_match, batch.fixed, batch.moving)
     name = "features and correlation"
     add(name, program.run, program.compile_s, program.scratch_mib)
     for name, dice in (("step", 0.0), ("step with Dice", 1.0)):
@@ -141,6 +136,11 @@ def candidates(shape: tuple[int, int, int], dtype: str) -> dict[str, Callable]:
         np.asarray(batch.fixed_labels[0]),
     )
     return runs | {f"PyTorch twin, {k}": run for k, run in twin.items()}
+
+
+def _match(fixed, moving):
+    maps = (features.describe(hu, Extractor("mind")) for hu in (fixed, moving))
+    return features.correlate(*maps)
 
 
 def report(times: dict[str, timing.Timing], shape: tuple[int, int, int]) -> str:

@@ -32,12 +32,13 @@ from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
 from unireg_jax.imaging import nifti, points
 from unireg_jax.models import features
-from unireg_jax.ops import intensity, resample
+from unireg_jax.models.features import Extractor
+from unireg_jax.ops import resample
 from unireg_jax.registration import metrics, pipeline, refine
 from unireg_jax.registration.compiled import Described
 from unireg_jax.registration.refine import Plan
 
-WINDOW = (-800.0, 400.0)
+MIND = Extractor("mind")
 TRAIN_PAIRS = (("0004", "0034"), ("0060", "0013"), ("0017", "0087"), ("0095", "0082"))
 PLANS = (
     Plan(0),
@@ -110,13 +111,12 @@ def _inputs(shape):
 
 @jax.jit
 def _described(hu):
-    image = intensity.window(hu, low=WINDOW[0], high=WINDOW[1])
-    return Described(hu, features.describe(image, backend="mind"))
+    return Described(hu, features.describe(hu, MIND))
 
 
 def _view(scan, plan):
-    view = functools.partial(refine.view, plan=plan, backend="mind", window=WINDOW)
-    return jax.block_until_ready(jax.jit(view)(scan))
+    view = functools.partial(refine.view, plan=plan, described=True)
+    return jax.block_until_ready(jax.jit(view)(scan, MIND))
 
 
 def _torch_loop(disp, fixed, moving, plan):

@@ -4,6 +4,7 @@ The only reader of the config: below this file, functions take plain arguments.
 """
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from data_pipeline import loader, synthetic
 from experiments import prealign
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models.conditioning import HEADS
-from unireg_jax.models.features import FEATURES
+from unireg_jax.models.features import COMBINE, FEATURES, Extractor
 from unireg_jax.models.unireg import UniReg
+from unireg_jax.registration import embedding
 from unireg_jax.tasks import Region
 from unireg_jax.training import objective, optimizer
 
@@ -32,7 +34,7 @@ class Experiment(NamedTuple):
         loss: loss(params, batch) -> (loss, scalars).
         spec: model card fields that released weights carry.
         num_labels: label ids including background, over all tasks.
-        view: keyword arguments backend, hu_low, hu_high: how the network sees HU.
+        extractor: of the features, and of the HU window.
     """
 
     dataset: loader.Dataset
@@ -42,7 +44,7 @@ class Experiment(NamedTuple):
     loss: Any
     spec: dict[str, Any]
     num_labels: int
-    view: dict[str, Any]
+    extractor: Extractor
 
 
 def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
@@ -62,11 +64,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
         weights = objective.Weights(**config.loss.to_dict())
     except (TypeError, ValueError) as error:
         raise UserError("schema", f"config: {error}", USAGE) from error
-    view = {
-        "backend": config.model.features,
-        "hu_low": config.data.hu_window[0],
-        "hu_high": config.data.hu_window[1],
-    }
+    extractor, described = _extractor(config)
     dataset = _dataset(config, workdir)
     num_labels = 1 + max(len(t["labels"]) for t in dataset.index["tasks"].values())
     weights = weights._replace(num_labels=num_labels)
@@ -76,14 +74,14 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
         weights=_task_weights(config, dataset),
         model=model,
         tx=tx,
-        loss=objective.make_loss(apply_fn, weights=weights, **view),
+        loss=objective.make_loss(apply_fn, weights=weights),
         spec={
             "architecture": architecture(config),
-            "features": config.model.features,
+            **described,
             "preprocess": dataset.index["spec"],
         },
         num_labels=num_labels,
-        view=view,
+        extractor=extractor,
     )
 
 
@@ -95,8 +93,23 @@ def apply(model: UniReg, params: Any, *args: Any, **kwargs: Any) -> Any:
 def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Arguments of UniReg."""
     fields = config.model.to_dict()
-    del fields["features"]
+    for name in ("features", "embedding", "combine"):
+        del fields[name]
     return fields
+
+
+def _extractor(config: ml_collections.ConfigDict) -> tuple[Extractor, dict[str, Any]]:
+    """The features, and what the model card says of them."""
+    model = config.model
+    card = {"features": model.features, "combine": model.combine}
+    source = model.features
+    if model.features == "sam":
+        source = embedding.find_embedding(model.embedding or None)
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        card["embedding"] = {"name": source.name, "sha256": digest}
+    window = tuple(config.data.hu_window)
+    extractor = embedding.load_extractor(source, window=window, combine=model.combine)
+    return extractor, card
 
 
 # The least value of numbers.
@@ -115,6 +128,7 @@ _LEAST = {
 _CHOICES = {
     "model.conditioner": tuple(HEADS),
     "model.features": tuple(FEATURES),
+    "model.combine": COMBINE,
     "model.dtype": ("float32", "bfloat16"),
     "loss.reg_units": objective.REG_UNITS,
     "optim.name": optimizer.OPTIMIZERS,

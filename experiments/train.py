@@ -97,13 +97,14 @@ def _loop(config, experiment, mesh, state, stream, checkpoints, writer, stop):
     validate = _validator(config, experiment)
     recent = _Recent([pair.task for pair in experiment.dataset.pairs("train")])
     start, total = int(state.step), config.train.steps
+    extractor = jax.device_put(experiment.extractor, train_step.replicated(mesh))
     if start == 0:  # what the run starts from
         writer.write(0, validate(state.params))
     with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
         for n in range(start + 1, total + 1):
             batch = next(stream)
             state, scalars = step_fn(
-                state, jax.device_put(batch, train_step.batch_sharding(mesh))
+                state, jax.device_put(batch, train_step.batch_sharding(mesh)), extractor
             )
             recent.add(n, batch.pair, scalars)
             last = n == total or stop.is_set()
@@ -193,14 +194,13 @@ def _validator(config, experiment: build.Experiment):
     eval_step = train_step.make_eval_step(
         lambda params, *args: build.apply(experiment.model, params, *args),
         num_labels=experiment.num_labels,
-        **experiment.view,
     )
 
     def validate(params):
         batches = loader.make_eval_batches(
             dataset, "val", pairs_per_task=config.train.eval_pairs
         )
-        rows = evaluate.evaluate(eval_step, params, batches)
+        rows = evaluate.evaluate(eval_step, params, experiment.extractor, batches)
         scalars = {
             f"val/{name}/{task}": value
             for task, values in evaluate.summarize(rows).items()

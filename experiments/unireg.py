@@ -33,7 +33,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict()
     config.model.conditioner = "dynamic"  # or static, Table 6
-    config.model.features = "mind"  # section 5; SAM in the paper's main results
+    config.model.features = "mind"  # section 5; sam in the paper's main results
+    config.model.embedding = ""  # weights of sam; none: $UNIREG_SAM or the package's
+    config.model.combine = "concat"  # section 4.3; sum: the released SAME program
     config.model.encoder = (16, 32, 32, 32)
     config.model.decoder = (32, 32, 32, 32)
     config.model.remaining = (32, 16, 16)

@@ -29,7 +29,7 @@ SCHEMA = 1  # of <case>_run.json and of evaluate's JSON
 # Spelled here so that --help imports neither NumPy nor JAX; a test compares them.
 AFFINES = ("auto", "none", "com", "rigid", "affine")
 TYPES = ("inter", "intra")
-IO_FEATURES = ("image", "mind")
+IO_FEATURES = ("image", "mind", "sam")
 OUTPUTS = (  # the record comes last: it says that a case is whole
     "warped.nii.gz",
     "1Warp.nii.gz",

@@ -17,6 +17,7 @@ from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.imaging import nifti
 from unireg_jax.models import features
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import metrics
 
@@ -131,7 +132,10 @@ def test_network_runs_at_the_papers_size():
     rng = np.random.default_rng(0)
     fixed, moving = jnp.asarray(rng.uniform(-1, 1, (2, 1, *shape, 1)), jnp.float32)
     cond = jnp.zeros(1, jnp.int32)
-    corr = jax.jit(lambda a, b: features.match(a, b, backend="mind"))(fixed, moving)
+    maps = (
+        features.describe(500 * image, Extractor("mind")) for image in (fixed, moving)
+    )
+    corr = features.correlate(*maps)
     model = UniReg()
     small = jnp.zeros((1, 16, 16, 16, 1))
     params = model.init(

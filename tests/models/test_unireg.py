@@ -11,6 +11,7 @@ import pytest
 from data_pipeline import synthetic
 from unireg_jax import registration
 from unireg_jax.models import features, layers
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import intensity
 
@@ -63,7 +64,12 @@ def test_unireg_bfloat16_field_stays_within_a_quarter_millimetre():
         intensity.window(jnp.asarray(hu)[None, ..., None], low=-800.0, high=400.0)
         for hu in scans
     )
-    corr = features.match(fixed, moving, backend="mind")
+    corr = features.correlate(
+        *(
+            features.describe(jnp.asarray(hu)[None, ..., None], Extractor("mind"))
+            for hu in scans
+        )
+    )
     cond = jnp.ones(1, jnp.int32)
     fields = []
     for dtype in ("float32", "bfloat16"):

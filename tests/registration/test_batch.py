@@ -13,6 +13,7 @@ from unireg_jax.errors import UserError
 from unireg_jax.imaging import nifti
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import PreprocessSpec
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import compiled, pipeline
 from unireg_jax.registration.batch import Outcome, Pair, register_many
@@ -32,7 +33,7 @@ def model():
         conv_impl="direct",
     )
     params = jax.jit(initializer(module))(jax.random.key(0))
-    return Model(module, params, SPEC, "none", {})
+    return Model(module, params, SPEC, Extractor("none"), {})
 
 
 @pytest.fixture(scope="module")

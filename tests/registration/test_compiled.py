@@ -7,6 +7,7 @@ import pytest
 
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models import features
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import intensity, jacobian, ncc, warp
 from unireg_jax.registration import compiled
@@ -32,7 +33,7 @@ def model():
     noise = jax.random.normal(jax.random.key(1), controller["kernel"].shape)
     controller["kernel"] += 0.01 * noise
     spec = PreprocessSpec(shape=SHAPE, spacing_mm=(8.0, 9.0, 8.0))
-    return Model(module, params, spec, "mind", {})
+    return Model(module, params, spec, Extractor("mind"), {})
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,10 @@ def plain(model, fixed_hu, moving_hu, region, pair_type):
 
     @jax.jit
     def run(*hu):
-        fixed, moving = (intensity.window(h[None, ..., None]) for h in hu)
-        corr = features.match(fixed, moving, backend=model.features)
+        hu = [h[None, ..., None] for h in hu]
+        fixed, moving = (intensity.window(h) for h in hu)
+        maps = (features.describe(h, model.extractor) for h in hu)
+        corr = features.correlate(*maps)
         codes = (jnp.full(1, c, jnp.int32) for c in (region, pair_type))
         params = {"params": model.params}
         return fixed, moving, model.module.apply(params, fixed, moving, corr, *codes)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from unireg_jax.imaging.preprocess import PreprocessSpec
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration.compiled import compile_register
 from unireg_jax.registration.export import export_register
@@ -30,7 +31,7 @@ def model():
         lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), s.dtype), shapes
     )
     spec = PreprocessSpec(shape=SHAPE, spacing_mm=(8.0, 9.0, 8.0))
-    return Model(module, params, spec, "mind", {"licence": "Apache-2.0"})
+    return Model(module, params, spec, Extractor("mind"), {"licence": "Apache-2.0"})
 
 
 def test_export_equals_the_library_at_any_batch(model, tmp_path):

@@ -14,8 +14,9 @@ from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models import features
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.ops import intensity, jacobian
+from unireg_jax.ops import jacobian
 from unireg_jax.registration import batch, pipeline, refine, weights
 from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
@@ -23,7 +24,7 @@ from unireg_jax.registration.refine import Plan
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
 
 SHAPE = (32, 16, 48)
-WINDOW = (-800.0, 400.0)
+MIND = Extractor("mind")
 SPEC = PreprocessSpec(shape=SHAPE, spacing_mm=(8.0, 9.0, 8.0))
 ARCHITECTURE = {
     "encoder": (4, 4, 4, 4),
@@ -62,9 +63,8 @@ def compiled(plan):
     def whole(hu, disp, mask):
         views = []
         for volume in (hu[:1, ..., None], hu[1:, ..., None]):
-            image = intensity.window(volume, low=WINDOW[0], high=WINDOW[1])
-            scan = Described(volume, features.describe(image, backend="mind"))
-            views.append(refine.view(scan, plan=plan, backend="mind", window=WINDOW))
+            scan = Described(volume, features.describe(volume, MIND))
+            views.append(refine.view(scan, MIND, plan=plan, described=True))
         return refine.refine(disp, *views, mask, plan=plan)
 
     of = jax.ShapeDtypeStruct
@@ -176,7 +176,7 @@ def model():
     controller = params["head"]["controller"]
     noise = jax.random.normal(jax.random.key(1), controller["kernel"].shape)
     controller["kernel"] += 0.01 * noise
-    return Model(module, params, SPEC, "none", {})
+    return Model(module, params, SPEC, Extractor("none"), {})
 
 
 def test_refiner_serves_all_tasks_and_reads_no_parameter(model, scans, monkeypatch):
@@ -210,7 +210,7 @@ def test_refiner_serves_all_tasks_and_reads_no_parameter(model, scans, monkeypat
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"features": "sam"}, "features must be one of"),
+        ({"features": "sift"}, "features must be one of"),
         ({"iterations": -1}, "iterations must be at least 0"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"smoothness": float("nan")}, "smoothness must be"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, build
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.training import objective
 from unireg_jax.training import state as train_state
@@ -61,7 +62,7 @@ def test_forward_equals_the_cpu(dtype, precision, bound):
             params = train_state.init_params(model, jax.random.key(0))
             # A field of some voxels: the initial one is 1e-3.
             params["head"]["controller"]["bias"] *= 100
-            pair = jax.jit(functools.partial(objective.prepare, backend="mind"))(batch)
+            pair = jax.jit(objective.prepare)(batch, Extractor("mind"))
             disp = jax.jit(functools.partial(build.apply, model))(
                 params, pair.fixed, pair.moving, pair.corr, pair.region, pair.pair_type
             )

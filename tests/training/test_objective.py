@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import build
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import smoothness
 from unireg_jax.tasks import OUTSIDE_HU, PairBatch
@@ -44,7 +45,7 @@ def _weights(**options):
 @pytest.mark.parametrize(("region", "strength"), list(enumerate(LAMBDA)))
 def test_objective_lambda_follows_the_region(key, region, strength):
     """Task -> lambda -> loss, for every row of Table 8."""
-    pair = objective.prepare(_batch(region=region), backend="none")
+    pair = objective.prepare(_batch(region=region), Extractor("none"))
     disp = 0.3 * jax.random.normal(key, (1, *SHAPE, 3))
     loss, scalars = objective.objective(
         disp, pair, weights=_weights(dice=0.0, reg_units="voxel")
@@ -54,7 +55,7 @@ def test_objective_lambda_follows_the_region(key, region, strength):
 
 
 def test_objective_normalized_units_divide_by_half_the_grid(key):
-    pair = objective.prepare(_batch(), backend="none")
+    pair = objective.prepare(_batch(), Extractor("none"))
     disp = jax.random.normal(key, (1, *SHAPE, 3))
     _, scalars = objective.objective(disp, pair, weights=_weights())
     unit = disp * (2 / (np.array(SHAPE, np.float32) - 1))[None, None, None, None]
@@ -65,7 +66,7 @@ def test_objective_normalized_units_divide_by_half_the_grid(key):
 def test_objective_perfect_pair_costs_nothing():
     batch = _batch()
     batch = batch._replace(moving=batch.fixed, moving_labels=batch.fixed_labels)
-    pair = objective.prepare(batch, backend="none")
+    pair = objective.prepare(batch, Extractor("none"))
     loss, scalars = objective.objective(
         jnp.zeros((1, *SHAPE, 3)), pair, weights=_weights()
     )
@@ -76,7 +77,7 @@ def test_objective_perfect_pair_costs_nothing():
 def test_objective_without_common_labels_leaves_dice_out():
     batch = _batch()
     batch = batch._replace(moving_labels=jnp.zeros_like(batch.moving_labels))
-    pair = objective.prepare(batch, backend="none")
+    pair = objective.prepare(batch, Extractor("none"))
     disp = jnp.zeros((1, *SHAPE, 3))
     loss, scalars = objective.objective(disp, pair, weights=_weights())
     plain, _ = objective.objective(disp, pair, weights=_weights(dice=0.0))
@@ -91,8 +92,8 @@ def test_objective_ignores_what_lies_beyond_either_scan(key):
     other = cut.at[:, :, :, 24:].set(OUTSIDE_HU)
     fixed = batch.fixed.at[:, :, :, 36:].set(777)  # far from what the mask admits
     pairs = [
-        objective.prepare(batch._replace(moving=cut), backend="none"),
-        objective.prepare(batch._replace(moving=other, fixed=fixed), backend="none"),
+        objective.prepare(batch._replace(moving=cut), Extractor("none")),
+        objective.prepare(batch._replace(moving=other, fixed=fixed), Extractor("none")),
     ]
     disp = jnp.zeros((1, *SHAPE, 3))
     values = [
@@ -109,7 +110,7 @@ def test_prepare_applies_the_alignment():
     align = jnp.eye(4).at[:3, 3].set(jnp.array([1.0, 2.0, 3.0]))[None]
     pair = objective.prepare(
         batch._replace(moving=moving, moving_labels=labels, align=align),
-        backend="none",
+        Extractor("none"),
     )
     inner = (slice(None), slice(1, -4), slice(2, -4), slice(3, -4))
     np.testing.assert_allclose(pair.moving[inner], pair.fixed[inner], atol=1e-6)
@@ -129,17 +130,16 @@ def test_compiled_training_step_holds_no_scatter_but_the_label_counts():
     loss = objective.make_loss(
         functools.partial(build.apply, model),
         weights=_weights(),
-        backend="mind",
-        hu_low=-800.0,
-        hu_high=400.0,
     )
     tx = optimizer.make_optimizer("sgd", lr=1e-3)
     step = train_step.make_train_step(loss, tx, mesh=train_step.make_mesh())
     state = jax.eval_shape(lambda: train_state.make_state(model, tx, seed=0))
     batch = _batch()
-    text = step.lower(state, batch).compile().as_text()
+    text = step.lower(state, batch, Extractor("mind")).compile().as_text()
     assert not re.search(r"\bselect-and-scatter\(", text)
-    forward = jax.jit(loss).lower(state.params, batch).compile().as_text()
+    forward = (
+        jax.jit(loss).lower(state.params, batch, Extractor("mind")).compile().as_text()
+    )
     counts = [len(re.findall(r"\bscatter\(", t)) for t in (forward, text)]
     assert counts[0] >= 1  # the search finds what is there
     assert counts[0] == counts[1]
@@ -153,6 +153,6 @@ def test_compiled_training_step_holds_no_scatter_but_the_label_counts():
     ],
 )
 def test_objective_rejects_bad_weights(weights, match):
-    pair = objective.prepare(_batch(), backend="none")
+    pair = objective.prepare(_batch(), Extractor("none"))
     with pytest.raises(ValueError, match=match):
         objective.objective(jnp.zeros((1, *SHAPE, 3)), pair, weights=weights)

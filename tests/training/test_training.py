@@ -435,7 +435,7 @@ def test_init_from_of_another_model_is_refused(config, tmp_path):
     ("field", "value", "expected"),
     [
         ("model.conditioner", "foo", "one of dynamic, static expected, got 'foo'"),
-        ("model.features", "sam", "one of mind, none expected, got 'sam'"),
+        ("model.features", "sift", "one of mind, none, sam expected, got 'sift'"),
         ("model.dtype", "int8", "one of float32, bfloat16 expected"),
         ("model.encoder", (4, 4, 4, 4, 4), "1 to 4 channel numbers expected"),
         ("model.decoder", (4, 4, 4), "as many channel numbers as model.encoder"),

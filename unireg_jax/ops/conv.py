@@ -105,6 +105,88 @@ def conv3d(
     return lax.platform_dependent(*args, cpu=tiled, default=direct)
 
 
+def strided_conv3d(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: tuple[int, int, int] = (1, 1, 1),
+    halo: bool = False,
+    impl: str = "auto",
+) -> jax.Array:
+    """Correlates a map with a kernel of odd size, any stride, zeros beyond the border.
+
+    out[x] = sum_k kernel[k] inputs[stride x + k - size // 2]          as in PyTorch
+
+    On a CPU as 2-D convolutions of planes: the kernel's taps along X count as channels.
+
+    Args:
+        inputs: [B, X, Y, Z, C] floating.
+        kernel: [kx, ky, kz, C, K], dtype of inputs.
+        stride: along X, Y, Z.
+        halo: inputs already hold the kx // 2 planes before and after along X.
+        impl: "direct" is XLA's 3-D convolution, "planes" the CPU form, "auto" chooses
+            by the platform that the program is compiled for.
+
+    Returns:
+        [B, ceil(X / sx), ceil(Y / sy), ceil(Z / sz), K], dtype of inputs; X without
+        the halo.
+
+    Raises:
+        ValueError: a shape does not fit, or `impl` is unknown.
+    """
+    sizes = kernel.shape[:3]
+    if inputs.ndim != 5 or kernel.ndim != 5 or any(n % 2 == 0 for n in sizes):
+        raise ValueError(
+            "strided_conv3d takes inputs [B, X, Y, Z, C] and a kernel of odd sizes "
+            f"[kx, ky, kz, C, K], got {inputs.shape} and {kernel.shape}; channels go "
+            "last"
+        )
+    if inputs.shape[4] != kernel.shape[3]:
+        raise ValueError(
+            f"kernel must take {inputs.shape[4]} channels, got {kernel.shape[3]}; its "
+            "fourth axis is the input channel"
+        )
+    pads = [(n // 2, n // 2) for n in sizes]
+    if halo:
+        pads[0] = (0, 0)
+    direct = functools.partial(_strided_direct, stride=stride, pads=pads)
+    planes = functools.partial(_strided_planes, stride=stride, pads=pads)
+    if impl == "direct":
+        return direct(inputs, kernel)
+    if impl == "planes":
+        return planes(inputs, kernel)
+    if impl not in ("auto", "winograd"):
+        raise ValueError(f"impl must be auto, direct or planes, got {impl!r}")
+    return lax.platform_dependent(inputs, kernel, cpu=planes, default=direct)
+
+
+def _strided_direct(x, kernel, *, stride, pads):
+    return lax.conv_general_dilated(
+        x, kernel, stride, pads, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+
+
+def _strided_planes(x, kernel, *, stride, pads):
+    taps = kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), pads[0], (0, 0), (0, 0), (0, 0)))
+    count = (x.shape[1] - taps) // stride[0] + 1
+    last = stride[0] * (count - 1) + 1
+    near = [lax.slice_in_dim(x, k, k + last, stride[0], axis=1) for k in range(taps)]
+    x = near[0] if taps == 1 else jnp.concatenate(near, axis=-1)
+    # [kx, ky, kz, C, K] -> [ky, kz, kx C, K]
+    flat = jnp.moveaxis(kernel, 0, 2)
+    flat = flat.reshape(*flat.shape[:2], -1, flat.shape[-1])
+    b, n, *rest = x.shape
+    y = lax.conv_general_dilated(
+        x.reshape(b * n, *rest),
+        flat,
+        stride[1:],
+        pads[1:],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y.reshape(b, n, *y.shape[1:])
+
+
 def upsample_nearest(x: jax.Array) -> jax.Array:
     """Repeats every voxel twice along X, Y and Z.
 

@@ -5,6 +5,7 @@ import importlib
 _HOME = {
     "Model": "network",
     "load_model": "network",
+    "load_extractor": "embedding",
     "compile_register": "compiled",
     "Outcome": "batch",
     "Pair": "batch",

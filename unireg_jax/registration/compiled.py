@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from unireg_jax.models import features
-from unireg_jax.ops import correlation, intensity, jacobian, ncc, warp
+from unireg_jax.models.features import Extractor, Maps
+from unireg_jax.ops import intensity, jacobian, ncc, warp
 from unireg_jax.registration.network import Model
 
 
@@ -25,11 +26,11 @@ class Described(NamedTuple):
 
     Attributes:
         hu: [1, X, Y, Z, 1], HU on the network's grid.
-        features: [1, X/2, Y/2, Z/2, C] float32, see models/features.
+        features: see models/features.
     """
 
     hu: jax.Array
-    features: jax.Array
+    features: Maps
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +50,7 @@ class Compiled:
     dtype: np.dtype
     conditions: int
     _params: Any
+    _extractor: Extractor
     _describe: jax.stages.Compiled
     _predict: jax.stages.Compiled
     _judge: jax.stages.Compiled
@@ -72,7 +74,7 @@ class Compiled:
                 f"{hu.dtype}; compile_register fixes both"
             )
         hu = jax.device_put(np.asarray(hu)[None, ..., None])
-        return Described(hu, self._describe(hu))
+        return Described(hu, self._describe(hu, self._extractor))
 
     def __call__(
         self,
@@ -165,22 +167,28 @@ def compile_register(
     window = (model.preprocess.hu_low, model.preprocess.hu_high)
     of = jax.ShapeDtypeStruct
     hu = of((1, *shape, 1), dtype)
-    describe = jax.jit(describe_hu, static_argnames=("backend", "window")).lower(
-        hu, backend=model.features, window=window
-    )
+    describe = jax.jit(features.describe).lower(hu, model.extractor)
     scan = Described(
         hu, jax.tree.map(lambda s: of(s.shape, s.dtype), describe.out_info)
     )
     codes = of((conditions,), jnp.int32)
-    predict = jax.jit(_predict, static_argnames=("module", "window")).lower(
-        model.params, scan, scan, codes, codes, module=model.module, window=window
+    statics = ("module", "window", "combine")
+    predict = jax.jit(_predict, static_argnames=statics).lower(
+        model.params,
+        scan,
+        scan,
+        codes,
+        codes,
+        module=model.module,
+        window=window,
+        combine=model.extractor.combine,
     )
     body, disp = of((1, *shape), bool), of((conditions, *shape, 3), jnp.float32)
     judge = jax.jit(_judge, static_argnames="window").lower(
         hu, hu, body, disp, window=window
     )
     programs = (program.compile() for program in (describe, predict, judge))
-    return Compiled(shape, dtype, conditions, model.params, *programs)
+    return Compiled(shape, dtype, conditions, model.params, model.extractor, *programs)
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -203,24 +211,8 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return shape
 
 
-def describe_hu(
-    hu: jax.Array, *, backend: str, window: tuple[float, float]
-) -> jax.Array:
-    """Computes the features of HU volumes; traced, as part of a program.
-
-    Args:
-        hu: [B, X, Y, Z, 1], HU.
-        backend: row of models.features.FEATURES.
-        window: lowest and highest HU, see ops/intensity.py.
-
-    Returns:
-        [B, X/2, Y/2, Z/2, C] float32.
-    """
-    return features.describe(_window(hu, window), backend=backend)
-
-
 def encode_described(
-    params: Any, fixed: Described, moving: Described, *, module, window
+    params: Any, fixed: Described, moving: Described, *, module, window, combine
 ) -> jax.Array:
     """Runs the backbone on described volumes; traced, as part of a program.
 
@@ -230,18 +222,21 @@ def encode_described(
         moving: the same, pre-aligned on the fixed grid.
         module: UniReg.
         window: lowest and highest HU.
+        combine: see features.Extractor.
 
     Returns:
         [B, ..., 8] float32, see `UniReg.encode`.
     """
-    corr = correlation.correlation(fixed.features, moving.features)
+    corr = features.correlate(fixed.features, moving.features, combine=combine)
     images = (_window(scan.hu, window) for scan in (fixed, moving))
     return module.apply({"params": params}, *images, corr, method="encode")
 
 
-def _predict(params, fixed, moving, region, pair_type, *, module, window):
+def _predict(params, fixed, moving, region, pair_type, *, module, window, combine):
     """Displacements of one pair, [N, X, Y, Z, 3]; every task shares the program."""
-    encoded = encode_described(params, fixed, moving, module=module, window=window)
+    encoded = encode_described(
+        params, fixed, moving, module=module, window=window, combine=combine
+    )
 
     def decode(region, pair_type):
         fields = module.apply(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from unireg_jax.errors import STORAGE, USAGE, UserError
 from unireg_jax.imaging import nifti
+from unireg_jax.models import features
 from unireg_jax.registration import compiled
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
@@ -117,13 +118,15 @@ def _trace(model: Model, shape: tuple[int, int, int]) -> jax.export.Exported:
 
     def register(fixed_hu, moving_hu, region, pair_type):
         scans = [
-            compiled.Described(
-                hu, compiled.describe_hu(hu, backend=model.features, window=window)
-            )
+            compiled.Described(hu, features.describe(hu, model.extractor))
             for hu in (fixed_hu, moving_hu)
         ]
         encoded = compiled.encode_described(
-            model.params, *scans, module=model.module, window=window
+            model.params,
+            *scans,
+            module=model.module,
+            window=window,
+            combine=model.extractor.combine,
         )
         params = {"params": model.params}
         return model.module.apply(params, encoded, region, pair_type, method="decode")
@@ -179,7 +182,7 @@ def _describe(model, spec, exported, name, data) -> dict[str, Any]:
         "region": {region.name.lower(): int(region) for region in Region},
         "pair_type": {kind.name.lower(): int(kind) for kind in PairType},
         "preprocess": spec.to_json(),
-        "features": model.features,
+        "features": model.extractor.backend,
         "architecture": model.spec.get("architecture"),
         "weights": {
             "sha256": model.spec.get("sha256"),

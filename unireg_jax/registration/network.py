@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,10 @@ from unireg_jax.errors import CHECKPOINT, UserError
 from unireg_jax.imaging import nifti
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models import features
+from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import weights as released
+from unireg_jax.registration.embedding import load_extractor
 
 
 class Model(NamedTuple):
@@ -22,14 +25,14 @@ class Model(NamedTuple):
         module: UniReg.
         params: parameters of `module`.
         preprocess: how the network sees a scan.
-        features: row of models.features.FEATURES.
+        extractor: of the features that the network joins.
         spec: description that came with the parameters.
     """
 
     module: UniReg
     params: Any
     preprocess: PreprocessSpec
-    features: str
+    extractor: Extractor
     spec: dict[str, Any]
 
 
@@ -81,7 +84,22 @@ def load_model(path: str | os.PathLike | None = None) -> Model:
             CHECKPOINT,
         )
     params = jax.tree.map(jnp.asarray, params)
-    return Model(module, params, grid, spec["features"], spec)
+    return Model(module, params, grid, _extractor(spec, path, grid), spec)
+
+
+def _extractor(spec: dict[str, Any], path: Path, grid: PreprocessSpec) -> Extractor:
+    """The features that the network was trained on."""
+    options = {
+        "window": (grid.hu_low, grid.hu_high),
+        "combine": spec.get("combine", "concat"),
+    }
+    if spec["features"] != "sam":
+        return load_extractor(spec["features"], **options)
+    # Beside the network's own file, else where embeddings are looked for.
+    wanted = spec.get("embedding") or {}
+    beside = path.with_name(Path(str(wanted.get("name", ""))).name or "none")
+    source = beside if beside.is_file() else "sam"
+    return load_extractor(source, sha256=wanted.get("sha256"), **options)
 
 
 def initializer(module: UniReg) -> Callable[[jax.Array], Any]:

@@ -14,12 +14,14 @@ import numpy as np
 import optax
 
 from unireg_jax.models import features
+from unireg_jax.models.features import Extractor
 from unireg_jax.ops import intensity, jacobian, ncc, resample, smoothness, warp
 from unireg_jax.registration.compiled import Described, check_shape
+from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.network import Model
 
 # Where each similarity is measured: voxels of the network's grid per voxel of its own.
-LEVELS = {"mind": 2, "image": 1}
+LEVELS = {"mind": 2, "sam": 2, "image": 1}
 _LEAST_DETJ = 0.3  # a margin above 0, where a map folds
 # [1, 1, 1] / 3 three times over, SAMConvex's three average pools along one axis.
 _KERNEL = (1 / 27, 3 / 27, 6 / 27, 7 / 27, 6 / 27, 3 / 27, 1 / 27)
@@ -32,8 +34,9 @@ class Plan(NamedTuple):
 
     Attributes:
         iterations: Adam steps; 0 leaves the displacement as it is.
-        features: "mind", squared difference of unit MIND vectors at half resolution;
-            "image", squared local correlation of windowed intensities.
+        features: "image", squared local correlation of windowed intensities; "mind" or
+            "sam", squared difference of unit feature vectors at half resolution, the
+            fine map of models/features.
         smoothness: weight of the whole field's diffusion, of differences in voxels per
             voxel, against a similarity of at most 1. SAMConvex's 1000, on fields in
             [-1, 1] units, is about 1.3 at 96 voxels.
@@ -43,7 +46,7 @@ class Plan(NamedTuple):
         eps: of Adam, against the gradient of the cost's sum over voxels. Of the order
             of that gradient, flat places move less than edges.
         divisor: voxels of the network's grid per voxel of the correction, along an
-            axis; a multiple of 2 with "mind".
+            axis; a multiple of 2 with "mind" and "sam".
         window: edge of the window of "image", voxels.
     """
 
@@ -172,32 +175,34 @@ def refine(
 
 
 def view(
-    scan: Described, *, plan: Plan, backend: str, window: tuple[float, float]
+    scan: Described, extractor: Extractor, *, plan: Plan, described: bool = False
 ) -> View:
     """Prepares a described volume for `refine`; traced, as part of a program.
 
     Args:
         scan: B volumes on the network's grid.
+        extractor: of the features that the plan compares, and of the HU window.
         plan: static.
-        backend: that of the scan's features, which serve again if they are MIND.
-        window: lowest and highest HU, see ops/intensity.py.
+        described: the scan's own features are of this extractor, and serve again.
 
     Returns:
         View on the cost's grid.
 
     Raises:
-        ValueError: see `check_plan`.
+        ValueError: see `check_plan`; or the extractor is not of the plan's features.
     """
     check_plan(plan)
-    values = intensity.window(scan.hu, low=window[0], high=window[1])
     valid = intensity.valid(scan.hu).astype(jnp.float32)
-    if plan.features == "mind":
-        maps = scan.features
-        if backend != "mind":
-            maps = features.describe(values, backend="mind")
-        values = maps[..., : maps.shape[-1] // 2]  # the fine half
-        valid = resample.downsample_mean(valid, LEVELS["mind"])
-    return View(values, valid)
+    if plan.features == "image":
+        low, high = extractor.window
+        return View(intensity.window(scan.hu, low=low, high=high), valid)
+    if extractor.backend != plan.features:
+        raise ValueError(
+            f"extractor must be of {plan.features!r}, got {extractor.backend!r}; see "
+            "registration.load_extractor"
+        )
+    maps = scan.features if described else features.describe(scan.hu, extractor)
+    return View(maps.fine, resample.downsample_mean(valid, LEVELS[plan.features]))
 
 
 def check_plan(plan: Plan) -> None:
@@ -242,6 +247,7 @@ class Refiner:
 
     plan: Plan
     shape: tuple[int, int, int]
+    _extractor: Extractor
     _program: jax.stages.Compiled
 
     def __call__(
@@ -265,7 +271,8 @@ class Refiner:
             raise ValueError(
                 f"body must be {self.shape} bool, got {body.shape} {body.dtype}"
             )
-        return self._program(fixed, moving, jax.device_put(body[None]), disp)
+        body = jax.device_put(body[None])
+        return self._program(fixed, moving, self._extractor, body, disp)
 
 
 def compile_refine(
@@ -274,6 +281,7 @@ def compile_refine(
     shape: tuple[int, int, int] | None = None,
     *,
     dtype: Any = np.int16,
+    extractor: Extractor | None = None,
 ) -> Refiner:
     """Compiles `refine` for volumes as a model describes them.
 
@@ -282,40 +290,42 @@ def compile_refine(
         plan: static.
         shape: (X, Y, Z) voxels, multiples of 16; None for the model's grid.
         dtype: of the HU volumes, int16 or float32.
+        extractor: of plan.features; None for the model's own, or else the default one
+            of that name, see `load_extractor`.
 
     Returns:
         Refiner.
 
     Raises:
         ValueError: shape or plan are not as above.
+        UserError: no embedding for "sam", exit code 9.
     """
     check_plan(plan)
     shape = check_shape(model.preprocess.shape if shape is None else shape)
-    window = (model.preprocess.hu_low, model.preprocess.hu_high)
+    own = model.extractor
+    if extractor is None:
+        extractor = own
+        if plan.features not in ("image", own.backend):
+            extractor = load_extractor(plan.features, window=own.window)
     of = jax.ShapeDtypeStruct
     hu = of((1, *shape, 1), dtype)
-    maps = jax.eval_shape(
-        lambda image: features.describe(image, backend=model.features),
-        of(hu.shape, jnp.float32),
-    )
-    scan = Described(hu, of(maps.shape, maps.dtype))
-    statics = ("plan", "backend", "window")
-    program = jax.jit(_refine_described, static_argnames=statics).lower(
+    scan = Described(hu, jax.eval_shape(features.describe, hu, own))
+    program = jax.jit(_refine_described, static_argnames=("plan", "described")).lower(
         scan,
         scan,
+        extractor,
         of((1, *shape), bool),
         of((1, *shape, 3), jnp.float32),
         plan=plan,
-        backend=model.features,
-        window=window,
+        described=extractor is own,
     )
-    return Refiner(plan, shape, program.compile())
+    return Refiner(plan, shape, extractor, program.compile())
 
 
-def _refine_described(fixed, moving, body, disp, *, plan, backend, window):
+def _refine_described(fixed, moving, extractor, body, disp, *, plan, described):
     """From volumes as the network's own program has them."""
     views = (
-        view(scan, plan=plan, backend=backend, window=window)
+        view(scan, extractor, plan=plan, described=described)
         for scan in (fixed, moving)
     )
     return refine(disp, *views, body, plan=plan)

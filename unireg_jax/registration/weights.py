@@ -27,6 +27,7 @@ VARIABLE = "UNIREG_WEIGHTS"
 DEFAULT = "unireg.safetensors"  # preferred when the package holds several
 _REQUIRED = {"format": int, "architecture": dict, "features": str, "preprocess": dict}
 _LARGEST = {".json": 1 << 20, ".safetensors": 1 << 32}  # bytes
+PACKAGE = Path(__file__).parents[1] / "weights"
 _REMEDY = (
     "pass --weights FILE.safetensors or train your own with "
     "`python -m experiments.train`"
@@ -49,7 +50,7 @@ def find_weights(path: str | os.PathLike | None = None) -> Path:
         return _existing(Path(path), "--weights")
     if named := os.environ.get(VARIABLE):
         return _existing(Path(named), f"${VARIABLE}")
-    packaged = sorted((Path(__file__).parents[1] / "weights").glob("*.safetensors"))
+    packaged = sorted(PACKAGE.glob("*.safetensors"))
     preferred = [file for file in packaged if file.name == DEFAULT] or packaged
     if len(preferred) == 1:
         return preferred[0]

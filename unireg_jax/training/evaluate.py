@@ -9,13 +9,17 @@ PER_PAIR = ("ncc", "ncc_before", "sdlogj", "sdlogj_l2r", "folding_fraction")
 
 
 def evaluate(
-    eval_step: Callable, params: Any, batches: Iterable[tuple[Any, Any]]
+    eval_step: Callable,
+    params: Any,
+    extractor: Any,
+    batches: Iterable[tuple[Any, Any]],
 ) -> list[dict[str, Any]]:
     """Judges pairs one by one.
 
     Args:
         eval_step: from step.make_eval_step.
         params: of the network.
+        extractor: features.Extractor of its features.
         batches: (pair, PairBatch of one sample), as loader.make_eval_batches yields.
 
     Returns:
@@ -25,7 +29,8 @@ def evaluate(
     """
     rows = []
     for pair, batch in batches:
-        result = {k: np.asarray(v)[0] for k, v in eval_step(params, batch).items()}
+        scores = eval_step(params, batch, extractor)
+        result = {k: np.asarray(v)[0] for k, v in scores.items()}
         row = {"task": pair.task, "fixed": pair.fixed, "moving": pair.moving}
         row |= {k: float(result[k]) for k in PER_PAIR}
         for name in ("dsc", "dsc_before"):

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from unireg_jax.models import features
+from unireg_jax.models.features import Extractor
 from unireg_jax.ops import dice, intensity, ncc, smoothness, warp
-from unireg_jax.tasks import PairBatch
+from unireg_jax.tasks import OUTSIDE_HU, PairBatch
 
+_AIR_HU = -1024.0  # the least HU that a network sees
 REG_UNITS = ("normalized", "voxel")
 
 
@@ -60,15 +62,12 @@ class Weights(NamedTuple):
     num_labels: int = 2
 
 
-def prepare(
-    batch: PairBatch, *, backend: str, hu_low: float = -800.0, hu_high: float = 400.0
-) -> Pair:
+def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
     """Windows, pre-aligns and describes a batch on the device.
 
     Args:
         batch: HU volumes and labels, see tasks.PairBatch.
-        backend: row of models.features.FEATURES.
-        hu_low, hu_high: HU window that becomes [-1, 1] (section 4.3).
+        extractor: of the features; its HU window becomes [-1, 1] (section 4.3).
 
     Returns:
         The pair on the fixed grid; outside either scan images are air and not valid.
@@ -76,22 +75,20 @@ def prepare(
     shape = batch.fixed.shape[1:4]
     coords = warp.affine_coords(batch.align, shape)
 
-    def windowed(hu):
-        return intensity.window(hu, low=hu_low, high=hu_high)
-
     limit = jnp.array(batch.moving.shape[1:4], jnp.float32) - 1
     within = (coords >= 0) & (coords <= jnp.broadcast_to(limit, coords.shape))
     valid = intensity.valid(batch.moving).astype(jnp.float32)
     valid = warp.sample(valid, coords) * within.all(-1, keepdims=True)
-    moving = warp.sample(windowed(batch.moving), coords)
-    # Beyond the moving scan: air, as where the fixed scan ends.
-    moving = jnp.where(valid > 0.5, moving, -1.0)
+    # The marker of what lies outside is no HU to interpolate: air, then the marker.
+    moving = jnp.maximum(batch.moving.astype(jnp.float32), _AIR_HU)
+    moving = jnp.where(valid > 0.5, warp.sample(moving, coords), OUTSIDE_HU)
     labels = warp.sample(batch.moving_labels[..., None], coords, order=0)[..., 0]
-    fixed = windowed(batch.fixed)
+    low, high = extractor.window
+    maps = (features.describe(hu, extractor) for hu in (batch.fixed, moving))
     pair = Pair(
-        fixed=fixed,
-        moving=moving,
-        corr=features.match(fixed, moving, backend=backend),
+        fixed=intensity.window(batch.fixed, low=low, high=high),
+        moving=intensity.window(moving, low=low, high=high),
+        corr=features.correlate(*maps, combine=extractor.combine),
         fixed_valid=intensity.valid(batch.fixed).astype(jnp.float32),
         moving_valid=valid,
         fixed_labels=batch.fixed_labels,
@@ -153,13 +150,11 @@ def objective(
     return loss, {"loss": loss, **scalars}
 
 
-def make_loss(
-    apply_fn: Callable, *, weights: Weights, backend: str, hu_low: float, hu_high: float
-) -> Callable:
-    """Binds everything static: loss(params, batch) -> (loss, scalars)."""
+def make_loss(apply_fn: Callable, *, weights: Weights) -> Callable:
+    """Binds everything static: loss(params, batch, extractor) -> (loss, scalars)."""
 
-    def loss(params, batch: PairBatch):
-        pair = prepare(batch, backend=backend, hu_low=hu_low, hu_high=hu_high)
+    def loss(params, batch: PairBatch, extractor: Extractor):
+        pair = prepare(batch, extractor)
         disp = apply_fn(
             params,
             pair.fixed,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from unireg_jax.models.features import Extractor
 from unireg_jax.ops import dice, intensity, jacobian, warp
 from unireg_jax.tasks import PairBatch
 from unireg_jax.training import objective
@@ -35,10 +36,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def make_train_step(
     loss_fn: Callable, tx: optax.GradientTransformation, *, mesh: Mesh
 ) -> Callable:
-    """Compiles step(state, batch) -> (state, scalars); the state is donated.
+    """Compiles step(state, batch, extractor) -> (state, scalars); donates the state.
+
+    The extractor's parameters are an argument because they may be many: as constants
+    they would be part of the program.
 
     Args:
-        loss_fn: loss(params, batch) -> (scalar, dict of scalars).
+        loss_fn: loss(params, batch, extractor) -> (scalar, dict of scalars).
         tx: gradient transformation.
         mesh: from `make_mesh`; the batch size is a multiple of its data axis.
 
@@ -47,8 +51,9 @@ def make_train_step(
         of the parameters after the step: finite if and only if they can be used.
     """
 
-    def step(state: TrainState, batch: PairBatch):
-        grads, scalars = jax.grad(loss_fn, has_aux=True)(state.params, batch)
+    def step(state: TrainState, batch: PairBatch, extractor: Extractor):
+        gradient = jax.grad(loss_fn, has_aux=True)
+        grads, scalars = gradient(state.params, batch, extractor)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         scalars["grad_norm"] = optax.tree.norm(grads)
@@ -58,16 +63,14 @@ def make_train_step(
     keep, split = replicated(mesh), batch_sharding(mesh)
     return jax.jit(
         step,
-        in_shardings=(keep, split),
+        in_shardings=(keep, split, keep),
         out_shardings=(keep, keep),
         donate_argnums=0,
     )
 
 
-def make_eval_step(
-    apply_fn: Callable, *, backend: str, hu_low: float, hu_high: float, num_labels: int
-) -> Callable:
-    """Compiles evaluate(params, batch) -> dict of arrays per sample.
+def make_eval_step(apply_fn: Callable, *, num_labels: int) -> Callable:
+    """Compiles evaluate(params, batch, extractor) -> dict of arrays per sample.
 
     Labels are read once from the moving volume through field and pre-alignment
     together, nearest neighbour.
@@ -78,8 +81,8 @@ def make_eval_step(
         folding_fraction [B] over the fixed scan's field of view.
     """
 
-    def evaluate(params: Any, batch: PairBatch):
-        pair = objective.prepare(batch, backend=backend, hu_low=hu_low, hu_high=hu_high)
+    def evaluate(params: Any, batch: PairBatch, extractor: Extractor):
+        pair = objective.prepare(batch, extractor)
         disp = apply_fn(
             params, pair.fixed, pair.moving, pair.corr, pair.region, pair.pair_type
         )

@@ -1,55 +1,144 @@
 """Frozen features behind one interface, and the correlation the backbone joins.
 
-A backend maps windowed images to a fine map at 1/2 and a coarse map at 1/4 or below.
-Both are resized to 1/2, normalised, concatenated and correlated over 27 offsets
-(UniReg, section 4.3 and Table 7).
+A backend maps a HU volume to a fine map at 1/2 and a coarse map below. The coarse maps
+are resized to 1/2 and normalised; both are correlated over 27 offsets (UniReg, section
+4.3 and Table 7).
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from unireg_jax.models.features import mind, none
-from unireg_jax.ops import correlation, resample
+from unireg_jax.models.features import mind, none, sam
+from unireg_jax.ops import correlation, intensity, resample
 
-FEATURES = {"mind": mind.extract, "none": none.extract}
+COMBINE = ("concat", "sum")
 
 
-def describe(image: jax.Array, *, backend: str) -> jax.Array:
-    """Fine and coarse maps of one image, normalised and concatenated at 1/2.
+class Maps(NamedTuple):
+    """Features of a volume, each map on its own grid.
+
+    Attributes:
+        fine: [B, X/2, Y/2, Z/2, C] float32, of unit length at every voxel.
+        coarse: [B, X', Y', Z', C'] float32; not normalised.
+    """
+
+    fine: jax.Array
+    coarse: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """How features are made: names and numbers are static, parameters are arrays.
+
+    Attributes:
+        backend: row of FEATURES.
+        window: lowest and highest HU of the image that `mind` and `none` describe.
+        combine: "concat" correlates fine and resized coarse features together, as
+            section 4.3; "sum" adds the correlations of the two grids, as the released
+            SAME program: a coarse offset of 1 reaches further.
+        network: of backend "sam", folded; None otherwise.
+        params: of `network`.
+    """
+
+    backend: str = dataclasses.field(metadata={"static": True})
+    window: tuple[float, float] = dataclasses.field(
+        default=(-800.0, 400.0), metadata={"static": True}
+    )
+    combine: str = dataclasses.field(default="concat", metadata={"static": True})
+    network: sam.Sam | None = dataclasses.field(default=None, metadata={"static": True})
+    params: Any = None
+
+
+def _of_image(extract: Callable) -> Callable:
+    """A backend that sees the network's own image."""
+
+    def describe(hu, extractor):
+        low, high = extractor.window
+        return extract(intensity.window(hu, low=low, high=high))
+
+    return describe
+
+
+FEATURES = {
+    "mind": _of_image(mind.extract),
+    "none": _of_image(none.extract),
+    "sam": lambda hu, e: sam.extract(hu, e.params, e.network),
+}
+
+
+def describe(hu: jax.Array, extractor: Extractor) -> Maps:
+    """Fine and coarse maps of HU volumes.
 
     Args:
-        image: [B, X, Y, Z, 1] float32 in [-1, 1]; X, Y, Z multiples of 4.
-        backend: row of FEATURES.
+        hu: [B, X, Y, Z, 1] HU, integer or float; X, Y, Z multiples of 4 (sam: of 16,
+            16 and 8).
+        extractor: what to compute.
 
     Returns:
-        [B, X/2, Y/2, Z/2, C] float32; each half has unit length at every voxel.
+        Maps.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend, or "sam" without its network.
     """
+    backend = extractor.backend
     if backend not in FEATURES:
         raise ValueError(f"backend must be one of {sorted(FEATURES)}, got {backend!r}")
-    fine, coarse = FEATURES[backend](image)
-    coarse = resample.resize_volume(coarse, fine.shape[1:4])
-    return jnp.concatenate([_normalize(fine), _normalize(coarse)], axis=-1)
+    if (backend == "sam") != (extractor.network is not None):
+        raise ValueError(
+            "backend 'sam', and no other, needs a network with its parameters, got "
+            f"{backend!r} with {extractor.network}; load them with "
+            "registration.load_extractor"
+        )
+    fine, coarse = FEATURES[backend](hu, extractor)
+    return Maps(_normalize(fine), coarse)
 
 
-def match(fixed: jax.Array, moving: jax.Array, *, backend: str) -> jax.Array:
-    """Correlation of two images' features, without gradient.
+def correlate(fixed: Maps, moving: Maps, *, combine: str = "concat") -> jax.Array:
+    """Correlation of two volumes' features, without gradient.
 
     Args:
-        fixed: [B, X, Y, Z, 1] float32 in [-1, 1].
+        fixed: from `describe`.
         moving: as fixed, pre-aligned on the fixed grid.
-        backend: row of FEATURES.
+        combine: see Extractor.
 
     Returns:
-        [B, X/2, Y/2, Z/2, 27] float32, cosine at offsets -1, 0, 1, row-major.
+        [B, X/2, Y/2, Z/2, 27] float32, cosine at offsets -1, 0, 1, row-major; with
+        "sum" the sum of two cosines.
+
+    Raises:
+        ValueError: unknown `combine`.
     """
     fixed, moving = jax.lax.stop_gradient((fixed, moving))
-    corr = correlation.correlation(
-        describe(fixed, backend=backend), describe(moving, backend=backend)
-    )
+    shape = fixed.fine.shape[1:4]
+    if combine == "sum":
+        corr = correlation.correlation(fixed.fine, moving.fine)
+        coarse = correlation.correlation(fixed.coarse, moving.coarse)
+        corr = corr + resample.resize_volume(coarse, shape)
+    elif combine == "concat":
+        f, m = (joined(maps) for maps in (fixed, moving))
+        corr = correlation.correlation(f, m)
+    else:
+        raise ValueError(f"combine must be one of {COMBINE}, got {combine!r}")
     return jax.lax.stop_gradient(corr)
+
+
+def joined(maps: Maps) -> jax.Array:
+    """Fine and resized coarse features in one map.
+
+    Args:
+        maps: from `describe`.
+
+    Returns:
+        [B, X/2, Y/2, Z/2, C + C'] float32; each part has unit length at every voxel, so
+        that half the product of two voxels is the mean of two cosines.
+    """
+    coarse = resample.resize_volume(maps.coarse, maps.fine.shape[1:4])
+    return jnp.concatenate([maps.fine, _normalize(coarse)], axis=-1)
 
 
 def _normalize(features: jax.Array) -> jax.Array:
