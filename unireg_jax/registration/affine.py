@@ -12,6 +12,7 @@ paper, which takes its affine stage from SAMReg: chosen because it needs no weig
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -199,15 +200,8 @@ def affine_align(
     shift = moving.center - fixed.center
     if kind == "com":
         return _matrix(np.eye(3), shift, np.zeros(3))
-    middles = [
-        _apply(vox2world, (np.array(hu.shape) - 1) / 2)
-        for hu, vox2world in (
-            (fixed_hu, fixed_vox2world),
-            (moving_hu, moving_vox2world),
-        )
-    ]
     plain = np.zeros((3, 12), np.float32)
-    plain[1, :3] = middles[1] - middles[0]
+    plain[1, :3] = moving.middle - fixed.middle
     plain[2, :3] = shift
     free = np.ones(12, np.float32)
     free[6:] = kind == "affine"
@@ -223,6 +217,56 @@ def affine_align(
     return _matrix(linear, shift, fixed.center)
 
 
+def best_map(
+    fixed_hu: np.ndarray,
+    moving_hu: np.ndarray,
+    matrices: Mapping[str, np.ndarray],
+    *,
+    fixed_vox2world: np.ndarray,
+    moving_vox2world: np.ndarray,
+    fixed_mask: np.ndarray | None = None,
+) -> tuple[str, np.ndarray, dict[str, float]]:
+    """Picks the most similar of some maps and of the plain starts of `affine_align`.
+
+    Args:
+        fixed_hu: see `affine_align`.
+        moving_hu: the same.
+        matrices: name -> [4, 4], fixed world -> moving world, LPS mm.
+        fixed_vox2world: see `affine_align`.
+        moving_vox2world: the same.
+        fixed_mask: the same.
+
+    Returns:
+        Name and matrix of the best, and the similarity of each, at most 1. To the names
+        come "none", "middle" (the grids' centres meet) and "com" (the bodies' do); of
+        equal ones the first wins, given before plain.
+
+    Raises:
+        ValueError: see `affine_align`.
+    """
+    _check(fixed_hu, moving_hu, fixed_vox2world, moving_vox2world, "none", fixed_mask)
+    fixed = _Scan.of(fixed_hu, fixed_vox2world, fixed_mask)
+    moving = _Scan.of(moving_hu, moving_vox2world, None)
+    plain = {
+        "none": np.zeros(3),
+        "middle": moving.middle - fixed.middle,
+        "com": moving.center - fixed.center,
+    }
+    found = dict(matrices) | {
+        name: _matrix(np.eye(3), shift, np.zeros(3)) for name, shift in plain.items()
+    }
+    plan = Plan()
+    score = jax.jit(_likeness)
+    cubes, target = _cubes(fixed, plan, plan.fine), _target(moving, fixed)
+    scores = {}
+    for name, matrix in found.items():
+        shift = _apply(matrix, fixed.center) - fixed.center
+        place = (matrix[:3, :3].astype(np.float32), shift.astype(np.float32))
+        scores[name] = float(score(cubes, target, *place))
+    best = max(scores, key=scores.__getitem__)
+    return best, found[best], scores
+
+
 class _Scan(NamedTuple):
     """One scan at about 8 mm, on the host.
 
@@ -233,6 +277,7 @@ class _Scan(NamedTuple):
         axis_mm: [X, Y, Z] float32, distance from the body's long axis.
         vox2world: [4, 4], of these voxels.
         center: [3] centroid of the body, LPS mm.
+        middle: [3] centre of the grid, LPS mm.
         volume: of the body, mm3.
     """
 
@@ -242,6 +287,7 @@ class _Scan(NamedTuple):
     axis_mm: np.ndarray
     vox2world: np.ndarray
     center: np.ndarray
+    middle: np.ndarray
     volume: float
 
     @classmethod
@@ -269,6 +315,7 @@ class _Scan(NamedTuple):
             _axis_distance(share, np.linalg.norm(coarse[:3, :3], axis=0)),
             coarse,
             _apply(vox2world, points.mean(axis=0)),
+            _apply(vox2world, (np.array(hu.shape) - 1) / 2),
             len(points) * float(np.prod(spacing)),
         )
 
@@ -334,8 +381,13 @@ def _refine(score, start, free, steps, length):
 
 
 def _score(cubes, moving, p, prior):
-    """Weighted mean over cubes of max(cc, 0)^2, less penalties; at most 1."""
-    linear, shift = _linear(p, jnp)
+    """Likeness less a penalty on log scales and shears; at most 1."""
+    likeness = _likeness(cubes, moving, *_linear(p, jnp))
+    return likeness - prior * jnp.sum(jnp.square(p[6:] / 10.0))
+
+
+def _likeness(cubes, moving, linear, shift):
+    """Weighted mean over cubes of max(cc, 0)^2, less missing overlap; at most 1."""
     turn = _matmul(moving.mm2vox[:3, :3], linear)
     start = _matmul(moving.mm2vox[:3, :3], shift) + moving.mm2vox[:3, 3]
     coords = _matmul(cubes.points, turn.T) + jnp.expand_dims(start, (0, 1))
@@ -363,7 +415,7 @@ def _score(cubes, moving, p, prior):
     similarity = jnp.sum(total * jnp.square(jnp.maximum(cc, 0.0)))
     similarity = similarity / jnp.maximum(jnp.sum(total), 1e-3)
     missing = jnp.maximum(moving.overlap - jnp.sum(total) / whole, 0.0)
-    return similarity - missing - prior * jnp.sum(jnp.square(p[6:] / 10.0))
+    return similarity - missing
 
 
 def _linear(p, xp):
