@@ -138,7 +138,7 @@ def read_image(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
     if array.dtype == np.float32 and not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
         raise _fault("nonfinite", path, "finite voxels", f"{count} NaN or infinite")
-    return _volume(stored, array, path, _intensity_warnings(array))
+    return _volume(stored, array, path, intensity_warnings(array))
 
 
 def read_labels(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
@@ -630,7 +630,7 @@ def _check_affine(
             "three independent axes",
             f"directions with determinant {np.linalg.det(cosines):.2g}",
         )
-    _check_extent(path, shape, spacing)
+    check_extent(path, shape, spacing)
     shear = np.abs(cosines.T @ cosines - np.eye(3)).max()
     if shear > 1e-4:
         warnings.append(
@@ -697,10 +697,19 @@ def _mm(lengths: np.ndarray) -> str:
     return " x ".join(f"{length:.4g}" for length in lengths) + " mm"
 
 
-def _check_extent(
+def check_extent(
     path: str | os.PathLike, shape: tuple[int, int, int], spacing: np.ndarray
 ) -> None:
-    """Voxels and field of view must be those of a body."""
+    """Refuses voxels and fields of view that are not those of a body.
+
+    Args:
+        path: file or folder, for the message.
+        shape: (X, Y, Z) voxels.
+        spacing: [3] voxel edge lengths, mm.
+
+    Raises:
+        UserError: `spacing`, `fov`.
+    """
     if spacing.min() < 0.01 or spacing.max() > 100:
         raise _fault("spacing", path, "spacings of 0.01 to 100 mm", _mm(spacing))
     extent = spacing * np.array(shape)
@@ -804,8 +813,15 @@ def _rescale(stored: _Stored, path: str | os.PathLike) -> np.ndarray:
     return out
 
 
-def _intensity_warnings(array: np.ndarray) -> list[str]:
-    """Warns when the values do not look like Hounsfield units."""
+def intensity_warnings(array: np.ndarray) -> list[str]:
+    """Warns when the values do not look like Hounsfield units.
+
+    Args:
+        array: [X, Y, Z] numbers.
+
+    Returns:
+        No or one line, `constant: …` or `hu_range: …`.
+    """
     step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
     parts = np.percentile(array[step], (0.1, 50, 95, 99.9))
     low, middle, dense, high = (float(v) for v in parts)

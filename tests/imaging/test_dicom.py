@@ -1,0 +1,230 @@
+"""DICOM series: the same voxels as ITK at the same place, and every fault refused."""
+
+import numpy as np
+import pytest
+
+from unireg_jax.errors import LIMIT, USAGE, UserError
+from unireg_jax.imaging import dicom, nifti, orientation
+
+pytest.importorskip("pydicom")
+
+from tests import dicom_files  # noqa: E402  (needs pydicom)
+
+SHAPE = (12, 9, 7)
+FEET_FIRST_PRONE = (1, 0, 0, 0, -1, 0)
+CORONAL = (1, 0, 0, 0, 0, -1)
+OBLIQUE = (1, 0, 0, 0, np.cos(0.2), np.sin(0.2))
+
+
+@pytest.fixture
+def hu():
+    rng = np.random.default_rng(3)
+    hu = rng.integers(-1000, 1500, SHAPE)
+    hu[0, 0, 0], hu[-1, 0, 0] = -1000, 3000  # corners that tell the axes
+    return hu
+
+
+def _refusal(source, **options):
+    with pytest.raises(UserError) as caught:
+        dicom.read_series(source, **options)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "turn", [dicom_files.HEAD_FIRST, FEET_FIRST_PRONE, CORONAL, OBLIQUE]
+)
+def test_read_series_agrees_with_itk(tmp_path, hu, turn):
+    sitk = pytest.importorskip("SimpleITK")
+    dicom_files.write_series(tmp_path / "s", hu, turn=turn)
+    volume = dicom.read_series(tmp_path / "s")
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "s")))
+    image = reader.Execute()
+    array = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
+    vox2world = np.eye(4)
+    turned = np.array(image.GetDirection()).reshape(3, 3)
+    vox2world[:3, :3] = turned @ np.diag(image.GetSpacing())
+    vox2world[:3, 3] = image.GetOrigin()
+    expected, expected_affine = orientation.reorient(array, vox2world)
+    assert volume.data.dtype == np.int16
+    np.testing.assert_array_equal(volume.data, expected)
+    np.testing.assert_allclose(volume.vox2world, expected_affine, atol=1e-4)  # mm
+
+
+def test_read_series_puts_voxels_where_dicom_says(tmp_path, hu):
+    dicom_files.write_series(tmp_path, hu)
+    volume = dicom.read_series(tmp_path)
+    np.testing.assert_array_equal(volume.data, hu)  # head first, supine: LPS already
+    np.testing.assert_allclose(np.diag(volume.vox2world), [2.5, 2.0, 3.0, 1])
+    np.testing.assert_allclose(volume.vox2world[:3, 3], [-30, -20, 5])
+    assert volume.native.shape == SHAPE and volume.path == str(tmp_path)
+    nifti.write_like(tmp_path / "a.nii.gz", volume.data, volume)
+    again = nifti.read_image(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(again.data, hu)
+    nifti.check_same_grid(volume, again)
+
+
+def test_order_of_files_and_strangers_change_nothing(tmp_path, hu):
+    paths = dicom_files.write_series(tmp_path / "a", hu)
+    shuffled = tmp_path / "b"
+    shuffled.mkdir()
+    for k, path in enumerate(paths):
+        (shuffled / f"{(k * 5) % 7}").write_bytes(path.read_bytes())  # no extension
+    (shuffled / "notes.txt").write_text("phase 2")
+    (shuffled / ".hidden").write_bytes(b"x")
+    (shuffled / "DICOMDIR").write_bytes(b"x")
+    expected, found = dicom.read_series(tmp_path / "a"), dicom.read_series(shuffled)
+    np.testing.assert_array_equal(found.data, expected.data)
+    np.testing.assert_array_equal(dicom.read_series(paths[::-1]).data, expected.data)
+
+
+def test_slope_of_every_slice_counts(tmp_path, hu):
+    def edit(item, k):
+        item.RescaleSlope = 1 if k else 0.5
+
+    dicom_files.write_series(tmp_path, hu, edit=edit)
+    volume = dicom.read_series(tmp_path)
+    assert volume.data.dtype == np.float32
+    np.testing.assert_allclose(volume.data[..., 1:], hu[..., 1:])
+    np.testing.assert_allclose(volume.data[..., 0], (hu[..., 0] + 1024) / 2 - 1024)
+
+
+def test_rounded_positions_are_no_gap(tmp_path, hu):
+    def edit(item, k):
+        item.ImagePositionPatient[2] = round(5 + 1.75 * k, 1)
+
+    dicom_files.write_series(tmp_path, hu, edit=edit)
+    assert dicom.read_series(tmp_path).spacing_mm[2] == pytest.approx(1.75, abs=0.02)
+
+
+def _set(tag, value, only=None):
+    def edit(item, k):
+        if only is None or k == only:
+            setattr(item, tag, value)
+
+    return edit
+
+
+def _drop(tag):
+    def edit(item, k):
+        if k == 3:
+            delattr(item, tag)
+
+    return edit
+
+
+def _compress(item, k):
+    item.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.70"
+    item.PixelData = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0"
+    item["PixelData"].VR, item["PixelData"].is_undefined_length = "OB", True
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason", "says"),
+    [
+        (_set("SeriesInstanceUID", "9.9", 2), "series_mixed", "9.9 in 1-003.dcm"),
+        (_set("Modality", "MR"), "series_mixed", "expected Modality CT, got MR"),
+        (_set("PixelSpacing", [1, 1], 4), "series_mixed", "PixelSpacing [2.0, 2.5]"),
+        (_set("Rows", 8, 4), "series_mixed", "Rows 9"),
+        (_set("ImagePositionPatient", [-30, -20, 11], 1), "slices", "1 repeated"),
+        (_set("ImagePositionPatient", [-30, -20, 9], 1), "slices", "3 mm apart"),
+        (_set("GantryDetectorTilt", 12), "gantry_tilt", "12 degrees"),
+        (_set("RescaleType", "OD"), "scaling", "RescaleType OD"),
+        (_drop("RescaleIntercept"), "scaling", "none in 1-004.dcm"),
+        (_drop("ImagePositionPatient"), "orientation_unknown", "none in 1-004.dcm"),
+        (_set("NumberOfFrames", 3, 0), "dims", "3 frames"),
+        (_set("SamplesPerPixel", 3, 0), "dtype", "colours"),
+        (_set("PixelData", b"\0" * 40, 0), "truncated", "whole pixel data"),
+        (_set("ImageOrientationPatient", [1, 0, 0, 1, 0, 0]), "affine_singular", "[1"),
+        (_compress, "transfer_syntax", "JPEG Lossless"),
+    ],
+)
+def test_a_bad_series_is_refused(tmp_path, hu, edit, reason, says):
+    dicom_files.write_series(tmp_path / "s", hu, edit=edit)
+    error = _refusal(tmp_path / "s")
+    assert (error.reason, says in str(error)) == (reason, True), str(error)
+    assert "expected" in str(error) and "; " in str(error)
+
+
+def test_a_missing_slice_is_refused_by_name(tmp_path, hu):
+    paths = dicom_files.write_series(tmp_path, hu)
+    paths[3].unlink()
+    error = _refusal(tmp_path)
+    assert error.reason == "slices"
+    assert "slices 3 mm apart, got 6 mm between 1-003.dcm and 1-005.dcm" in str(error)
+
+
+def test_a_leaning_stack_is_refused(tmp_path, hu):
+    dicom_files.write_series(tmp_path, hu, step_mm=(0, 0.6, 3.0))
+    error = _refusal(tmp_path)
+    assert error.reason == "gantry_tilt" and "11.3 degrees" in str(error)
+
+
+def test_what_is_no_series_is_refused(tmp_path, hu):
+    assert _refusal(tmp_path / "absent").reason == "not_found"
+    (tmp_path / "text").mkdir()
+    assert "an empty folder" in str(_refusal(tmp_path / "text"))
+    (tmp_path / "text" / "a.txt").write_text("x" * 200)
+    assert _refusal(tmp_path / "text").reason == "not_dicom"
+    assert _refusal(tmp_path / "text" / "a.txt").reason == "not_a_file"
+    dicom_files.write_series(tmp_path / "one", hu[..., :1])
+    assert _refusal(tmp_path / "one").reason == "fov"
+    dicom_files.write_series(tmp_path / "s", hu)
+    error = _refusal(tmp_path / "s", max_voxels=100)
+    assert (error.reason, error.exit_code) == ("too_large", LIMIT)
+
+
+def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom.importlib.util, "find_spec", lambda name: None)
+    error = _refusal(tmp_path)
+    assert (error.reason, error.exit_code) == ("not_installed", USAGE)
+    assert "unireg-jax[dicom]" in str(error)
+
+
+def test_find_series_splits_phases(tmp_path, hu):
+    dicom_files.write_series(
+        tmp_path / "a/pre", hu[..., :3], series="1.1", number=2, description="PRE"
+    )
+    # Two phases in one series, told apart by the acquisition …
+    for n in (1, 2):
+        dicom_files.write_series(
+            tmp_path / "a/two",
+            hu,
+            series="1.2",
+            number=3,
+            acquisition=n + 1,
+            first_instance=1 + 7 * (n - 1),
+        )
+    # … and by nothing but the order.
+    for n in (0, 1):
+        dicom_files.write_series(
+            tmp_path / "a/order",
+            hu + n,
+            series="1.3",
+            number=4,
+            first_instance=1 + 7 * n,
+        )
+    dicom_files.write_series(
+        tmp_path / "a/scout",
+        hu[..., :1],
+        series="1.4",
+        edit=_set("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+    )
+    dicom_files.write_series(
+        tmp_path / "b", hu, series="1.5", edit=_set("Modality", "MR")
+    )
+    (tmp_path / "metadata.csv").write_text("a,b\n")
+    found = dicom.find_series(tmp_path)
+    assert [(s.number, s.part, s.description) for s in found] == [
+        (2, 0, "PRE"),
+        (3, 1, "CT"),
+        (3, 2, "CT"),
+        (4, 1, "CT"),
+        (4, 2, "CT"),
+    ]
+    assert [len(s.paths) for s in found] == [3, 7, 7, 7, 7]
+    np.testing.assert_array_equal(dicom.read_series(found[3].paths).data, hu)
+    np.testing.assert_array_equal(dicom.read_series(found[4].paths).data, hu + 1)
+    assert _refusal(tmp_path / "a/two").reason == "slices"
+    assert {(s.patient, s.date) for s in found} == {("P1", "19971227")}

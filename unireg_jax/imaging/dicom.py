@@ -1,0 +1,511 @@
+"""Reads a CT series from DICOM files; refuses what is no regular stack of slices.
+
+Nothing is guessed: a missing slice, a slice twice, a tilted gantry or two series in one
+folder end in one line that says so. Needs pydicom, the extra `dicom`.
+
+DICOM's world is LPS mm. Voxel [i, j, k] is column i and row j of slice k:
+
+    world = ImagePositionPatient(k) + i * column spacing * row direction
+                                    + j * row spacing * column direction
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unireg_jax.errors import FAILED, LIMIT, USAGE, UserError
+from unireg_jax.imaging import nifti, orientation
+from unireg_jax.imaging.nifti import Native, Volume, shown
+
+_GAP_MM = 0.15  # scanners round positions to 0.1 mm
+_DRIFT = 1e-3  # sideways over along the normal: 0.06 degrees
+_TAGS = (
+    "SOPClassUID",
+    "Modality",
+    "ImageType",
+    "PatientID",
+    "StudyInstanceUID",
+    "StudyDate",
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "SeriesDescription",
+    "AcquisitionNumber",
+    "InstanceNumber",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "FrameOfReferenceUID",
+    "Rows",
+    "Columns",
+    "PixelSpacing",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "GantryDetectorTilt",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "RescaleType",
+)
+_SAME = (
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "Rows",
+    "Columns",
+    "PixelSpacing",
+    "ImageOrientationPatient",
+)
+
+
+class Series(NamedTuple):
+    """One stack of CT slices among the files of a folder.
+
+    Attributes:
+        patient: PatientID.
+        study: StudyInstanceUID.
+        date: StudyDate, YYYYMMDD, or "".
+        number: SeriesNumber, 0 when it has none.
+        description: SeriesDescription, or "".
+        part: 1, 2, … when a series holds several stacks (contrast phases), else 0.
+        paths: files, by slice position.
+    """
+
+    patient: str
+    study: str
+    date: str
+    number: int
+    description: str
+    part: int
+    paths: tuple[str, ...]
+
+
+def find_series(folder: str | os.PathLike) -> list[Series]:
+    """Finds the CT series below a folder; only headers are read.
+
+    A series that holds the same slice positions several times is split by
+    AcquisitionNumber where that gives stacks without repetition, else by the order of
+    InstanceNumber. Hidden files, files that are not DICOM, other modalities, localisers
+    and single slices are passed over.
+
+    Args:
+        folder: searched with all folders below.
+
+    Returns:
+        Series by patient, date, study, number and part; empty when there is none.
+
+    Raises:
+        UserError: `not_installed`, exit code 2, without pydicom; `not_a_file`.
+    """
+    _require_pydicom()
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for path in _files(folder, deep=True):
+        header = _header(path)
+        if header is not None and _is_slice(header):
+            groups.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
+    found = []
+    for slices in groups.values():
+        stacks = [s for s in _stacks(slices) if len(s) > 1]
+        for part, stack in enumerate(stacks, 1):
+            first = stack[0][1]
+            found.append(
+                Series(
+                    str(first.get("PatientID", "")),
+                    str(first.get("StudyInstanceUID", "")),
+                    str(first.get("StudyDate", "")),
+                    int(first.get("SeriesNumber") or 0),
+                    str(first.get("SeriesDescription", "")),
+                    part if len(stacks) > 1 else 0,
+                    tuple(path for path, _ in stack),
+                )
+            )
+    return sorted(found)
+
+
+def read_series(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    max_voxels: int = 2**29,
+) -> Volume:
+    """Reads one CT series as HU on LPS+ axes.
+
+    hu = RescaleSlope * stored + RescaleIntercept, slice by slice
+
+    Args:
+        source: folder that holds the slices of one series and no other DICOM image, or
+            the files of the slices in any order.
+        max_voxels: refuse larger series before any pixel is read.
+
+    Returns:
+        Volume; data int16 when every value is a whole number that fits, else float32.
+
+    Raises:
+        UserError: `not_installed`, exit code 2; `not_dicom` (no DICOM image),
+            `series_mixed` (several series, grids or modalities), `slices` (a slice is
+            missing or there twice), `gantry_tilt`, `transfer_syntax` (compression that
+            no installed package reads), `scaling`, `dims`, `truncated`, `not_found`.
+    """
+    _require_pydicom()
+    where, paths = _sources(source)
+    slices = _headers(where, paths)
+    _check_series(where, slices)
+    slices, vox2world = _geometry(where, slices)
+    first = slices[0][1]
+    shape = (int(first.Columns), int(first.Rows), len(slices))
+    if shape[0] * shape[1] * shape[2] > max_voxels:
+        raise _fault(
+            "too_large",
+            where,
+            f"at most {max_voxels} voxels",
+            f"{shape}",
+            "crop or resample the series",
+        )
+    array = np.empty(shape, np.float32, order="F")
+    for k, (path, _) in enumerate(slices):
+        array[:, :, k] = _pixels(path, shape[:2])
+    if not np.isfinite(array).all():
+        raise _fault(
+            "nonfinite", where, "finite HU", "NaN or infinity", "mend RescaleSlope"
+        )
+    whole = (array == np.rint(array)).all()
+    if whole and -32768 <= array.min() and array.max() <= 32767:
+        array = array.astype(np.int16)
+    data, turned = orientation.reorient(array, vox2world)
+    return Volume(
+        data=data,
+        vox2world=turned,
+        path=os.fspath(where),
+        native=Native(shape, vox2world),
+        warnings=tuple(nifti.intensity_warnings(data)),
+    )
+
+
+# --- files ---
+
+
+def _require_pydicom() -> None:
+    if importlib.util.find_spec("pydicom") is None:
+        raise UserError(
+            "not_installed",
+            "DICOM: package pydicom expected, got none; run "
+            "`pip install unireg-jax[dicom]`",
+            USAGE,
+        )
+
+
+def _fault(reason: str, where: Any, expected: str, got: str, remedy: str) -> UserError:
+    line = f"{shown(where)}: {reason}: expected {expected}, got {got}; {remedy}"
+    return UserError(reason, line, LIMIT if reason == "too_large" else FAILED)
+
+
+def _sources(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+) -> tuple[str, list[str]]:
+    """The name for messages, and the files."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source), list(_files(source, deep=False))
+    paths = [os.fspath(path) for path in source]
+    if not paths:
+        raise ValueError("source must name at least one file, got none; pass a folder")
+    return os.path.dirname(paths[0]) or ".", paths
+
+
+def _files(folder: str | os.PathLike, *, deep: bool) -> Iterable[str]:
+    """Regular files that are not hidden, in order."""
+    if not os.path.isdir(folder):
+        there = os.path.exists(folder)
+        raise _fault(
+            "not_a_file" if there else "not_found",
+            folder,
+            "a folder of DICOM files",
+            "a file" if there else "nothing",
+            "check the path",
+        )
+    pattern = "**/*" if deep else "*"
+    for path in sorted(Path(folder).glob(pattern)):
+        hidden = any(p.startswith(".") for p in path.relative_to(folder).parts)
+        if not hidden and path.name.upper() != "DICOMDIR" and path.is_file():
+            yield os.fspath(path)
+
+
+def _header(path: str) -> Any | None:
+    """The tags of _TAGS, or None when the file is not DICOM."""
+    import pydicom  # an extra: only who reads DICOM needs it
+
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+    except pydicom.errors.InvalidDicomError:
+        return None
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
+    except FileNotFoundError as error:
+        raise _fault(
+            "not_found", path, "a file", "nothing", "check the path"
+        ) from error
+    except (OSError, EOFError, ValueError, NotImplementedError) as error:
+        raise _fault(
+            "truncated",
+            path,
+            "a whole DICOM file",
+            _short(error),
+            "copy or export it again",
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _is_slice(header: Any) -> bool:
+    """Whether a file is one slice of a CT."""
+    return (
+        header.get("Modality") == "CT"
+        and "LOCALIZER" not in (header.get("ImageType") or ())
+        and "SeriesInstanceUID" in header
+        and header.get("ImagePositionPatient") is not None
+        and header.get("ImageOrientationPatient") is not None
+        and int(header.get("NumberOfFrames") or 1) == 1
+    )
+
+
+def _stacks(slices: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
+    """Splits the slices of a series into stacks without a position twice."""
+
+    def place(item: tuple[str, Any]) -> tuple[float, ...]:
+        return tuple(round(float(v), 2) for v in item[1].ImagePositionPatient)
+
+    def height(item: tuple[str, Any]) -> float:
+        return float(_normal(item[1]) @ np.array(place(item)))
+
+    def number(item: tuple[str, Any], tag: str) -> int:
+        return int(item[1].get(tag) or 0)
+
+    by_place: dict[tuple, list] = {}
+    by_acquisition: dict[int, list] = {}
+    for item in sorted(slices, key=lambda s: (number(s, "InstanceNumber"), s[0])):
+        by_place.setdefault(place(item), []).append(item)
+        by_acquisition.setdefault(number(item, "AcquisitionNumber"), []).append(item)
+    copies = max(len(same) for same in by_place.values())
+    if copies == 1:
+        stacks = [slices]
+    elif all(
+        len({place(s) for s in stack}) == len(stack)
+        for stack in by_acquisition.values()
+    ):
+        stacks = [by_acquisition[n] for n in sorted(by_acquisition)]
+    else:
+        stacks = [
+            [same[n] for same in by_place.values() if n < len(same)]
+            for n in range(copies)
+        ]
+    return [sorted(stack, key=height) for stack in stacks]
+
+
+def _headers(where: str, paths: Sequence[str]) -> list[tuple[str, Any]]:
+    """(file, tags) of every DICOM file; refuses what cannot be part of a stack."""
+    slices = []
+    for path in paths:
+        header = _header(path)
+        if header is None:
+            continue
+        if "Rows" not in header or "SeriesInstanceUID" not in header:
+            continue  # no image: a report, a directory
+        slices.append((path, header))
+    if not slices:
+        got = f"{len(paths)} other files" if paths else "an empty folder"
+        raise _fault(
+            "not_dicom",
+            where,
+            "the slices of one CT series",
+            got,
+            "name the folder that holds the .dcm files itself",
+        )
+    return slices
+
+
+# --- checks ---
+
+
+def _check_series(where: str, slices: list[tuple[str, Any]]) -> None:
+    """All slices are of one CT series on one grid, with their rescaling."""
+    first_path, first = slices[0]
+    modalities = sorted({str(h.get("Modality", "none")) for _, h in slices})
+    remedy = "pass the files of one series alone"
+    if modalities != ["CT"]:
+        raise _fault(
+            "series_mixed", where, "Modality CT", ", ".join(modalities), remedy
+        )
+    for path, header in slices:
+        name = os.path.basename(path)
+        if int(header.get("NumberOfFrames") or 1) > 1:
+            got = f"{header.NumberOfFrames} frames in {name}"
+            raise _fault(
+                "dims", where, "one slice per file", got, "export single-frame CT"
+            )
+        if int(header.get("SamplesPerPixel") or 1) != 1:
+            got = f"colours in {name}"
+            raise _fault(
+                "dtype", where, "one value per pixel", got, "pass the CT, no picture"
+            )
+        for tag in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"):
+            if not header.get(tag):
+                got = f"none in {name}"
+                raise _fault("orientation_unknown", where, tag, got, remedy)
+        for tag in ("RescaleSlope", "RescaleIntercept"):
+            if header.get(tag) is None:
+                raise _fault(
+                    "scaling", where, tag, f"none in {name}", "export the series again"
+                )
+        if str(header.get("RescaleType") or "HU") not in ("HU", "US"):
+            got = f"RescaleType {header.RescaleType} in {name}"
+            raise _fault("scaling", where, "Hounsfield units", got, remedy)
+        for tag in _SAME:
+            if not _equal(header.get(tag), first.get(tag)):
+                got = f"{_value(header, tag)} in {name}"
+                expected = (
+                    f"{tag} {_value(first, tag)} as in {os.path.basename(first_path)}"
+                )
+                raise _fault("series_mixed", where, expected, got, remedy)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two tags agree; numbers to 1e-4."""
+    if a is None or b is None or isinstance(a, str | int):
+        return a == b
+    return len(a) == len(b) and np.allclose(
+        np.asarray(a, float), np.asarray(b, float), rtol=0, atol=1e-4
+    )
+
+
+def _value(header: Any, tag: str) -> str:
+    value = header.get(tag)
+    return "none" if value is None else str(value)[:64]
+
+
+def _normal(header: Any) -> np.ndarray:
+    """Unit vector along which slices are stacked."""
+    turn = np.asarray(header.ImageOrientationPatient, np.float64)
+    return np.cross(turn[:3], turn[3:])
+
+
+def _geometry(
+    where: str, slices: list[tuple[str, Any]]
+) -> tuple[list[tuple[str, Any]], np.ndarray]:
+    """Slices by position, and voxel -> LPS mm."""
+    first = slices[0][1]
+    turn = np.asarray(first.ImageOrientationPatient, np.float64)
+    right, down = turn[:3], turn[3:]
+    if not np.allclose(
+        [right @ right, down @ down, right @ down], [1, 1, 0], atol=1e-3
+    ):
+        raise _fault(
+            "affine_singular",
+            where,
+            "ImageOrientationPatient of two perpendicular unit vectors",
+            _value(first, "ImageOrientationPatient"),
+            "export the series again",
+        )
+    normal = _normal(first)
+    places = np.array([[float(v) for v in h.ImagePositionPatient] for _, h in slices])
+    order = np.argsort(places @ normal, kind="stable")
+    slices, places = [slices[i] for i in order], places[order]
+    if len(slices) < 2:
+        raise _fault(
+            "fov", where, "2 slices or more", "1", "pass a whole series, no localiser"
+        )
+    heights = places @ normal
+    _check_slices(where, slices, np.diff(heights))
+    step = (places[-1] - places[0]) / (len(slices) - 1)
+    _check_tilt(where, first, step, normal)
+    rows_mm, columns_mm = (float(v) for v in first.PixelSpacing)
+    vox2world = np.eye(4)
+    vox2world[:3, :3] = np.stack([right * columns_mm, down * rows_mm, step], axis=1)
+    vox2world[:3, 3] = places[0]
+    shape = (int(first.Columns), int(first.Rows), len(slices))
+    nifti.check_extent(where, shape, np.array(orientation.spacing_mm(vox2world)))
+    return slices, vox2world
+
+
+def _check_slices(where: str, slices: list[tuple[str, Any]], gaps: np.ndarray) -> None:
+    """Every slice once, at equal distances."""
+    names = [os.path.basename(path) for path, _ in slices]
+    usual = float(np.median(gaps))
+    twice = np.flatnonzero(gaps < max(1e-3, 0.01 * usual))
+    if twice.size:
+        k = int(twice[0])
+        raise _fault(
+            "slices",
+            where,
+            "every slice position once",
+            f"{len(twice)} repeated, the first in {names[k]} and {names[k + 1]}",
+            "split the phases (AcquisitionNumber) into folders, or remove the copies",
+        )
+    uneven = np.flatnonzero(np.abs(gaps - usual) > _GAP_MM)
+    if uneven.size:
+        k = int(uneven[0])
+        raise _fault(
+            "slices",
+            where,
+            f"slices {usual:.4g} mm apart",
+            f"{gaps[k]:.4g} mm between {names[k]} and {names[k + 1]}"
+            + (f" and {len(uneven) - 1} more such gaps" if len(uneven) > 1 else ""),
+            "copy the missing slices",
+        )
+
+
+def _check_tilt(where: str, header: Any, step: np.ndarray, normal: np.ndarray) -> None:
+    """The stack leans neither by its positions nor by what the scanner says."""
+    along = float(step @ normal)
+    aside = float(np.linalg.norm(step - along * normal))
+    degrees = float(np.degrees(np.arctan2(aside, along)))
+    leans = aside > _DRIFT * along
+    told = abs(float(header.get("GantryDetectorTilt") or 0))
+    upright = np.abs(normal).max() > 1 - 1e-6
+    # Upright slices of a tilted gantry: their positions hide the tilt. Oblique ones
+    # that are stacked along their own normal are a proper grid.
+    if leans or (told > 0.05 and upright):
+        raise _fault(
+            "gantry_tilt",
+            where,
+            "slices stacked along their normal",
+            f"a tilt of {degrees if leans else told:.3g} degrees",
+            "resample the series to an upright grid first",
+        )
+
+
+# --- pixels ---
+
+
+def _pixels(path: str, shape: tuple[int, int]) -> np.ndarray:
+    """One slice, [columns, rows] float32 HU."""
+    import pydicom
+
+    try:
+        item = pydicom.dcmread(path)
+        syntax = item.file_meta.TransferSyntaxUID
+        decoder = pydicom.pixels.get_decoder(syntax) if syntax.is_compressed else None
+        if decoder is not None and not decoder.is_available:
+            raise NotImplementedError(str(syntax.name))
+        stored = item.pixel_array
+    except NotImplementedError as error:
+        raise _fault(
+            "transfer_syntax",
+            path,
+            "pixels that pydicom can decode",
+            _short(error),
+            "decompress the files, or `pip install pylibjpeg[all]`",
+        ) from error
+    except (OSError, EOFError, ValueError, AttributeError, RuntimeError) as error:
+        raise _fault(
+            "truncated",
+            path,
+            "whole pixel data",
+            _short(error),
+            "copy or export it again",
+        ) from error
+    if stored.shape != shape[::-1]:
+        raise _fault(
+            "dims", path, f"{shape[::-1]} pixels", f"{stored.shape}", "export it again"
+        )
+    slope, intercept = float(item.RescaleSlope), float(item.RescaleIntercept)
+    return (stored.astype(np.float64) * slope + intercept).astype(np.float32).T
