@@ -5,7 +5,7 @@ import pytest
 
 from unireg_jax import errors
 from unireg_jax.errors import UserError
-from unireg_jax.imaging import points
+from unireg_jax.imaging import nifti, points
 
 HEAD = "fixed_x_mm,fixed_y_mm,fixed_z_mm,moving_x_mm,moving_y_mm,moving_z_mm"
 
@@ -69,3 +69,36 @@ def test_write_points_rejects_unequal_counts(tmp_path):
     pairs = points.PointPairs(["a"], np.zeros((2, 3)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"points must be \(1, 3\) in mm"):
         points.write_points(tmp_path / "a.csv", pairs)
+
+
+@pytest.mark.parametrize(
+    ("frame", "text"),
+    [
+        ("lps_mm", "x_mm,y_mm,z_mm\n12,30.5,-7\n\n10,30.5,-4\n"),
+        ("voxel_from_0", "0,2,1\n1,2,2\n"),
+        ("voxel_from_1", " 1\t3\t2\textra\r\n 2\t3\t3\r\n"),
+    ],
+)
+def test_read_table_gives_lps_mm(tmp_path, frame, text):
+    (tmp_path / "p.csv").write_bytes(text.encode())
+    stored = np.diag([-2.0, 4.0, 3.0, 1.0])
+    stored[:3, 3] = 12, 22.5, -10
+    # On LPS+ axes the first axis is turned: indices count along the axes as stored.
+    turned = np.diag([2.0, 4.0, 3.0, 1.0])
+    volume = nifti.Volume(
+        np.zeros((3, 4, 5), np.int16), turned, native=nifti.Native((3, 4, 5), stored)
+    )
+    found = points.read_table(tmp_path / "p.csv", frame, volume)
+    np.testing.assert_allclose(found, [[12, 30.5, -7], [10, 30.5, -4]])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("1,2,3\n1,2\n", "schema"), ("1,2\n", "schema"), ("a,b,c\n", "empty")],
+)
+def test_read_table_refuses_what_is_no_point(tmp_path, text, reason):
+    (tmp_path / "p.csv").write_text(text)
+    volume = nifti.Volume(np.zeros((3, 4, 5), np.int16), np.eye(4))
+    with pytest.raises(UserError) as caught:
+        points.read_table(tmp_path / "p.csv", "voxel_from_0", volume)
+    assert caught.value.reason == reason

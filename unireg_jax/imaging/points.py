@@ -8,10 +8,13 @@ import numpy as np
 
 from unireg_jax.errors import UserError
 from unireg_jax.imaging import nifti
+from unireg_jax.imaging.nifti import Volume
 
 _FIXED = ("fixed_x_mm", "fixed_y_mm", "fixed_z_mm")
 _MOVING = ("moving_x_mm", "moving_y_mm", "moving_z_mm")
 _NAMES = ("name", "label", "id")
+# Coordinates of `read_table`: world, or indices of the voxels as stored.
+FRAMES = ("lps_mm", "voxel_from_0", "voxel_from_1")
 
 
 class PointPairs(NamedTuple):
@@ -66,6 +69,58 @@ def read_points(path: str | os.PathLike) -> PointPairs:
     column = next((name for name in _NAMES if name in columns), None)
     names = [row[column] if column else str(n) for n, row in enumerate(rows, start=1)]
     return PointPairs(names, points[:, :3], points[:, 3:])
+
+
+def read_table(path: str | os.PathLike, frame: str, volume: Volume) -> np.ndarray:
+    """Reads the points of one scan; points of two scans correspond line by line.
+
+    Args:
+        path: three numbers a line, separated by commas, tabs or spaces; a first line
+            of words (x_mm, y_mm, z_mm) is skipped, further columns are ignored.
+        frame: one of FRAMES; voxel indices count along the axes as stored.
+        volume: the scan, whose grid gives voxels their place.
+
+    Returns:
+        [N, 3] float64, LPS mm.
+
+    Raises:
+        ValueError: frame is none of FRAMES.
+        UserError: `not_found`, `not_a_file`, `permission`, `empty`; `schema` for a line
+            that is no point.
+    """
+    if frame not in FRAMES:
+        raise ValueError(f"frame must be one of {FRAMES}, got {frame!r}")
+    nifti.check_file(path)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.replace(",", " ").split() for line in file]
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
+    except UnicodeDecodeError as error:
+        raise _schema(path, "a table of numbers in UTF-8", str(error)) from error
+    points = []
+    for number, cells in enumerate(lines, start=1):
+        try:
+            point = [float(cell) for cell in cells[:3]]
+        except ValueError:
+            point = []
+        if len(point) == 3 and np.isfinite(point).all():
+            points.append(point)
+        elif cells and (number > 1 or not cells[0][0].isalpha()):
+            got = f"{' '.join(cells)[:40]!r} in line {number}"
+            raise _schema(path, "three finite numbers a line", got)
+    if not points:
+        raise UserError(
+            "empty",
+            f"{nifti.shown(path)}: empty: expected one point or more, got none; write "
+            "one per line",
+        )
+    table = np.array(points)
+    if frame == "lps_mm":
+        return table
+    vox2world = volume.native.vox2world if volume.native else volume.vox2world
+    indices = table - (frame == "voxel_from_1")
+    return indices @ vox2world[:3, :3].T + vox2world[:3, 3]
 
 
 def write_points(path: str | os.PathLike, points: PointPairs) -> None:
