@@ -1,0 +1,439 @@
+"""Looks at one raw scan and its labels: facts, and everything that seems wrong.
+
+One volume and its label map are in memory at a time; what leaves is a small dict, so
+that many processes can look at a large collection.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import anatomy, findings
+from data_pipeline.datasets.manifest import Record
+from data_pipeline.findings import Finding
+from data_pipeline.store import file_sha256
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import nifti, orientation
+from unireg_jax.imaging.nifti import Volume
+
+# Field of view (left-right, front-back, head-feet) below which a scan cannot show what
+# its task registers: about the extent of these organs in a small adult. Chosen here.
+MIN_FOV_MM = {
+    "headneck": (120.0, 120.0, 100.0),
+    "chest": (200.0, 150.0, 150.0),
+    "abdomen": (200.0, 150.0, 150.0),
+    "liver": (150.0, 150.0, 100.0),
+    "lung": (100.0, 120.0, 120.0),
+}
+COARSE_MM = 6.0  # an edge beyond hides organs of a few millimetres
+FINE_MM = 0.2
+OBLIQUE_DEG = 30.0
+_HOLLOW = set(
+    "lung lungs lobe trachea airway airways bronchus bronchi bowel colon stomach "
+    "duodenum esophagus oesophagus larynx pharynx sinus cavity rectum nasal".split()
+)
+
+
+def examine(record: Record) -> dict[str, Any]:
+    """Examines one scan of a manifest.
+
+    Args:
+        record: from the manifest.
+
+    Returns:
+        {"id", "task", "subject", "split", "sha256", "voxels", "image", "labels",
+        "findings"}: digests of files and of values, facts (None where a file cannot be
+        read) and a list of Finding.
+    """
+    found: list[Finding] = []
+    result = {
+        "id": record.id,
+        "task": record.task,
+        "subject": record.subject,
+        "split": record.split,
+        "sha256": {},
+        "voxels": None,
+        "image": None,
+        "labels": None,
+        "findings": found,
+    }
+    image = None
+    try:
+        image = nifti.read_image(record.image)
+        result["sha256"]["image"] = file_sha256(record.image)
+    except UserError as error:
+        found.append(findings.from_error(record.id, "image", error, record.image))
+    except OSError as error:  # it vanished or broke after it had been read
+        found.append(_unreadable(record.id, "image", error))
+    true_hu = False
+    if image is not None:
+        result["image"] = _image_facts(image)
+        result["voxels"] = value_digest(image.data)
+        found += _reader_warnings(record.id, "image", image)
+        odd = _intensity(record.id, image.data)
+        true_hu = not any(f.level == "error" for f in odd)
+        found += odd + _geometry(record, result["image"])
+    if record.labels is not None:
+        _examine_labels(record, image, true_hu, result)
+    return result
+
+
+def value_digest(data: np.ndarray) -> str | None:
+    """Digest of the values alone: blind to header, order and direction of the axes.
+
+    Args:
+        data: [X, Y, Z] int16 or float32.
+
+    Returns:
+        16 hexadecimal digits; None for a constant volume, which is no one's scan.
+    """
+    if data.min() == data.max():
+        return None
+    if data.dtype == np.int16:
+        counts = np.zeros(1 << 16, np.int64)
+        for plane in data:  # plane by plane: bincount makes int64 of what it counts
+            codes = plane.ravel().astype(np.int32) + (1 << 15)
+            counts += np.bincount(codes, minlength=1 << 16)
+        values = counts
+    else:
+        values = np.sort(data, axis=None)
+    digest = hashlib.sha256(str(sorted(data.shape)).encode())
+    digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()[:16]
+
+
+def _unreadable(name: str, what: str, error: OSError) -> Finding:
+    got = error.strerror or type(error).__name__
+    remedy = "check the disk or the network share"
+    return Finding("error", name, "storage", what, "a readable file", got, remedy)
+
+
+def _reader_warnings(name: str, what: str, volume: Volume) -> list[Finding]:
+    """The reader's warnings; those of intensities are looked into more closely here."""
+    return [
+        findings.from_warning(name, what, line)
+        for line in volume.warnings
+        if not line.startswith(("hu_range", "constant"))
+    ]
+
+
+# --- geometry ---
+
+
+def _image_facts(image: Volume) -> dict[str, Any]:
+    """Geometry and values of a scan, as plain numbers."""
+    spacing = np.array(image.spacing_mm)
+    shape = np.array(image.data.shape)
+    cosines = image.vox2world[:3, :3] / spacing
+    straight = np.abs(cosines).max(axis=0).clip(0, 1)
+    ends = np.array([[-0.5] * 3, shape - 0.5])
+    corners = [
+        image.vox2world[:3, :3] @ [ends[i, 0], ends[j, 1], ends[k, 2]]
+        + image.vox2world[:3, 3]
+        for i in (0, 1)
+        for j in (0, 1)
+        for k in (0, 1)
+    ]
+    parts = np.percentile(_sample(image.data), (0.1, 50, 99.9))
+    return {
+        "shape": shape.tolist(),
+        "stored_axes": orientation.axis_codes(image.native.vox2world),
+        "stored_type": str(image.header.get_data_dtype().name),
+        "spacing_mm": spacing.round(4).tolist(),
+        "extent_mm": (spacing * shape).round(1).tolist(),
+        "oblique_deg": float(np.degrees(np.arccos(straight.min())).round(1)),
+        "box_mm": [
+            np.min(corners, axis=0).round(1).tolist(),
+            np.max(corners, axis=0).round(1).tolist(),
+        ],
+        "intensity": {
+            "min": float(image.data.min()),
+            "p0.1": float(parts[0]),
+            "p50": float(parts[1]),
+            "p99.9": float(parts[2]),
+            "max": float(image.data.max()),
+        },
+    }
+
+
+def _sample(data: np.ndarray, count: int = 96) -> np.ndarray:
+    """About count^3 voxels spread over the volume, flat."""
+    step = tuple(slice(None, None, max(1, n // count)) for n in data.shape)
+    return data[step].ravel()
+
+
+def _geometry(record: Record, facts: Mapping[str, Any]) -> list[Finding]:
+    """Spacing, obliqueness and field of view."""
+    found = []
+    spacing, extent = facts["spacing_mm"], facts["extent_mm"]
+    if max(spacing) > COARSE_MM or min(spacing) < FINE_MM:
+        found.append(
+            Finding(
+                "warning",
+                record.id,
+                "spacing",
+                "image",
+                f"voxel edges of {FINE_MM:g} to {COARSE_MM:g} mm",
+                _times(spacing) + " mm",
+                "use a thinner reconstruction of the same scan if there is one",
+            )
+        )
+    if facts["oblique_deg"] > OBLIQUE_DEG:
+        found.append(
+            Finding(
+                "warning",
+                record.id,
+                "orientation_conflict",
+                "image",
+                f"axes within {OBLIQUE_DEG:g} degrees of the patient's",
+                f"{facts['oblique_deg']:g} degrees",
+                "look at the scan: its direction matrix may be wrong",
+            )
+        )
+    wanted = MIN_FOV_MM[record.task]
+    if any(have < need for have, need in zip(extent, wanted, strict=True)):
+        found.append(
+            Finding(
+                "warning",
+                record.id,
+                "fov",
+                "image",
+                f"at least {_times(wanted)} mm for {record.task}",
+                f"{_times(extent)} mm",
+                "leave the scan out, or name the task that it shows",
+            )
+        )
+    return found
+
+
+def _times(lengths) -> str:
+    return " x ".join(f"{length:.4g}" for length in lengths)
+
+
+# --- intensities ---
+
+
+def _intensity(name: str, data: np.ndarray) -> list[Finding]:
+    """Says what the values are if they are not Hounsfield units."""
+    low, high = float(data.min()), float(data.max())
+    expected = "HU: air near -1000, soft tissue 0 to 100"
+    if low == high:
+        got, remedy = f"{low:g} everywhere", "leave the scan out"
+        return [Finding("error", name, "constant", "image", expected, got, remedy)]
+    sample = _sample(data)
+    p01, p50, p95, p999 = (float(v) for v in np.percentile(sample, (0.1, 50, 95, 99.9)))
+    if p01 <= -500 and p999 >= 0 and p50 <= 700 and p95 <= 800:
+        return _cut_off(name, sample, low, high)
+    level, got, remedy = _not_hu(sample, low, high)
+    got += f" (0.1 %, 50 %, 99.9 %: {p01:g}, {p50:g}, {p999:g})"
+    return [Finding(level, name, "hu_range", "image", expected, got, remedy)]
+
+
+def _not_hu(sample: np.ndarray, low: float, high: float) -> tuple[str, str, str]:
+    """Level, what the values look like, and what mends it."""
+
+    def share(first: float, last: float) -> float:
+        return float(((sample >= first) & (sample <= last)).mean())
+
+    again = "export the scan again from DICOM, in HU"
+    whole = bool((sample == np.rint(sample)).all())
+    if low >= -1 and high <= 1:
+        return "error", f"values scaled to {low:g} … {high:g}", again
+    if low >= 0 and whole and len(np.unique(sample)) < 100 and share(0, 0) > 0.3:
+        return "error", "few whole numbers, as in a label map", "name the CT itself"
+    if low >= 0 and high <= 255:
+        return "error", "0 … 255, an 8-bit picture or an MR", again
+    if share(900, 1100) > 0.1 and low < -100 and share(-1100, -900) < 0.02:
+        got = "air at +1000: the sign is turned"
+        return "error", got, "rewrite the header with slope -1, or export again"
+    if share(-60, 200) > 0.05 and share(900, 1200) > 0.1 and low > -1100:
+        got = "air near 0 and soft tissue near 1024: the offset is not subtracted"
+        return "error", got, "set the intercept (scl_inter) to -1024"
+    inside = sample[sample > 0]
+    soft = float((inside <= 250).mean()) if inside.size else 0.0
+    if low == 0 and share(0, 0) > 0.1 and soft > 0.7 and high > 300:
+        return "error", "air and fat cut off at 0", again
+    if low >= 0:
+        got = "no value below 0, as in MR, PET or a rescaled picture"
+        return "error", got, "only CT in HU can be used: leave the scan out or convert"
+    return (
+        "warning",
+        "hardly any air",
+        "check that the lower end is not cut off; a crop inside the body is fine",
+    )
+
+
+def _cut_off(name: str, sample: np.ndarray, low: float, high: float) -> list[Finding]:
+    """Ends of the range that are missing, and air at another value."""
+    found = []
+
+    def add(expected: str, got: str, remedy: str) -> None:
+        found.append(
+            Finding("warning", name, "hu_range", "image", expected, got, remedy)
+        )
+
+    window = "export the scan again without a display window"
+    if low > -900:
+        add("air near -1000 HU", f"nothing below {low:g}", window)
+    if high < 700:
+        add("bone of 700 HU and more", f"nothing above {high:g}", window)
+    # Padding beyond the scanner's circle lies lower, lung and gas in bowel higher.
+    air = sample[(sample > -1250) & (sample < -930)]
+    if air.size > 0.02 * sample.size and low <= -900:
+        value = float(np.median(air))
+        if abs(value + 1000) > 60:
+            got = f"{value:g} HU"
+            add("air within 60 HU of -1000", got, "check the intercept in the header")
+    return found
+
+
+# --- labels ---
+
+
+def _examine_labels(
+    record: Record, image: Volume | None, true_hu: bool, result: dict[str, Any]
+) -> None:
+    """Adds the facts of the labels to `result`, and what is wrong with them."""
+    found = result["findings"]
+    try:
+        labels = nifti.read_labels(record.labels)
+        result["sha256"]["labels"] = file_sha256(record.labels)
+    except UserError as error:
+        paths = (record.image, record.labels)
+        found.append(findings.from_error(record.id, "labels", error, *paths))
+        return
+    except OSError as error:
+        found.append(_unreadable(record.id, "labels", error))
+        return
+    found += _reader_warnings(record.id, "labels", labels)
+    same_grid = image is not None
+    if image is not None:
+        try:
+            nifti.check_same_grid(image, labels)
+        except UserError as error:
+            same_grid = False
+            paths = (record.image, record.labels)
+            found.append(findings.from_error(record.id, "labels", error, *paths))
+    ids, codes = _compact(labels.data)
+    sizes, centers = _structures(record, ids, codes, labels.vox2world)
+    unknown = sorted(set(ids.tolist()) - {0} - {i for i, _ in record.label_map or ()})
+    result["labels"] = {"voxels": sizes, "unknown_ids": unknown}
+    found += _label_sets(record.id, sizes, unknown)
+    if same_grid:
+        found += anatomy.check_places(record.id, centers)
+    if same_grid and true_hu:
+        found += _in_air(record, image.data, ids, codes)
+
+
+def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that are there, sorted, and for every voxel the position of its id."""
+    counts = np.zeros(1 << 16, np.int64)
+    for plane in labels:  # plane by plane: bincount makes int64 of what it counts
+        counts += np.bincount(plane.ravel(), minlength=1 << 16)
+    ids = np.flatnonzero(counts)
+    lookup = np.zeros(1 << 16, np.uint16)
+    lookup[ids] = np.arange(ids.size)
+    return ids, lookup[labels]
+
+
+def _structures(
+    record: Record, ids: np.ndarray, codes: np.ndarray, vox2world: np.ndarray
+) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Voxels of every named structure, and centres (LPS mm) of those that are there."""
+    tables = []  # per axis [n, ids]: voxels of each id in every plane across it
+    for axis in range(3):
+        planes = np.moveaxis(codes, axis, 0)
+        counts = [np.bincount(plane.ravel(), minlength=ids.size) for plane in planes]
+        tables.append(np.stack(counts))
+    names: dict[str, list[int]] = {}
+    for raw_id, name in record.label_map or ():
+        names.setdefault(name, []).append(raw_id)
+    sizes, centers = {}, {}
+    for name, raw_ids in names.items():
+        columns = np.isin(ids, raw_ids)
+        planes = [table[:, columns].sum(axis=1) for table in tables]
+        sizes[name] = int(planes[0].sum())
+        if sizes[name]:
+            index = [np.arange(p.size) @ p / sizes[name] for p in planes]
+            centers[name] = vox2world[:3, :3] @ index + vox2world[:3, 3]
+    return sizes, centers
+
+
+def _label_sets(name: str, sizes: Mapping[str, int], unknown: list[int]):
+    """Nothing labelled, names that are absent, ids that are not in the map."""
+    found = []
+    absent = [structure for structure, size in sizes.items() if not size]
+    if len(absent) == len(sizes):
+        got = "no voxel of any"
+        if unknown:
+            got += f"; ids there: {_listed(unknown)}"
+        return [
+            Finding(
+                "warning",
+                name,
+                "label_set",
+                "labels",
+                f"structures of the label map ({len(sizes)})",
+                got,
+                "check that label file and label map belong together",
+            )
+        ]
+    if absent:
+        found.append(
+            Finding(
+                "warning",
+                name,
+                "label_set",
+                "labels",
+                "every structure of the label map",
+                f"none of {_listed(absent)}",
+                "fine if they were not drawn or lie outside; else mend the map",
+            )
+        )
+    if unknown:
+        # With every name in its place, ids left out were left out on purpose.
+        found.append(
+            Finding(
+                "warning" if absent else "note",
+                name,
+                "label_unknown",
+                "labels",
+                "ids of the label map",
+                f"{len(unknown)} other: {_listed(unknown)}",
+                "they become background; name them in the map to use them",
+            )
+        )
+    return found
+
+
+def _listed(items: list, *, most: int = 8) -> str:
+    text = ", ".join(str(item) for item in items[:most])
+    return f"{text} and {len(items) - most} more" if len(items) > most else text
+
+
+def _in_air(
+    record: Record, image: np.ndarray, ids: np.ndarray, codes: np.ndarray
+) -> list[Finding]:
+    """Solid organs drawn over air: the labels are shifted or turned in the array."""
+    names = record.label_map or ()
+    solid = np.isin(ids, [i for i, n in names if not _HOLLOW & set(anatomy.words(n))])
+    total = air = 0
+    for plane, drawn in zip(image, codes, strict=True):
+        mask = solid[drawn]
+        total += int(mask.sum())
+        air += int((plane[mask] < -500).sum())
+    if total == 0 or air <= 0.2 * total:
+        return []
+    return [
+        Finding(
+            "error" if air > 0.5 * total else "warning",
+            record.id,
+            "grid_mismatch",
+            "labels",
+            "solid organs drawn on tissue",
+            f"{100 * air / total:.0f} % of their voxels in air",
+            "the labels are shifted, turned or of another scan: look at both",
+        )
+    ]
