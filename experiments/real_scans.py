@@ -7,6 +7,8 @@
 
 12 head-neck patients train, the other 4 are held out (split `val`: 12 ordered pairs);
 the liver, lung, chest and abdomen scans are too few to hold any out and all train.
+`collection.json` beside it also lists what nothing is trained on: scans of other kinds
+and label maps without a CT, for `data_pipeline.check`.
 """
 
 import json
@@ -41,19 +43,18 @@ ABDOMEN = (
 )
 
 
-def manifest(data: Path, out: Path) -> list[dict]:
-    """Rows of the manifest; writes the label maps beside it.
+class _Rows(list):
+    """Rows of a manifest; label maps are written as they are named."""
 
-    Args:
-        data: folder with headneck_openkbp/, chest_lidc0001/ and so on.
-        out: folder of the manifest; paths are relative to it.
+    def __init__(self, data: Path, out: Path):
+        super().__init__()
+        self._data, self._out = data, out
 
-    Raises:
-        UserError: exit code 2, a scan is not there.
-    """
-    rows = []
-
-    def add(name, image, task, subject, split="train", label=None, names=None):
+    def add(
+        self, name, image, task, subject, split="train", label=None, names=None
+    ) -> None:
+        """Adds one scan; paths are relative to the collection."""
+        data, out = self._data, self._out
         if not (data / image).is_file():
             raise UserError("not_found", f"--data: {data / image} is not there", USAGE)
         row = {
@@ -70,7 +71,21 @@ def manifest(data: Path, out: Path) -> list[dict]:
                 "label": os.path.relpath(data / label, out),
                 "label_map": path.name,
             }
-        rows.append(row)
+        self.append(row)
+
+
+def manifest(data: Path, out: Path) -> list[dict]:
+    """Rows of the manifest; writes the label maps beside it.
+
+    Args:
+        data: folder with headneck_openkbp/, chest_lidc0001/ and so on.
+        out: folder of the manifest; paths are relative to it.
+
+    Raises:
+        UserError: exit code 2, a scan is not there.
+    """
+    rows = _Rows(data, out)
+    add = rows.add
 
     folder = "headneck_openkbp"
     names = json.loads((data / folder / "labels.json").read_text())
@@ -108,12 +123,54 @@ def manifest(data: Path, out: Path) -> list[dict]:
     return rows
 
 
+def collection(data: Path, out: Path) -> list[dict]:
+    """Rows of everything that is there; writes the label maps beside the manifest.
+
+    A label map without a CT stands in the place of its image, too: a check then says
+    so, and still looks at its structures.
+
+    Args:
+        data: as in `manifest`.
+        out: as in `manifest`.
+
+    Raises:
+        UserError: exit code 2, a scan is not there.
+    """
+    rows = _Rows(data, out)
+    rows.extend(manifest(data, out))
+    folder = "lung_elastix"
+    for row in rows:
+        if row["task"] == "lung":
+            scan = row["id"].removeprefix("lung_")
+            path = out / f"{row['id']}.labels.json"
+            path.write_text(json.dumps({"1": "lung_right"}))
+            mask = data / folder / f"{scan}_lungmask.nii.gz"
+            row |= {"label": os.path.relpath(mask, out), "label_map": path.name}
+    folder = "abdomen_chaos"
+    image, label = f"{folder}/ct.nii.gz", f"{folder}/label_liver.nii.gz"
+    names = json.loads((data / folder / "labels.json").read_text())
+    rows.add("abdomen_chaos", image, "abdomen", "chaos", "test", label, names)
+    folder = "brain_mr_voxelmorph"
+    names = json.loads((data / folder / "labels.json").read_text())
+    for who in ("subject_a", "subject_b"):
+        image, label = (f"{folder}/{who}{end}.nii.gz" for end in ("", "_seg"))
+        rows.add(f"brain_{who}", image, "headneck", who, "test", label, names)
+    folder = "abdomen_btcv_labels"
+    names = json.loads((data / folder / "labels.json").read_text())
+    for path in sorted((data / folder / "labels").glob("*.nii.gz")):
+        label = f"{folder}/labels/{path.name}"
+        case = "btcv_" + path.name.split("_")[1]
+        rows.add(case, label, "abdomen", case, "test", label, names)
+    return list(rows)
+
+
 def main(argv) -> None:
     del argv
     out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = manifest(Path(flags.FLAGS.data), out)
-    (out / "manifest.json").write_text(json.dumps(rows, indent=1))
+    for name, rows in (("collection", collection), ("manifest", manifest)):
+        text = json.dumps(rows(Path(flags.FLAGS.data), out), indent=1)
+        (out / f"{name}.json").write_text(text)
     print(out / "manifest.json")
 
 
