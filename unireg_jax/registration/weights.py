@@ -83,7 +83,7 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
         UserError: exit code 9; reason `checkpoint_missing`, `checkpoint_torn`,
             `checkpoint_changed`, `checkpoint_format` or `checkpoint_nonfinite`.
     """
-    path = _existing(Path(path), "--weights")
+    path = _existing(Path(path), "weights")
     card = path.with_suffix(".json")
     if not card.is_file():
         raise _fault(
