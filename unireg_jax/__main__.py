@@ -1,4 +1,4 @@
-"""`python -m unireg_jax <verb>`: register a pair, evaluate a transform, export, info.
+"""`python -m unireg_jax <verb>`: register, evaluate, export, weights, info.
 
 Data goes to stdout, everything else to stderr. A user's mistake is one line and an exit
 code of unireg_jax/errors.py; anything else is our fault and exit code 1.
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unireg_jax.errors import LIMIT, STORAGE, USAGE, UserError
+from unireg_jax.errors import CHECKPOINT, LIMIT, STORAGE, USAGE, UserError
 from unireg_jax.tasks import TASKS
 
 SCHEMA = 1  # of <case>_run.json and of evaluate's JSON
@@ -38,6 +38,8 @@ OUTPUTS = (  # the record comes last: it says that a case is whole
     "warped_label.nii.gz",
     "run.json",
 )
+VARIABLES = ("UNIREG_WEIGHTS", "UNIREG_SAM")  # that name weights
+_TENSORS = "*.safetensors"
 _INTERNAL = 1
 _VERSIONED = ("jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
 
@@ -100,6 +102,7 @@ def _parser() -> _Parser:
     _add_register(verbs)
     _add_evaluate(verbs)
     _add_export(verbs)
+    _add_weights(verbs)
     verb = verbs.add_parser("info", help="version, tasks and weights")
     verb.add_argument("--json", action="store_true", help="as JSON")
     verb.set_defaults(run=_info, debug=False, out=None)
@@ -196,6 +199,59 @@ def _add_export(verbs) -> None:
     add("--json", action="store_true", help="the description on stdout")
     add("--debug", action="store_true", help="trace of an internal error on stderr")
     verb.set_defaults(run=_export, out=None)
+
+
+def _add_weights(verbs) -> None:
+    verb = verbs.add_parser("weights", help="convert, list and verify weights")
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    verb = actions.add_parser(
+        "convert",
+        help="public SAM checkpoint (.pth) -> .safetensors",
+        description="Reads the anatomical embedding network from a public SAM, SAMv2 "
+        "or SAME checkpoint, without PyTorch and without running anything that is in "
+        "the file, and writes it with its description (.json) beside it.",
+        epilog="example: unireg weights convert --from SAM.pth --to sam.safetensors "
+        '--licence "as its publisher says"',
+    )
+    add = verb.add_argument
+    add("--from", dest="source", required=True, metavar="FILE", help=".pth to read")
+    add(
+        "--to",
+        dest="file",
+        required=True,
+        metavar="FILE",
+        help="name ending in .safetensors",
+    )
+    add("--licence", metavar="TEXT", help="of the checkpoint, for the description")
+    add("--overwrite", action="store_true", help="replace FILE and its .json")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    add("--json", action="store_true", help="the description on stdout")
+    add("--debug", action="store_true", help="trace of an internal error on stderr")
+    verb.set_defaults(run=_weights_convert, out=None)
+
+    verb = actions.add_parser(
+        "list",
+        help="weights of the package, of the variables, and FILEs",
+        description="Lists the package's weights, those that $UNIREG_WEIGHTS and "
+        "$UNIREG_SAM name, and FILEs, each verified.",
+        epilog="example: unireg weights list sam.safetensors --json",
+    )
+    verb.add_argument("files", nargs="*", metavar="FILE", help="more .safetensors")
+    verb.add_argument("--json", action="store_true", help="as JSON")
+    verb.set_defaults(run=_weights_list, debug=False, out=None)
+
+    verb = actions.add_parser(
+        "verify",
+        help="digest, description and numbers of one file",
+        description="Says ok when the tensors have the digest that the description "
+        "beside them names and all numbers are finite; else what is wrong, and exit "
+        "code 9.",
+        epilog="example: unireg weights verify sam.safetensors",
+    )
+    verb.add_argument("file", metavar="FILE", help=".safetensors")
+    verb.add_argument("--json", action="store_true", help="as JSON")
+    verb.set_defaults(run=_weights_verify, debug=False, out=None)
 
 
 def _grid(text: str) -> tuple[int, ...]:
@@ -418,7 +474,7 @@ def _summarize(say: Callable[[str], None], record: dict[str, Any], where: Path) 
     say(f"done in {record['timings']['total']:.1f} s: {_shown(where)}")
 
 
-# --- evaluate, export, info ---------------------------------------------------------
+# --- evaluate, export, weights, info ------------------------------------------------
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -502,6 +558,81 @@ def _export(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(card, indent=2))
     return 0
+
+
+def _weights_convert(args: argparse.Namespace) -> int:
+    from unireg_jax.registration import sam_weights
+
+    say = _progress(args.quiet)
+    say("reading")
+    licence = sam_weights.UNKNOWN_LICENCE if args.licence is None else args.licence
+    card = sam_weights.convert(
+        args.source, args.file, licence=licence, overwrite=args.overwrite
+    )
+    say(f"{_shown(args.file)}: {card['source']['layout']}, licence {card['licence']}")
+    if args.json:
+        print(json.dumps(card, indent=2))
+    return 0
+
+
+def _weights_list(args: argparse.Namespace) -> int:
+    from unireg_jax.registration import weights
+
+    places = [("package", file) for file in sorted(weights.PACKAGE.glob(_TENSORS))]
+    places += [
+        (f"${name}", Path(os.environ[name])) for name in VARIABLES if os.getenv(name)
+    ]
+    places += [("argument", Path(file)) for file in args.files]
+    rows = []
+    for source, path in places:
+        row = {"name": path.name, "source": source}
+        try:
+            row |= _weights_row(path)
+        except UserError as error:
+            row["fault"] = _one_line(_with_reason(error))
+        rows.append(row)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            if "fault" not in row:
+                print(_weights_line(row))
+    faults = [row["fault"] for row in rows if "fault" in row]
+    for fault in faults:
+        _complain(fault, CHECKPOINT)
+    return CHECKPOINT if faults else 0
+
+
+def _weights_verify(args: argparse.Namespace) -> int:
+    path = Path(args.file)
+    row = {"name": path.name, **_weights_row(path)}
+    print(json.dumps(row, indent=2) if args.json else f"ok  {_weights_line(row)}")
+    return 0
+
+
+def _weights_row(path: Path) -> dict[str, Any]:
+    """What a verified file holds."""
+    from unireg_jax.registration import weights
+
+    tensors, spec = weights.load_weights(path)
+
+    def count(tree):
+        return sum(map(count, tree.values())) if isinstance(tree, dict) else tree.size
+
+    return {
+        "kind": spec.get("kind", "unireg"),
+        # Of an embedding, its running statistics are none.
+        "parameters": count(tensors.get("params", tensors)),
+        "licence": spec.get("licence", "not stated"),
+        "sha256": spec["sha256"],
+    }
+
+
+def _weights_line(row: dict[str, Any]) -> str:
+    """The row for people."""
+    count = f"{row['parameters']:,} parameters"
+    words = (row["name"], row["kind"], count, row["sha256"][:16], row["licence"])
+    return "  ".join(_shown(_one_line(word)) for word in words)
 
 
 def _info(args: argparse.Namespace) -> int:
