@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from data_pipeline import synthetic
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.imaging import transforms
@@ -96,7 +97,7 @@ def write_pair(folder, grid="straight", *, shift=(12.0, 5.0, -9.0)):
     return paths
 
 
-def save_network(path, *, scale=3e3, bias=0.0):
+def save_network(path, *, scale=3e3, bias=0.0, features="none"):
     """A small random network; `scale` makes its field some millimetres."""
     fields = {
         key: tuple(value) if isinstance(value, list) else value
@@ -109,7 +110,7 @@ def save_network(path, *, scale=3e3, bias=0.0):
     params["head"]["controller"]["bias"] = jnp.asarray(head)
     spec = {
         "architecture": ARCHITECTURE,
-        "features": "none",
+        "features": features,
         "preprocess": SPEC.to_json(),
     }
     weights.save_weights(path, params, spec)
@@ -193,6 +194,47 @@ def test_register_files_mean_the_same_to_simpleitk(grid, tmp_path, network, caps
     expected = np.array(record["affine"]) @ [10.0, -200.0, 850.0, 1.0]
     got = affine_alone.TransformPoint((10.0, -200.0, 850.0))
     np.testing.assert_allclose(got, expected[:3], atol=1e-6)
+
+
+def test_register_by_features_finds_a_turned_part_of_a_phantom(tmp_path, capsys):
+    network = save_network(tmp_path / "mind.safetensors", scale=1.0, features="mind")
+    truth = vox2world((1, 1, 1), (1.0, 1.0, 1.0), "LPS", 6.0)
+    paths, organs = {}, None
+    for name, shape, matrix in (
+        ("fixed", (60, 44, 56), np.eye(4)),
+        ("moving", (56, 48, 60), truth),
+    ):
+        scan = synthetic.phantom("headneck", shape=shape, spacing_mm=6.0, seed=3)
+        place = matrix @ scan.vox2world
+        if name == "moving":  # its upper part: the centroids are no help
+            scan = scan._replace(hu=scan.hu[:, :, 18:])
+            place = place @ vox2world((1, 1, 1), (1, 1, 1), "LPS", 0.0, (0, 0, 18))
+        paths[name] = write(tmp_path / f"{name}.nii.gz", scan.hu, place)
+        if organs is None:
+            organs = np.argwhere(scan.labels > 0) @ place[:3, :3].T + place[:3, 3]
+    gaps = {}
+    for kind in ("features", "com"):
+        arguments = command(paths, tmp_path / kind, network, "--affine", kind, "--json")
+        assert cli.main(arguments) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["settings"]["affine_used"] == kind
+        wrong = np.array(record["affine"]) - truth
+        gap = organs @ wrong[:3, :3].T + wrong[:3, 3]
+        gaps[kind] = np.linalg.norm(gap, axis=1).mean()
+    assert gaps["features"] < 0.5 * gaps["com"], gaps
+
+
+def test_register_record_says_that_features_did_not_match(tmp_path, capsys):
+    network = save_network(tmp_path / "none.safetensors")
+    air = np.full((30, 28, 36), -1000, np.int16)
+    place = vox2world(air.shape, (8.0, 8.0, 8.0), "LPS", 0.0)
+    path = write(tmp_path / "air.nii.gz", air, place)
+    paths = {"fixed": path, "moving": path}
+    arguments = command(paths, tmp_path / "out", network, "--affine", "features")
+    assert cli.main([*arguments, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["status"] == "warn"
+    assert any(w.startswith("pre-alignment: features:") for w in record["warnings"])
 
 
 def test_register_record_is_complete_and_names_no_folder(

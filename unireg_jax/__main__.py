@@ -27,7 +27,7 @@ from unireg_jax.tasks import TASKS
 
 SCHEMA = 1  # of <case>_run.json and of evaluate's JSON
 # Spelled here so that --help imports neither NumPy nor JAX; a test compares them.
-AFFINES = ("auto", "none", "com", "rigid", "affine")
+AFFINES = ("auto", "none", "com", "rigid", "affine", "features")
 TYPES = ("inter", "intra")
 IO_FEATURES = ("image", "mind", "sam")
 OUTPUTS = (  # the record comes last: it says that a case is whole
@@ -429,7 +429,7 @@ def _record(args, case: str, result, model, volumes) -> dict[str, Any]:
         for name, volume in zip(("fixed", "moving"), volumes, strict=True)
         for line in volume.warnings
     ]
-    warnings += pipeline.quality_warnings(result.qc)
+    warnings += [*result.warnings, *pipeline.quality_warnings(result.qc)]
     return metrics.as_json(
         {
             "schema": SCHEMA,

@@ -167,7 +167,7 @@ def test_feature_align_of_nothing_falls_back_and_says_so():
     shift = np.eye(4)
     shift[:3, 3] = 90.0, 0.0, -60.0
     phantom, moving = scans(shift)
-    found = align(phantom, moving, moving_mask=np.zeros_like(moving[0], bool))
+    found = align(phantom, moving, bodies=(phantom.hu > -500, moving[0] > 9999))
     assert found.fit.points == 0 and found.fit.kind == "identity"
     assert "translation: 1 points or more expected" in found.fit.reason
     assert found.warning

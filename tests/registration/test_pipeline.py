@@ -256,6 +256,99 @@ def test_register_prealigns_with_auto(calm, monkeypatch):
     assert forced.settings["affine_used"] == "affine"
 
 
+@pytest.fixture(scope="module")
+def matcher(tmp_path_factory):
+    """A network as initialised that joins MIND, at the resolution to match by."""
+    params, spec = network()
+    grid = PreprocessSpec(shape=(64, 48, 64), spacing_mm=(6.0, 6.0, 6.0))
+    path = tmp_path_factory.mktemp("weights") / "mind.safetensors"
+    changed = {"features": "mind", "preprocess": grid.to_json()}
+    weights.save_weights(path, params, spec | changed)
+    return load_model(path)
+
+
+def turned_phantoms(angle_deg=12.0):
+    """One subject, and its upper part on another grid; fixed world -> moving world,
+    exactly; organs that both show."""
+    fixed = synthetic.phantom("headneck", shape=(60, 44, 56), spacing_mm=6.0, seed=3)
+    moving = synthetic.phantom(
+        "headneck", shape=(58, 52, 50), spacing_mm=(5.5, 6.5, 7.0), seed=3
+    )
+    low = 16  # slices cut off: the centroids are no help
+    place = moving.vox2world @ oblique(
+        (1, 1, 1), (1, 1, 1), angle_deg=0.0, center=(0, 0, low)
+    )
+    moving = moving._replace(hu=moving.hu[:, :, low:], vox2world=place)
+    truth = oblique((1, 1, 1), (1.0, 1.0, 1.0), angle_deg=angle_deg)
+    organs = np.argwhere(fixed.labels > 0) @ fixed.vox2world[:3, :3].T
+    organs = organs + fixed.vox2world[:3, 3]
+    return fixed, moving, truth, organs[organs[:, 2] > place[2, 3]]
+
+
+def test_register_prealigns_by_features(matcher):
+    fixed, moving, truth, organs = turned_phantoms()
+    places = fixed.vox2world, truth @ moving.vox2world
+    lines, gaps = [], {}
+    for kind in ("features", "com"):
+        result = run(
+            (fixed.hu, moving.hu),
+            places,
+            task="headneck",
+            weights=matcher,
+            affine=kind,
+            progress=lines.append,
+        )
+        assert result.settings["affine_used"] == result.settings["affine"] == kind
+        assert result.warnings == ()
+        wrong = result.affine - truth
+        gap = organs @ wrong[:3, :3].T + wrong[:3, 3]
+        gaps[kind] = np.linalg.norm(gap, axis=1).mean()
+    # A voxel of the fine grid: MIND turns a little with the patient.
+    assert gaps["features"] < 12.0 < 24.0 < gaps["com"], gaps
+    assert any("matches, affine map" in line for line in lines)
+
+
+def test_register_warns_where_features_do_not_match(matcher):
+    air = np.full((40, 30, 36), -1000, np.int16)
+    place = oblique(air.shape, (8.0, 8.0, 8.0), angle_deg=0.0)
+    result = run(
+        (air, air), (place, place), task="headneck", weights=matcher, affine="features"
+    )
+    (line,) = result.warnings
+    assert line.startswith("pre-alignment: features: ")
+    assert np.isfinite(result.affine).all()
+
+
+def test_session_describes_each_scan_once_on_its_own_grid(matcher):
+    fixed, moving, truth, _ = turned_phantoms()
+    scans = [
+        Volume(fixed.hu, fixed.vox2world),
+        Volume(moving.hu, moving.vox2world),
+    ]
+    session = pipeline.Session(matcher)
+    described = []
+    program = session.programs.describe
+
+    class Programs:
+        def describe(self, hu):
+            described.append(1)
+            return program(hu)
+
+        def __getattr__(self, name):
+            return getattr(programs, name)
+
+        def __call__(self, *args):
+            return programs(*args)
+
+    programs, session.programs = session.programs, Programs()
+    settings = pipeline.check_settings("headneck", None, "features")
+    for one, other in (scans, scans[::-1]):
+        clock = pipeline.Clock()
+        session.run(one, other, settings, affine="features", clock=clock)
+    # Two scans, and each once more where it was the moving one, pre-aligned.
+    assert len(described) == 4
+
+
 def test_register_fills_beyond_the_moving_scan_with_air(calm):
     images, grids = pair()
     shift = np.eye(4)

@@ -80,8 +80,8 @@ def fit_map(fixed_mm: np.ndarray, moving_mm: np.ndarray, *, robust: bool = True)
         fixed_mm: [N, 3] LPS mm.
         moving_mm: [N, 3] LPS mm.
         robust: whether to re-weight. MIND's matches of two head-neck patients are for
-            the greater part wrong: affine DSC of 7 organs on 4 pairs 41.4 % with and
-            27.8 % without (experiments/benchmark_matching.py).
+            the greater part wrong: affine DSC of 7 organs on 30 pairs 40.2 % with and
+            11.6 % without (see also experiments/benchmark_matching.py).
 
     Returns:
         Fit.
@@ -118,7 +118,7 @@ def feature_align(
     fixed_vox2world: np.ndarray,
     moving_vox2world: np.ndarray,
     fixed_mask: np.ndarray | None = None,
-    moving_mask: np.ndarray | None = None,
+    bodies: tuple[np.ndarray, np.ndarray] | None = None,
     plan: Plan | None = None,
     robust: bool = True,
 ) -> Alignment:
@@ -135,8 +135,9 @@ def feature_align(
         moving_hu: the same.
         fixed_vox2world: [4, 4], fixed voxel -> LPS mm.
         moving_vox2world: [4, 4], moving voxel -> LPS mm.
-        fixed_mask: [X, Y, Z] bool, where points may lie; by default the body.
-        moving_mask: the same for moving.
+        fixed_mask: [X, Y, Z] bool, where the scans are compared; by default the body.
+        bodies: [X, Y, Z] bool each, where points may lie in the fixed and in the moving
+            scan, if known already; by default fixed_mask or the body, and the body.
         plan: of the matching; None for the defaults.
         robust: see `fit_map`.
 
@@ -146,14 +147,12 @@ def feature_align(
     Raises:
         ValueError: shapes do not fit.
     """
-    ends = (
-        (fixed_hu, fixed_vox2world, fixed_mask),
-        (moving_hu, moving_vox2world, moving_mask),
-    )
-    masks = [
-        _fine(_body(hu, vox2world) if mask is None else mask)
-        for hu, vox2world, mask in ends
-    ]
+    if bodies is None:
+        bodies = (
+            _body(fixed_hu, fixed_vox2world) if fixed_mask is None else fixed_mask,
+            _body(moving_hu, moving_vox2world),
+        )
+    masks = [_fine(body) for body in bodies]
     # Called here, so that one trace serves every pair of a shape.
     find = jax.jit(matching.find_matches, static_argnames="plan")
     found = jax.device_get(find(fixed, moving, *masks, plan=plan or Plan()))

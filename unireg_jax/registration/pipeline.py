@@ -24,13 +24,13 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.ops import warp
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import metrics
-from unireg_jax.registration.compiled import compile_register
+from unireg_jax.registration import feature_affine, matching, metrics
+from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.refine import Plan, Refiner, compile_refine
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
-AFFINES = ("auto", *prealign.KINDS)
+AFFINES = ("auto", *prealign.KINDS, "features")
 _AIR_HU = -1000
 _FOLDS_PERCENT = 1.0  # more is worth a look
 _LEAST_NCC = 0.2  # less is no match
@@ -60,6 +60,8 @@ class Registration(NamedTuple):
             its cost. None where undefined.
         timings: seconds per stage. compile is that of the network; other stages compile
             in the first pair of a shape.
+        warnings: what a person should know of how it came about, one line each; see
+            also `quality_warnings`.
     """
 
     disp_mm: np.ndarray
@@ -71,6 +73,7 @@ class Registration(NamedTuple):
     settings: dict[str, Any]
     qc: dict[str, Any]
     timings: dict[str, float]
+    warnings: tuple[str, ...] = ()
 
 
 def register(
@@ -98,10 +101,11 @@ def register(
         task: name in tasks.TASKS: anatomical prior, and the usual pair type.
         pair_type: "inter" or "intra"; None for the task's own.
         weights: Model for many pairs; or as in `load_model`.
-        affine: "auto", "none", "com", "rigid", "affine", or a [4, 4] matrix, fixed
-            world -> moving world, LPS mm. "auto": affine between patients; within one
-            none, but rigid (chest: affine) when the scans' centres are over 30 mm apart
-            or they share less than 30 % of the smaller one.
+        affine: "auto", "none", "com", "rigid", "affine", "features", or a [4, 4]
+            matrix, fixed world -> moving world, LPS mm. "auto": affine between
+            patients; within one none, but rigid (chest: affine) when the scans' centres
+            are over 30 mm apart or they share less than 30 % of the smaller one.
+            "features": by matching the model's features, see `feature_align`.
         fixed_mask: [X, Y, Z] bool on the grid of `fixed`: where scans are compared, in
             pre-alignment and quality control; the body by default.
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
@@ -232,7 +236,14 @@ class Session:
         )
         clock.lap("preprocess")
         matrix, used, why = _choose(target, source, settings, affine)
-        if matrix is None:
+        warnings = []
+        if used == "features":
+            found = self._match(target, source, body, mask)
+            matrix, used = found.matrix, found.kind
+            why = f"{why}: {found.fit.points} matches, {found.fit.kind} map"
+            if found.warning:
+                warnings.append(f"pre-alignment: {found.warning}")
+        elif matrix is None:
             other, image = self._on_own_grid(source)
             with self._device:
                 matrix = prealign.affine_align(
@@ -289,6 +300,39 @@ class Session:
             settings,
             qc,
             clock.seconds(),
+            tuple(warnings),
+        )
+
+    def _match(self, target, source, body, mask) -> feature_affine.Alignment:
+        """Pre-alignment by the model's features, each scan's on its own grid."""
+        ends = [self._on_own_grid(scan) for scan in (target, source)]
+        (grid, fixed_hu), (other, image) = ends
+        there = self._bodies.get(
+            (id(source), id(None)),
+            lambda: _body(None, source, other, image),
+            (source, None),
+        )
+        with self._device:
+            described = [
+                self._describe(scan, hu)
+                for scan, (_, hu) in zip((target, source), ends, strict=True)
+            ]
+            backend = self.model.extractor.backend
+            return feature_affine.feature_align(
+                *(scan.features for scan in described),
+                fixed_hu,
+                image,
+                fixed_vox2world=grid.vox2world,
+                moving_vox2world=other.vox2world,
+                fixed_mask=None if mask is None else body,
+                bodies=(body, there),
+                plan=matching.Plan(min_score=matching.MIN_SCORE[backend]),
+            )
+
+    def _describe(self, volume, hu) -> Described:
+        """Features of a scan on its own grid, kept while it comes back."""
+        return self._described.get(
+            id(volume), lambda: self.programs.describe(hu), volume
         )
 
     def _on_own_grid(self, volume: Volume) -> tuple[Grid, np.ndarray]:
@@ -302,9 +346,7 @@ class Session:
 
     def _predict(self, target, fixed_hu, moving_hu, settings):
         """Both scans described, and the network's displacement, on the device."""
-        fixed = self._described.get(
-            id(target), lambda: self.programs.describe(fixed_hu), target
-        )
+        fixed = self._describe(target, fixed_hu)
         moving = self.programs.describe(moving_hu)
         codes = [
             Region[settings["region"].upper()],
