@@ -1,65 +1,145 @@
 """Pre-aligns the pairs of a prepared folder and stores the result in it.
 
     python -m experiments.prealign --data=PREPARED
+    python -m experiments.prealign --data=PREPARED --kind=features --features=mind
 
-By the rule that `unireg register --affine auto` follows (registration/affine.py).
-UniReg, section 4.1: inter-patient datasets are aligned globally first. Pairs already in
-align.json are kept, so an interrupted run goes on where it stopped.
+By the rule that `unireg register --affine auto` follows (registration/affine.py); with
+another kind, inter-patient pairs by that. UniReg, section 4.1: inter-patient datasets
+are aligned globally first, by matched features. Pairs already in align.json are kept,
+so an interrupted run goes on where it stopped; align_kinds.json says how each was
+found.
 """
 
+import functools
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import loader, pairs, store
 from experiments import cli
-from unireg_jax.registration import affine
-from unireg_jax.tasks import OUTSIDE_HU
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.models import features
+from unireg_jax.models.features import Extractor
+from unireg_jax.registration import affine, feature_affine, matching
+from unireg_jax.registration.embedding import load_extractor
+from unireg_jax.tasks import OUTSIDE_HU, PairType
 
+KINDS = ("auto", "affine", "rigid", "features")
+KINDS_NAME = "align_kinds.json"
 _SAVE_EVERY = 20
+_KEEP_BYTES = 2**31  # of features
 
 
-def prealign(root: Path | str) -> int:
-    """Aligns every pair that has no entry yet; returns how many were new."""
+def prealign(
+    root: Path | str, *, kind: str = "auto", extractor: Extractor | None = None
+) -> Counter:
+    """Aligns every pair that has no entry yet.
+
+    Args:
+        root: the prepared folder.
+        kind: row of KINDS, for inter-patient pairs; others follow "auto".
+        extractor: of the features to match; for "features".
+
+    Returns:
+        How many were new, by the kind that was used.
+
+    Raises:
+        UserError: `schema`, exit code 2: pairs are there that were asked for by another
+            kind.
+    """
+    if kind not in KINDS or (kind == "features") != (extractor is not None):
+        raise ValueError(
+            f"kind must be one of {KINDS}, an extractor belongs to 'features' alone, "
+            f"got {kind!r} and {extractor and extractor.backend!r}"
+        )
     dataset = loader.Dataset(root)
     volumes = dataset.index["volumes"]
     done = {k: v.tolist() for k, v in dataset.alignments.items()}
+    asked = kind if extractor is None else f"{kind} ({extractor.backend})"
+    notes = _notes(Path(root), asked, done)
     wanted = [pair for split in pairs.SPLITS for pair in dataset.pairs(split)]
     todo = [pair for pair in wanted if _key(volumes, pair) not in done]
+    describe = _describer(dataset, extractor) if extractor else None
+    used = Counter()
     for i, pair in enumerate(tqdm(todo, disable=not sys.stderr.isatty())):
-        done[_key(volumes, pair)] = _align(dataset, pair).tolist()
+        matrix, name, warning = _align(dataset, pair, kind, describe, extractor)
+        key = _key(volumes, pair)
+        done[key] = matrix.tolist()
+        notes["pairs"][key] = name + (f"; {warning}" if warning else "")
+        used[name] += 1
         if i % _SAVE_EVERY == _SAVE_EVERY - 1 or i == len(todo) - 1:
+            # Notes first: they may name a pair too many, never one too few.
+            store.write_json(Path(root) / KINDS_NAME, notes)
             store.write_json(Path(root) / store.ALIGN_NAME, done)
-    return len(todo)
+    return used
+
+
+def _notes(root: Path, asked: str, done: dict) -> dict:
+    """What align_kinds.json says; it must have been asked for in the same way."""
+    path = root / KINDS_NAME
+    notes = {"kind": "auto", "pairs": {}}  # of a folder that knew no other
+    if path.is_file():
+        notes = json.loads(path.read_text(encoding="utf-8"))
+    if done and notes["kind"] != asked:
+        raise UserError(
+            "schema",
+            f"--kind: {notes['kind']} expected, as {len(done)} pairs of "
+            f"{store.ALIGN_NAME} were asked for, got {asked}; delete "
+            f"{store.ALIGN_NAME} to align them anew",
+            USAGE,
+        )
+    return {
+        "kind": asked,
+        "pairs": {k: v for k, v in notes["pairs"].items() if k in done},
+    }
+
+
+def _describer(dataset: loader.Dataset, extractor: Extractor):
+    """Features by position of a volume; the last ones are kept."""
+    program = jax.jit(features.describe)
+
+    def compute(i):
+        hu = np.asarray(dataset.volume(i)[0])[None, ..., None]
+        return program(hu, extractor)
+
+    size = sum(m.nbytes for m in compute(0)) if dataset.index["volumes"] else 1
+    return functools.lru_cache(max(2, _KEEP_BYTES // size))(compute)
 
 
 def _key(volumes, pair) -> str:
     return f"{volumes[pair.fixed]['id']}|{volumes[pair.moving]['id']}"
 
 
-def _align(dataset: loader.Dataset, pair: pairs.Pair) -> np.ndarray:
-    """Fixed voxel -> moving voxel of one pair."""
+def _align(dataset, pair: pairs.Pair, kind, describe, extractor):
+    """Fixed voxel -> moving voxel of one pair, the kind used, and a warning."""
     ends = (pair.fixed, pair.moving)
     fixed, moving = (
         np.asarray(dataset.index["volumes"][i]["vox2world"], float) for i in ends
     )
     fixed_hu, moving_hu = (dataset.volume(i)[0] for i in ends)
-    kind, _ = affine.choose_kind(
-        *(_box(hu, m) for hu, m in ((fixed_hu, fixed), (moving_hu, moving))),
-        region=pair.region,
-        pair_type=pair.pair_type,
-    )
-    world = affine.affine_align(
-        fixed_hu,
-        moving_hu,
-        fixed_vox2world=fixed,
-        moving_vox2world=moving,
-        kind=kind,
-    )
-    return np.linalg.inv(moving) @ world @ fixed
+    places = {"fixed_vox2world": fixed, "moving_vox2world": moving}
+    warning = ""
+    if pair.pair_type != PairType.INTER or kind == "auto":
+        kind, _ = affine.choose_kind(
+            *(_box(hu, m) for hu, m in ((fixed_hu, fixed), (moving_hu, moving))),
+            region=pair.region,
+            pair_type=pair.pair_type,
+        )
+    if kind == "features":
+        plan = matching.Plan(min_score=matching.MIN_SCORE[extractor.backend])
+        found = feature_affine.feature_align(
+            *(describe(i) for i in ends), fixed_hu, moving_hu, **places, plan=plan
+        )
+        world, kind, warning = found.matrix, found.kind, found.warning
+    else:
+        world = affine.affine_align(fixed_hu, moving_hu, **places, kind=kind)
+    return np.linalg.inv(moving) @ world @ fixed, kind, warning
 
 
 def _box(hu: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
@@ -71,11 +151,19 @@ def _box(hu: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
 def main(argv) -> None:
     del argv
     cli.setup()
-    print(f"{prealign(flags.FLAGS.data)} pairs aligned")
+    options = flags.FLAGS
+    extractor = None
+    if options.kind == "features":
+        extractor = load_extractor(options.features)
+    used = prealign(options.data, kind=options.kind, extractor=extractor)
+    how = ", ".join(f"{kind} {count}" for kind, count in sorted(used.items()))
+    print(f"{used.total()} pairs aligned" + (f": {how}" if how else ""))
 
 
 if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder made by data_pipeline.prepare.")
+    flags.DEFINE_enum("kind", "auto", KINDS, "How to align two patients.")
+    flags.DEFINE_string("features", "mind", "Of --kind=features: mind, sam or a file.")
     flags.mark_flags_as_required(["data"])
     cli.run(main)

@@ -1,5 +1,6 @@
 """The experiment scripts: manifest of real scans, pre-alignment, README's commands."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,8 +40,6 @@ def test_real_manifest_holds_out_four_patients(data_root, tmp_path):
 
 
 def test_real_manifest_is_read_by_the_pipeline(data_root, tmp_path):
-    import json
-
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(real_scans.manifest(data_root, tmp_path)))
     records = manifest.read(path, roots=[data_root])
@@ -64,13 +63,40 @@ def test_prealign_stores_every_pair_once(tmp_path):
         tasks=("chest", "lung"),
     )
     wanted = loader.Dataset(root).pairs("train")
-    assert prealign.prealign(root) == len(wanted)
-    assert prealign.prealign(root) == 0
+    assert prealign.prealign(root).total() == len(wanted)
+    assert prealign.prealign(root).total() == 0
     stored = loader.Dataset(root).alignments
     assert len(stored) == len(wanted)
     # Within a patient and close by: the scanner's own frame.
     lung = [v for k, v in stored.items() if k.startswith("lung")]
     np.testing.assert_allclose(lung, np.tile(np.eye(4), (len(lung), 1, 1)), atol=1e-6)
+
+
+def test_prealign_by_features_says_how_each_pair_was_found(tmp_path):
+    root = synthetic.write_dataset(
+        tmp_path,
+        shape=(48, 32, 48),
+        spacing_mm=8.0,
+        subjects_per_task=2,
+        tasks=("headneck", "lung"),
+    )
+    mind = features.Extractor("mind")
+    used = prealign.prealign(root, kind="features", extractor=mind)
+    wanted = loader.Dataset(root).pairs("train")
+    assert used.total() == len(wanted) and set(used) <= {"none", "features", "com"}
+    stored = loader.Dataset(root).alignments
+    assert all(np.isfinite(m).all() for m in stored.values())
+    notes = json.loads((root / prealign.KINDS_NAME).read_text())
+    assert notes["kind"] == "features (mind)" and set(notes["pairs"]) == set(stored)
+    found = {key.split("_")[0]: how for key, how in notes["pairs"].items()}
+    # Within a patient as before.
+    assert found["lung"] == "none"
+    again = prealign.prealign(root, kind="features", extractor=mind)
+    assert again.total() == 0
+    with pytest.raises(UserError, match=r"features \(mind\) expected, as 6 pairs"):
+        prealign.prealign(root)
+    with pytest.raises(ValueError, match="an extractor belongs to 'features' alone"):
+        prealign.prealign(root, kind="features")
 
 
 def test_picture_of_a_registration_is_written(tmp_path):
