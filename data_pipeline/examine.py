@@ -417,23 +417,41 @@ def _in_air(
     record: Record, image: np.ndarray, ids: np.ndarray, codes: np.ndarray
 ) -> list[Finding]:
     """Solid organs drawn over air: the labels are shifted or turned in the array."""
-    names = record.label_map or ()
-    solid = np.isin(ids, [i for i, n in names if not _HOLLOW & set(anatomy.words(n))])
-    total = air = 0
+    names: dict[str, list[int]] = {}
+    for raw_id, name in record.label_map or ():
+        if not _HOLLOW & set(anatomy.words(name)):
+            names.setdefault(name, []).append(raw_id)
+    everywhere, in_air = np.zeros((2, ids.size), np.int64)
     for plane, drawn in zip(image, codes, strict=True):
-        mask = solid[drawn]
-        total += int(mask.sum())
-        air += int((plane[mask] < -500).sum())
-    if total == 0 or air <= 0.2 * total:
-        return []
+        everywhere += np.bincount(drawn.ravel(), minlength=ids.size)
+        in_air += np.bincount(drawn[plane < -500], minlength=ids.size)
+    totals, air = {}, {}
+    for name, raw_ids in names.items():
+        columns = np.isin(ids, raw_ids)
+        totals[name] = int(everywhere[columns].sum())
+        air[name] = int(in_air[columns].sum())
+    total, lost = sum(totals.values()), sum(air.values())
+    if lost > 0.5 * total:
+        got = f"{100 * lost / total:.0f} % of their voxels in air"
+        level, remedy = "error", "shifted, turned or of another scan: look at both"
+    else:
+        parts = {n: air[n] / totals[n] for n in names if air[n] > 0.2 * totals[n]}
+        if not parts:
+            return []
+        listed = [f"{100 * part:.0f} % of {name}" for name, part in parts.items()]
+        got = f"{_listed(listed)} in air"
+        level, remedy = (
+            "warning",
+            "drawn beyond the scan, or on another one: look at it",
+        )
     return [
         Finding(
-            "error" if air > 0.5 * total else "warning",
+            level,
             record.id,
             "grid_mismatch",
             "labels",
             "solid organs drawn on tissue",
-            f"{100 * air / total:.0f} % of their voxels in air",
-            "the labels are shifted, turned or of another scan: look at both",
+            got,
+            remedy,
         )
     ]

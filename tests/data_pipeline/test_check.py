@@ -250,6 +250,17 @@ def test_labels_that_do_not_fit_are_named(
     assert says in found[0].got
 
 
+def test_one_organ_drawn_beyond_the_body_is_named(phantoms, folder):
+    scan = phantoms[0]
+    number = scan.label_names.index("spleen") + 1
+    labels = np.where(scan.labels == number, 0, scan.labels)
+    labels[:6, :6, 10:20] = number  # a corner of air
+    _write(folder, "a0", None, labels, scan.vox2world)
+    found = [f for f in _found(_check(folder), "a0") if f.reason == "grid_mismatch"]
+    assert [f.level for f in found] == ["warning"]
+    assert found[0].got == "100 % of spleen in air"
+
+
 def test_labels_whose_header_took_ras_for_lps_are_mirrored(phantoms, folder):
     moved = phantoms[0].vox2world.copy()
     moved[:3, 3] += 40  # a grid around the origin would be its own mirror image
