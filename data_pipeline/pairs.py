@@ -2,12 +2,13 @@
 
 Inter-patient tasks pair every volume with every volume of another subject;
 intra-patient tasks every volume with every other of the same subject. Both directions
-count: 20 subjects give 20 * 19 = 380 pairs (UniReg, Table 1).
+count: 20 subjects give 20 * 19 = 380 pairs (UniReg, Table 1). Where the index lists the
+pairs of a task and split, as challenges do, these and no others are taken.
 """
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +84,11 @@ def make_pairs(
     pairs = []
     for name in TASKS:
         members = groups.pop(name, [])
-        pairs += _task_pairs(index["volumes"], name, members, alignments)
+        listed = index.get("pairs", {}).get(name, {}).get(split)
+        chosen = itertools.permutations(members, 2)
+        if listed is not None:
+            chosen = _listed(index["volumes"], members, listed)
+        pairs += _task_pairs(index["volumes"], name, chosen, alignments)
     if groups:
         raise UserError(
             "task_unknown",
@@ -142,13 +147,16 @@ def _affine(key: str, value: Any, remedy: str) -> np.ndarray:
 
 
 def _task_pairs(
-    volumes: list[dict], name: str, members: list[int], alignments: Mapping[str, Any]
+    volumes: list[dict],
+    name: str,
+    chosen: Iterable[tuple[int, int]],
+    alignments: Mapping[str, Any],
 ) -> list[Pair]:
-    """Ordered pairs of one task."""
+    """Those of the chosen positions that the task's kind allows."""
     task = TASKS[name]
     intra = task.pair_type == PairType.INTRA
     found = []
-    for fixed, moving in itertools.permutations(members, 2):
+    for fixed, moving in chosen:
         a, b = volumes[fixed], volumes[moving]
         if (a["subject"] == b["subject"]) != intra:
             continue
@@ -158,6 +166,18 @@ def _task_pairs(
         rows = tuple(tuple(float(v) for v in row) for row in np.asarray(align))
         found.append(Pair(fixed, moving, name, task.region, task.pair_type, rows))
     return found
+
+
+def _listed(
+    volumes: list[dict], members: list[int], listed: Sequence[Sequence[str]]
+) -> list[tuple[int, int]]:
+    """Positions of listed pairs; a scan that could not be prepared has none."""
+    positions = {volumes[i]["id"]: i for i in members}
+    return [
+        (positions[fixed], positions[moving])
+        for fixed, moving in listed
+        if fixed in positions and moving in positions
+    ]
 
 
 def _world_identity(fixed: dict, moving: dict) -> np.ndarray:

@@ -2,11 +2,12 @@
 
     python -m data_pipeline.prepare --manifest scans.csv --out prepared --workers 4
 
-Every scan is brought to LPS axes and onto the network grid, its labels to the ids of
-the task's vocabulary. A scan is skipped when its record says that the same source,
-labels, settings and code made the arrays that are there. A bad scan is reported at the
-end and does not stop the others. Ctrl-C or SIGTERM end the run in order (exit code 75);
-the same command goes on where it stopped.
+Every scan is
+brought to LPS axes and onto the network grid, its labels to the ids of the task's
+vocabulary. A scan is skipped when its record says that the same source, labels,
+settings and code made the arrays that are there. A bad scan is reported at the end and
+does not stop the others. Ctrl-C or SIGTERM end the run in order (exit code 75); the
+same command goes on where it stopped.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from data_pipeline import parallel, store
+from data_pipeline import parallel, sources, store
 from data_pipeline.datasets import manifest
 from data_pipeline.datasets.manifest import Record
 from data_pipeline.pairs import SPLITS, make_pairs
@@ -35,7 +36,8 @@ from unireg_jax.errors import (
     USAGE,
     UserError,
 )
-from unireg_jax.imaging import nifti, preprocess
+from unireg_jax.imaging import points, preprocess
+from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import PreprocessSpec
 
 # Raise it when the same source would now give other arrays: everything is made again.
@@ -81,52 +83,42 @@ def prepare_volume(job: Job) -> _Result:
     if old is not None and old["source"] == source and _intact(root, old):
         entry = {**old, **_named(record)}
         return {"id": record.id, "status": "skipped", "entry": entry}
-    image = nifti.read_image(record.image)
+    image = sources.read_scan(record)
     grid = preprocess.network_grid(image, job.spec)
     hu = preprocess.prepare_image(image, grid, job.spec)
-    labels, warnings = None, list(image.warnings)
-    if record.labels is not None:
-        raw = nifti.read_labels(record.labels)
-        warnings += raw.warnings
-        nifti.check_same_grid(image, raw)
-        compact = raw._replace(data=compact_labels(raw.data, record, job.label_names))
-        labels = preprocess.prepare_labels(compact, grid)
+    layers, more = sources.read_layers(record, image, job.label_names)
+    warnings = [*image.warnings, *more]
+    labels, overlaps, roi = None, [], None
+    if layers is not None:
+        labels, *overlaps = (_on_grid(image, layer, grid) for layer in layers)
+        overlaps = [layer for layer in overlaps if layer.any()]
         if not labels.any():
             warnings.append("label_set: no structure of the label map is in the volume")
+    if record.roi is not None:
+        marked = sources.read_mask(record.roi, image, warnings)
+        roi = _on_grid(image, marked.astype(np.uint8), grid)
     entry = {
         **_named(record),
-        **store.write_volume(root, record.id, hu, labels),
+        **store.write_volume(
+            root,
+            record.id,
+            hu,
+            labels,
+            overlaps=np.stack(overlaps) if overlaps else None,
+            roi=roi,
+            points=sources.read_points(record, image),
+        ),
         "vox2world": grid.vox2world.tolist(),
         "source": source,
-        "warnings": warnings,
+        "warnings": list(dict.fromkeys(warnings)),  # masks repeat themselves
     }
     store.write_json(path, entry)
     return {"id": record.id, "status": "done", "entry": entry}
 
 
-def compact_labels(
-    data: np.ndarray, record: Record, label_names: Sequence[str]
-) -> np.ndarray:
-    """Replaces raw ids by those of the task's vocabulary.
-
-    Args:
-        data: [X, Y, Z] uint8 or uint16, raw ids.
-        record: gives the label map; ids that are not in it become 0.
-        label_names: the vocabulary; id i + 1 stands for the i-th name.
-
-    Returns:
-        [X, Y, Z] uint8.
-
-    Raises:
-        ValueError: data is not uint8 or uint16.
-    """
-    if data.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"labels must be uint8 or uint16, got {data.dtype}")
-    lookup = np.zeros(np.iinfo(data.dtype).max + 1, np.uint8)
-    for raw_id, name in record.label_map or ():
-        if raw_id < len(lookup):
-            lookup[raw_id] = label_names.index(name) + 1
-    return lookup[data]
+def _on_grid(image: Volume, data: np.ndarray, grid: preprocess.Grid) -> np.ndarray:
+    """An array on the image's own voxels, brought onto the network grid."""
+    return preprocess.prepare_labels(image._replace(data=data), grid)
 
 
 def prepare(
@@ -134,15 +126,17 @@ def prepare(
     out: Path | str,
     spec: PreprocessSpec,
     *,
+    pairs: Sequence[tuple[str, str]] = (),
     workers: int = 1,
     report: Callable[[_Result], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Prepares all scans of a manifest and writes the index.
+    """Prepares all scans of a manifest or folder and writes the index.
 
     Args:
-        records: from `manifest.read`.
+        records: from `manifest.read` or an adapter.
         out: the prepared folder; made if absent.
         spec: network grid and HU range.
+        pairs: ordered (fixed id, moving id), see `manifest.Collection`.
         workers: processes; 1 works in this one.
         report: called with every result: "done", "skipped" or "failed".
 
@@ -166,7 +160,10 @@ def prepare(
             results[result["id"]] = result
             report(result)
         index = _index(records, results, spec, names)
+        if listed := _by_task(records, pairs):
+            index["pairs"] = listed
         if index["volumes"]:
+            _write_points(out, index)
             store.write_index(out, index)
     return index
 
@@ -197,6 +194,40 @@ def _index(
     }
 
 
+def _by_task(
+    records: Sequence[Record], pairs: Sequence[tuple[str, str]]
+) -> dict[str, dict[str, list[list[str]]]]:
+    """Listed pairs by task and split."""
+    known = {record.id: record for record in records}
+    found: dict[str, dict[str, list[list[str]]]] = {}
+    for fixed, moving in pairs:
+        record = known[fixed]
+        splits = found.setdefault(record.task, {})
+        splits.setdefault(record.split, []).append([fixed, moving])
+    return found
+
+
+def _write_points(out: Path, index: dict[str, Any]) -> None:
+    """Landmark tables of all pairs that have them; counts that differ warn."""
+    volumes = index["volumes"]
+    if not any("points" in volume for volume in volumes):
+        return
+    store.make_folders(out, store.POINTS_NAME)
+    for pair in (p for split in SPLITS for p in make_pairs(index, split)):
+        fixed, moving = volumes[pair.fixed], volumes[pair.moving]
+        if "points" not in fixed or "points" not in moving:
+            continue
+        a, b = (store.read_array(out, v, "points") for v in (fixed, moving))
+        if len(a) != len(b):
+            got = f"{len(a)} and {len(b)} points of {fixed['id']} and {moving['id']}"
+            index.setdefault("warnings", []).append(f"points: {got} do not correspond")
+            continue
+        name = f"{fixed['id']}__{moving['id']}.csv"
+        names = [str(i) for i in range(1, len(a) + 1)]
+        table = points.PointPairs(names, a, b)
+        points.write_points(out / store.POINTS_NAME / name, table)
+
+
 # --- one scan ---
 
 
@@ -214,22 +245,11 @@ def _named(record: Record) -> dict[str, Any]:
 def _source(job: Job) -> dict[str, Any]:
     """Everything that determines the arrays, as digests."""
     record = job.record
-    digests = {}
-    for kind, path in (("image", record.image), ("labels", record.labels)):
-        if path is not None:
-            nifti.check_file(path)
-            try:
-                digests[kind] = store.file_sha256(path)
-            except PermissionError as error:
-                raise nifti.permission_error(path) from error
-            except OSError as error:
-                raise UserError(
-                    "storage", f"{nifti.shown(path)}: {error.strerror}", STORAGE
-                ) from error
     table = [[raw_id, name] for raw_id, name in record.label_map or ()]
-    text = json.dumps([table, job.label_names if record.labels else []])
+    names = job.label_names if record.labels or record.masks else []
+    text = json.dumps([table, names])
     return {
-        "sha256": digests,
+        "sha256": sources.digests(record),
         "label_map": hashlib.sha256(text.encode()).hexdigest()[:16],
         "spec": job.spec.to_json(),
         "code": CODE_VERSION,
@@ -431,7 +451,7 @@ def _parser() -> argparse.ArgumentParser:
 def _summary(index: dict[str, Any]) -> int:
     """Prints what happened and gives the exit code."""
     lines = [f"{v['id']}: {line}" for v in index["volumes"] for line in v["warnings"]]
-    for line in lines + _pair_warnings(index):
+    for line in lines + index.get("warnings", []) + _pair_warnings(index):
         print(f"warning: {line}", file=sys.stderr)
     for item in index["failed"]:
         line = f"failed: {item['id']} ({item['reason']}): {item['message']}"
@@ -455,7 +475,7 @@ def _pair_warnings(index: dict[str, Any]) -> list[str]:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    records = manifest.read(
+    records, pairs, _ = manifest.collect(
         options.manifest,
         roots=options.data_root,
         strict=options.strict,
@@ -465,7 +485,12 @@ def _run_command(options: argparse.Namespace) -> int:
     progress = _Progress(len(records))
     try:
         index = prepare(
-            records, options.out, spec, workers=options.workers, report=progress
+            records,
+            options.out,
+            spec,
+            pairs=pairs,
+            workers=options.workers,
+            report=progress,
         )
     finally:
         progress.close()

@@ -5,6 +5,13 @@
     <root>/volumes/<id>.labels.npy    [X, Y, Z] uint8, ids of the task's vocabulary
     <root>/align.json                 optional: "<fixed id>|<moving id>" -> 4 x 4
 
+and, where the source has them, for evaluation (the loader does not read them):
+
+    <root>/volumes/<id>.overlaps.npy  [L, X, Y, Z] uint8, further ids of the same voxels
+    <root>/volumes/<id>.roi.npy       [X, Y, Z] uint8, 1 where to judge
+    <root>/volumes/<id>.points.npy    [N, 3] float64, landmarks in LPS mm
+    <root>/points/<fixed>__<moving>.csv   those of a pair, for `evaluate --landmarks`
+
 Every file appears whole or not at all: temporary file beside it, fsync, rename.
 """
 
@@ -26,10 +33,12 @@ from unireg_jax.errors import (
 )
 from unireg_jax.imaging import nifti
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2  # 2: may list pairs, which a reader of 1 would not heed
+READABLE = (1, 2)
 INDEX_NAME = "index.json"
 ALIGN_NAME = "align.json"
 VOLUMES_NAME = "volumes"
+POINTS_NAME = "points"
 
 
 def file_sha256(path: Path | str) -> str:
@@ -87,7 +96,14 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_volume(
-    root: Path | str, volume_id: str, hu: np.ndarray, labels: np.ndarray | None
+    root: Path | str,
+    volume_id: str,
+    hu: np.ndarray,
+    labels: np.ndarray | None,
+    *,
+    overlaps: np.ndarray | None = None,
+    roi: np.ndarray | None = None,
+    points: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Writes one volume's arrays and returns the index fields that describe them.
 
@@ -96,9 +112,13 @@ def write_volume(
         volume_id: file stem.
         hu: [X, Y, Z] int16, HU.
         labels: [X, Y, Z] uint8, or None.
+        overlaps: [L, X, Y, Z] uint8, further ids of the voxels of labels, or None.
+        roi: [X, Y, Z] uint8, or None.
+        points: [N, 3] float64, LPS mm, or None.
 
     Returns:
-        {"image", "labels", "sha256": {"image", "labels"}}; paths relative to root.
+        {"image", "labels", "sha256": {"image", "labels"}}; paths relative to root. The
+        other arrays have a path only when they are there.
 
     Raises:
         ValueError: wrong dtype or shape.
@@ -111,9 +131,23 @@ def write_volume(
             f"labels must be {hu.shape} uint8 like hu, got {labels.shape} "
             f"{labels.dtype}; compact the ids first"
         )
+    for name, array in (("overlaps", overlaps), ("roi", roi)):
+        if array is not None and (
+            array.dtype != np.uint8 or array.shape[-3:] != hu.shape
+        ):
+            raise ValueError(
+                f"{name} must be {hu.shape} uint8 like hu, got {array.shape} "
+                f"{array.dtype}"
+            )
     make_folders(root, VOLUMES_NAME)
     fields: dict[str, Any] = {"image": None, "labels": None, "sha256": {}}
-    for kind, suffix, array in (("image", "hu", hu), ("labels", "labels", labels)):
+    for kind, suffix, array in (
+        ("image", "hu", hu),
+        ("labels", "labels", labels),
+        ("overlaps", "overlaps", overlaps),
+        ("roi", "roi", roi),
+        ("points", "points", points),
+    ):
         if array is None:
             continue
         buffer = io.BytesIO()
@@ -132,16 +166,16 @@ def read_array(root: Path | str, entry: dict[str, Any], kind: str) -> np.ndarray
     Args:
         root: the prepared folder.
         entry: the volume's entry in the index.
-        kind: "image" or "labels".
+        kind: "image", "labels", "overlaps", "roi" or "points", present in the entry.
 
     Returns:
-        [X, Y, Z] int16 (image) or uint8 (labels).
+        The array as `write_volume` took it.
 
     Raises:
         UserError: `checksum` or `not_found`, exit code 10: the file is no longer the
             one that was prepared.
     """
-    remedy = "run data_pipeline.prepare again with the same --manifest and --out"
+    remedy = "run data_pipeline.prepare again with the same arguments"
     where = f"{entry['id']}: {entry[kind]}"
     try:
         content = (Path(root) / entry[kind]).read_bytes()
@@ -174,7 +208,8 @@ def read_index(root: Path | str) -> dict[str, Any]:
         root: folder written by `data_pipeline.prepare` or `synthetic.write_dataset`.
 
     Returns:
-        {"version", "spec", "tasks", "volumes"} as written by `write_index`.
+        {"version", "spec", "tasks", "volumes"} as written by `write_index`, and
+        optionally "pairs": {task: {split: [[fixed id, moving id], ...]}}.
 
     Raises:
         UserError: `not_found` (exit code 3) when there is no index; `schema` (10)
@@ -200,10 +235,10 @@ def read_index(root: Path | str) -> dict[str, Any]:
             f"{path.name}: must hold version, spec, tasks and volumes; {remedy}",
             DATA_CHANGED,
         )
-    if index["version"] != INDEX_VERSION:
+    if index["version"] not in READABLE:
         raise UserError(
             "schema",
-            f"{path.name}: version {INDEX_VERSION} expected, {index['version']!r} "
+            f"{path.name}: version 1 or 2 expected, {index['version']!r} "
             f"found: another release wrote it; {remedy}",
             CHECKPOINT,
         )
@@ -216,5 +251,8 @@ def index_digest(index: dict[str, Any]) -> str:
         [v["id"], v["task"], v["subject"], v["split"], v["vox2world"], v["sha256"]]
         for v in index["volumes"]
     ]
-    text = json.dumps([index["spec"], index["tasks"], parts], sort_keys=True)
+    whole = [index["spec"], index["tasks"], parts]
+    if index.get("pairs"):
+        whole.append(index["pairs"])
+    text = json.dumps(whole, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -350,7 +350,7 @@ def write_nifti(
     shape, spacing = _check_grid(shape, spacing_mm)
     orientation.check_codes(codes)
     out = store.make_folders(out, "images", "labels")
-    rows = [manifest.REQUIRED + manifest.OPTIONAL]
+    rows = [(*manifest.REQUIRED, "label", "label_map", "group")]
     for task, number, split, variant in _progress(_roster(tasks, subjects_per_task)):
         subject_seed = 1000 * seed + number
         made = phantom(

@@ -3,10 +3,17 @@
     id,image,label,label_map,task,subject,split
     a01,scans/a01.nii.gz,labels/a01.nii.gz,labels.json,abdomen,p01,train
 
-Paths are relative to the manifest. `label` and `label_map` may be empty together; a
-column `group` (contrast phase, breath hold) is optional. JSON: a list of such objects,
-or {"volumes": [...]}. A label map is JSON {"raw id": "name"}; several ids may share one
-name, and ids that are not in it become background.
+Paths are relative to the manifest. `image` is a NIfTI file or the folder of a DICOM
+series. `label` and `label_map` may be empty together; optional columns are `group`
+(contrast phase, breath hold), `roi` (a mask of where to judge) and `points` (landmarks:
+x, y, z in LPS mm; those of two scans correspond line by line). JSON: a list of such
+objects, or {"volumes": [...], "pairs": [["fixed id", "moving id"], ...]}; a task's
+pairs in a split are then those listed, if any is. An object may have `masks`,
+{"name": "file" or ["file", ...]}: what any of them marks is the structure.
+
+A label map is JSON {"raw id": "name"}; several ids may share one name, and ids that are
+not in it become background. {"6": ["Hippocampus", "TemporalLobe"]} puts an id into both
+structures. Where structures overlap, the one listed first is the one trained on.
 """
 
 import csv
@@ -23,10 +30,11 @@ from typing import Any, NamedTuple
 
 from unireg_jax.errors import NOTHING, USAGE, UserError
 from unireg_jax.imaging.nifti import shown
-from unireg_jax.tasks import TASKS
+from unireg_jax.imaging.raw import RawGrid
+from unireg_jax.tasks import TASKS, PairType
 
 REQUIRED = ("id", "image", "task", "subject", "split")
-OPTIONAL = ("label", "label_map", "group")
+OPTIONAL = ("label", "label_map", "group", "roi", "points", "masks")
 SPLITS = ("train", "val", "test")
 MAX_LABELS = 255  # prepared labels are uint8, 0 is background
 _MAX_FAULTS = 50  # shown; the rest is counted
@@ -34,17 +42,25 @@ _MAX_ID = 120  # bytes: file names are the id and a suffix
 
 
 class Record(NamedTuple):
-    """One scan of the manifest.
+    """One scan: what an adapter gives and what `prepare` makes arrays of.
 
     Attributes:
         id: unique name, fit for a file name.
-        image: CT, absolute path.
-        labels: label map volume, absolute path, or None.
-        label_map: (raw id, name) pairs, or None.
+        image: CT, path of a file or of the folder of a DICOM series.
+        labels: label map volume, path, or None.
+        label_map: (raw id, name) pairs, or None. An id may have several names and a
+            name several ids; where names overlap, the one listed first comes first.
         task: name in `unireg_jax.tasks.TASKS`.
         subject: the patient.
         split: "train", "val" or "test".
         group: phase or breath hold, or None.
+        masks: (name, path) pairs: what is not 0 belongs to the structure. A name with
+            several files is their union; they come after `label_map`.
+        roi: path of a mask of where to judge, or None; kept for evaluation.
+        points: path of landmarks, or None; kept for evaluation.
+        frame: what their numbers are, one of `unireg_jax.imaging.points.FRAMES`.
+        slices: the image's DICOM files, when its folder holds others as well.
+        grid: of an image without a header, else None.
     """
 
     id: str
@@ -55,6 +71,93 @@ class Record(NamedTuple):
     subject: str
     split: str
     group: str | None = None
+    masks: tuple[tuple[str, str], ...] = ()
+    roi: str | None = None
+    points: str | None = None
+    frame: str = "lps_mm"
+    slices: tuple[str, ...] = ()
+    grid: RawGrid | None = None
+
+
+class Collection(NamedTuple):
+    """What a folder or a manifest holds.
+
+    Attributes:
+        records: one per scan and task.
+        pairs: ordered (fixed id, moving id). A task with a pair in a split has only the
+            listed ones there; without any it has all that its kind allows.
+        notes: what was left out and why, one line each.
+    """
+
+    records: list[Record]
+    pairs: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def collect(
+    path: Path | str,
+    *,
+    roots: Sequence[Path | str] = (),
+    strict: bool = False,
+    allow_leak: bool = False,
+) -> Collection:
+    """As `read`, with the pairs that the manifest lists.
+
+    Args:
+        path, roots, strict, allow_leak: as in `read`.
+
+    Returns:
+        Collection.
+
+    Raises:
+        UserError: as `read`.
+    """
+    path = Path(path)
+    records, faults = examine(path, roots=roots, strict=strict, allow_leak=allow_leak)
+    pairs = _pairs(_content(path)[1], faults)
+    if not faults:
+        _check_pairs(records, pairs, faults)
+    if faults:
+        _refuse(path.name, faults)
+    return Collection(records, pairs)
+
+
+def check(
+    collection: Collection, name: str, *, strict: bool = False, allow_leak: bool = False
+) -> Collection:
+    """Holds what an adapter gives to the rules of a manifest.
+
+    Args:
+        collection: from an adapter, its tasks filled in.
+        name: of the folder, for the message.
+        strict: a file that does not exist is a fault here; else it fails at its turn.
+        allow_leak: accept a subject in two splits.
+
+    Returns:
+        The collection.
+
+    Raises:
+        UserError: exit code 2 with all faults, one a line; 3 when there is no scan.
+    """
+    if not collection.records:
+        raise UserError("empty", f"{name}: no scan that can be used", NOTHING)
+    faults: list[tuple[str, str]] = []
+    records = [(record.id, record) for record in collection.records]
+    for where, record in records:
+        if bad := _bad_id(record.id):
+            faults.append(("id_invalid", f"{where}: {bad}"))
+        listed = (record.image, record.labels, record.roi, record.points)
+        for path in (*listed, *(path for _, path in record.masks)):
+            if strict and path and not os.path.exists(path):
+                faults.append(("not_found", f"{where}: {shown(path)}: no such file"))
+    _check_ids([(where, {"id": record.id}) for where, record in records], faults)
+    if not allow_leak:
+        _check_leaks(records, faults)
+    _check_vocabulary(records, faults)
+    _check_pairs(collection.records, collection.pairs, faults)
+    if faults:
+        _refuse(name, faults)
+    return collection
 
 
 def read(
@@ -108,7 +211,7 @@ def examine(
             (3).
     """
     path = Path(path)
-    rows = _rows(path, _text(path))
+    rows, _ = _content(path)
     if not rows:
         raise UserError(
             "empty", f"{path.name}: lists no scan; add at least one", NOTHING
@@ -141,6 +244,7 @@ def vocabulary(records: Iterable[Record]) -> dict[str, tuple[str, ...]]:
     for record in records:
         found = names.setdefault(record.task, set())
         found.update(name for _, name in record.label_map or ())
+        found.update(name for name, _ in record.masks)
     return {task: tuple(sorted(names[task])) for task in TASKS if task in names}
 
 
@@ -176,8 +280,9 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place, fields) of every entry."""
+def _content(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
+    """(place, fields) of every entry, and the pairs as they are written."""
+    text = _text(path)
     kind = path.suffix.lower()
     if kind not in (".csv", ".json"):
         raise UserError(
@@ -185,9 +290,9 @@ def _rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
         )
     if not text.strip():
         raise UserError("schema", f"{path.name}: is empty; list the scans in it", USAGE)
-    return (
-        _json_rows(path.name, text) if kind == ".json" else _csv_rows(path.name, text)
-    )
+    if kind == ".csv":
+        return _csv_rows(path.name, text), []
+    return _json_rows(path.name, text)
 
 
 def _csv_rows(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -228,10 +333,10 @@ def _check_header(name: str, header: list[str]) -> None:
         _refuse(name, faults)
 
 
-def _json_rows(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
-    value = load_json(name, text)
-    if isinstance(value, dict) and set(value) == {"volumes"}:
-        value = value["volumes"]
+def _json_rows(name: str, text: str) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
+    value, pairs = load_json(name, text), []
+    if isinstance(value, dict) and {"volumes"} <= set(value) <= {"volumes", "pairs"}:
+        value, pairs = value["volumes"], value.get("pairs", [])
     if not isinstance(value, list):
         raise UserError(
             "schema",
@@ -246,7 +351,7 @@ def _json_rows(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
     ]
     if wrong:
         _refuse(name, wrong)
-    return [(f"entry {i}", row) for i, row in enumerate(value, 1)]
+    return [(f"entry {i}", row) for i, row in enumerate(value, 1)], pairs
 
 
 def load_json(name: str, text: str) -> Any:
@@ -329,7 +434,7 @@ def _record(
     """One record, or None after listing what is wrong with it."""
     before = len(faults)
     values: dict[str, str] = {}
-    for column in REQUIRED + OPTIONAL:
+    for column in (c for c in REQUIRED + OPTIONAL if c != "masks"):
         value = row.get(column)
         if value is not None and not isinstance(value, str):
             # A number as task would index the one-hot: never taken for a name.
@@ -358,6 +463,9 @@ def _record(
     table = None
     if map_path := check.resolve(where, "label_map", values["label_map"], faults):
         table = check.label_map(where, map_path, faults)
+    roi = check.resolve(where, "roi", values["roi"], faults)
+    points = check.resolve(where, "points", values["points"], faults)
+    masks = _masks(where, row.get("masks"), check, faults)
     bad = any(column not in row for column in REQUIRED)
     bad = bad or bool(values["label_map"] and table is None)  # told once per file
     if bad or len(faults) > before:
@@ -371,7 +479,57 @@ def _record(
         values["subject"],
         values["split"],
         values["group"] or None,
+        masks,
+        roi or None,
+        points or None,
     )
+
+
+def _masks(
+    where: str, value: Any, check: "_Paths", faults: list[tuple[str, str]]
+) -> tuple[tuple[str, str], ...]:
+    """(name, path) pairs of an object {name: file or files}."""
+    if value is None or value == "":
+        return ()
+    files = value if isinstance(value, dict) else {"": value}
+    files = {k: [v] if isinstance(v, str) else v for k, v in files.items()}
+    good = isinstance(value, dict) and all(
+        _is_name(name)
+        and isinstance(paths, list)
+        and paths
+        and all(isinstance(path, str) and path.strip() for path in paths)
+        for name, paths in files.items()
+    )
+    if not good:
+        expected = '{"name": "file" or ["file", ...]} expected, in a JSON manifest'
+        faults.append(("schema", f"{where}: masks: {expected}, got {_kind(value)}"))
+        return ()
+    return tuple(
+        (name.strip(), check.resolve(where, "masks", path.strip(), faults))
+        for name, paths in files.items()
+        for path in paths
+    )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _pairs(value: Any, faults: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The pairs of a manifest; what is none is listed."""
+    if not isinstance(value, list):
+        got = f"pairs: a list expected, got {_kind(value)}"
+        faults.append(("schema", got))
+        return ()
+    pairs = []
+    for i, pair in enumerate(value, 1):
+        two = isinstance(pair, list) and len(pair) == 2
+        if two and all(isinstance(name, str) for name in pair):
+            pairs.append((pair[0].strip(), pair[1].strip()))
+        else:
+            got = f'pair {i}: ["fixed id", "moving id"] expected, got {_kind(pair)}'
+            faults.append(("schema", got))
+    return tuple(pairs)
 
 
 def _bad_id(name: str) -> str | None:
@@ -421,6 +579,32 @@ def _check_leaks(
                     f"{split} at {first}; one split per subject, or --allow-leak",
                 )
             )
+
+
+def _check_pairs(
+    records: Sequence[Record],
+    pairs: Sequence[tuple[str, str]],
+    faults: list[tuple[str, str]],
+) -> None:
+    """Listed pairs must be pairs: known scans of one task and split, as its kind is."""
+    known = {record.id: record for record in records}
+    if twice := len(pairs) - len(set(pairs)):
+        faults.append(("schema", f"pairs: {twice} listed twice; list each once"))
+    for i, (fixed, moving) in enumerate(pairs, 1):
+        where = f"pair {i} ({fixed}, {moving})"
+        if absent := [name for name in (fixed, moving) if name not in known]:
+            faults.append(("schema", f"{where}: no scan has the id {absent[0]!r}"))
+            continue
+        a, b = known[fixed], known[moving]
+        intra = TASKS[a.task].pair_type == PairType.INTRA
+        if (a.task, a.split) != (b.task, b.split):
+            got = f"{a.task}/{a.split} and {b.task}/{b.split}"
+            faults.append(
+                ("schema", f"{where}: one task and split expected, got {got}")
+            )
+        elif a.id == b.id or (a.subject == b.subject) != intra:
+            kind = "two scans of one subject" if intra else "scans of two subjects"
+            faults.append(("schema", f"{where}: {a.task} takes {kind}"))
 
 
 def _check_vocabulary(
@@ -501,11 +685,12 @@ def read_label_map(path: Path | str) -> tuple[tuple[int, str], ...]:
     """Reads a label map.
 
     Args:
-        path: JSON {"raw id": "name"}; ids are whole numbers from 0 to 65535; 0 may only
-            be named "background".
+        path: JSON {"raw id": "name" or ["name", ...]}; ids are whole numbers from 0 to
+            65535; 0 may only be named "background".
 
     Returns:
-        (raw id, name), sorted by id, without background.
+        (raw id, name), sorted by id, an id's names in the order given, without
+        background.
 
     Raises:
         UserError: `schema`, exit code 2, listing all faults.
@@ -520,16 +705,17 @@ def read_label_map(path: Path | str) -> tuple[tuple[int, str], ...]:
         )
     faults, pairs = [], {}
     for key, name in table.items():
+        names = name if isinstance(name, list) and name else [name]
         if not (re.fullmatch("[0-9]{1,5}", key) and int(key) <= 65535):
             faults.append(f"{key[:20]!r}: a whole number from 0 to 65535 expected")
-        elif not isinstance(name, str) or not name.strip() or not name.isprintable():
+        elif not all(map(_is_name, names)) or len(set(names)) < len(names):
             faults.append(f"{key}: a name expected, got {_kind(name)}")
-        elif int(key) == 0 and name.strip().lower() != "background":
+        elif int(key) == 0 and [n.strip().lower() for n in names] != ["background"]:
             faults.append("0: is background, not a structure")
         elif int(key) in pairs:
             faults.append(f"{key}: id listed twice")
         elif int(key) > 0:
-            pairs[int(key)] = name.strip()
+            pairs[int(key)] = [n.strip() for n in names]
     if faults:
         raise UserError("schema", f"{path.name}: {'; '.join(faults)}", USAGE)
-    return tuple(sorted(pairs.items()))
+    return tuple((i, name) for i, names in sorted(pairs.items()) for name in names)

@@ -312,7 +312,7 @@ def test_unprepared_folder_is_refused(tmp_path):
 
 def test_index_of_another_version_is_refused(copy):
     store.write_index(copy, {**store.read_index(copy), "version": 99})
-    with pytest.raises(UserError, match="version 1 expected, 99 found"):
+    with pytest.raises(UserError, match="version 1 or 2 expected, 99 found"):
         loader.Dataset(copy)
 
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from data_pipeline import loader, parallel, prepare, store, synthetic
+from data_pipeline import loader, parallel, prepare, sources, store, synthetic
 from data_pipeline.datasets import manifest
 from unireg_jax.errors import (
     FAILED,
@@ -368,13 +368,13 @@ def test_labels_are_compacted_by_name():
     )
     raw_ids = np.array([[[0, 2, 9, 40, 7, 255]]], np.uint8)
     names = ("Brain", "Left", "Right")
-    compact = prepare.compact_labels(raw_ids, record, names)
+    compact = sources.map_layers(raw_ids, record, names)
     assert compact.dtype == np.uint8
-    np.testing.assert_array_equal(compact, [[[0, 2, 3, 2, 0, 0]]])
-    wide = prepare.compact_labels(raw_ids.astype(np.uint16) * 20, record, names)
-    np.testing.assert_array_equal(wide, [[[0, 2, 0, 0, 0, 0]]])
+    np.testing.assert_array_equal(compact, [[[[0, 2, 3, 2, 0, 0]]]])
+    wide = sources.map_layers(raw_ids.astype(np.uint16) * 20, record, names)
+    np.testing.assert_array_equal(wide, [[[[0, 2, 0, 0, 0, 0]]]])
     with pytest.raises(ValueError, match="must be uint8 or uint16"):
-        prepare.compact_labels(raw_ids.astype(np.int32), record, names)
+        sources.map_layers(raw_ids.astype(np.int32), record, names)
 
 
 def test_vocabulary_joins_cohorts_by_name(raw, scans, tmp_path):
