@@ -391,12 +391,16 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Gives a report as two Markdown tables: every scan, and every finding."""
+    """Gives a report as two Markdown tables: every scan, and findings by kind."""
     lines = [
         "| scan | task | voxels | mm | stored | field of view mm | HU 0.1 %, 50 %, "
-        "99.9 % | labels |",
-        "|---|---|---|---|---|---|---|---|",
+        "99.9 % | labels | found |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    found: dict[str, list[str]] = {}
+    for finding in report["findings"]:
+        told = found.setdefault(finding.id, [])
+        told.append(f"{finding.level}: {finding.reason}")
     for scan in report["scans"]:
         cells = [scan["id"], scan["task"]]
         if image := scan["image"]:
@@ -415,10 +419,24 @@ def markdown(report: Mapping[str, Any]) -> str:
             cells.append(f"{there} of {len(labels['voxels'])}")
         else:
             cells.append("–")
+        cells.append(", ".join(dict.fromkeys(found.get(scan["id"], ["nothing"]))))
         lines.append(_row(cells))
     lines += ["", "| | scan | reason | what | expected | got | remedy |"]
     lines.append("|---|---|---|---|---|---|---|")
-    lines += [_row(finding) for finding in report["findings"]]
+    alike: dict[tuple, list[Finding]] = {}
+    for finding in report["findings"]:
+        alike.setdefault((*finding[:1], *finding[2:5], finding.remedy), []).append(
+            finding
+        )
+    for same in alike.values():
+        ids = list(dict.fromkeys(finding.id for finding in same))
+        gots = list(dict.fromkeys(finding.got for finding in same))
+        where = ", ".join(ids)
+        if len(ids) > 4:
+            where = f"{ids[0]} … {ids[-1]} ({len(ids)})"
+        got = gots[0] if len(gots) == 1 else "; ".join(gots[:4])
+        got += " …" if len(gots) > 4 else ""
+        lines.append(_row(same[0]._replace(id=where, got=got)))
     return "\n".join(lines) + "\n"
 
 
