@@ -124,10 +124,10 @@ def manifest(data: Path, out: Path) -> list[dict]:
 
 
 def collection(data: Path, out: Path) -> list[dict]:
-    """Rows of everything that is there; writes the label maps beside the manifest.
+    """Rows of `manifest` and of everything else that is there.
 
-    A label map without a CT stands in the place of its image, too: a check then says
-    so, and still looks at its structures.
+    Writes the label maps beside the manifest. A label map without a CT stands in the
+    place of its image, too: a check then says so, and still looks at its structures.
 
     Args:
         data: as in `manifest`.
@@ -140,27 +140,30 @@ def collection(data: Path, out: Path) -> list[dict]:
     rows.extend(manifest(data, out))
     folder = "lung_elastix"
     for row in rows:
-        if row["task"] == "lung":
-            scan = row["id"].removeprefix("lung_")
+        scan = row["id"].removeprefix("lung_")
+        mask = data / folder / f"{scan}_lungmask.nii.gz"
+        if row["task"] == "lung" and mask.is_file():
             path = out / f"{row['id']}.labels.json"
             path.write_text(json.dumps({"1": "lung_right"}))
-            mask = data / folder / f"{scan}_lungmask.nii.gz"
             row |= {"label": os.path.relpath(mask, out), "label_map": path.name}
-    folder = "abdomen_chaos"
-    image, label = f"{folder}/ct.nii.gz", f"{folder}/label_liver.nii.gz"
-    names = json.loads((data / folder / "labels.json").read_text())
-    rows.add("abdomen_chaos", image, "abdomen", "chaos", "test", label, names)
-    folder = "brain_mr_voxelmorph"
-    names = json.loads((data / folder / "labels.json").read_text())
-    for who in ("subject_a", "subject_b"):
-        image, label = (f"{folder}/{who}{end}.nii.gz" for end in ("", "_seg"))
-        rows.add(f"brain_{who}", image, "headneck", who, "test", label, names)
-    folder = "abdomen_btcv_labels"
-    names = json.loads((data / folder / "labels.json").read_text())
-    for path in sorted((data / folder / "labels").glob("*.nii.gz")):
-        label = f"{folder}/labels/{path.name}"
-        case = "btcv_" + path.name.split("_")[1]
-        rows.add(case, label, "abdomen", case, "test", label, names)
+    if (data / "abdomen_chaos").is_dir():
+        folder = "abdomen_chaos"
+        image, label = f"{folder}/ct.nii.gz", f"{folder}/label_liver.nii.gz"
+        names = json.loads((data / folder / "labels.json").read_text())
+        rows.add("abdomen_chaos", image, "abdomen", "chaos", "test", label, names)
+    if (data / "brain_mr_voxelmorph").is_dir():
+        folder = "brain_mr_voxelmorph"
+        names = json.loads((data / folder / "labels.json").read_text())
+        for who in ("subject_a", "subject_b"):
+            image, label = (f"{folder}/{who}{end}.nii.gz" for end in ("", "_seg"))
+            rows.add(f"brain_{who}", image, "headneck", who, "test", label, names)
+    if (data / "abdomen_btcv_labels").is_dir():
+        folder = "abdomen_btcv_labels"
+        names = json.loads((data / folder / "labels.json").read_text())
+        for path in sorted((data / folder / "labels").glob("*.nii.gz")):
+            label = f"{folder}/labels/{path.name}"
+            case = "btcv_" + path.name.split("_")[1]
+            rows.add(case, label, "abdomen", case, "test", label, names)
     return list(rows)
 
 
