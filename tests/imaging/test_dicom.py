@@ -196,7 +196,18 @@ def test_find_series_splits_phases(tmp_path, hu):
             acquisition=n + 1,
             first_instance=1 + 7 * (n - 1),
         )
-    # … and by nothing but the order.
+    # … also when the second begins half a slice higher …
+    for n in (1, 2):
+        dicom_files.write_series(
+            tmp_path / "a/shifted",
+            hu[:10],
+            series="1.6",
+            number=5,
+            acquisition=n,
+            first_instance=1 + 7 * (n - 1),
+            first_mm=(0, 0, 1.5 * n),
+        )
+    # … and by nothing but the order. Some scanners number every slice.
     for n in (0, 1):
         dicom_files.write_series(
             tmp_path / "a/order",
@@ -204,7 +215,15 @@ def test_find_series_splits_phases(tmp_path, hu):
             series="1.3",
             number=4,
             first_instance=1 + 7 * n,
+            edit=lambda item, k: setattr(item, "AcquisitionNumber", k),
         )
+    dicom_files.write_series(
+        tmp_path / "a/numbered",
+        hu,
+        series="1.7",
+        number=6,
+        edit=lambda item, k: setattr(item, "AcquisitionNumber", k),
+    )
     dicom_files.write_series(
         tmp_path / "a/scout",
         hu[..., :1],
@@ -222,8 +241,11 @@ def test_find_series_splits_phases(tmp_path, hu):
         (3, 2, "CT"),
         (4, 1, "CT"),
         (4, 2, "CT"),
+        (5, 1, "CT"),
+        (5, 2, "CT"),
+        (6, 0, "CT"),
     ]
-    assert [len(s.paths) for s in found] == [3, 7, 7, 7, 7]
+    assert [len(s.paths) for s in found] == [3, 7, 7, 7, 7, 7, 7, 7]
     np.testing.assert_array_equal(dicom.read_series(found[3].paths).data, hu)
     np.testing.assert_array_equal(dicom.read_series(found[4].paths).data, hu + 1)
     assert _refusal(tmp_path / "a/two").reason == "slices"

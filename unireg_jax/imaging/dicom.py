@@ -10,6 +10,7 @@ DICOM's world is LPS mm. Voxel [i, j, k] is column i and row j of slice k:
 """
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -83,10 +84,10 @@ class Series(NamedTuple):
 def find_series(folder: str | os.PathLike) -> list[Series]:
     """Finds the CT series below a folder; only headers are read.
 
-    A series that holds the same slice positions several times is split by
-    AcquisitionNumber where that gives stacks without repetition, else by the order of
-    InstanceNumber. Hidden files, files that are not DICOM, other modalities, localisers
-    and single slices are passed over.
+    A series whose slices are no even stack is split by AcquisitionNumber where that
+    gives stacks without repetition, else by the order of InstanceNumber: contrast
+    phases often share a series. Hidden files, files that are not DICOM, other
+    modalities, localisers and single slices are passed over.
 
     Args:
         folder: searched with all folders below.
@@ -264,41 +265,57 @@ def _is_slice(header: Any) -> bool:
         and "SeriesInstanceUID" in header
         and header.get("ImagePositionPatient") is not None
         and header.get("ImageOrientationPatient") is not None
+        and header.get("PixelSpacing") is not None
         and int(header.get("NumberOfFrames") or 1) == 1
     )
 
 
 def _stacks(slices: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
-    """Splits the slices of a series into stacks without a position twice."""
+    """Splits the slices of a series into the stacks of one grid that it holds."""
+    by_grid: dict[tuple, list] = {}
+    for item in sorted(slices, key=lambda s: (_whole(s, "InstanceNumber"), s[0])):
+        numbers = (*item[1].PixelSpacing, *item[1].ImageOrientationPatient)
+        grid = (_whole(item, "Rows"), _whole(item, "Columns"))
+        grid += tuple(round(float(v), 3) for v in numbers)
+        by_grid.setdefault(grid, []).append(item)
+    return [stack for same in by_grid.values() for stack in _split(same)]
 
-    def place(item: tuple[str, Any]) -> tuple[float, ...]:
-        return tuple(round(float(v), 2) for v in item[1].ImagePositionPatient)
+
+def _split(slices: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
+    """Slices by height: all of them, or by acquisition, or by how often they repeat."""
 
     def height(item: tuple[str, Any]) -> float:
-        return float(_normal(item[1]) @ np.array(place(item)))
+        place = np.array([float(v) for v in item[1].ImagePositionPatient])
+        return float(_normal(item[1]) @ place)
 
-    def number(item: tuple[str, Any], tag: str) -> int:
-        return int(item[1].get(tag) or 0)
-
-    by_place: dict[tuple, list] = {}
     by_acquisition: dict[int, list] = {}
-    for item in sorted(slices, key=lambda s: (number(s, "InstanceNumber"), s[0])):
-        by_place.setdefault(place(item), []).append(item)
-        by_acquisition.setdefault(number(item, "AcquisitionNumber"), []).append(item)
-    copies = max(len(same) for same in by_place.values())
-    if copies == 1:
+    by_height: dict[float, list] = {}
+    for item in slices:
+        by_acquisition.setdefault(_whole(item, "AcquisitionNumber"), []).append(item)
+        by_height.setdefault(round(height(item), 2), []).append(item)
+    gaps = np.diff(sorted(height(item) for item in slices))
+    even = not gaps.size or np.abs(gaps - np.median(gaps)).max() <= _GAP_MM
+    numbers = [_whole(s, "AcquisitionNumber") for s in sorted(slices, key=height)]
+    # Two phases may interleave to one even stack: then the numbers go to and fro.
+    even &= len(list(itertools.groupby(numbers))) == len(by_acquisition)
+    parts = [by_acquisition[number] for number in sorted(by_acquisition)]
+    copies = max(len(same) for same in by_height.values())
+    if even and copies == 1:
         stacks = [slices]
-    elif all(
-        len({place(s) for s in stack}) == len(stack)
-        for stack in by_acquisition.values()
+    elif min(len(part) for part in parts) > 1 and all(
+        len({round(height(item), 2) for item in part}) == len(part) for part in parts
     ):
-        stacks = [by_acquisition[n] for n in sorted(by_acquisition)]
+        stacks = parts
     else:
         stacks = [
-            [same[n] for same in by_place.values() if n < len(same)]
+            [same[n] for same in by_height.values() if n < len(same)]
             for n in range(copies)
         ]
     return [sorted(stack, key=height) for stack in stacks]
+
+
+def _whole(item: tuple[str, Any], tag: str) -> int:
+    return int(item[1].get(tag) or 0)
 
 
 def _headers(where: str, paths: Sequence[str]) -> list[tuple[str, Any]]:
