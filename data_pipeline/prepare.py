@@ -1,8 +1,9 @@
 """Prepares raw scans for training.
 
     python -m data_pipeline.prepare --manifest scans.csv --out prepared --workers 4
+    python -m data_pipeline.prepare --dataset segrap2023 --raw FOLDER --out prepared
 
-Every scan is
+Public datasets are read as they are downloaded, see docs/datasets.md. Every scan is
 brought to LPS axes and onto the network grid, its labels to the ids of the task's
 vocabulary. A scan is skipped when its record says that the same source, labels,
 settings and code made the arrays that are there. A bad scan is reported at the end and
@@ -19,14 +20,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import tqdm
 
 from data_pipeline import parallel, sources, store
-from data_pipeline.datasets import manifest
-from data_pipeline.datasets.manifest import Record
+from data_pipeline.datasets import DATASETS, manifest
+from data_pipeline.datasets.manifest import Collection, Record
 from data_pipeline.pairs import SPLITS, make_pairs
 from unireg_jax.errors import (
     FAILED,
@@ -36,9 +37,10 @@ from unireg_jax.errors import (
     USAGE,
     UserError,
 )
-from unireg_jax.imaging import points, preprocess
+from unireg_jax.imaging import nifti, points, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import PreprocessSpec
+from unireg_jax.tasks import TASKS
 
 # Raise it when the same source would now give other arrays: everything is made again.
 CODE_VERSION = 1
@@ -426,7 +428,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.prepare", description=__doc__.split("\n\n")[2]
     )
-    parser.add_argument("--manifest", required=True, help="CSV or JSON list of scans")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--manifest", help="CSV or JSON list of scans")
+    source.add_argument(
+        "--dataset", choices=tuple(DATASETS), help="layout of the folder --raw"
+    )
+    parser.add_argument("--raw", metavar="DIR", help="folder of --dataset, as unpacked")
+    parser.add_argument(
+        "--task",
+        choices=tuple(TASKS),
+        help="what to train on it; only for --dataset nnunet",
+    )
     parser.add_argument("--out", required=True, help="folder for the prepared data")
     grid_arguments(parser)
     parser.add_argument(
@@ -474,13 +486,39 @@ def _pair_warnings(index: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _collection(options: argparse.Namespace) -> Collection:
+    """The scans that --manifest lists or that lie in --raw."""
+    checks = dict(strict=options.strict, allow_leak=options.allow_leak)
+    if options.manifest:
+        if options.raw or options.task:
+            lone = "--raw" if options.raw else "--task"
+            _refuse(f"{lone} goes with --dataset; the manifest names scans and tasks")
+        return manifest.collect(options.manifest, roots=options.data_root, **checks)
+    if not options.raw:
+        _refuse(f"--dataset {options.dataset} needs --raw, the folder as unpacked")
+    if options.data_root:
+        _refuse("--data-root goes with --manifest; --raw is searched as it is")
+    found = DATASETS[options.dataset](Path(options.raw))
+    open_task = [not record.task for record in found.records]
+    if any(open_task) and not options.task:
+        known = ", ".join(TASKS)
+        _refuse(f"--dataset {options.dataset} needs --task, one of {known}")
+    if options.task and not any(open_task):
+        _refuse(f"--dataset {options.dataset} has its own task; leave --task out")
+    if options.task:
+        records = [record._replace(task=options.task) for record in found.records]
+        found = found._replace(records=records)
+    return manifest.check(found, nifti.shown(options.raw), **checks)
+
+
+def _refuse(line: str) -> NoReturn:
+    raise UserError("schema", line, USAGE)
+
+
 def _run_command(options: argparse.Namespace) -> int:
-    records, pairs, _ = manifest.collect(
-        options.manifest,
-        roots=options.data_root,
-        strict=options.strict,
-        allow_leak=options.allow_leak,
-    )
+    records, pairs, notes = _collection(options)
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
     spec = PreprocessSpec(shape=options.shape, spacing_mm=options.spacing)
     progress = _Progress(len(records))
     try:
