@@ -63,6 +63,13 @@ def check(
         UserError: the manifest as a whole cannot be read (2) or lists no scan (3).
     """
     records, faults = manifest.examine(path, roots=roots)
+    pairs: tuple[tuple[str, str], ...] = ()
+    if not faults:
+        try:
+            pairs = manifest.collect(path, roots=roots).pairs
+        except UserError as error:  # of the pairs: the entries are right
+            lines = str(error).splitlines()[1:] or [str(error)]
+            faults = [(error.reason, line.strip()) for line in lines]
     found = [_manifest_fault(reason, text) for reason, text in faults]
     records = [r for r in records if not tasks or r.task in tasks]
     if not records and not faults:
@@ -77,7 +84,7 @@ def check(
     for scan in scans:
         found += scan["findings"]
     found += _duplicates(scans) + _spacings(scans) + _names(records, scans)
-    counts = _counts(scans, tasks)
+    counts = _counts(scans, tasks, pairs)
     found += _too_few(counts) + _apart(scans)
     return {
         "version": REPORT_VERSION,
@@ -268,7 +275,11 @@ def _names(records: Sequence[Record], scans: Sequence[_Result]) -> list[Finding]
     return found
 
 
-def _counts(scans: Sequence[_Result], tasks: Sequence[str]) -> list[dict[str, Any]]:
+def _counts(
+    scans: Sequence[_Result],
+    tasks: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+) -> list[dict[str, Any]]:
     """Usable scans, subjects, ordered pairs and labelled scans per task and split."""
     rows = []
     present = {scan["task"] for scan in scans} | set(tasks)
@@ -284,13 +295,18 @@ def _counts(scans: Sequence[_Result], tasks: Sequence[str]) -> list[dict[str, An
         intra = TASKS[task].pair_type == PairType.INTRA
         per_subject = collections.Counter(scan["subject"] for scan in usable)
         within = sum(n * (n - 1) for n in per_subject.values())
+        count = within if intra else len(usable) ** 2 - len(usable) - within
+        ids = {s["id"] for s in scans if (s["task"], s["split"]) == (task, split)}
+        if any(fixed in ids for fixed, _ in pairs):  # then the listed ones alone
+            good = {scan["id"] for scan in usable}
+            count = sum(good.issuperset(pair) for pair in pairs)
         rows.append(
             {
                 "task": task,
                 "split": split,
                 "scans": len(usable),
                 "subjects": len(per_subject),
-                "pairs": within if intra else len(usable) ** 2 - len(usable) - within,
+                "pairs": count,
                 "labelled": sum(bool(scan["labels"]) for scan in usable),
             }
         )

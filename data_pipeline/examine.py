@@ -5,15 +5,14 @@ that many processes can look at a large collection.
 """
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline import anatomy, findings
+from data_pipeline import anatomy, findings, sources
 from data_pipeline.datasets.manifest import Record
 from data_pipeline.findings import Finding
-from data_pipeline.store import file_sha256
 from unireg_jax.errors import UserError
 from unireg_jax.imaging import nifti, orientation
 from unireg_jax.imaging.nifti import Volume
@@ -61,8 +60,8 @@ def examine(record: Record) -> dict[str, Any]:
     }
     image = None
     try:
-        image = nifti.read_image(record.image)
-        result["sha256"]["image"] = file_sha256(record.image)
+        image = sources.read_scan(record)
+        result["sha256"] = sources.digests(record)
     except UserError as error:
         found.append(findings.from_error(record.id, "image", error, record.image))
     except OSError as error:  # it vanished or broke after it had been read
@@ -75,8 +74,10 @@ def examine(record: Record) -> dict[str, Any]:
         odd = _intensity(record.id, image.data)
         true_hu = not any(f.level == "error" for f in odd)
         found += odd + _geometry(record, result["image"])
-    if record.labels is not None:
+    if record.labels is not None or record.masks:
         _examine_labels(record, image, true_hu, result)
+    if image is not None:
+        found += _judged(record, image)
     return result
 
 
@@ -139,8 +140,8 @@ def _image_facts(image: Volume) -> dict[str, Any]:
     parts = np.percentile(_sample(image.data), (0.1, 50, 99.9))
     return {
         "shape": shape.tolist(),
-        "stored_axes": orientation.axis_codes(image.native.vox2world),
-        "stored_type": str(image.header.get_data_dtype().name),
+        "stored_axes": orientation.axis_codes((image.native or image).vox2world),
+        "stored_type": _stored_type(image),
         "spacing_mm": spacing.round(4).tolist(),
         "extent_mm": (spacing * shape).round(1).tolist(),
         "oblique_deg": float(np.degrees(np.arccos(straight.min())).round(1)),
@@ -156,6 +157,12 @@ def _image_facts(image: Volume) -> dict[str, Any]:
             "max": float(image.data.max()),
         },
     }
+
+
+def _stored_type(image: Volume) -> str:
+    """Of NIfTI what the header says; of other formats what was made of them."""
+    header = image.header
+    return header.get_data_dtype().name if header is not None else image.data.dtype.name
 
 
 def _sample(data: np.ndarray, count: int = 96) -> np.ndarray:
@@ -292,39 +299,107 @@ def _cut_off(name: str, sample: np.ndarray, low: float, high: float) -> list[Fin
 # --- labels ---
 
 
+class _Structure(NamedTuple):
+    """One structure: voxels, how many of them lie in air, centre in LPS mm."""
+
+    voxels: int
+    in_air: int
+    center: np.ndarray | None
+
+
 def _examine_labels(
     record: Record, image: Volume | None, true_hu: bool, result: dict[str, Any]
 ) -> None:
-    """Adds the facts of the labels to `result`, and what is wrong with them."""
+    """Adds the facts of the structures to `result`, and what is wrong with them."""
     found = result["findings"]
-    try:
-        labels = nifti.read_labels(record.labels)
-        result["sha256"]["labels"] = file_sha256(record.labels)
-    except UserError as error:
-        paths = (record.image, record.labels)
-        found.append(findings.from_error(record.id, "labels", error, *paths))
+    structures: dict[str, _Structure] = {}
+    unknown: list[int] = []
+    fits = image is not None
+    if record.labels is not None:
+        labels, same = _read_labels(record, record.labels, "labels", image, found)
+        if labels is not None:
+            ids, codes = _compact(labels.data)
+            table = record.label_map or ()
+            structures = _measure(table, ids, labels._replace(data=codes), image, same)
+            unknown = sorted(set(ids.tolist()) - {0} - {i for i, _ in table})
+        fits &= same
+    masks: dict[str, list[str]] = {}
+    for name, path in record.masks:
+        masks.setdefault(name, []).append(path)
+    for name, paths in masks.items():
+        marked = None
+        for path in paths:
+            mask, same = _read_labels(record, path, f"mask of {name}", image, found)
+            fits &= same
+            if mask is not None and (marked is None or same):
+                drawn = mask.data != 0
+                if marked is not None and marked.data.shape == drawn.shape:
+                    drawn |= marked.data > 0
+                marked = mask._replace(data=drawn.astype(np.uint16))
+        if marked is not None:
+            ids = np.arange(2)
+            structures |= _measure([(1, name)], ids, marked, image, fits)
+    if not structures:
         return
-    except OSError as error:
-        found.append(_unreadable(record.id, "labels", error))
-        return
-    found += _reader_warnings(record.id, "labels", labels)
-    same_grid = image is not None
-    if image is not None:
-        try:
-            nifti.check_same_grid(image, labels)
-        except UserError as error:
-            same_grid = False
-            paths = (record.image, record.labels)
-            found.append(findings.from_error(record.id, "labels", error, *paths))
-    ids, codes = _compact(labels.data)
-    sizes, centers = _structures(record, ids, codes, labels.vox2world)
-    unknown = sorted(set(ids.tolist()) - {0} - {i for i, _ in record.label_map or ()})
+    sizes = {name: item.voxels for name, item in structures.items()}
     result["labels"] = {"voxels": sizes, "unknown_ids": unknown}
     found += _label_sets(record.id, sizes, unknown)
-    if same_grid:
-        found += anatomy.check_places(record.id, centers)
-    if same_grid and true_hu:
-        found += _in_air(record, image.data, ids, codes)
+    if fits:
+        places = {n: s.center for n, s in structures.items() if s.center is not None}
+        found += anatomy.check_places(record.id, places)
+    if fits and true_hu:
+        found += _in_air(record.id, structures)
+
+
+def _read_labels(
+    record: Record, path: str, what: str, image: Volume | None, found: list[Finding]
+) -> tuple[Volume | None, bool]:
+    """A label map or mask, None if it cannot be read, and whether it fits the image."""
+    paths = (record.image, path)
+    try:
+        labels = nifti.read_labels(path)
+    except UserError as error:
+        found.append(findings.from_error(record.id, what, error, *paths))
+        return None, False
+    found += _reader_warnings(record.id, what, labels)
+    if image is None:
+        return labels, False
+    try:
+        nifti.check_same_grid(image, labels)
+    except UserError as error:
+        found.append(findings.from_error(record.id, what, error, *paths))
+        return labels, False
+    return labels, True
+
+
+def _judged(record: Record, image: Volume) -> list[Finding]:
+    """What only evaluation reads: the mask of where to judge, and landmarks."""
+    found: list[Finding] = []
+    if record.roi is not None:
+        _read_labels(record, record.roi, "roi", image, found)
+    try:
+        points = sources.read_points(record, image)
+    except UserError as error:
+        paths = (record.image, record.points)
+        return [*found, findings.from_error(record.id, "landmarks", error, *paths)]
+    if points is not None and len(points):
+        to_voxel = np.linalg.inv(image.vox2world)
+        index = points @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+        size = np.array(image.data.shape)
+        outside = int((((index < -0.5) | (index > size - 0.5)).any(axis=1)).sum())
+        if outside:
+            found.append(
+                Finding(
+                    "warning",
+                    record.id,
+                    "grid_mismatch",
+                    "landmarks",
+                    "every point inside the scan",
+                    f"{outside} of {len(points)} outside",
+                    "check their frame: LPS mm, or voxels of this scan",
+                )
+            )
+    return found
 
 
 def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -338,27 +413,37 @@ def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids, lookup[labels]
 
 
-def _structures(
-    record: Record, ids: np.ndarray, codes: np.ndarray, vox2world: np.ndarray
-) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Voxels of every named structure, and centres (LPS mm) of those that are there."""
+def _measure(
+    table: Iterable[tuple[int, str]],
+    ids: np.ndarray,
+    coded: Volume,
+    image: Volume | None,
+    same_grid: bool,
+) -> dict[str, _Structure]:
+    """Measures named structures; `coded` holds the position of every voxel's id."""
+    codes = coded.data
     tables = []  # per axis [n, ids]: voxels of each id in every plane across it
     for axis in range(3):
         planes = np.moveaxis(codes, axis, 0)
         counts = [np.bincount(plane.ravel(), minlength=ids.size) for plane in planes]
         tables.append(np.stack(counts))
+    in_air = np.zeros(ids.size, np.int64)
+    if image is not None and same_grid:
+        for plane, drawn in zip(image.data, codes, strict=True):
+            in_air += np.bincount(drawn[plane < -500], minlength=ids.size)
     names: dict[str, list[int]] = {}
-    for raw_id, name in record.label_map or ():
+    for raw_id, name in table:
         names.setdefault(name, []).append(raw_id)
-    sizes, centers = {}, {}
+    found = {}
     for name, raw_ids in names.items():
         columns = np.isin(ids, raw_ids)
-        planes = [table[:, columns].sum(axis=1) for table in tables]
-        sizes[name] = int(planes[0].sum())
-        if sizes[name]:
-            index = [np.arange(p.size) @ p / sizes[name] for p in planes]
-            centers[name] = vox2world[:3, :3] @ index + vox2world[:3, 3]
-    return sizes, centers
+        planes = [counts[:, columns].sum(axis=1) for counts in tables]
+        voxels, center = int(planes[0].sum()), None
+        if voxels:
+            index = [np.arange(p.size) @ p / voxels for p in planes]
+            center = coded.vox2world[:3, :3] @ index + coded.vox2world[:3, 3]
+        found[name] = _Structure(voxels, int(in_air[columns].sum()), center)
+    return found
 
 
 def _label_sets(name: str, sizes: Mapping[str, int], unknown: list[int]):
@@ -413,32 +498,24 @@ def _listed(items: list, *, most: int = 8) -> str:
     return f"{text} and {len(items) - most} more" if len(items) > most else text
 
 
-def _in_air(
-    record: Record, image: np.ndarray, ids: np.ndarray, codes: np.ndarray
-) -> list[Finding]:
+def _in_air(name: str, structures: Mapping[str, _Structure]) -> list[Finding]:
     """Solid organs drawn over air: the labels are shifted or turned in the array."""
-    names: dict[str, list[int]] = {}
-    for raw_id, name in record.label_map or ():
-        if not _HOLLOW & set(anatomy.words(name)):
-            names.setdefault(name, []).append(raw_id)
-    everywhere, in_air = np.zeros((2, ids.size), np.int64)
-    for plane, drawn in zip(image, codes, strict=True):
-        everywhere += np.bincount(drawn.ravel(), minlength=ids.size)
-        in_air += np.bincount(drawn[plane < -500], minlength=ids.size)
-    totals, air = {}, {}
-    for name, raw_ids in names.items():
-        columns = np.isin(ids, raw_ids)
-        totals[name] = int(everywhere[columns].sum())
-        air[name] = int(in_air[columns].sum())
+    solid = {
+        structure: item
+        for structure, item in structures.items()
+        if not _HOLLOW & set(anatomy.words(structure))
+    }
+    totals = {structure: item.voxels for structure, item in solid.items()}
+    air = {structure: item.in_air for structure, item in solid.items()}
     total, lost = sum(totals.values()), sum(air.values())
     if lost > 0.5 * total:
         got = f"{100 * lost / total:.0f} % of their voxels in air"
         level, remedy = "error", "shifted, turned or of another scan: look at both"
     else:
-        parts = {n: air[n] / totals[n] for n in names if air[n] > 0.2 * totals[n]}
+        parts = {n: air[n] / totals[n] for n in solid if air[n] > 0.2 * totals[n]}
         if not parts:
             return []
-        listed = [f"{100 * part:.0f} % of {name}" for name, part in parts.items()]
+        listed = [f"{100 * part:.0f} % of {organ}" for organ, part in parts.items()]
         got = f"{_listed(listed)} in air"
         level, remedy = (
             "warning",
@@ -447,7 +524,7 @@ def _in_air(
     return [
         Finding(
             level,
-            record.id,
+            name,
             "grid_mismatch",
             "labels",
             "solid organs drawn on tissue",

@@ -25,10 +25,9 @@ import numpy as np
 import tqdm
 from scipy import ndimage
 
-from data_pipeline import parallel, store
+from data_pipeline import parallel, sources, store
 from data_pipeline.datasets import manifest
 from unireg_jax.errors import FAILED, NOTHING, PARTLY, PREEMPTED, USAGE, UserError
-from unireg_jax.imaging import nifti
 from unireg_jax.tasks import OUTSIDE_HU, TASKS
 
 try:
@@ -173,15 +172,10 @@ def _load(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         else:
             labels = store.read_array(job.root, job.source, "labels")
         return hu, labels, np.array(job.spacing_mm)
-    image = nifti.read_image(job.source.image)
-    labels = np.zeros(image.data.shape, np.uint8)
-    if job.source.labels is not None:
-        raw = nifti.read_labels(job.source.labels)
-        nifti.check_same_grid(image, raw)
-        lookup = np.zeros(1 << 16, np.uint8)
-        for raw_id, name in job.source.label_map:
-            lookup[raw_id] = job.names.index(name) + 1
-        labels = lookup[raw.data]
+    image = sources.read_scan(job.source)
+    layers, _ = sources.read_layers(job.source, image, job.names)
+    # Where structures overlap, the first is drawn.
+    labels = np.zeros(image.data.shape, np.uint8) if layers is None else layers[0]
     return image.data, labels, np.array(image.spacing_mm)
 
 

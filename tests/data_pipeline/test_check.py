@@ -302,6 +302,61 @@ def test_two_spellings_of_one_structure_are_named(phantoms, folder):
     assert finding.got in ("Kidney_L and left_kidney", "left_kidney and Kidney_L")
 
 
+def test_masks_are_looked_at_like_a_label_map(phantoms, folder):
+    scan = phantoms[0]
+    masks = {}
+    for number, name in enumerate(scan.label_names, 1):
+        mask = (scan.labels == number).astype(np.uint8)
+        mask = mask[::-1] if name.endswith("kidney") else mask
+        nifti.write_volume(folder / f"{name}.nii.gz", mask, scan.vox2world)
+        masks[name] = [f"{name}.nii.gz"]
+    masks["liver"].append("half.nii.gz")
+    half = np.zeros(SHAPE, np.uint8)
+    nifti.write_volume(folder / "half.nii.gz", half[1:], scan.vox2world)
+    _rows(folder, lambda rows: rows[0].update(label="", label_map="", masks=masks))
+    report = _check(folder)
+    (finding,) = _found(report, "a0")
+    assert (finding.reason, finding.what) == ("grid_mismatch", "mask of liver")
+    nifti.write_volume(folder / "half.nii.gz", half, scan.vox2world)
+    report = _check(folder)
+    (finding,) = [f for f in _found(report, "a0") if f.level == "error"]
+    assert finding.reason == "mirrored" and "right_kidney" in finding.got
+    sizes = report["scans"][0]["labels"]["voxels"]
+    assert sizes["liver"] == (scan.labels == scan.label_names.index("liver") + 1).sum()
+
+
+def test_landmarks_and_roi_are_looked_at(phantoms, folder):
+    (folder / "p.csv").write_text("x,y,z\n0,0,0\n999,0,0\n")
+    (folder / "q.csv").write_text("x,y,z\n0,zero,0\n")
+    _write(folder, "roi", phantoms[1].labels[1:], None, phantoms[1].vox2world)
+
+    def change(rows):
+        rows[0]["points"] = "p.csv"
+        rows[1].update(points="q.csv", roi="roi.nii.gz")
+
+    _rows(folder, change)
+    report = _check(folder)
+    (outside,) = _found(report, "a0")
+    assert (outside.what, outside.got) == ("landmarks", "1 of 2 outside")
+    found = {f.what: f.reason for f in _found(report, "a1")}
+    assert found["roi"] == "grid_mismatch" and "landmarks" in found
+
+
+def test_listed_pairs_are_counted_and_checked(folder):
+    rows = json.loads((folder / "m.json").read_text())
+    (folder / "m.json").write_text(
+        json.dumps({"volumes": rows, "pairs": [["a0", "a1"]]})
+    )
+    train, val, _ = _check(folder)["counts"]
+    assert (train["pairs"], val["pairs"]) == (1, 2)
+    (folder / "m.json").write_text(
+        json.dumps({"volumes": rows, "pairs": [["a0", "a9"], ["a0", "a2"]]})
+    )
+    report = _check(folder)
+    assert len([f for f in report["findings"] if f.id == "manifest"]) == 2
+    assert check.exit_code(report) == USAGE
+
+
 # --- left and right, head and feet ---
 
 
