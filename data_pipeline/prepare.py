@@ -40,7 +40,7 @@ from unireg_jax.errors import (
 from unireg_jax.imaging import nifti, points, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import PreprocessSpec
-from unireg_jax.tasks import TASKS
+from unireg_jax.tasks import TASKS, PairType
 
 # Raise it when the same source would now give other arrays: everything is made again.
 CODE_VERSION = 1
@@ -506,6 +506,11 @@ def _collection(options: argparse.Namespace) -> Collection:
     if options.task and not any(open_task):
         _refuse(f"--dataset {options.dataset} has its own task; leave --task out")
     if options.task:
+        if TASKS[options.task].pair_type == PairType.INTRA:
+            _refuse(
+                f"--task {options.task} pairs scans of one patient, which the folder "
+                "does not tell; write a manifest with subjects"
+            )
         records = [record._replace(task=options.task) for record in found.records]
         found = found._replace(records=records)
     return manifest.check(found, nifti.shown(options.raw), **checks)

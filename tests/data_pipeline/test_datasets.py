@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -566,6 +567,9 @@ def test_nnunet_regions_and_task(tmp_path, capsys):
     argv = ["--dataset", "nnunet", "--raw", str(tmp_path / "raw")]
     assert prepare.main([*argv, "--out", str(tmp_path / "out")]) == USAGE
     assert "needs --task, one of headneck" in capsys.readouterr().err
+    more = ["--out", str(tmp_path / "out"), "--task", "liver"]
+    assert prepare.main([*argv, *more]) == USAGE
+    assert "write a manifest with subjects" in capsys.readouterr().err
     raw = tmp_path / "raw"
     dataset = _prepare("nnunet", raw, tmp_path / "out", "--task", "abdomen")
     names = dataset.label_names("abdomen")
@@ -835,3 +839,35 @@ def test_real_lung_landmarks_reach_the_prepared_pair(tmp_path, data_root):
     dataset = loader.Dataset(tmp_path / "out")
     assert len(dataset.pairs("val")) == 1
     assert dataset.label_names("lung") == ("lungs",) and dataset.volume(0)[1].any()
+
+
+# --- docs/datasets.md ---
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "datasets.md"
+
+
+def _commands():
+    lines = [line.strip() for line in DOCS.read_text().splitlines()]
+    return [line.split() for line in lines if line.startswith("python -m ")]
+
+
+def test_every_command_of_the_docs_is_one_that_is_taken():
+    taken = set()
+    for words in _commands():
+        if words[2] == "data_pipeline.prepare":
+            options = prepare._parser().parse_args(words[3:])
+            taken.add(options.dataset or "manifest")
+            assert (options.task is not None) == (options.dataset == "nnunet")
+        else:
+            assert (DOCS.parents[1] / f"{words[2].replace('.', '/')}.py").is_file()
+    assert taken == {*DATASETS, "manifest"}
+    headings = {line[3:] for line in DOCS.read_text().splitlines() if line[:3] == "## "}
+    assert headings == {*DATASETS, "Scans of your own"}
+
+
+def test_manifest_of_the_docs_is_read(tmp_path):
+    text = DOCS.read_text().split("```json\n")[1].split("```")[0]
+    (tmp_path / "m.json").write_text(text)
+    found = manifest.collect(tmp_path / "m.json")
+    assert found.pairs == (("p1_pvp", "p1_art"),)
+    assert [name for name, _ in found.records[0].masks] == ["liver", "tumour", "tumour"]
