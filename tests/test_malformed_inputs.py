@@ -1,0 +1,181 @@
+"""The table docs/malformed_inputs.md is true, and the rows that fit no other file."""
+
+import ast
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import synthetic
+from data_pipeline.datasets import manifest
+from unireg_jax import __main__ as cli
+from unireg_jax.errors import UserError
+from unireg_jax.training import optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = {
+    "nifti": "imaging/test_nifti.py",
+    "manifest": "data_pipeline/test_manifest.py",
+    "check": "data_pipeline/test_check.py",
+    "cli": "test_cli.py",
+    "training": "training/test_training.py",
+    "here": "test_malformed_inputs.py",
+}
+ROW = dict(id="a", image="a.nii.gz", task="lung", subject="p", split="train")
+
+
+def _rows():
+    """(number, tests) of every row of the table."""
+    text = (ROOT / "docs" / "malformed_inputs.md").read_text()
+    for line in text.splitlines():
+        cells = re.split(r"(?<!\\)\|", line)
+        if len(cells) == 6 and cells[1].strip().isdecimal():
+            tests = cells[4].replace("(slow)", "").split(",")
+            yield int(cells[1]), [test.strip() for test in tests]
+
+
+@functools.cache
+def _tests_of(name):
+    tree = ast.parse((ROOT / "tests" / name).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_rows_are_all_there_once_and_in_order():
+    assert [number for number, _ in _rows()] == list(range(1, 71))
+
+
+@pytest.mark.parametrize(("number", "tests"), list(_rows()))
+def test_every_test_of_the_table_exists(number, tests):
+    assert tests != [""], f"row {number} names no test"
+    for test in tests:
+        file, _, name = test.partition("::")
+        assert name in _tests_of(SHORT.get(file, file)), f"row {number}: no {test}"
+
+
+# --- rows that fit no other file ---
+
+
+def test_case_name_keeps_the_dots_of_a_uid():
+    assert cli._stem("/d/1.2.840.113619.2.55.nii.gz") == "1.2.840.113619.2.55"
+    assert cli._stem("A.B.NII.GZ") == "A.B" and cli._stem("x.nii") == "x"
+
+
+def test_json_manifest_with_a_byte_order_mark_is_read(tmp_path):
+    text = json.dumps([ROW]).encode()
+    (tmp_path / "m.json").write_bytes(b"\xef\xbb\xbf" + text)
+    assert manifest.read(tmp_path / "m.json")[0].id == "a"
+
+
+@pytest.mark.parametrize("column", ["image", "label", "label_map"])
+def test_nul_in_a_path_is_refused(tmp_path, column):
+    row = ROW | {"label": "l.nii", "label_map": "m.json", column: "a\0.nii"}
+    (tmp_path / "m.json").write_text(json.dumps([row]))
+    with pytest.raises(UserError, match="a plain path expected") as caught:
+        manifest.read(tmp_path / "m.json")
+    assert caught.value.reason == "path_escape"
+
+
+@pytest.mark.parametrize("lr", [np.nan, 0.0, -1e-3])
+def test_learning_rate_that_no_run_can_have_is_refused(lr):
+    with pytest.raises(ValueError, match="lr must"):
+        optimizer.make_optimizer("adam", lr=lr)
+
+
+# Modules that build objects or run programs from what they read, or reach the network.
+FORBIDDEN = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "yaml",
+    "marshal",
+    "shelve",
+    "subprocess",
+    "urllib",
+    "requests",
+    "http",
+    "ftplib",
+}
+CALLS = {"eval", "exec", "system", "popen", "extractall", "unsafe_load"}
+
+
+def test_inference_and_data_rooms_hold_nothing_that_runs_code():
+    """No shell, pickle, YAML, network or extraction, so no input can use them."""
+    for folder in ("unireg_jax", "data_pipeline"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                found = {name.split(".")[0] for name in names} & FORBIDDEN
+                assert not found, f"{path}: imports {found}"
+                if isinstance(node, ast.Call):
+                    called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                    assert called not in CALLS, f"{path}:{node.lineno}: {called}"
+                    for word in node.keywords:
+                        value = getattr(word.value, "value", None)
+                        risky = word.arg in ("allow_pickle", "shell") and value
+                        assert not risky, f"{path}:{node.lineno}: {word.arg}"
+
+
+_MILLION = """
+import resource, sys, time
+from data_pipeline.datasets import manifest
+start = time.process_time()
+records = manifest.read(sys.argv[1])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(len(records), time.process_time() - start, peak)
+"""
+
+
+@pytest.mark.slow
+def test_manifest_of_a_million_entries(tmp_path):
+    header = "id,image,label,label_map,task,subject,split\n"
+    (tmp_path / "map.json").write_text('{"1": "liver"}')
+    with open(tmp_path / "m.csv", "w") as file:
+        file.write(header)
+        for i in range(1_000_000):
+            file.write(f"i{i},s/{i}.nii.gz,l/{i}.nii.gz,map.json,liver,p{i // 3},")
+            file.write("train\n")
+    command = [sys.executable, "-c", _MILLION, str(tmp_path / "m.csv")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    count, seconds, gib = map(float, done.stdout.split())
+    assert count == 1_000_000
+    # 32 CPU s and 1.4 GiB when written, on one shared core.
+    assert seconds < 120 and gib < 2
+
+
+def test_reports_do_not_depend_on_zone_locale_or_clock(tmp_path):
+    path = synthetic.write_nifti(
+        tmp_path / "raw",
+        tasks=("chest",),
+        subjects_per_task=2,
+        shape=(24, 20, 18),
+        spacing_mm=(16.0, 17.0, 18.0),
+    )
+    reports = []
+    for zone, language, day in (
+        ("UTC", "C", 0),
+        ("Pacific/Kiritimati", "de_DE.UTF-8", 2**31 + 86400),  # beyond 2038
+    ):
+        for file in path.parent.rglob("*.nii.gz"):
+            os.utime(file, (day, day))
+        out = tmp_path / f"{day}.json"
+        command = [sys.executable, "-m", "data_pipeline.check", "--workers", "1"]
+        command += ["--manifest", str(path), "--json", str(out)]
+        environment = {**os.environ, "TZ": zone, "LC_ALL": language}
+        if zone == "UTC":
+            del environment["TZ"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode in (0, 2, 4, 5), done.stderr
+        reports.append((done.stdout, out.read_bytes()))
+    assert reports[0] == reports[1]
