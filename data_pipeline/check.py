@@ -1,6 +1,7 @@
 """Checks a data set before any training: all that is wrong, in one report.
 
     python -m data_pipeline.check --manifest scans.csv --json report.json
+    python -m data_pipeline.check --dataset amos --raw FOLDER
 
 Every scan of the manifest is read whole: geometry, spacing, intensities, labels, the
 sides of paired organs, field of view; then the collection: scans that are there twice,
@@ -22,9 +23,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from data_pipeline import anatomy, findings, parallel, store
+from data_pipeline import anatomy, findings, parallel, prepare, store
 from data_pipeline.datasets import manifest
-from data_pipeline.datasets.manifest import Record
+from data_pipeline.datasets.manifest import Collection, Record
 from data_pipeline.examine import examine
 from data_pipeline.findings import Finding
 from data_pipeline.pairs import SPLITS
@@ -51,6 +52,33 @@ def check(
     Args:
         path: manifest, see `manifest.read`.
         roots: folders that scans may lie in, besides the manifest's own.
+        tasks, workers, progress: see `check_collection`.
+
+    Returns:
+        As check_collection.
+
+    Raises:
+        UserError: the manifest as a whole cannot be read (2) or lists no scan (3).
+    """
+    collection, faults = _of_manifest(path, roots)
+    return check_collection(
+        collection, faults, tasks=tasks, workers=workers, progress=progress
+    )
+
+
+def check_collection(
+    collection: Collection,
+    faults: Sequence[tuple[str, str]] = (),
+    *,
+    tasks: Sequence[str] = (),
+    workers: int = 1,
+    progress: Callable[[Iterable, int], Iterable] = lambda results, total: results,
+) -> dict[str, Any]:
+    """Examines every scan of a collection and the collection as a whole.
+
+    Args:
+        collection: from a manifest or an adapter.
+        faults: (reason, line) of what the collection itself does wrong.
         tasks: only these; all when empty.
         workers: processes; each holds one scan and its labels.
         progress: wraps the results as they come; takes their number too.
@@ -60,22 +88,12 @@ def check(
         scans in the order of the manifest, without paths.
 
     Raises:
-        UserError: the manifest as a whole cannot be read (2) or lists no scan (3).
+        UserError: no scan of these tasks (3).
     """
-    records, faults = manifest.examine(path, roots=roots)
-    pairs: tuple[tuple[str, str], ...] = ()
-    if not faults:
-        try:
-            pairs = manifest.collect(path, roots=roots).pairs
-        except UserError as error:  # of the pairs: the entries are right
-            lines = str(error).splitlines()[1:] or [str(error)]
-            faults = [(error.reason, line.strip()) for line in lines]
     found = [_manifest_fault(reason, text) for reason, text in faults]
-    records = [r for r in records if not tasks or r.task in tasks]
+    records = [r for r in collection.records if not tasks or r.task in tasks]
     if not records and not faults:
-        raise UserError(
-            "empty", f"{Path(path).name}: no scan of {', '.join(tasks)}", NOTHING
-        )
+        raise UserError("empty", f"no scan of {', '.join(tasks)} is listed", NOTHING)
     # An id may be listed twice: the report says so, and results are told apart.
     jobs = list(enumerate(records))
     done = parallel.run(_guarded, jobs, workers, died=_died)
@@ -84,7 +102,7 @@ def check(
     for scan in scans:
         found += scan["findings"]
     found += _duplicates(scans) + _spacings(scans) + _names(records, scans)
-    counts = _counts(scans, tasks, pairs)
+    counts = _counts(scans, tasks, collection.pairs)
     found += _too_few(counts) + _apart(scans)
     return {
         "version": REPORT_VERSION,
@@ -104,6 +122,40 @@ def exit_code(report: Mapping[str, Any]) -> int:
     if bad:
         return FAILED if bad == names else PARTLY
     return USAGE if errors else 0
+
+
+def _of_manifest(
+    path: Path | str, roots: Sequence[Path | str]
+) -> tuple[Collection, list[tuple[str, str]]]:
+    """The good entries of a manifest, and what is wrong with the others."""
+    records, faults = manifest.examine(path, roots=roots)
+    if faults:
+        return Collection(records), faults
+    try:
+        return manifest.collect(path, roots=roots), []
+    except UserError as error:  # of the pairs: the entries are right
+        return Collection(records), _lines(error)
+
+
+def _of_dataset(
+    options: argparse.Namespace,
+) -> tuple[Collection, list[tuple[str, str]]]:
+    """What lies in a folder, and what is wrong with it as a whole."""
+    # An open task is named by --task; else --task chooses among those that are there.
+    task = options.task[0] if options.dataset == "nnunet" and options.task else None
+    common = {**vars(options), "strict": False, "task": task}
+    loose = prepare.read_source(argparse.Namespace(**common, allow_leak=True))
+    try:
+        prepare.read_source(argparse.Namespace(**common, allow_leak=False))
+    except UserError as error:
+        return loose, _lines(error)
+    return loose, []
+
+
+def _lines(error: UserError) -> list[tuple[str, str]]:
+    """The faults that a refusal lists under its first line."""
+    lines = str(error).splitlines()
+    return [(error.reason, line.strip()) for line in lines[1:] or lines]
 
 
 def _manifest_fault(reason: str, text: str) -> Finding:
@@ -477,14 +529,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.check", description=__doc__.split("\n\n")[2]
     )
-    parser.add_argument("--manifest", required=True, help="CSV or JSON list of scans")
-    parser.add_argument(
-        "--data-root",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder that scans may lie in, besides the manifest's own; repeatable",
-    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    prepare.source_arguments(source, parser)
     parser.add_argument(
         "--task",
         action="append",
@@ -520,9 +566,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         with parallel.terminable():
-            report = check(
-                options.manifest,
-                roots=options.data_root,
+            if options.manifest:
+                listed = _of_manifest(options.manifest, options.data_root)
+            else:
+                listed = _of_dataset(options)
+            report = check_collection(
+                *listed,
                 tasks=options.task,
                 workers=options.workers,
                 progress=_bar,

@@ -429,11 +429,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m data_pipeline.prepare", description=__doc__.split("\n\n")[2]
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--manifest", help="CSV or JSON list of scans")
-    source.add_argument(
-        "--dataset", choices=tuple(DATASETS), help="layout of the folder --raw"
-    )
-    parser.add_argument("--raw", metavar="DIR", help="folder of --dataset, as unpacked")
+    source_arguments(source, parser)
     parser.add_argument(
         "--task",
         choices=tuple(TASKS),
@@ -443,13 +439,6 @@ def _parser() -> argparse.ArgumentParser:
     grid_arguments(parser)
     parser.add_argument(
         "--workers", type=int, default=1, help="processes (default: 1)", metavar="N"
-    )
-    parser.add_argument(
-        "--data-root",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder that scans may lie in, besides the manifest's own; repeatable",
     )
     parser.add_argument(
         "--strict", action="store_true", help="stop at once if a listed file is absent"
@@ -486,8 +475,39 @@ def _pair_warnings(index: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _collection(options: argparse.Namespace) -> Collection:
-    """The scans that --manifest lists or that lie in --raw."""
+def source_arguments(source: Any, parser: argparse.ArgumentParser) -> None:
+    """Adds --manifest or --dataset, --raw and --data-root.
+
+    Args:
+        source: a required, mutually exclusive group of the parser.
+        parser: to be extended.
+    """
+    source.add_argument("--manifest", help="CSV or JSON list of scans")
+    source.add_argument(
+        "--dataset", choices=tuple(DATASETS), help="layout of the folder --raw"
+    )
+    parser.add_argument("--raw", metavar="DIR", help="folder of --dataset, as unpacked")
+    parser.add_argument(
+        "--data-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that scans may lie in, besides the manifest's own; repeatable",
+    )
+
+
+def read_source(options: argparse.Namespace) -> Collection:
+    """Lists the scans that --manifest names or that lie in --raw.
+
+    Args:
+        options: manifest, dataset, raw, data_root, task, strict, allow_leak.
+
+    Returns:
+        Collection.
+
+    Raises:
+        UserError: see `manifest.collect`; exit code 2 for options that do not fit.
+    """
     checks = dict(strict=options.strict, allow_leak=options.allow_leak)
     if options.manifest:
         if options.raw or options.task:
@@ -521,7 +541,7 @@ def _refuse(line: str) -> NoReturn:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    records, pairs, notes = _collection(options)
+    records, pairs, notes = read_source(options)
     for line in notes:
         print(f"note: {line}", file=sys.stderr)
     spec = PreprocessSpec(shape=options.shape, spacing_mm=options.spacing)

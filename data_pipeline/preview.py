@@ -2,10 +2,11 @@
 
     python -m data_pipeline.preview --data prepared --out pictures
     python -m data_pipeline.preview --manifest scans.csv --out pictures
+    python -m data_pipeline.preview --dataset amos --raw FOLDER --out pictures
 
 Writes contact sheets, `<task>.png` and so on, and `index.html` with the same pictures
 inside it: one file to look through or to send. `--data` shows what a network sees,
-`--manifest` the raw scans. Patients are seen from their feet and from the front: their
+the others the raw scans. Patients are seen from their feet and from the front: their
 right is on the left of the picture. Needs the extra `report`.
 """
 
@@ -25,8 +26,9 @@ import numpy as np
 import tqdm
 from scipy import ndimage
 
-from data_pipeline import parallel, sources, store
+from data_pipeline import parallel, prepare, sources, store
 from data_pipeline.datasets import manifest
+from data_pipeline.datasets.manifest import Record
 from unireg_jax.errors import FAILED, NOTHING, PARTLY, PREEMPTED, USAGE, UserError
 from unireg_jax.tasks import OUTSIDE_HU, TASKS
 
@@ -111,17 +113,12 @@ def jobs_of_prepared(root: Path | str) -> list[Job]:
     ]
 
 
-def jobs_of_manifest(path: Path | str, roots: Sequence[Path | str] = ()) -> list[Job]:
-    """Lists the scans of a manifest.
+def jobs_of_records(records: Sequence[Record]) -> list[Job]:
+    """Lists raw scans.
 
     Args:
-        path: see `manifest.read`; a subject may be in two splits.
-        roots: folders that scans may lie in.
-
-    Raises:
-        UserError: see `manifest.read`.
+        records: from a manifest or an adapter.
     """
-    records = manifest.read(path, roots=roots, allow_leak=True)
     names = manifest.vocabulary(records)
     return [
         Job(
@@ -439,15 +436,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="prepared folder")
-    source.add_argument("--manifest", help="CSV or JSON list of raw scans")
-    parser.add_argument("--out", required=True, help="folder for the pictures")
+    prepare.source_arguments(source, parser)
     parser.add_argument(
-        "--data-root",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder that raw scans may lie in, besides the manifest's own; repeatable",
+        "--task", choices=tuple(TASKS), help="only for --dataset nnunet"
     )
+    parser.add_argument("--out", required=True, help="folder for the pictures")
     parser.add_argument(
         "--most",
         type=int,
@@ -497,7 +490,7 @@ def preview(
     """Draws scans and writes the pictures.
 
     Args:
-        jobs: from `jobs_of_prepared` or `jobs_of_manifest`.
+        jobs: from `jobs_of_prepared` or `jobs_of_records`.
         out: folder.
         most: scans drawn of a task.
         workers: processes.
@@ -538,7 +531,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.data is not None:
             jobs = jobs_of_prepared(options.data)
         else:
-            jobs = jobs_of_manifest(options.manifest, options.data_root)
+            loose = argparse.Namespace(**vars(options), strict=False, allow_leak=True)
+            jobs = jobs_of_records(prepare.read_source(loose).records)
         if not jobs:
             raise UserError("empty", f"{options.data}: no scan is in it", NOTHING)
         with parallel.terminable():

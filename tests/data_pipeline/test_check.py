@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipeline import anatomy, check, examine, findings, synthetic
+from data_pipeline import anatomy, check, examine, findings, preview, synthetic
 from unireg_jax.errors import (
     FAILED,
     NOTHING,
@@ -661,3 +661,30 @@ def test_real_scans_of_training_have_no_error(data_root, tmp_path):
     report = check.check(tmp_path / "m.json", roots=[data_root])
     assert check.exit_code(report) == 0
     assert all(not scan["findings"] for scan in report["scans"])
+
+
+# --- public layouts ---
+
+
+def test_folder_of_a_public_layout_is_checked_and_drawn(phantoms, tmp_path, capsys):
+    raw = tmp_path / "Dataset001_X"
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder).mkdir(parents=True)
+    for i, scan in enumerate(phantoms):
+        hu = scan.hu + 1024 if i == 1 else scan.hu
+        place = scan.vox2world
+        nifti.write_volume(raw / f"imagesTr/x_{i:03}_0000.nii.gz", hu, place)
+        nifti.write_volume(raw / f"labelsTr/x_{i:03}.nii.gz", scan.labels, place)
+    labels = {name: i for i, name in enumerate(("background", *scan.label_names))}
+    description = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 3}
+    description["file_ending"] = ".nii.gz"
+    (raw / "dataset.json").write_text(json.dumps(description))
+    options = ["--dataset", "nnunet", "--raw", str(raw), "--workers", "1"]
+    assert check.main(options) == USAGE
+    assert "needs --task" in capsys.readouterr().err
+    options += ["--task", "abdomen"]
+    assert check.main(options) == PARTLY
+    out = capsys.readouterr().out
+    assert "offset is not subtracted" in out and "3 scans: 1 errors" in out
+    assert preview.main([*options, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "abdomen.png").is_file()

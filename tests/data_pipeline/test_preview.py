@@ -98,7 +98,7 @@ def test_pictures_show_the_patient_from_feet_and_front(tmp_path, codes):
     row = dict(id="a", image="a.nii.gz", label="a_label.nii.gz", label_map="map.json")
     row |= dict(task="abdomen", subject="p", split="train")
     (tmp_path / "m.json").write_text(json.dumps([row]))
-    (job,) = preview.jobs_of_manifest(tmp_path / "m.json")
+    (job,) = preview.jobs_of_records(manifest.read(tmp_path / "m.json"))
     drawing = preview.draw(job)
     assert drawing.problem == "" and drawing.shown == (0,)
     axial, coronal, sagittal = (t.astype(int) for t in drawing.tiles)
@@ -224,7 +224,8 @@ def test_real_scan_is_drawn(data_root, tmp_path):
         split="train",
     )
     (tmp_path / "m.json").write_text(json.dumps([row]))
-    jobs = preview.jobs_of_manifest(tmp_path / "m.json", [data_root])
+    records = manifest.read(tmp_path / "m.json", roots=[data_root])
+    jobs = preview.jobs_of_records(records)
     drawings, names = preview.preview(jobs, tmp_path / "out")
     assert len(drawings[0].shown) > 60 and names == ["chest.png", "index.html"]
     picture = mpl_image.imread(io.BytesIO((tmp_path / "out/chest.png").read_bytes()))
