@@ -132,7 +132,8 @@ def _align(dataset, pair: pairs.Pair, kind, describe, extractor):
             pair_type=pair.pair_type,
         )
     if kind == "features":
-        plan = matching.Plan(min_score=matching.MIN_SCORE[extractor.backend])
+        spacing = np.linalg.norm(fixed[:3, :3], axis=0)
+        plan = matching.plan_for(extractor.backend, spacing)
         found = feature_affine.feature_align(
             *(describe(i) for i in ends), fixed_hu, moving_hu, **places, plan=plan
         )

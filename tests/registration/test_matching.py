@@ -199,6 +199,16 @@ def test_matching_holds_no_product_of_two_grids():
     assert program.memory_analysis().temp_size_in_bytes < 96 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("spacing", "stride", "start"),
+    [((2.0, 2.0, 2.0), 8, 3), ((4.0, 4.0, 4.0), 4, 1), ((8.0, 9.0, 7.0), 2, 0)],
+)
+def test_plan_asks_about_every_16_mm(spacing, stride, start):
+    plan = matching.plan_for("mind", spacing)
+    assert (plan.stride, plan.start) == (stride, start)
+    assert plan.min_score == matching.MIN_SCORE["mind"]
+
+
 # --- the displacement through points ------------------------------------------------
 
 

@@ -12,6 +12,7 @@ Points are voxels of the fine grid, int32; voxel i of it has its centre at 2 i +
 the network's grid. The mask of a scan says where its points may lie.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from unireg_jax.ops.warp import sample
 # patients MIND's lie between 0.83 and 0.99 whether right or wrong (within 20 mm of a
 # rigid map: 16 % of pairs above 0.7, 18 % above 0.9), so that no limit sorts them.
 MIN_SCORE = {"mind": 0.7, "none": 0.7, "sam": 0.7}
+_QUERY_MM = 16.0
 _LEVEL = 2  # voxels of the network's grid per voxel of the fine grid
 
 
@@ -44,7 +46,7 @@ class Plan(NamedTuple):
 
     stride: int = 8
     start: int = 3
-    queries: int = 2048
+    queries: int = 4096
     rounds: int = 5
     min_score: float = 0.7
     chunk: int = 4096
@@ -81,6 +83,21 @@ class CoarsePlan(NamedTuple):
     iterations: int = 100
     lr: float = 0.05
     smoothness: float = 0.04
+
+
+def plan_for(backend: str, spacing_mm: Sequence[float]) -> Plan:
+    """SAMReg's plan, whose 8 voxels are of 2 mm, for another backend and grid.
+
+    Args:
+        backend: row of MIN_SCORE.
+        spacing_mm: voxel edge lengths of the network's grid.
+
+    Returns:
+        Plan with queries about every 16 mm.
+    """
+    voxels = _QUERY_MM / float(np.prod(spacing_mm)) ** (1 / 3)
+    stride = _LEVEL * max(1, round(voxels / _LEVEL))
+    return Plan(stride, stride // 2 - 1, min_score=MIN_SCORE[backend])
 
 
 def find_matches(

@@ -317,7 +317,6 @@ class Session:
                 self._describe(scan, hu)
                 for scan, (_, hu) in zip((target, source), ends, strict=True)
             ]
-            backend = self.model.extractor.backend
             return feature_affine.feature_align(
                 *(scan.features for scan in described),
                 fixed_hu,
@@ -326,7 +325,9 @@ class Session:
                 moving_vox2world=other.vox2world,
                 fixed_mask=None if mask is None else body,
                 bodies=(body, there),
-                plan=matching.Plan(min_score=matching.MIN_SCORE[backend]),
+                plan=matching.plan_for(
+                    self.model.extractor.backend, self.model.preprocess.spacing_mm
+                ),
             )
 
     def _describe(self, volume, hu) -> Described:
