@@ -11,7 +11,7 @@ import numpy as np
 from unireg_jax.imaging import preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.registration import affine, matching
-from unireg_jax.registration.matching import Plan
+from unireg_jax.registration.matching import CoarsePlan, Plan
 from unireg_jax.tasks import OUTSIDE_HU
 
 MODELS = ("affine", "rigid", "translation", "identity")
@@ -23,6 +23,7 @@ _TURN_DEG = 60.0
 # 8 mm off. Rigid while wide: an affine map would shrink towards the outliers' mean.
 _WIDE_MM, _NARROW_MM, _SHRINK = 200.0, 12.0, 0.8
 _AFFINE_BELOW_MM = 30.0
+_POINTS_STEP = 256
 
 
 class Fit(NamedTuple):
@@ -54,12 +55,16 @@ class Alignment(NamedTuple):
             "middle" (the grids' centres), "com" (the bodies' centroids).
         fit: what the points gave.
         warning: why not all went as wished; empty if it did.
+        fixed_mm: [N, 3] LPS mm, the matched points of the fixed scan.
+        moving_mm: [N, 3] LPS mm, of the moving scan.
     """
 
     matrix: np.ndarray
     kind: str
     fit: Fit
     warning: str
+    fixed_mm: np.ndarray
+    moving_mm: np.ndarray
 
 
 def fit_map(fixed_mm: np.ndarray, moving_mm: np.ndarray, *, robust: bool = True) -> Fit:
@@ -181,7 +186,46 @@ def feature_align(
         )
     elif fit.reason:
         warning = f"features: {fit.kind} map of {fit.points} matches; {fit.reason}"
-    return Alignment(matrix, kind, fit, warning)
+    return Alignment(matrix, kind, fit, warning, *points)
+
+
+def coarse_align(
+    alignment: Alignment,
+    vox2world: np.ndarray,
+    *,
+    shape: tuple[int, int, int],
+    within_mm: float | None = 24.0,
+    plan: CoarsePlan | None = None,
+) -> jax.Array:
+    """Fits SAM-coarse's displacement to what an affine leaves of its matches.
+
+    Args:
+        alignment: from `feature_align`.
+        vox2world: [4, 4], voxel of the fixed network grid -> LPS mm.
+        shape: (X, Y, Z), that grid.
+        within_mm: pairs farther from the affine map are left out; None for all pairs,
+            as SAMReg does. With MIND, DSC of 7 organs on 4 head-neck pairs 41.3 %
+            before, 50.9 % within 24 mm, 21.5 % with all.
+        plan: of the optimisation; None for the defaults.
+
+    Returns:
+        [1, X, Y, Z, 3] float32, voxels of the fixed network grid: acts before the
+        affine, moving is read at matrix (x + disp(x)).
+    """
+    back = np.linalg.inv(alignment.matrix)
+    targets = _apply(back, alignment.moving_mm)
+    to_voxel = np.linalg.inv(vox2world)
+    gap = np.linalg.norm(alignment.fixed_mm - targets, axis=1)
+    near = np.full(len(gap), True) if within_mm is None else gap <= within_mm
+    # Few sizes: pairs of nearly as many matches share a program.
+    pad = -len(gap) % _POINTS_STEP if len(gap) else _POINTS_STEP
+    points, targets = (
+        np.pad(_apply(to_voxel, p), ((0, pad), (0, 0))).astype(np.float32)
+        for p in (alignment.fixed_mm, targets)
+    )
+    fit = jax.jit(matching.coarse_disp, static_argnames=("shape", "plan"))
+    near = np.pad(near, (0, pad))
+    return fit(points, targets, near, shape=tuple(shape), plan=plan or CoarsePlan())
 
 
 def _fit(matrix, kind, fixed, moving, reasons):
