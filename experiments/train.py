@@ -6,22 +6,15 @@ Writes to the work folder: config.json, checkpoints/, metrics.jsonl, tb/ (Tensor
 and weights.safetensors with its model card weights.json at the end.
 """
 
-import collections
 import contextlib
-import signal
-import sys
-import threading
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from data_pipeline import loader
-from experiments import build, cli
-from unireg_jax.errors import NUMERICAL, PREEMPTED, UserError
+from experiments import build, cli, loop
 from unireg_jax.registration import weights as released
 from unireg_jax.training import checkpoint, evaluate, log
 from unireg_jax.training import state as train_state
@@ -61,17 +54,26 @@ def train(config, workdir: Path) -> Path:
         writer = stack.enter_context(
             contextlib.closing(log.Log(workdir, resume_step=int(state.step)))
         )
-        stop = stack.enter_context(_stop_on_signal())
-        state = _loop(
-            config, experiment, mesh, state, stream, checkpoints, writer, stop
+        tasks = [pair.task for pair in experiment.dataset.pairs("train")]
+        state = loop.run(
+            _step(experiment, mesh),
+            state,
+            stream,
+            every=loop.Every(
+                config.train.steps,
+                config.train.log_every,
+                config.train.eval_every,
+                config.train.checkpoint_every,
+            ),
+            names=lambda batch: [(f"pair {p}", tasks[p]) for p in batch.pair],
+            validate=_validator(config, experiment),
+            checkpoints=checkpoints,
+            writer=writer,
+            shown=("loss", "ncc", "dice"),
         )
-    total = config.train.steps
-    if int(state.step) < total:
-        print(f"stopped at step {int(state.step)}; run again to go on", file=sys.stderr)
-        sys.exit(PREEMPTED)
     path = workdir / "weights.safetensors"
     training = {
-        "steps": total,
+        "steps": config.train.steps,
         "preset": config.preset,
         "seed": config.seed,
         "init_from": origin,
@@ -91,101 +93,16 @@ def _init_from(name: str, state: train_state.TrainState):
     return state._replace(params=params), origin
 
 
-def _loop(config, experiment, mesh, state, stream, checkpoints, writer, stop):
-    """Steps from where `state` is to the end, or to a signal."""
+def _step(experiment: build.Experiment, mesh):
+    """step(state, batch), the batch still on the host."""
     step_fn = train_step.make_train_step(experiment.loss, experiment.tx, mesh=mesh)
-    validate = _validator(config, experiment)
-    recent = _Recent([pair.task for pair in experiment.dataset.pairs("train")])
-    start, total = int(state.step), config.train.steps
     extractor = jax.device_put(experiment.extractor, train_step.replicated(mesh))
-    if start == 0:  # what the run starts from
-        writer.write(0, validate(state.params))
-    with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
-        for n in range(start + 1, total + 1):
-            batch = next(stream)
-            state, scalars = step_fn(
-                state, jax.device_put(batch, train_step.batch_sharding(mesh)), extractor
-            )
-            recent.add(n, batch.pair, scalars)
-            last = n == total or stop.is_set()
-            logs = n % config.train.log_every == 0 or last
-            validates = n % config.train.eval_every == 0 or n == total
-            saves = n % config.train.checkpoint_every == 0 or last
-            # The previous step's numbers are fetched while this step runs; this
-            # step's too before anything of it is written.
-            recent.check(behind=0 if logs or validates or saves else 1)
-            if logs:
-                means = recent.flush()
-                writer.write(n, means)
-                _report(bar, n, total, means)
-            bar.update()
-            if validates:
-                writer.write(n, validate(state.params))
-            if saves:
-                checkpoints.save(state, stream)
-            if last:
-                break
-    return state
+    split = train_step.batch_sharding(mesh)
 
+    def step(state, batch):
+        return step_fn(state, jax.device_put(batch, split), extractor)
 
-class _Recent:
-    """Means over the steps since the last line, overall and per task."""
-
-    def __init__(self, tasks: list[str]):
-        self._tasks = tasks
-        self._waiting: collections.deque = collections.deque()
-        self._values: dict[str, list[float]] = {}
-
-    def add(self, n, pairs, scalars) -> None:
-        """Takes a step's scalars, which may still be computed."""
-        self._waiting.append((n, pairs, scalars))
-
-    def check(self, *, behind: int) -> None:
-        """Fetches all but the last `behind` steps and refuses what is not finite."""
-        while len(self._waiting) > behind:
-            self._fetch(*self._waiting.popleft())
-
-    def _fetch(self, n, pairs, scalars) -> None:
-        scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
-        loss, gradient, size = (scalars[k] for k in ("loss", "grad_norm", "param_norm"))
-        if not np.isfinite([loss, gradient, size]).all():
-            where = ", ".join(f"{p} ({self._tasks[p]})" for p in pairs)
-            raise UserError(
-                "field_nonfinite",
-                f"step {n}: loss {loss}, norm of the gradient {gradient}, of the "
-                f"parameters {size} on pair {where}; nothing of it was saved: lower "
-                "optim.lr or set optim.clip_norm, with another --workdir",
-                NUMERICAL,
-            )
-        for name, value in scalars.items():
-            if not np.isnan(value):
-                self._values.setdefault(f"train/{name}", []).append(value)
-        for task in {self._tasks[p] for p in pairs}:
-            self._values.setdefault(f"train/loss/{task}", []).append(scalars["loss"])
-
-    def flush(self) -> dict[str, float]:
-        means = {k: float(np.mean(v)) for k, v in self._values.items()}
-        self._values.clear()
-        return means
-
-
-@contextlib.contextmanager
-def _stop_on_signal():
-    """An Event that SIGTERM or SIGINT sets: the loop saves at the next step's end."""
-    stop = threading.Event()
-    before = {}
-
-    def handle(number, frame):
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)  # a second signal acts at once
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return step
 
 
 def _validator(config, experiment: build.Experiment):
@@ -211,20 +128,6 @@ def _validator(config, experiment: build.Experiment):
         return scalars
 
     return validate
-
-
-def _report(bar: tqdm, n: int, total: int, means: dict[str, float]) -> None:
-    """Loss on the bar of a terminal, a log line elsewhere."""
-    shown = {
-        k.removeprefix("train/"): f"{v:.4f}"
-        for k, v in means.items()
-        if k in ("train/loss", "train/ncc", "train/dice")
-    }
-    if bar.disable:
-        text = " ".join(f"{k} {v}" for k, v in shown.items())
-        print(f"step {n}/{total} {text}", file=sys.stderr, flush=True)
-    else:
-        bar.set_postfix(shown)
 
 
 def main(argv) -> None:

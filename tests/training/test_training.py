@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_pipeline import loader, synthetic
-from experiments import build, cli, train, unireg
+from experiments import build, cli, loop, train, unireg
 from unireg_jax.errors import CHECKPOINT, NUMERICAL, PREEMPTED, USAGE, UserError
 from unireg_jax.training import checkpoint, evaluate, log, optimizer
 from unireg_jax.training import state as train_state
@@ -376,14 +376,14 @@ def test_signal_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch
     """SIGTERM in mid-run: exit 75 after a save; the rerun ends as if undisturbed."""
     with config.unlocked():
         config.train.checkpoint_every = 100
-    report = train._report
+    report = loop._report
 
-    def interrupt(bar, n, total, means):
-        report(bar, n, total, means)
+    def interrupt(bar, n, total, scalars):
+        report(bar, n, total, scalars)
         if n == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train, "_report", interrupt)
+    monkeypatch.setattr(loop, "_report", interrupt)
     with pytest.raises(SystemExit) as stopped:
         train.train(config, tmp_path / "hit")
     assert stopped.value.code == PREEMPTED
