@@ -67,3 +67,19 @@ class PairBatch(NamedTuple):
     region: Any
     pair_type: Any
     pair: Any
+
+
+class ViewBatch(NamedTuple):
+    """Two views of each of B volumes, for training the anatomical embedding.
+
+    Attributes:
+        hu: [B, 2, X, Y, Z, 1] int16, HU; OUTSIDE_HU beyond the scan.
+        body: [B, 2, X, Y, Z] bool, inside the body.
+        vox2mm: [B, 2, 4, 4] float32, voxel of the view -> mm of the volume.
+        volume: [B] int32, position of the volume in the dataset's index.
+    """
+
+    hu: Any
+    body: Any
+    vox2mm: Any
+    volume: Any

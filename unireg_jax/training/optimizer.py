@@ -15,6 +15,7 @@ def make_optimizer(
     warmup_steps: int = 0,
     decay_steps: int = 0,
     head_scale: float = 1.0,
+    weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """SGD with momentum (paper, section 4.3) or Adam.
 
@@ -29,6 +30,8 @@ def make_optimizer(
         head_scale: factor on the updates of the module `head`. Its output is in
             [-1, 1] units, (n - 1) / 2 voxels each; Adam's steps ignore that scale, so
             that about 2 / (n - 1) gives it the steps of a head in voxels.
+        weight_decay: times the parameter, added to the gradient of SGD (as PyTorch
+            does) or to the step of Adam (AdamW).
 
     Returns:
         An optax transformation.
@@ -41,8 +44,12 @@ def make_optimizer(
     schedule = _schedule(lr, warmup_steps, decay_steps)
     if name == "sgd":
         rule = optax.sgd(schedule, momentum=momentum)
+        if weight_decay:
+            rule = optax.chain(optax.add_decayed_weights(weight_decay), rule)
     elif name == "adam":
         rule = optax.adam(schedule)
+        if weight_decay:
+            rule = optax.adamw(schedule, weight_decay=weight_decay)
     else:
         raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {name!r}")
     stages = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []

@@ -1,0 +1,160 @@
+"""Trains the anatomical embedding (SAM) on scans without labels.
+
+    python -m experiments.train_sam --config=experiments/sam.py:lite \
+        --config.data.root=PREPARED --workdir=runs/sam
+
+The same command in the same work folder continues exactly where it stopped. Writes to
+it: config.json, checkpoints/, metrics.jsonl, tb/ (TensorBoard), and at the end
+weights.safetensors with its card weights.json, which `register` takes through
+$UNIREG_SAM and the training of UniReg through --config.model.embedding.
+"""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from data_pipeline import loader, views
+from experiments import cli, loop
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.models.features import sam
+from unireg_jax.registration import weights as released
+from unireg_jax.training import checkpoint, contrastive, embedding, log, optimizer
+from unireg_jax.training import step as train_step
+
+
+def train(config, workdir: Path) -> Path:
+    """Trains to config.train.steps and returns the path of the weights.
+
+    Raises:
+        UserError: exit code 2, 3, 8, 9 or 10; SystemExit 75 after a signal.
+    """
+    workdir = Path(workdir)
+    checkpoint.check_config(workdir, config.to_dict())
+    dataset = _dataset(config)
+    try:
+        network = sam.Sam(**config.model.to_dict(), norm="batch")
+        tx = optimizer.make_optimizer(**config.optim.to_dict())
+        recipe = contrastive.Recipe(**config.loss.to_dict())
+        spec = views.ViewSpec(**config.views.to_dict())
+    except (TypeError, ValueError) as error:
+        raise UserError("schema", f"config: {error}", USAGE) from error
+    mesh = train_step.make_mesh()
+    keep, split = train_step.replicated(mesh), train_step.batch_sharding(mesh)
+    settings = {
+        "batch_size": config.data.batch_size * mesh.shape["data"],
+        "spec": spec,
+        "weights": config.data.weights.to_dict(),
+    }
+    stream = views.make_view_iterator(dataset, "train", seed=config.seed, **settings)
+    step_fn = embedding.make_train_step(network, tx, recipe=recipe, mesh=mesh)
+    state = embedding.make_state(network, tx, seed=config.seed)
+    state = jax.device_put(state, keep)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            contextlib.closing(checkpoint.Checkpoints(workdir))
+        )
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(state, stream)
+        checkpoint.write_config(workdir, config.to_dict())
+        writer = stack.enter_context(
+            contextlib.closing(log.Log(workdir, resume_step=int(state.step)))
+        )
+        volumes = dataset.index["volumes"]
+        state = loop.run(
+            lambda state, batch: step_fn(state, jax.device_put(batch, split)),
+            state,
+            stream,
+            every=loop.Every(
+                config.train.steps,
+                config.train.log_every,
+                config.train.eval_every,
+                config.train.checkpoint_every,
+            ),
+            names=lambda batch: [
+                (volumes[v]["id"], volumes[v]["task"]) for v in batch.volume
+            ],
+            validate=_validator(config, dataset, network, recipe, settings),
+            checkpoints=checkpoints,
+            writer=writer,
+            shown=("loss", "fine_hit", "coarse_hit"),
+        )
+    path = workdir / "weights.safetensors"
+    released.save_weights(path, state.params, _card(config, dataset))
+    return path
+
+
+def _dataset(config) -> loader.Dataset:
+    if not config.data.root:
+        raise UserError(
+            "schema",
+            "config.data.root expected, none given: a folder made by `python -m "
+            "data_pipeline.prepare`",
+            USAGE,
+        )
+    shape = config.views.shape
+    if len(shape) != 3 or any(n % m for n, m in zip(shape, (16, 16, 8), strict=True)):
+        raise UserError(
+            "schema",
+            f"config.views.shape: multiples of (16, 16, 8) expected, got {shape}",
+            USAGE,
+        )
+    return loader.Dataset(config.data.root)
+
+
+def _validator(config, dataset, network, recipe, settings):
+    """validate(variables) -> means over the same views of `val` every time."""
+    evaluate = embedding.make_eval_step(network, recipe=recipe)
+
+    def validate(variables):
+        stream = views.make_view_iterator(
+            dataset, "val", seed=config.seed + 1, **settings
+        )
+        rows = [
+            evaluate(variables, batch, jax.random.key(n))
+            for n, batch in enumerate(
+                itertools.islice(stream, config.train.eval_batches)
+            )
+        ]
+        return {f"val/{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
+
+    return validate
+
+
+def _card(config, dataset) -> dict:
+    """What the weights are; see registration/embedding.py."""
+    architecture = config.model.to_dict()
+    for name in ("dtype", "conv_impl"):
+        del architecture[name]
+    return {
+        "kind": "sam",
+        "architecture": architecture,
+        "features": "sam",
+        "preprocess": dataset.index["spec"]
+        | {"hu_low": sam.HU_LOW, "hu_high": sam.HU_HIGH},
+        "training": {
+            "preset": config.preset,
+            "steps": config.train.steps,
+            "seed": config.seed,
+            "spacing_mm": config.views.spacing_mm,
+            "data": dataset.digest,
+        },
+    }
+
+
+def main(argv) -> None:
+    del argv
+    cli.setup()
+    print(train(flags.FLAGS.config, Path(flags.FLAGS.workdir)))
+
+
+if __name__ == "__main__":
+    # Here, so that one script can import another.
+    config_flags.DEFINE_config_file("config", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)

@@ -1,0 +1,87 @@
+"""Training of the embedding from prepared scans to weights that registration takes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipeline import synthetic
+from experiments import sam, train_sam
+from unireg_jax import registration
+from unireg_jax.errors import UserError
+from unireg_jax.registration import weights
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantoms")
+    synthetic.write_dataset(
+        root,
+        shape=(32, 32, 32),
+        spacing_mm=12.0,
+        subjects_per_task=4,
+        seed=0,
+        tasks=["chest"],
+    )
+    return root
+
+
+def small(data, steps=4):
+    config = sam.get_config("lite")
+    with config.unlocked():
+        config.data.root = str(data)
+        config.views.update({"shape": (16, 16, 16), "spacing_mm": 12.0})
+        config.model.update(
+            {"stem": 4, "stages": (4, 4, 6, 6), "channels": 6, "conv_impl": "direct"}
+        )
+        config.loss.update({"anchors": 16, "positive_mm": 12.0, "ignore_mm": 30.0})
+        config.optim.update({"warmup_steps": 0, "decay_steps": 0})
+        config.train.update(
+            {"steps": steps, "log_every": 2, "eval_every": 4, "eval_batches": 1}
+        )
+        config.train.checkpoint_every = 2
+    return config.lock()
+
+
+def test_run_ends_in_weights_and_resumes_exactly(data, tmp_path):
+    path = train_sam.train(small(data), tmp_path / "whole")
+    params, card = weights.load_weights(path)
+    assert card["kind"] == "sam" and card["training"]["steps"] == 4
+    train_sam.train(small(data, steps=2), tmp_path / "halves")
+    again = train_sam.train(small(data), tmp_path / "halves")
+    resumed, _ = weights.load_weights(again)
+    jax.tree.map(np.testing.assert_array_equal, params, resumed)
+    extractor = registration.load_extractor(path)
+    assert extractor.backend == "sam" and extractor.network.channels == 6
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == [0, 2, 4, 4]
+    assert np.isfinite(rows[-1]["val/loss"]) and "train/loss/chest" in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"data": {"root": ""}}, "config.data.root expected"),
+        ({"views": {"shape": (20, 16, 16)}}, "multiples of"),
+        ({"optim": {"lr": -1.0}}, "lr must be positive"),
+        ({"optim": {"name": "lion"}}, "optimizer must be one of"),
+    ],
+)
+def test_mistakes_are_one_line(change, match, data, tmp_path):
+    config = small(data)
+    with config.unlocked():
+        for section, fields in change.items():
+            config[section].update(fields)
+    with pytest.raises(UserError, match=match):
+        train_sam.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_presets_name_their_own_fields():
+    for preset in sam.PRESETS:
+        config = sam.get_config(preset)
+        assert config.preset == preset and config.is_locked
+    with pytest.raises(ValueError, match="preset must be one of"):
+        sam.get_config("huge")
