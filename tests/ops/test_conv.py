@@ -239,3 +239,57 @@ def test_conv3d_rejects_what_does_not_belong_together(key):
     other = (block["inputs"][0], jnp.zeros((1, 8, 6, 9, 4)))
     with pytest.raises(ValueError, match="on one grid"):
         _apply(block | {"inputs": other}, "auto", 1.0)
+
+
+@pytest.mark.parametrize("impl", ["direct", "planes"])
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((3, 7, 7), (1, 1, 1)), ((3, 3, 3), (2, 2, 1)), ((1, 3, 3), (1, 2, 2))],
+)
+def test_strided_conv3d_matches_a_sum_of_taps(key, size, stride, impl):
+    x = jax.random.normal(key, (2, 6, 9, 8, 3))
+    kernel = jax.random.normal(jax.random.fold_in(key, 1), (*size, 3, 4))
+    pads = [(0, 0), *((n // 2, n // 2) for n in size), (0, 0)]
+    padded = np.pad(np.asarray(x, np.float64), pads)
+    expected = 0
+    counts = [-(-n // s) for n, s in zip(x.shape[1:4], stride, strict=True)]
+    for tap in np.ndindex(*size):
+        ends = (
+            slice(t, t + s * (n - 1) + 1, s)
+            for t, s, n in zip(tap, stride, counts, strict=True)
+        )
+        part = padded[(slice(None), *ends)]
+        expected = expected + part @ np.asarray(kernel[tap], np.float64)
+    run = jax.jit(functools.partial(conv.strided_conv3d, stride=stride, impl=impl))
+    np.testing.assert_allclose(run(x, kernel), expected, atol=2e-4)  # 441 products
+    with_halo = np.pad(np.asarray(x), [(0, 0), pads[1], (0, 0), (0, 0), (0, 0)])
+    got = conv.strided_conv3d(
+        jnp.asarray(with_halo), kernel, stride=stride, halo=True, impl=impl
+    )
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+def test_strided_conv3d_gradients_agree(key):
+    x = jax.random.normal(key, (1, 6, 8, 6, 2))
+    kernel = jax.random.normal(jax.random.fold_in(key, 1), (3, 3, 3, 2, 3))
+
+    def loss(x, kernel, impl):
+        y = conv.strided_conv3d(x, kernel, stride=(2, 2, 2), impl=impl)
+        return jnp.sum(jnp.sin(y))
+
+    grads = [jax.grad(loss, (0, 1))(x, kernel, i) for i in ("direct", "planes")]
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "impl", "match"),
+    [
+        ((2, 3, 3, 3, 4), "direct", "odd sizes"),
+        ((3, 3, 3, 2, 4), "direct", "kernel must take 3 channels"),
+        ((3, 3, 3, 3, 4), "fft", "impl must be"),
+    ],
+)
+def test_strided_conv3d_rejects_what_does_not_fit(shape, impl, match):
+    with pytest.raises(ValueError, match=match):
+        conv.strided_conv3d(jnp.zeros((1, 4, 4, 4, 3)), jnp.zeros(shape), impl=impl)

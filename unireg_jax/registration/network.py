@@ -52,6 +52,14 @@ def load_model(path: str | os.PathLike | None = None) -> Model:
     path = released.find_weights(path)
     params, spec = released.load_weights(path)
     name = nifti.shown(path)
+    if spec.get("kind", "unireg") != "unireg":
+        raise UserError(
+            "checkpoint_other",
+            f"{name}: weights of a registration network expected, got those of an "
+            f"embedding (kind {spec['kind']!r}); set $UNIREG_SAM to this file, and "
+            "--weights to a network's",
+            CHECKPOINT,
+        )
     fields = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in spec["architecture"].items()
