@@ -36,16 +36,21 @@ from unireg_jax.models.features import Extractor
 from unireg_jax.ops import resample
 from unireg_jax.registration import metrics, pipeline, refine
 from unireg_jax.registration.compiled import Described
+from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.refine import Plan
 
 MIND = Extractor("mind")
 TRAIN_PAIRS = (("0004", "0034"), ("0060", "0013"), ("0017", "0087"), ("0095", "0082"))
-PLANS = (
-    Plan(0),
-    Plan(25),
-    Plan(50),
-    Plan(100),
-    Plan(50, "mind"),
+# With the network, or from the pre-alignment alone; and what follows.
+RUNS = (
+    (True, Plan(0)),
+    *(
+        (True, Plan(n, kind))
+        for kind in ("image", "mind", "sam")
+        for n in (25, 50, 100)
+    ),
+    (False, Plan(0)),
+    *((False, Plan(100, kind)) for kind in ("image", "mind", "sam")),
 )
 
 
@@ -115,8 +120,9 @@ def _described(hu):
 
 
 def _view(scan, plan):
-    view = functools.partial(refine.view, plan=plan, described=True)
-    return jax.block_until_ready(jax.jit(view)(scan, MIND))
+    extractor = load_extractor("sam") if plan.features == "sam" else MIND
+    view = functools.partial(refine.view, plan=plan)
+    return jax.block_until_ready(jax.jit(view)(scan, extractor))
 
 
 def _torch_loop(disp, fixed, moving, plan):
@@ -212,14 +218,14 @@ def _torch_loop(disp, fixed, moving, plan):
 
 
 def judge(data: Path, model, split: str) -> list[dict]:
-    """One row per pair and plan.
+    """One row per pair and run.
 
     Args:
         data: folder of the collection.
         model: from `load_model`.
         split: "val", the held-out patients, or "train".
     """
-    sessions = [pipeline.Session(model, refine=plan) for plan in PLANS]
+    sessions = {plan: pipeline.Session(model, refine=plan) for _, plan in RUNS}
     folder = data / "headneck_openkbp"
     pairs = TRAIN_PAIRS
     if split == "val":
@@ -242,15 +248,17 @@ def judge(data: Path, model, split: str) -> list[dict]:
             truth = points.read_points(data / LANDMARKS[task][2])
         settings = pipeline.check_settings(task, None, "auto")
         affine = "auto"
-        for plan, session in zip(PLANS, sessions, strict=True):
-            clock = pipeline.Clock()
-            result = session.run(*scans, settings, affine=affine, clock=clock)
+        alone = pipeline.check_settings("none", settings["pair_type"], "auto")
+        for network, plan in RUNS:
+            session = sessions[plan]
+            clock, used = pipeline.Clock(), settings if network else alone
+            result = session.run(*scans, used, affine=affine, clock=clock)
             affine = result.affine  # found once per pair
             rows.append(
                 {
                     "task": task,
                     "pair": (one, other),
-                    "plan": plan,
+                    "run": (network, plan),
                     "score": _score(task, result, truth),
                     "fold_percent": result.qc["fold_percent"],
                     "seconds": result.timings.get("refine", 0.0),
@@ -272,28 +280,30 @@ def _score(task, result, truth) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: one row per plan."""
+    """Markdown: one row per run."""
     lines = [
-        "| features | iterations | head-neck DSC₇, mean (min … max) | pairs better | "
+        "| start | features | iterations | head-neck DSC₇, mean (min … max) | pairs better | "
         "folds %, mean (max) | liver TRE mm | lung TRE mm | folds %, liver, lung | "
         "seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
-    def column(plan, task, key):
-        chosen = [r for r in rows if r["plan"] == plan and r["task"] == task]
+    def column(run, task, key):
+        chosen = [r for r in rows if r["run"] == run and r["task"] == task]
         return np.array([r[key] for r in chosen])
 
-    base = column(PLANS[0], "headneck", "score")
-    for plan in PLANS:
+    base = column(RUNS[0], "headneck", "score")
+    for run in RUNS:
+        network, plan = run
         dsc, folds, seconds = (
-            column(plan, "headneck", k) for k in ("score", "fold_percent", "seconds")
+            column(run, "headneck", k) for k in ("score", "fold_percent", "seconds")
         )
-        tre = [column(plan, task, "score")[0] for task in LANDMARKS]
-        other = [column(plan, task, "fold_percent")[0] for task in LANDMARKS]
+        tre = [column(run, task, "score")[0] for task in LANDMARKS]
+        other = [column(run, task, "fold_percent")[0] for task in LANDMARKS]
+        start = "network" if network else "affine"
         name = plan.features if plan.iterations else "none"
         lines.append(
-            f"| {name} | {plan.iterations} | **{dsc.mean():.1f}** ({dsc.min():.1f} … "
+            f"| {start} | {name} | {plan.iterations} | **{dsc.mean():.1f}** ({dsc.min():.1f} … "
             f"{dsc.max():.1f}) | {int((dsc > base).sum())} of {len(dsc)} | "
             f"{folds.mean():.2f} ({folds.max():.2f}) | {tre[0]:.2f} | {tre[1]:.2f} | "
             f"{other[0]:.2f}, {other[1]:.2f} | {np.median(seconds):.1f} |"

@@ -123,7 +123,12 @@ def _add_register(verbs) -> None:
     add("-f", "--fixed", required=True, metavar="FILE", help="NIfTI that stays")
     add("-m", "--moving", required=True, metavar="FILE", help="NIfTI to be warped")
     add("-o", "--out", required=True, metavar="DIR", help="folder, made if absent")
-    add("--task", required=True, choices=sorted(TASKS), help="what is registered")
+    add(
+        "--task",
+        required=True,
+        choices=(*sorted(TASKS), "none"),
+        help="what is registered; none: without the network",
+    )
     add("--type", choices=TYPES, help="default: the usual one of the task")
     add(
         "--weights", metavar="FILE", help="default: $UNIREG_WEIGHTS, then the package's"

@@ -1,5 +1,6 @@
 """Instance optimisation: known deformations, guards, one program, nothing scattered."""
 
+import functools
 import json
 import re
 
@@ -14,10 +15,10 @@ from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models import features
-from unireg_jax.models.features import Extractor
+from unireg_jax.models.features import Extractor, sam
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import jacobian
-from unireg_jax.registration import batch, pipeline, refine, weights
+from unireg_jax.registration import batch, embedding, pipeline, refine, weights
 from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
 from unireg_jax.registration.refine import Plan
@@ -297,3 +298,60 @@ def test_many_pairs_are_refined_as_one(files, model):
     )
     assert "refine" not in plain.settings and "refine_after" not in plain.qc
     assert np.abs(plain.disp_mm - single.disp_mm).max() > 0
+
+
+def test_task_none_refines_from_the_affine_alone(files, model):
+    """No network: zero without iterations, and no condition needed."""
+    plan = Plan(3, "image", smoothness=2.5)
+    run = functools.partial(
+        pipeline.register, files["fixed"], files["moving"], task="none", weights=model
+    )
+    still = run(affine="none")
+    assert not still.network_disp.any() and still.settings["region"] is None
+    refined = run(affine="none", refine=plan)
+    assert np.abs(refined.network_disp).max() > 0
+    assert refined.qc["refine_after"] < refined.qc["refine_before"]
+    with pytest.raises(ValueError, match="without the network"):
+        compile_register(model, network=False)(
+            *(np.zeros(SHAPE, np.int16) for _ in range(2)), 0, 0
+        )
+
+
+def test_command_task_none(files, tmp_path, capsys):
+    arguments = [
+        *("register", "-f", files["fixed"], "-m", files["moving"], "--task", "none"),
+        *("--weights", files["weights"], "-o", str(tmp_path), "--json"),
+        *("--affine", "none", "--io-iterations", "2"),
+    ]
+    assert cli.main(arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["settings"]["task"] == "none"
+    assert record["settings"]["region"] is None
+    assert record["qc"]["refine_after"] < record["qc"]["refine_before"]
+
+
+def test_refine_by_an_embedding(model, files, tmp_path, monkeypatch):
+    """The embedding of $UNIREG_SAM, whatever features the network itself has."""
+    fields = {"stem": 4, "stages": [4, 4, 6, 6], "channels": 5}
+    network = sam.Sam(norm="batch", conv_impl="direct", **fields)
+    variables = jax.jit(embedding.initializer(network))(jax.random.key(0))
+    path = tmp_path / "sam.safetensors"
+    spec = {"kind": "sam", "features": "sam", "preprocess": SPEC.to_json()}
+    weights.save_weights(
+        path, jax.tree.map(np.asarray, variables), spec | {"architecture": fields}
+    )
+    run = functools.partial(
+        pipeline.register,
+        *(files["fixed"], files["moving"]),
+        task="none",
+        weights=model,
+        affine="none",
+        refine=Plan(3, "sam"),
+    )
+    monkeypatch.setenv(embedding.VARIABLE, str(path))
+    result = run()
+    assert result.settings["refine"]["features"] == "sam"
+    assert result.qc["refine_after"] < result.qc["refine_before"]
+    monkeypatch.setenv(embedding.VARIABLE, str(tmp_path / "none.safetensors"))
+    with pytest.raises(errors.UserError, match="train_sam"):
+        run()

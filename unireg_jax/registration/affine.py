@@ -106,7 +106,7 @@ def choose_kind(
     fixed_box: np.ndarray,
     moving_box: np.ndarray,
     *,
-    region: Region,
+    region: Region | None,
     pair_type: PairType,
 ) -> tuple[str, str]:
     """Says which pre-alignment a pair needs, in use and for training alike.
@@ -114,7 +114,7 @@ def choose_kind(
     Args:
         fixed_box: [2, 3] LPS mm, from `scan_box`.
         moving_box: the same.
-        region: what is registered.
+        region: what is registered; None if that is not said.
         pair_type: between patients or within one.
 
     Returns:

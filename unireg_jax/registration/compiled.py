@@ -52,7 +52,7 @@ class Compiled:
     _params: Any
     _extractor: Extractor
     _describe: jax.stages.Compiled
-    _predict: jax.stages.Compiled
+    _predict: jax.stages.Compiled | None
     _judge: jax.stages.Compiled
 
     def describe(self, hu: np.ndarray) -> Described:
@@ -96,8 +96,10 @@ class Compiled:
             x + disp(x).
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: another shape or dtype, or compiled without the network.
         """
+        if self._predict is None:
+            raise ValueError("compiled without the network; pass network=True")
         fixed, moving = (
             scan if isinstance(scan, Described) else self.describe(scan)
             for scan in (fixed, moving)
@@ -142,6 +144,7 @@ def compile_register(
     *,
     conditions: int = 1,
     dtype: Any = np.int16,
+    network: bool = True,
 ) -> Compiled:
     """Compiles a network for one grid, for the default device.
 
@@ -151,6 +154,7 @@ def compile_register(
         conditions: N, regions and pair types that every call answers; the backbone runs
             once for all of them.
         dtype: of the HU volumes, int16 or float32.
+        network: False leaves the displacement out; features and quality stay.
 
     Returns:
         Compiled.
@@ -187,7 +191,8 @@ def compile_register(
     judge = jax.jit(_judge, static_argnames="window").lower(
         hu, hu, body, disp, window=window
     )
-    programs = (program.compile() for program in (describe, predict, judge))
+    lowered = (describe, predict if network else None, judge)
+    programs = (program and program.compile() for program in lowered)
     return Compiled(shape, dtype, conditions, model.params, model.extractor, *programs)
 
 

@@ -30,6 +30,7 @@ from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.refine import Plan, Refiner, compile_refine
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
+NO_TASK = "none"
 AFFINES = ("auto", *prealign.KINDS, "features")
 _AIR_HU = -1000
 _FOLDS_PERCENT = 1.0  # more is worth a look
@@ -98,7 +99,9 @@ def register(
     Args:
         fixed: path of a NIfTI file, Volume, or array [X, Y, Z] in HU.
         moving: the same; shape and spacing may differ.
-        task: name in tasks.TASKS: anatomical prior, and the usual pair type.
+        task: name in tasks.TASKS: anatomical prior, and the usual pair type; "none"
+            leaves the network out: pre-alignment, and `refine` from there, on the grid
+            and with the features of the weights.
         pair_type: "inter" or "intra"; None for the task's own.
         weights: Model for many pairs; or as in `load_model`.
         affine: "auto", "none", "com", "rigid", "affine", "features", or a [4, 4]
@@ -136,7 +139,7 @@ def register(
     model = weights if isinstance(weights, Model) else load_model(weights)
     clock.lap("weights")
 
-    session = Session(model, refine=refine)
+    session = Session(model, refine=refine, network=task != NO_TASK)
     clock.lap("compile")
     result = session.run(
         target, source, settings, affine=affine, mask=mask, say=say, clock=clock
@@ -158,13 +161,21 @@ class Session:
     several threads: host work runs side by side, the device serves one at a time.
     """
 
-    def __init__(self, model: Model, *, keep: int = 4, refine: Plan | None = None):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        keep: int = 4,
+        refine: Plan | None = None,
+        network: bool = True,
+    ):
         """Compiles the model for its own grid.
 
         Args:
             model: from `load_model`.
             keep: scans remembered: their voxels, their image and its features.
             refine: instance optimisation of every pair; None for none.
+            network: False for pairs of task "none" only.
 
         Raises:
             ValueError: see `refine.check_plan`.
@@ -173,7 +184,7 @@ class Session:
         self.refiner: Refiner | None = None
         if refine is not None and refine.iterations:
             self.refiner = compile_refine(model, refine)
-        self.programs = compile_register(model)
+        self.programs = compile_register(model, network=network)
         self._device = threading.Lock()
         self._grids, self._bodies, self._described, self._read = (
             _Kept(keep) for _ in range(4)
@@ -267,7 +278,8 @@ class Session:
                 f"after pre-alignment {used!r}; use --affine com or affine",
             )
         size = "x".join(map(str, grid.shape))
-        say(f"network: {size}, {settings['region']}, {settings['pair_type']}-patient")
+        what = "none" if settings["region"] is None else settings["region"]
+        say(f"network: {what}, {size}, {settings['pair_type']}-patient")
         with self._device:
             scans, disp = self._predict(target, fixed_hu, moving_hu, settings)
             clock.lap("network")
@@ -349,6 +361,9 @@ class Session:
         """Both scans described, and the network's displacement, on the device."""
         fixed = self._describe(target, fixed_hu)
         moving = self.programs.describe(moving_hu)
+        if settings["region"] is None:
+            still = jnp.zeros((1, *self.programs.shape, 3), jnp.float32)
+            return (fixed, moving), still
         codes = [
             Region[settings["region"].upper()],
             PairType[settings["pair_type"].upper()],
@@ -457,15 +472,17 @@ def check_settings(
         task, pair_type, affine: see `register`.
 
     Returns:
-        task, region, pair_type, affine ("given" for a matrix).
+        task, region (None without a network), pair_type, affine ("given" for a matrix).
 
     Raises:
         UserError: unknown task or pair type, exit code 2.
         ValueError: unknown name of a pre-alignment.
     """
-    if task not in TASKS:
+    if task not in (*TASKS, NO_TASK):
         raise UserError(
-            "task_unknown", f"task must be one of {sorted(TASKS)}, got {task!r}", USAGE
+            "task_unknown",
+            f"task must be one of {sorted(TASKS)} or {NO_TASK!r}, got {task!r}",
+            USAGE,
         )
     kinds = [kind.name.lower() for kind in PairType]
     if pair_type is not None and pair_type not in kinds:
@@ -474,10 +491,12 @@ def check_settings(
         )
     if isinstance(affine, str) and affine not in AFFINES:
         raise ValueError(f"affine must be one of {AFFINES} or (4, 4), got {affine!r}")
+    named = TASKS.get(task)
+    usual = PairType.INTER if named is None else named.pair_type
     return {
         "task": task,
-        "region": TASKS[task].region.name.lower(),
-        "pair_type": pair_type or TASKS[task].pair_type.name.lower(),
+        "region": None if named is None else named.region.name.lower(),
+        "pair_type": pair_type or usual.name.lower(),
         "affine": affine if isinstance(affine, str) else "given",
     }
 
@@ -518,7 +537,7 @@ def _choose(target, source, settings, affine):
         ]
         kind, why = prealign.choose_kind(
             *boxes,
-            region=Region[settings["region"].upper()],
+            region=settings["region"] and Region[settings["region"].upper()],
             pair_type=PairType[settings["pair_type"].upper()],
         )
         why = f"auto: {why}"
