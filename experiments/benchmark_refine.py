@@ -283,8 +283,8 @@ def table(rows: list[dict]) -> str:
     """Markdown: one row per run."""
     lines = [
         "| start | features | iterations | head-neck DSC₇, mean (min … max) | "
-        "pairs better | folds %, mean (max) | liver TRE mm | lung TRE mm | folds %, liver, lung | "
-        "seconds |",
+        "pairs better | folds %, mean (max) | liver TRE mm | lung TRE mm | "
+        "folds %, liver, lung | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -304,7 +304,8 @@ def table(rows: list[dict]) -> str:
         name = plan.features if plan.iterations else "none"
         lines.append(
             f"| {start} | {name} | {plan.iterations} | **{dsc.mean():.1f}** "
-            f"({dsc.min():.1f} … {dsc.max():.1f}) | {int((dsc > base).sum())} of {len(dsc)} | "
+            f"({dsc.min():.1f} … {dsc.max():.1f}) | "
+            f"{int((dsc > base).sum())} of {len(dsc)} | "
             f"{folds.mean():.2f} ({folds.max():.2f}) | {tre[0]:.2f} | {tre[1]:.2f} | "
             f"{other[0]:.2f}, {other[1]:.2f} | {np.median(seconds):.1f} |"
         )
