@@ -127,7 +127,9 @@ def test_converted_checkpoint_equals_pytorch(layout, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_correlations_are_those_of_joined_and_of_summed_maps(variables, hu):
+def test_correlations_are_those_of_joined_and_of_summed_maps(
+    variables, hu, monkeypatch
+):
     extractor = Extractor("sam", network=sam.Sam(**SMALL), params=sam.fold(variables))
     fixed, moving = (features.describe(h, extractor) for h in (hu[:1], hu[1:]))
     both = features.correlate(fixed, moving)
@@ -137,9 +139,10 @@ def test_correlations_are_those_of_joined_and_of_summed_maps(variables, hu):
     ]
     wide = [w / jnp.linalg.norm(w, axis=-1, keepdims=True) for w in wide]
     fine = correlation.correlation(fixed.fine, moving.fine)
-    np.testing.assert_allclose(
-        both, (fine + correlation.correlation(*wide)) / 2, atol=1e-5
-    )
+    expected = (fine + correlation.correlation(*wide)) / 2
+    np.testing.assert_allclose(both, expected, atol=1e-5)
+    monkeypatch.setattr(features, "_WIDE", 1)
+    np.testing.assert_allclose(features.correlate(fixed, moving), expected, atol=1e-5)
     # SAME: each on its own grid, then added.
     coarse = correlation.correlation(fixed.coarse, moving.coarse)
     expected = fine + resample.resize_volume(coarse, fine.shape[1:4])

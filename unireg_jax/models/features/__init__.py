@@ -16,6 +16,9 @@ from unireg_jax.models.features import mind, none, sam
 from unireg_jax.ops import correlation, intensity, resample
 
 COMBINE = ("concat", "sum")
+# From here on two correlations are faster than one of joined maps (12 channels: 0.058
+# against 0.051 CPU s, 48: 0.19 against 0.22, 128: 0.48 against 0.64 at 48x48x40).
+_WIDE = 32
 
 
 class Maps(NamedTuple):
@@ -119,9 +122,15 @@ def correlate(fixed: Maps, moving: Maps, *, combine: str = "concat") -> jax.Arra
         corr = correlation.correlation(fixed.fine, moving.fine)
         coarse = correlation.correlation(fixed.coarse, moving.coarse)
         corr = corr + resample.resize_volume(coarse, shape)
-    elif combine == "concat":
+    elif combine == "concat" and fixed.fine.shape[-1] < _WIDE:
         f, m = (joined(maps) for maps in (fixed, moving))
         corr = correlation.correlation(f, m)
+    elif combine == "concat":
+        # Of unit vectors side by side, the cosine is the mean of the two cosines. At
+        # 192x192x160 joined maps of 2 x 128 channels would take 1.4 GiB.
+        wide = (resample.resize_volume(m.coarse, shape) for m in (fixed, moving))
+        corr = correlation.correlation(fixed.fine, moving.fine)
+        corr = 0.5 * (corr + correlation.correlation(*wide))
     else:
         raise ValueError(f"combine must be one of {COMBINE}, got {combine!r}")
     return jax.lax.stop_gradient(corr)
