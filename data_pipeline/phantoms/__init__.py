@@ -1,0 +1,1 @@
+"""How the phantoms of `data_pipeline.synthetic` are painted."""
