@@ -250,7 +250,10 @@ def make_iterator(
         .batch(batch_size, drop_remainder=True, batch_fn=_stack)
     )
     ahead = max(2, _PAIRS_AHEAD // batch_size) if num_threads else 0
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
+    # A reader makes a whole batch: more of them than batches ahead would only wait.
+    options = grain.ReadOptions(
+        num_threads=min(num_threads, ahead), prefetch_buffer_size=ahead
+    )
     settings = {
         "data": dataset.digest,
         "split": split,
@@ -404,4 +407,6 @@ def _spread(items: Sequence[int], count: int | None) -> Sequence[int]:
 
 
 def _stack(examples: Sequence[PairBatch]) -> PairBatch:
+    if len(examples) == 1:  # views: a pair of 192 x 192 x 160 has 34 MiB
+        return PairBatch(*(np.asarray(part)[None] for part in examples[0]))
     return PairBatch(*(np.stack(parts) for parts in zip(*examples, strict=True)))

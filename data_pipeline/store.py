@@ -169,7 +169,7 @@ def read_array(root: Path | str, entry: dict[str, Any], kind: str) -> np.ndarray
         kind: "image", "labels", "overlaps", "roi" or "points", present in the entry.
 
     Returns:
-        The array as `write_volume` took it.
+        The array as `write_volume` took it; read-only.
 
     Raises:
         UserError: `checksum` or `not_found`, exit code 10: the file is no longer the
@@ -193,7 +193,16 @@ def read_array(root: Path | str, entry: dict[str, Any], kind: str) -> np.ndarray
             f"expected, {found[:12]}… found; {remedy}",
             DATA_CHANGED,
         )
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    return _view_npy(content)
+
+
+def _view_npy(content: bytes) -> np.ndarray:
+    """The array in the bytes of an .npy file of `write_volume`, not a copy."""
+    file = io.BytesIO(content)
+    assert np.lib.format.read_magic(file) == (1, 0)  # its digest says that it is ours
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    order = "F" if fortran else "C"
+    return np.ndarray(shape, dtype, content, offset=file.tell(), order=order)
 
 
 def write_index(root: Path | str, index: dict[str, Any]) -> None:

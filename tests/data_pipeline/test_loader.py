@@ -370,6 +370,34 @@ def test_volume_without_labels_gives_background(tmp_path):
     assert (batch.fixed == OUTSIDE_HU).all()
 
 
+def test_arrays_come_back_as_written_and_read_only(tmp_path):
+    rng = np.random.default_rng(0)
+    written = {
+        "image": rng.integers(-1000, 1000, SHAPE, np.int16),
+        "labels": np.asfortranarray(rng.integers(0, 9, SHAPE, np.uint8)),
+        "overlaps": rng.integers(0, 9, (2, *SHAPE), np.uint8),
+        "points": np.zeros((0, 3)),
+    }
+    more = {"overlaps": written["overlaps"], "points": written["points"]}
+    entry = {"id": "a"} | store.write_volume(
+        tmp_path, "a", written["image"], written["labels"], **more
+    )
+    for kind, array in written.items():
+        read = store.read_array(tmp_path, entry, kind)
+        np.testing.assert_array_equal(read, array, strict=True)
+        assert not read.flags.writeable
+
+
+def test_batch_of_one_copies_no_volume(root):
+    dataset = loader.Dataset(root)
+    pairs = dataset.pairs("train")
+    batch = next(loader.make_iterator(dataset, "train", batch_size=1, seed=0))
+    hu, labels = dataset.volume(pairs[batch.pair[0]].fixed)
+    assert np.shares_memory(batch.fixed, hu)
+    assert np.shares_memory(batch.fixed_labels, labels)
+    assert not batch.fixed.flags.writeable
+
+
 def test_cache_forgets_the_oldest_beyond_its_budget(root):
     volume_bytes = 3 * np.prod(SHAPE)
     dataset = loader.Dataset(root, cache_gib=2.5 * volume_bytes / 2**30)
