@@ -26,6 +26,7 @@ import grain
 import numpy as np
 
 from data_pipeline import store
+from data_pipeline.augment import AugmentSpec, make_augment
 from data_pipeline.pairs import Pair, make_pairs, read_alignments
 from unireg_jax.errors import DATA_CHANGED, NOTHING, USAGE, UserError
 from unireg_jax.tasks import TASKS, PairBatch
@@ -33,7 +34,7 @@ from unireg_jax.tasks import TASKS, PairBatch
 # grain's defaults (16 threads, 500 batches ahead) would fill the memory with volumes.
 _THREADS = 4
 _PAIRS_AHEAD = 8
-_SETTINGS = ("split", "seed", "weights", "global_batch_size")
+_SETTINGS = ("split", "seed", "weights", "global_batch_size", "augment")
 
 
 class Dataset:
@@ -172,7 +173,8 @@ class PairIterator(grain.DatasetIterator):
 
         Raises:
             UserError: `checksum`, exit code 10, when the prepared data are others;
-                `schema`, exit code 2, when split, seed, weights or batch size are.
+                `schema`, exit code 2, when split, seed, weights, batch size or
+                augmentation are.
         """
         if state.get("data", self._settings["data"]) != self._settings["data"]:
             raise UserError(
@@ -182,9 +184,9 @@ class PairIterator(grain.DatasetIterator):
                 DATA_CHANGED,
             )
         other = [
-            f"{name} {state[name]!r} then, {self._settings[name]!r} now"
+            f"{name} {state[name]!r} then, {self._settings.get(name)!r} now"
             for name in _SETTINGS
-            if name in state and state[name] != self._settings[name]
+            if name in state and state[name] != self._settings.get(name)
         ]
         if other:
             raise UserError(
@@ -205,6 +207,7 @@ def make_iterator(
     shape: Sequence[int] | None = None,
     shard: tuple[int, int] = (0, 1),
     num_threads: int = _THREADS,
+    augment: AugmentSpec | None = None,
 ) -> PairIterator:
     """Makes the endless stream of batches that training consumes.
 
@@ -218,14 +221,17 @@ def make_iterator(
         shape: (X, Y, Z) that the caller expects, or None.
         shard: (this process, number of processes). All together draw the stream that
             one process with batch_size * number would.
-        num_threads: readers; 0 reads in the caller's thread. No effect on the order.
+        num_threads: readers; 0 reads in the caller's thread. No effect on the stream.
+        augment: how much the pairs are changed, by `augment.make_augment`; None: not
+            at all. The changes of a pair are a function of seed and place, too.
 
     Returns:
-        Iterator of PairBatch (NumPy), with get_state and set_state.
+        Iterator of PairBatch (NumPy, maybe read-only), with get_state and set_state.
 
     Raises:
         UserError: exit code 3 when there is no pair; 2 for an unknown task, a bad
-            weight or another shape; while iterating 10 when a volume has changed.
+            weight, another shape, or see `augment.make_augment`; while iterating 10
+            when a volume has changed.
         ValueError: batch_size below 1, shard out of range.
     """
     dataset = root if isinstance(root, Dataset) else Dataset(root)
@@ -243,11 +249,18 @@ def make_iterator(
         )
     pairs = dataset.pairs(split)
     shares = _shares(pairs, split, weights)
-    batches = (
-        grain.MapDataset.source(PairOrder(pairs, shares, seed))
-        .slice(slice(shard[0], None, shard[1]))
-        .map(lambda position: dataset.example(pairs[position], position))
-        .batch(batch_size, drop_remainder=True, batch_fn=_stack)
+    examples = grain.MapDataset.source(PairOrder(pairs, shares, seed)).map(
+        lambda position: dataset.example(pairs[position], position)
+    )
+    if augment is not None and augment.on:
+        names = {task: dataset.label_names(task) for task in shares}
+        change = make_augment(augment, names, dataset.index["spec"]["spacing_mm"])
+        examples = examples.seed(seed).random_map(
+            lambda example, rng: change(example, pairs[example.pair].task, rng)
+        )
+    # Sharded last: the generator of a record is that of its place in the whole stream.
+    batches = examples.slice(slice(shard[0], None, shard[1])).batch(
+        batch_size, drop_remainder=True, batch_fn=_stack
     )
     ahead = max(2, _PAIRS_AHEAD // batch_size) if num_threads else 0
     # A reader makes a whole batch: more of them than batches ahead would only wait.
@@ -260,6 +273,7 @@ def make_iterator(
         "seed": seed,
         "weights": shares,
         "global_batch_size": batch_size * shard[1],
+        "augment": augment._asdict() if augment is not None and augment.on else None,
     }
     return PairIterator(iter(batches.to_iter_dataset(options)), settings)
 

@@ -1,0 +1,361 @@
+"""Random maps of a training pair, drawn from grain's generator of the record.
+
+Not in the paper, and off unless asked for. Per pair, in this order:
+
+  flip      both volumes along x, with the names of left and right organs exchanged
+  affine    the moving volume about the grid's centre: rotation, scale, shift
+  elastic   the moving volume, by a smooth field that never folds
+  contrast  each volume for itself: gain about 0 HU, shift, noise
+
+What becomes of `align`, the matrix from fixed to moving voxels: a flip mirrors both of
+its ends, and every point keeps its partner. Affine and elastic leave it: they play a
+worse pre-alignment and another anatomy, which the network is to undo; the labels move
+with the image, so that loss and DSC stay right.
+
+OUTSIDE_HU is no intensity: a voxel that would be interpolated from one, or from beyond
+the grid, is itself outside. Types stay int16 and uint8.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from data_pipeline import anatomy
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.tasks import OUTSIDE_HU, PairBatch
+
+_AIR_HU, _MAX_HU = -1024, 32767
+# Cubic B-splines do not fold below 1 / 2.48 of their spacing (Choi and Lee, 2000).
+_NO_FOLD = 0.4
+# Slices along x that are sampled at a time, so that coordinates stay in the cache.
+_SLAB = 8
+
+
+class AugmentSpec(NamedTuple):
+    """How much a pair is changed; all 0: not at all.
+
+    Attributes:
+        flip: probability of mirroring both volumes along x.
+        rotate_deg: greatest rotation of the moving volume about each axis, degrees.
+        scale: greatest relative change of its size along each axis.
+        shift_mm: greatest shift of it along each axis, mm.
+        elastic_mm: bound of its elastic displacement along each axis, mm; at most 0.4
+            of elastic_spacing_mm.
+        elastic_spacing_mm: distance of the control points, mm.
+        gain: greatest relative change of contrast, about 0 HU.
+        shift_hu: greatest change of brightness, HU.
+        noise_hu: greatest standard deviation of noise, HU.
+    """
+
+    flip: float = 0.0
+    rotate_deg: float = 0.0
+    scale: float = 0.0
+    shift_mm: float = 0.0
+    elastic_mm: float = 0.0
+    elastic_spacing_mm: float = 40.0
+    gain: float = 0.0
+    shift_hu: float = 0.0
+    noise_hu: float = 0.0
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is changed."""
+        return any(self._replace(elastic_spacing_mm=0.0))
+
+
+def find_fault(spec: AugmentSpec) -> tuple[str, str] | None:
+    """Finds a number that cannot be.
+
+    Args:
+        spec: what the user asks for.
+
+    Returns:
+        Name of the field and what it must be, or None.
+    """
+    if not 0 <= spec.flip <= 1:
+        return "flip", "0 to 1"
+    if not 0 <= spec.scale <= 0.5:
+        return "scale", "0 to 0.5"
+    if not spec.elastic_spacing_mm > 0:
+        return "elastic_spacing_mm", "more than 0"
+    if not 0 <= spec.elastic_mm <= _NO_FOLD * spec.elastic_spacing_mm:
+        return "elastic_mm", f"0 to {_NO_FOLD} of elastic_spacing_mm, or it would fold"
+    if not 0 <= spec.gain < 1:
+        return "gain", "0 to below 1"
+    for name in ("rotate_deg", "shift_mm", "shift_hu", "noise_hu"):
+        if not 0 <= getattr(spec, name) < np.inf:
+            return name, "0 or more"
+    return None
+
+
+def make_augment(
+    spec: AugmentSpec,
+    labels: Mapping[str, Sequence[str]],
+    spacing_mm: Sequence[float],
+) -> Callable[[PairBatch, str, np.random.Generator], PairBatch]:
+    """Makes the function that changes a pair.
+
+    Args:
+        spec: how much.
+        labels: task -> names, id i + 1 is the i-th; only of tasks that are drawn.
+        spacing_mm: voxel edges of the grid, mm.
+
+    Returns:
+        augment(example, task, rng) -> example; see `Dataset.example`. What it gives is
+        a function of the three; the arrays that it takes are not changed.
+
+    Raises:
+        UserError: `schema`, exit code 2: a number that cannot be, or flips of a task
+            in which the left or right of an organ has no partner.
+    """
+    if fault := find_fault(spec):
+        name, expected = fault
+        raise UserError(
+            "schema",
+            f"augment.{name}: {expected} expected, got {getattr(spec, name)!r}",
+            USAGE,
+        )
+    mirrors = {}
+    if spec.flip:
+        mirrors = {task: mirror_ids(task, names) for task, names in labels.items()}
+    spacing = np.asarray(spacing_mm, np.float64)
+
+    def augment(example: PairBatch, task: str, rng: np.random.Generator) -> PairBatch:
+        if spec.flip and rng.random() < spec.flip:
+            example = flip(example, mirrors[task])
+        if spec.rotate_deg or spec.scale or spec.shift_mm or spec.elastic_mm:
+            shape = example.moving.shape[:3]
+            affine = draw_affine(spec, shape, spacing, rng)
+            disp = draw_elastic(spec, shape, spacing, rng)
+            hu, ids = deform(
+                example.moving[..., 0], example.moving_labels, affine, disp
+            )
+            example = example._replace(moving=hu[..., None], moving_labels=ids)
+        if spec.gain or spec.shift_hu or spec.noise_hu:
+            fixed = change_contrast(example.fixed, spec, rng)
+            moving = change_contrast(example.moving, spec, rng)
+            example = example._replace(fixed=fixed, moving=moving)
+        return example
+
+    return augment
+
+
+def mirror_ids(task: str, names: Sequence[str]) -> np.ndarray:
+    """Makes the table that exchanges the ids of left and right organs.
+
+    Args:
+        task: for the message.
+        names: the task's vocabulary, id i + 1 is the i-th; LeftParotid, "left kidney",
+            kidney_left and Lens_L all say a side.
+
+    Returns:
+        [256] uint8: id -> id of the organ on the other side, or itself.
+
+    Raises:
+        UserError: `schema`, exit code 2: an organ of one side has no partner, or two.
+    """
+    sides: dict[tuple, list[int]] = {}
+    for i, name in enumerate(names, start=1):
+        sides.setdefault(anatomy.side(name), []).append(i)
+    table = np.arange(256, dtype=np.uint8)
+    for (which, rest), ids in sides.items():
+        if which is None:
+            continue
+        other = sides.get(({"left": "right", "right": "left"}[which], rest), [])
+        if len(ids) != 1 or len(other) != 1:
+            raise UserError(
+                "schema",
+                f"augment.flip: {task}: one partner of {names[ids[0] - 1]!r} on the "
+                f"other side expected, {len(other)} found; set augment.flip to 0, or "
+                "the task's weight to 0",
+                USAGE,
+            )
+        table[ids[0]] = other[0]
+    return table
+
+
+def flip(example: PairBatch, mirror: np.ndarray) -> PairBatch:
+    """Mirrors both volumes of a pair along x.
+
+    flipped[x] = volume[F x],  F x = (n - 1 - x_0, x_1, x_2),  align' = F align F
+
+    Args:
+        example: one pair, see `Dataset.example`.
+        mirror: from `mirror_ids`.
+
+    Returns:
+        The mirrored pair; twice gives the pair itself.
+    """
+    matrix = np.diag([-1.0, 1.0, 1.0, 1.0])
+    matrix[0, 3] = example.fixed.shape[0] - 1
+    other = np.diag([-1.0, 1.0, 1.0, 1.0])
+    other[0, 3] = example.moving.shape[0] - 1
+    align = other @ example.align.astype(np.float64) @ matrix
+    return example._replace(
+        fixed=example.fixed[::-1],
+        moving=example.moving[::-1],
+        fixed_labels=mirror[example.fixed_labels[::-1]],
+        moving_labels=mirror[example.moving_labels[::-1]],
+        align=align.astype(np.float32),
+    )
+
+
+def draw_affine(
+    spec: AugmentSpec,
+    shape: Sequence[int],
+    spacing_mm: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Draws where the voxels of a changed volume are taken from.
+
+    Args:
+        spec: rotate_deg, scale and shift_mm count.
+        shape: (X, Y, Z) of the volume.
+        spacing_mm: [3] its voxel edges, mm.
+        rng: source of all choices.
+
+    Returns:
+        [4, 4] float64, changed voxel -> voxel of the volume; angles and sizes are right
+        in mm, the grid's centre only shifts.
+    """
+    linear = np.diag(1 + spec.scale * rng.uniform(-1, 1, 3))
+    for axis, angle in enumerate(np.deg2rad(spec.rotate_deg * rng.uniform(-1, 1, 3))):
+        i, j = [a for a in range(3) if a != axis]
+        turn = np.eye(3)
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        linear = turn @ linear
+    center = (np.array(shape) - 1) / 2
+    shift = spec.shift_mm * rng.uniform(-1, 1, 3) / spacing_mm
+    matrix = np.eye(4)
+    matrix[:3, :3] = linear * spacing_mm / spacing_mm[:, None]
+    matrix[:3, 3] = center - matrix[:3, :3] @ center + shift
+    return matrix
+
+
+def draw_elastic(
+    spec: AugmentSpec,
+    shape: Sequence[int],
+    spacing_mm: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray | None:
+    """Draws a smooth displacement: cubic B-splines of uniform coefficients.
+
+    Args:
+        spec: elastic_mm and elastic_spacing_mm count.
+        shape: (X, Y, Z) of the volume.
+        spacing_mm: [3] its voxel edges, mm.
+        rng: source of all choices.
+
+    Returns:
+        [3, X, Y, Z] float32, voxels, within elastic_mm and without folds; None when
+        elastic_mm is 0.
+    """
+    if not spec.elastic_mm:
+        return None
+    weights = [
+        _spline_weights(n, spec.elastic_spacing_mm / s)
+        for n, s in zip(shape, spacing_mm, strict=True)
+    ]
+    size = (3, *(w.shape[1] for w in weights))
+    bound = spec.elastic_mm / spacing_mm[:, None, None, None]
+    field = (bound * rng.uniform(-1, 1, size)).astype(np.float32)
+    for weight in weights:  # each takes the first spatial axis and appends it anew
+        field = np.tensordot(field, weight, axes=(1, 1))
+    return field
+
+
+def _spline_weights(count: int, distance: float) -> np.ndarray:
+    """[count, controls] float32: cubic B-spline weights of points 1 voxel apart."""
+    place = np.arange(count) / distance
+    first = place.astype(int)
+    t = place - first
+    pieces = (
+        (1 - t) ** 3 / 6,
+        (3 * t**3 - 6 * t**2 + 4) / 6,
+        (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6,
+        t**3 / 6,
+    )
+    weights = np.zeros((count, first[-1] + 4), np.float32)
+    for k, piece in enumerate(pieces):
+        weights[np.arange(count), first + k] = piece
+    return weights
+
+
+def deform(
+    hu: np.ndarray,
+    labels: np.ndarray,
+    affine: np.ndarray,
+    disp: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resamples a volume and its labels through an affine and a displacement.
+
+    out[x] = volume[affine(x) + disp(x)]
+
+    Args:
+        hu: [X, Y, Z] int16, HU; OUTSIDE_HU beyond the scan.
+        labels: [X, Y, Z] uint8.
+        affine: [4, 4], changed voxel -> voxel of the volume.
+        disp: [3, X, Y, Z] float32, voxels, or None.
+
+    Returns:
+        hu, linear, and labels, nearest, of the same shapes and types. Where a voxel
+        with weight in hu is OUTSIDE_HU or lies beyond the grid: OUTSIDE_HU. Beyond the
+        grid labels are 0.
+    """
+    out_hu, out_labels = np.empty_like(hu), np.empty_like(labels)
+    outside = hu == OUTSIDE_HU
+    image = np.where(outside, _AIR_HU, hu).astype(np.float32)
+    missing = outside.astype(np.float32) if outside.any() else None
+    limit = np.array(hu.shape, np.float32)[:, None, None, None] - 1
+    linear = affine[:3, :3].astype(np.float32)
+    y, z = (np.arange(n, dtype=np.float32) for n in hu.shape[1:])
+    for start in range(0, hu.shape[0], _SLAB):
+        part = slice(start, min(start + _SLAB, hu.shape[0]))
+        x = np.arange(part.start, part.stop, dtype=np.float32)
+        coords = np.empty((3, len(x), *hu.shape[1:]), np.float32)
+        for axis, (a, b, c) in enumerate(linear):
+            plane = (a * x + np.float32(affine[axis, 3]))[:, None] + b * y
+            np.add(plane[..., None], c * z, out=coords[axis])
+        if disp is not None:
+            coords += disp[:, part]
+        nearest = np.rint(coords)
+        # Rounding of float32 moves a coordinate by some 1e-5 voxels.
+        inside = ((coords > -1e-4) & (coords < limit + 1e-4)).all(axis=0)
+        coords = np.clip(coords, 0, limit, out=coords)
+        sampled = ndimage.map_coordinates(image, coords, np.float32, order=1)
+        valid = inside
+        if missing is not None:
+            # float32 gives a voxel with no weight some 1e-5 of it.
+            share = ndimage.map_coordinates(missing, coords, np.float32, order=1)
+            valid = inside & (share < 1e-4)
+        out_hu[part] = np.where(valid, np.rint(sampled), OUTSIDE_HU)
+        there = ((nearest >= 0) & (nearest <= limit)).all(axis=0)
+        index = np.clip(nearest, 0, limit).astype(np.intp)
+        out_labels[part] = np.where(there, labels[tuple(index)], 0)
+    return out_hu, out_labels
+
+
+def change_contrast(
+    hu: np.ndarray, spec: AugmentSpec, rng: np.random.Generator
+) -> np.ndarray:
+    """Changes gain, brightness and noise of a volume.
+
+    Args:
+        hu: [...] int16, HU; OUTSIDE_HU beyond the scan.
+        spec: gain, shift_hu and noise_hu count.
+        rng: source of all choices.
+
+    Returns:
+        [...] int16, HU from -1024; OUTSIDE_HU where hu has it.
+    """
+    gain, shift = 1 + spec.gain * rng.uniform(-1, 1), spec.shift_hu * rng.uniform(-1, 1)
+    image = hu * np.float32(gain) + np.float32(shift)
+    if spec.noise_hu:
+        image += np.float32(spec.noise_hu * rng.random()) * rng.standard_normal(
+            hu.shape, np.float32
+        )
+    image = np.clip(np.rint(image, out=image), _AIR_HU, _MAX_HU, out=image)
+    return np.where(hu == OUTSIDE_HU, np.int16(OUTSIDE_HU), image.astype(np.int16))
