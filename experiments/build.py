@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import optax
 
-from data_pipeline import loader, synthetic
+from data_pipeline import augment, loader, synthetic
 from experiments import prealign
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models.conditioning import HEADS
@@ -29,6 +29,7 @@ class Experiment(NamedTuple):
     Attributes:
         dataset: prepared volumes.
         weights: task -> share, for the tasks that have training pairs.
+        augment: how much the training pairs are changed.
         model: the network; params of `model.init`.
         tx: gradient transformation.
         loss: loss(params, batch) -> (loss, scalars).
@@ -39,6 +40,7 @@ class Experiment(NamedTuple):
 
     dataset: loader.Dataset
     weights: dict[str, float]
+    augment: augment.AugmentSpec
     model: UniReg
     tx: optax.GradientTransformation
     loss: Any
@@ -72,6 +74,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
     return Experiment(
         dataset=dataset,
         weights=_task_weights(config, dataset),
+        augment=augment.AugmentSpec(**config.data.augment.to_dict()),
         model=model,
         tx=tx,
         loss=objective.make_loss(apply_fn, weights=weights),
@@ -171,6 +174,10 @@ def _check(config: ml_collections.ConfigDict) -> None:
     }
     if not config.loss.ncc_window % 2:
         rules["loss.ncc_window"] = (False, "an odd number")
+    change = config.data.augment.to_dict()
+    if fault := augment.find_fault(augment.AugmentSpec(**change)):
+        fields[f"data.augment.{fault[0]}"] = change[fault[0]]
+        rules[f"data.augment.{fault[0]}"] = (False, fault[1])
     faults = [
         f"{field}: {expected} expected, got {fields[field]!r}"
         for field, (right, expected) in rules.items()

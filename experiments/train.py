@@ -38,6 +38,7 @@ def train(config, workdir: Path) -> Path:
         batch_size=config.data.batch_size * mesh.shape["data"],
         seed=config.seed,
         weights=experiment.weights,
+        augment=experiment.augment,
     )
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(

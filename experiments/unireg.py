@@ -30,6 +30,20 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.data.weights = ml_collections.ConfigDict(
         {"headneck": 1.0, "chest": 1.0, "abdomen": 1.0, "liver": 1.0, "lung": 0.0}
     )
+    # Random changes of the training pairs, data_pipeline/augment.py: none in the paper.
+    config.data.augment = ml_collections.ConfigDict(
+        {
+            "flip": 0.0,
+            "rotate_deg": 0.0,
+            "scale": 0.0,
+            "shift_mm": 0.0,
+            "elastic_mm": 0.0,
+            "elastic_spacing_mm": 40.0,
+            "gain": 0.0,
+            "shift_hu": 0.0,
+            "noise_hu": 0.0,
+        }
+    )
 
     config.model = ml_collections.ConfigDict()
     config.model.conditioner = "dynamic"  # or static, Table 6

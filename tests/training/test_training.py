@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_pipeline import loader, synthetic
+from data_pipeline.augment import AugmentSpec
 from experiments import build, cli, loop, train, unireg
 from unireg_jax.errors import CHECKPOINT, NUMERICAL, PREEMPTED, USAGE, UserError
 from unireg_jax.training import checkpoint, evaluate, log, optimizer
@@ -244,6 +245,18 @@ def test_paper_preset_states_the_papers_numbers():
     assert config.train.steps == 120_000 and config.data.batch_size == 1
 
 
+def test_augmentation_is_off_unless_asked_for(config, tmp_path):
+    assert not build.build(config, tmp_path).augment.on
+    assert not any(
+        AugmentSpec(**unireg.get_config(preset).data.augment).on
+        for preset in unireg.PRESETS
+    )
+    config.data.augment.flip = 0.5
+    config.data.augment.elastic_mm = 8.0
+    expected = AugmentSpec(flip=0.5, elastic_mm=8.0)
+    assert build.build(config, tmp_path).augment == expected
+
+
 def test_misspelt_field_stops_the_run():
     config = unireg.get_config("demo")
     with pytest.raises((AttributeError, KeyError), match="optim_lr|optim.lrr|lrr"):
@@ -445,6 +458,7 @@ def test_init_from_of_another_model_is_refused(config, tmp_path):
         ("loss.smoothness", (1.0,), "4 numbers, one per region expected"),
         ("loss.ncc_window", 8, "an odd number expected, got 8"),
         ("data.shape", (40, 32, 32), "three multiples of 16 expected"),
+        ("data.augment.flip", 2.0, "0 to 1 expected, got 2.0"),
         ("optim.name", "rmsprop", "one of sgd, adam expected"),
         ("train.log_every", 0, "1 or more expected, got 0"),
     ],
@@ -452,10 +466,9 @@ def test_init_from_of_another_model_is_refused(config, tmp_path):
 def test_config_value_that_no_run_can_have_is_refused(
     config, tmp_path, field, value, expected
 ):
-    section, name = field.split(".")
     with config.unlocked():
         config.data.update({"root": "", "phantoms": 4})
-        config[section][name] = value
+        config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=f"config: {field}: {expected}") as error:
         build.build(config, tmp_path)
     assert (error.value.reason, error.value.exit_code) == ("schema", USAGE)
