@@ -16,7 +16,8 @@ OUTSIDE_HU is no intensity: a voxel that would be interpolated from one, or from
 the grid, is itself outside. Types stay int16 and uint8.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from unireg_jax.tasks import OUTSIDE_HU, PairBatch
 _AIR_HU, _MAX_HU = -1024, 32767
 # Cubic B-splines do not fold below 1 / 2.48 of their spacing (Choi and Lee, 2000).
 _NO_FOLD = 0.4
-# Slices along x that are sampled at a time, so that coordinates stay in the cache.
+# Slices along x that are changed at a time, so that buffers stay in the cache.
 _SLAB = 8
 
 
@@ -307,35 +308,46 @@ def deform(
     """
     out_hu, out_labels = np.empty_like(hu), np.empty_like(labels)
     outside = hu == OUTSIDE_HU
-    image = np.where(outside, _AIR_HU, hu).astype(np.float32)
-    missing = outside.astype(np.float32) if outside.any() else None
+    image = np.where(outside, np.float32(_AIR_HU), hu)
+    missing = outside.astype(np.float32)
+    # Only where the nearest voxel touches the outside can any weight lie in it.
+    near = ndimage.maximum_filter(outside.view(np.uint8), 3).ravel().view(bool)
+    flat = np.ascontiguousarray(labels).ravel()
+    sample = functools.partial(
+        ndimage.map_coordinates, output=np.float32, order=1, prefilter=False
+    )
     limit = np.array(hu.shape, np.float32)[:, None, None, None] - 1
-    linear = affine[:3, :3].astype(np.float32)
-    y, z = (np.arange(n, dtype=np.float32) for n in hu.shape[1:])
-    for start in range(0, hu.shape[0], _SLAB):
-        part = slice(start, min(start + _SLAB, hu.shape[0]))
-        x = np.arange(part.start, part.stop, dtype=np.float32)
-        coords = np.empty((3, len(x), *hu.shape[1:]), np.float32)
-        for axis, (a, b, c) in enumerate(linear):
-            plane = (a * x + np.float32(affine[axis, 3]))[:, None] + b * y
-            np.add(plane[..., None], c * z, out=coords[axis])
+    for part in _slabs(hu.shape[0]):
+        coords = _coordinates(affine, hu.shape, part)
         if disp is not None:
             coords += disp[:, part]
-        nearest = np.rint(coords)
         # Rounding of float32 moves a coordinate by some 1e-5 voxels.
-        inside = ((coords > -1e-4) & (coords < limit + 1e-4)).all(axis=0)
-        coords = np.clip(coords, 0, limit, out=coords)
-        sampled = ndimage.map_coordinates(image, coords, np.float32, order=1)
-        valid = inside
-        if missing is not None:
-            # float32 gives a voxel with no weight some 1e-5 of it.
-            share = ndimage.map_coordinates(missing, coords, np.float32, order=1)
-            valid = inside & (share < 1e-4)
-        out_hu[part] = np.where(valid, np.rint(sampled), OUTSIDE_HU)
-        there = ((nearest >= 0) & (nearest <= limit)).all(axis=0)
-        index = np.clip(nearest, 0, limit).astype(np.intp)
-        out_labels[part] = np.where(there, labels[tuple(index)], 0)
+        valid = ((coords > -1e-4) & (coords < limit + 1e-4)).all(axis=0)
+        there = ((coords >= -0.5) & (coords <= limit + 0.5)).all(axis=0)
+        np.clip(coords, 0, limit, out=coords)
+        x, y, z = np.rint(coords).astype(np.int32)
+        index = (x * hu.shape[1] + y) * hu.shape[2] + z
+        doubtful = near[index] & valid
+        # float32 gives a voxel with no weight some 1e-5 of it.
+        valid[doubtful] = sample(missing, coords[:, doubtful]) < 1e-4
+        out_hu[part] = np.where(valid, np.rint(sample(image, coords)), OUTSIDE_HU)
+        out_labels[part] = flat[index] * there
     return out_hu, out_labels
+
+
+def _coordinates(affine: np.ndarray, shape: Sequence[int], part: slice) -> np.ndarray:
+    """[3, x, Y, Z] float32: affine of the voxels of some slices along x."""
+    x, y, z = (np.arange(n, dtype=np.float32) for n in shape)
+    coords = np.empty((3, part.stop - part.start, *shape[1:]), np.float32)
+    for out, (a, b, c, d) in zip(coords, affine[:3].astype(np.float32), strict=True):
+        plane = (a * x[part] + d)[:, None] + b * y
+        np.add(plane[..., None], c * z, out=out)
+    return coords
+
+
+def _slabs(count: int) -> Iterator[slice]:
+    for start in range(0, count, _SLAB):
+        yield slice(start, min(start + _SLAB, count))
 
 
 def change_contrast(
@@ -344,18 +356,23 @@ def change_contrast(
     """Changes gain, brightness and noise of a volume.
 
     Args:
-        hu: [...] int16, HU; OUTSIDE_HU beyond the scan.
+        hu: [X, ...] int16, HU; OUTSIDE_HU beyond the scan.
         spec: gain, shift_hu and noise_hu count.
         rng: source of all choices.
 
     Returns:
-        [...] int16, HU from -1024; OUTSIDE_HU where hu has it.
+        [X, ...] int16, HU from -1024; OUTSIDE_HU where hu has it.
     """
-    gain, shift = 1 + spec.gain * rng.uniform(-1, 1), spec.shift_hu * rng.uniform(-1, 1)
-    image = hu * np.float32(gain) + np.float32(shift)
-    if spec.noise_hu:
-        image += np.float32(spec.noise_hu * rng.random()) * rng.standard_normal(
-            hu.shape, np.float32
-        )
-    image = np.clip(np.rint(image, out=image), _AIR_HU, _MAX_HU, out=image)
-    return np.where(hu == OUTSIDE_HU, np.int16(OUTSIDE_HU), image.astype(np.int16))
+    gain = np.float32(1 + spec.gain * rng.uniform(-1, 1))
+    shift = np.float32(spec.shift_hu * rng.uniform(-1, 1))
+    noise = np.float32(spec.noise_hu * rng.random())
+    out = np.empty_like(hu)
+    for part in _slabs(len(hu)):
+        image = hu[part] * gain
+        image += shift
+        if spec.noise_hu:
+            image += noise * rng.standard_normal(image.shape, np.float32)
+        np.clip(np.rint(image, out=image), _AIR_HU, _MAX_HU, out=image)
+        image[hu[part] == OUTSIDE_HU] = OUTSIDE_HU
+        out[part] = image
+    return out
