@@ -68,19 +68,23 @@ ABDOMEN_LABELS = (
 
 
 class _Anatomy(NamedTuple):
-    """What a task shows: painter, labels, variants (fixed first), z of the centre."""
+    """What a task shows: painter, labels, variants (fixed first), z of the centre.
+
+    `more` are variants that `phantom` paints but datasets do not hold.
+    """
 
     torso: bool
     labels: tuple[str, ...]
     variants: tuple[str, ...]
     center_z_mm: float
+    more: tuple[str, ...] = ()
 
 
 _ANATOMY = {
     "headneck": _Anatomy(False, HEADNECK_LABELS, ("scan",), 0.0),
     "chest": _Anatomy(True, CHEST_LABELS, ("scan",), 75.0),
     "abdomen": _Anatomy(True, ABDOMEN_LABELS, ("scan",), -95.0),
-    "liver": _Anatomy(True, ABDOMEN_LABELS, ("pvp", "art"), -60.0),
+    "liver": _Anatomy(True, ABDOMEN_LABELS, ("pvp", "art"), -60.0, ("pre",)),
     "lung": _Anatomy(True, CHEST_LABELS, ("exp", "insp"), 75.0),
 }
 
@@ -109,11 +113,14 @@ class PhantomPair(NamedTuple):
         moving: Phantom.
         disp: [X, Y, Z, 3] float32, voxels of the fixed grid: moving(x + disp(x)) is the
             tissue of fixed(x), exactly. None where `pair` shows two subjects.
+        disp_mf: [X, Y, Z, 3] float32, voxels: the way back, to 0.001 mm. None unless
+            asked for.
     """
 
     fixed: Phantom
     moving: Phantom
     disp: np.ndarray | None
+    disp_mf: np.ndarray | None = None
 
 
 def variants(task: str) -> tuple[str, ...]:
@@ -137,7 +144,8 @@ def phantom(
         spacing_mm: voxel edge length, one or (x, y, z) mm. The body fills about
             380 x 260 x 320 mm; smaller grids show its middle.
         seed: the subject.
-        variant: one of `variants(task)`; None is the fixed one. liver: "pvp", "art";
+        variant: one of `variants(task)`; None is the fixed one. liver: "pvp", "art" or
+            "pre", without contrast and in the breath of "art";
             lung: "exp", "insp"; else "scan".
 
     Returns:
@@ -148,10 +156,9 @@ def phantom(
     """
     anatomy = _anatomy(task)
     variant = anatomy.variants[0] if variant is None else variant
-    if variant not in anatomy.variants:
-        raise ValueError(
-            f"variant must be one of {anatomy.variants} for {task}, got {variant!r}"
-        )
+    known = anatomy.variants + anatomy.more
+    if variant not in known:
+        raise ValueError(f"variant must be one of {known} for {task}, got {variant!r}")
     shape, spacing = _check_grid(shape, spacing_mm)
     noise = _rng(task, seed, variant)
     return _scan(task, _points(shape, spacing), spacing, seed, variant, noise)
@@ -163,12 +170,14 @@ def pair(
     shape: Sequence[int] = (96, 96, 80),
     spacing_mm: float | Sequence[float] = 4.0,
     seed: int = 0,
+    both_ways: bool = False,
 ) -> PhantomPair:
     """Paints a pair of the task's kind: two phases of one subject, or two subjects.
 
     Args:
         task, shape, spacing_mm, seed: see `phantom`. Inter-patient: subjects 2 seed and
             2 seed + 1.
+        both_ways: compute disp_mf too, where there is a field.
 
     Returns:
         PhantomPair, with the exact field for liver (pvp fixed, art moving; breathing of
@@ -185,7 +194,12 @@ def pair(
     first, second = (
         phantom(task, seed=seed, variant=v, **grid) for v in variants(task)
     )
-    return PhantomPair(first, second, known_disp(task, seed=seed, **grid))
+    back = None
+    if both_ways:
+        points = _points(*_check_grid(shape, spacing_mm))
+        moved = motion.invert(_motion(task, seed), *points)
+        back = _in_voxels(moved, _check_grid(shape, spacing_mm)[1])
+    return PhantomPair(first, second, known_disp(task, seed=seed, **grid), back)
 
 
 def deformed_pair(
@@ -194,6 +208,7 @@ def deformed_pair(
     shape: Sequence[int] = (96, 96, 80),
     spacing_mm: float | Sequence[float] = 4.0,
     seed: int = 0,
+    both_ways: bool = False,
 ) -> PhantomPair:
     """Paints one subject twice, related by a smooth random field: any task, one phase.
 
@@ -207,6 +222,7 @@ def deformed_pair(
 
     Args:
         task, shape, spacing_mm, seed: see `phantom`; the seed also draws the field.
+        both_ways: compute disp_mf too.
 
     Returns:
         PhantomPair; disp is exact and never None.
@@ -220,7 +236,11 @@ def deformed_pair(
     noise = _rng(task, seed, "deformed")
     fixed = _scan(task, _points(shape, spacing), spacing, seed, variant, noise, moved)
     moving = phantom(task, shape=shape, spacing_mm=spacing, seed=seed)
-    return PhantomPair(fixed, moving, _in_voxels(moved, spacing))
+    back = None
+    if both_ways:
+        field, points = _waves(task, seed), _points(shape, spacing)
+        back = _in_voxels(motion.invert(field, *points), spacing)
+    return PhantomPair(fixed, moving, _in_voxels(moved, spacing), back)
 
 
 def known_disp(

@@ -87,3 +87,28 @@ def waves(rng: np.random.Generator) -> Callable:
         return moved
 
     return field
+
+
+def invert(field: Callable, x, y, z) -> list[np.ndarray]:
+    """The way back: v(p) = -field(p + v(p)), by fixed point iteration.
+
+    Args:
+        field: (x, y, z) -> (dx, dy, dz), mm, of slope below 1.
+        x, y, z: [X, Y, Z] float32, mm.
+
+    Returns:
+        Three components, mm, to 0.001 mm.
+
+    Raises:
+        ValueError: it does not settle: the field is too steep.
+    """
+    back = [np.zeros_like(x)] * 3
+    for _ in range(60):
+        moved = field(*(p + v for p, v in zip((x, y, z), back, strict=True)))
+        change = max(
+            float(np.abs(m + v).max()) for m, v in zip(moved, back, strict=True)
+        )
+        back = [-m for m in moved]
+        if change < 1e-3:
+            return back
+    raise ValueError(f"field must have slopes below 1; still {change:.3f} mm off")

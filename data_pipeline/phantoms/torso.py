@@ -61,7 +61,7 @@ def _trunk(canvas: Canvas, rng: np.random.Generator) -> _Trunk:
 def paint(canvas: Canvas, rng: np.random.Generator, variant: str) -> None:
     """Neck to pelvis; z = 0 is the top of the diaphragm."""
     draw, trunk = shapes.Draw(rng), _trunk(canvas, rng)
-    phase = PHASES["art" if variant == "art" else "pvp"]
+    phase = PHASES[variant if variant in PHASES else "pvp"]
     parts.paint_layers(canvas, trunk.skin, np.float32(trunk.fat_mm), phase["muscle"])
     _paint_bowel(canvas, draw, trunk, phase)
     _paint_belly_organs(canvas, draw, trunk, phase)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_pipeline import store, synthetic
+from data_pipeline import fields, store, synthetic
 from unireg_jax.tasks import TASKS, PairType
 
 # Never cubic: a swapped axis must fail.
@@ -208,6 +208,35 @@ def test_deformed_pair_depends_on_its_arguments_alone():
     np.testing.assert_array_equal(first.disp, again.disp)
     np.testing.assert_array_equal(first.fixed.hu, again.fixed.hu)
     assert np.abs(first.disp - other.disp).max() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("make", "task"),
+    [
+        (synthetic.pair, "liver"),
+        (synthetic.pair, "lung"),
+        (synthetic.deformed_pair, "headneck"),
+        (synthetic.deformed_pair, "chest"),
+    ],
+)
+def test_fields_of_a_pair_undo_each_other(make, task):
+    made = make(task, **SMALL, seed=3, both_ways=True)
+    spacing = SMALL["spacing_mm"]
+    assert np.linalg.norm(made.disp * spacing, axis=-1).mean() > 1
+    for a, b in ((made.disp, made.disp_mf), (made.disp_mf, made.disp)):
+        missed = fields.residual_mm(a, b, spacing)
+        # The fields are exact; sampling one of them linearly at 8 mm is not.
+        assert np.nanmax(missed) < 0.3 and np.nanmean(missed) < 0.05
+        assert fields.determinant(a).min() > 0.1
+    assert make(task, **SMALL, seed=3).disp_mf is None
+
+
+def test_liver_has_a_scan_without_contrast():
+    pre = synthetic.phantom("liver", **SMALL, seed=7, variant="pre")
+    art = synthetic.phantom("liver", **SMALL, seed=7, variant="art")
+    np.testing.assert_array_equal(pre.labels, art.labels)
+    aorta = ndimage.binary_erosion(pre.labels == pre.label_names.index("aorta") + 1)
+    assert pre.hu[aorta].mean() < 60 < 200 < art.hu[aorta].mean()
 
 
 def test_deformed_pair_rejects_bad_arguments():
