@@ -1,5 +1,6 @@
 """Chest and abdomen: neck to pelvis."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -53,9 +54,13 @@ def _trunk(canvas: Canvas, rng: np.random.Generator) -> _Trunk:
     one = 0.0062 * ((x + 58) ** 2 + 1.15 * (y + 8) ** 2) - np.float32(right)
     two = 0.0072 * ((x - 58) ** 2 + 1.15 * (y + 6) ** 2) - np.float32(left)
     roof = z + shapes.smooth_min(one, two, 14.0)
+    return _Trunk(fat_mm, skin, cage, roof, _belly(fat_mm, skin, cage, roof, z))
+
+
+def _belly(fat_mm, skin, cage, roof, z) -> np.ndarray:
+    """Below the diaphragm, inside muscles and ribs."""
     belly = np.maximum(skin + np.float32(fat_mm + 13), np.float32(0.7) * roof)
-    belly = np.maximum(belly, np.where(z > -110, cage + 10, np.float32(-50)))
-    return _Trunk(fat_mm, skin, cage, roof, belly)
+    return np.maximum(belly, np.where(z > -110, cage + 10, np.float32(-50)))
 
 
 def paint(canvas: Canvas, rng: np.random.Generator, variant: str) -> None:
@@ -71,9 +76,62 @@ def paint(canvas: Canvas, rng: np.random.Generator, variant: str) -> None:
     _paint_torso_bones(canvas, draw, trunk)
 
 
+def surround(
+    canvas: Canvas,
+    rng: np.random.Generator,
+    *,
+    phase: dict[str, float],
+    structures: Collection[str],
+    around_all: np.ndarray,
+    around_soft: np.ndarray,
+    lift: np.ndarray,
+) -> None:
+    """A torso that holds organs which will be painted over it.
+
+    Args:
+        canvas: at the points of the organs' map.
+        rng: of the subject.
+        phase: from PHASES.
+        structures: which of "bowel", "lungs", "mediastinum", "bones" to paint.
+        around_all: [X, Y, Z] mm from the nearest structure of the map.
+        around_soft: [X, Y, Z] mm from the nearest one inside the ribs.
+        lift: [X, Y, 1] mm by which the diaphragm lies higher than usual.
+    """
+    draw, trunk = shapes.Draw(rng), _trunk(canvas, rng)
+    fat_mm = np.float32(trunk.fat_mm)
+    skin = shapes.smooth_min(trunk.skin, around_all - (fat_mm + 9), 12.0)
+    cage = around_soft - 12  # where the map's own ribs are
+    if "bones" in structures:
+        cage = shapes.smooth_min(trunk.cage, cage, 8.0)
+    skin = shapes.smooth_min(skin, cage - fat_mm, 30.0)
+    roof = trunk.roof - lift
+    belly = _belly(trunk.fat_mm, skin, cage, roof, canvas.z)
+    trunk = _Trunk(trunk.fat_mm, skin, cage, roof, belly)
+    # Far from ribs and organs lies fat, but for the shoulders.
+    far = np.maximum(cage - 20 - np.maximum(canvas.z - 100, 0), 0)
+    parts.paint_layers(canvas, skin, fat_mm + 20 * far, phase["muscle"])
+    if "bowel" in structures:
+        _paint_bowel(canvas, draw, trunk, phase)
+    else:
+        box = shapes.box((-170, -125, -450), (170, 110, 30))
+        canvas.paint(box, -102, texture=7, limit=belly)
+    if "lungs" in structures:
+        _paint_lungs(canvas, draw, trunk, "scan")
+    else:
+        chest = np.maximum(cage + 9, -roof)
+        box = shapes.box((-140, -105, -110), (140, 105, 215))
+        canvas.paint(box, -92, texture=14, limit=chest)
+    if "mediastinum" in structures:
+        _paint_mediastinum(canvas, draw, phase)
+    if "lungs" in structures:
+        _paint_lung_vessels(canvas, draw)
+    if "bones" in structures:
+        _paint_torso_bones(canvas, draw, trunk)
+
+
 def _paint_bowel(canvas, draw, trunk, phase) -> None:
     """Fat of the belly, muscles behind it, colon and small bowel."""
-    cavity = shapes.box((-170, -125, -300), (170, 110, 30))
+    cavity = shapes.box((-170, -125, -450), (170, 110, 30))
     canvas.paint(cavity, -102, texture=7, limit=trunk.belly)
     for side in (-1, 1):
         psoas = [(28, 52, -80), (40, 56, -150), (66, 34, -240), (80, 0, -300)]
