@@ -27,7 +27,7 @@ from unireg_jax.tasks import TASKS
 
 SCHEMA = 1  # of <case>_run.json and of evaluate's JSON
 # Spelled here so that --help imports neither NumPy nor JAX; a test compares them.
-AFFINES = ("auto", "none", "com", "rigid", "affine", "features")
+AFFINES = ("auto", "none", "com", "rigid", "affine", "features", "coarse")
 TYPES = ("inter", "intra")
 IO_FEATURES = ("image", "mind", "sam")
 OUTPUTS = (  # the record comes last: it says that a case is whole

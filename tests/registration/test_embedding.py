@@ -50,6 +50,18 @@ def test_file_argument_and_variable_give_the_same(saved, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, by_path.params, by_name.params)
 
 
+def test_kernels_may_be_stored_in_half_precision(saved, tmp_path):
+    params, spec = weights.load_weights(saved)
+    half = jax.tree.map(lambda x: x.astype(np.float16) if x.ndim > 1 else x, params)
+    spec = {k: v for k, v in spec.items() if k not in ("sha256", "format")}
+    weights.save_weights(tmp_path / "half.safetensors", half, spec)
+    exact = embedding.load_extractor(saved)
+    rough = embedding.load_extractor(tmp_path / "half.safetensors")
+    for a, b in zip(*map(jax.tree.leaves, (exact.params, rough.params)), strict=True):
+        assert b.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_missing_embedding_names_both_remedies(monkeypatch, tmp_path):
     monkeypatch.setenv(embedding.VARIABLE, str(tmp_path / "absent.safetensors"))
     with pytest.raises(UserError) as caught:

@@ -10,6 +10,7 @@ from unireg_jax import errors
 from unireg_jax.errors import UserError
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
+from unireg_jax.models import features
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import affine as prealign
@@ -285,11 +286,17 @@ def turned_phantoms(angle_deg=12.0):
     return fixed, moving, truth, organs[organs[:, 2] > place[2, 3]]
 
 
-def test_register_prealigns_by_features(matcher):
+@pytest.fixture
+def own_features(monkeypatch):
+    """Matching by the network's own features, whatever embedding is installed."""
+    monkeypatch.setattr(pipeline, "load_matcher", lambda own: own)
+
+
+def test_register_prealigns_by_features(matcher, own_features):
     fixed, moving, truth, organs = turned_phantoms()
     places = fixed.vox2world, truth @ moving.vox2world
     lines, gaps = [], {}
-    for kind in ("features", "com"):
+    for kind in ("features", "coarse", "com"):
         result = run(
             (fixed.hu, moving.hu),
             places,
@@ -303,12 +310,48 @@ def test_register_prealigns_by_features(matcher):
         wrong = result.affine - truth
         gap = organs @ wrong[:3, :3].T + wrong[:3, 3]
         gaps[kind] = np.linalg.norm(gap, axis=1).mean()
+        if kind != "com":
+            assert result.settings["matched_by"] == "mind"
+        moved = np.abs(result.network_disp).max()
+        assert (moved > 0.1) == (kind == "coarse")  # the network is as initialised
     # A voxel of the fine grid: MIND turns a little with the patient.
     assert gaps["features"] < 12.0 < 24.0 < gaps["com"], gaps
     assert any("matches, affine map" in line for line in lines)
 
 
-def test_register_warns_where_features_do_not_match(matcher):
+def test_coarse_displacement_acts_before_the_network(matcher, own_features):
+    """The total is network, then coarse; where the network does nothing, coarse."""
+    fixed, moving, truth, _ = turned_phantoms(6.0)
+    scans = fixed.hu, moving.hu
+    places = fixed.vox2world, truth @ moving.vox2world
+    fields = [
+        run(scans, places, task=task, weights=matcher, affine="coarse").network_disp
+        for task in ("headneck", "none")
+    ]
+    assert np.abs(fields[1]).max() > 0.1
+    np.testing.assert_allclose(fields[0], fields[1], atol=0.05)  # voxels
+
+
+def test_prewarp_reads_hu_and_keeps_the_marker():
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1000, 500, (6, 7, 8)).astype(np.int16)
+    hu[5] = OUTSIDE_HU
+    disp = np.zeros((1, 6, 7, 8, 3), np.float32)
+    disp[..., 0], disp[..., 2] = 1.0, -2.0
+    moved = pipeline._prewarp(hu, disp)
+    np.testing.assert_array_equal(moved[:4, :, 2:], hu[1:5, :, :-2])
+    assert (moved[4:] == OUTSIDE_HU).all() and (moved[:, :, :2] == OUTSIDE_HU).all()
+
+
+def test_matching_grid_has_the_spacing_of_the_embedding():
+    spec = PreprocessSpec()
+    trained = features.Extractor("mind", spacing_mm=(4.0, 4.0, 4.0))
+    grid = pipeline._matching_grid(spec, trained)
+    assert grid.shape == (96, 96, 80) and grid.spacing_mm == (4.0, 4.0, 4.0)
+    assert pipeline._matching_grid(spec, features.Extractor("mind")) is spec
+
+
+def test_register_warns_where_features_do_not_match(matcher, own_features):
     air = np.full((40, 30, 36), -1000, np.int16)
     place = oblique(air.shape, (8.0, 8.0, 8.0), angle_deg=0.0)
     result = run(
@@ -319,7 +362,7 @@ def test_register_warns_where_features_do_not_match(matcher):
     assert np.isfinite(result.affine).all()
 
 
-def test_session_describes_each_scan_once_on_its_own_grid(matcher):
+def test_session_describes_each_scan_once_on_its_own_grid(matcher, own_features):
     fixed, moving, truth, _ = turned_phantoms()
     scans = [
         Volume(fixed.hu, fixed.vox2world),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from unireg_jax.errors import CHECKPOINT, UserError
 from unireg_jax.imaging import nifti
+from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.features import FEATURES, Extractor, sam
 from unireg_jax.registration import weights as released
 
@@ -80,8 +81,31 @@ def load_extractor(
         ) from error
     released.check_tensors(variables, expected, path)
     network = sam.Sam(**fields, dtype=dtype, conv_impl=conv_impl)
-    params = jax.tree.map(jnp.asarray, sam.fold(variables))
-    return Extractor("sam", tuple(window), combine, network, params)
+    # Kernels may be stored in half precision; folding is in single.
+    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
+    params = sam.fold(variables)
+    spacing = PreprocessSpec.from_json(spec["preprocess"]).spacing_mm
+    return Extractor("sam", tuple(window), combine, network, params, spacing)
+
+
+def load_matcher(own: Extractor) -> Extractor:
+    """Says which features find matches for pre-alignment.
+
+    Args:
+        own: of the registration network.
+
+    Returns:
+        own if it is an embedding; else the one in $UNIREG_SAM, else the package's, else
+        own.
+
+    Raises:
+        UserError: exit code 9, see `load_extractor`: $UNIREG_SAM cannot be used.
+    """
+    if own.backend == "sam":
+        return own
+    if VARIABLE not in os.environ and not (released.PACKAGE / PACKAGED).is_file():
+        return own
+    return load_extractor("sam", window=own.window)
 
 
 def find_embedding(path: str | os.PathLike | None = None) -> Path:

@@ -7,6 +7,7 @@ voxels.
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import threading
@@ -22,16 +23,18 @@ from unireg_jax.errors import NUMERICAL, USAGE, UserError
 from unireg_jax.imaging import nifti, orientation, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
-from unireg_jax.ops import warp
+from unireg_jax.models import features
+from unireg_jax.ops import intensity, warp
 from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import feature_affine, matching, metrics
 from unireg_jax.registration.compiled import Described, compile_register
+from unireg_jax.registration.embedding import load_matcher
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.refine import Plan, Refiner, compile_refine
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 NO_TASK = "none"
-AFFINES = ("auto", *prealign.KINDS, "features")
+AFFINES = ("auto", *prealign.KINDS, "features", "coarse")
 _AIR_HU = -1000
 _FOLDS_PERCENT = 1.0  # more is worth a look
 _LEAST_NCC = 0.2  # less is no match
@@ -48,7 +51,7 @@ class Registration(NamedTuple):
         vox2world: [4, 4] float64, voxel of disp_mm -> LPS mm.
         affine: [4, 4] float64, fixed world -> moving world, LPS mm: the pre-alignment.
         network_disp: [x, y, z, 3] float32, voxels of `network_grid`: the part of the
-            network and of `refine`, which acts before the pre-alignment.
+            network, of "coarse" and of `refine`, which acts before `affine`.
         network_grid: shape and vox2world of the network's grid.
         warped: [X, Y, Z], moving on the grid of `fixed`, in moving's dtype; air (or the
             smallest value, where that is not air) beyond the moving scan.
@@ -108,7 +111,9 @@ def register(
             matrix, fixed world -> moving world, LPS mm. "auto": affine between
             patients; within one none, but rigid (chest: affine) when the scans' centres
             are over 30 mm apart or they share less than 30 % of the smaller one.
-            "features": by matching the model's features, see `feature_align`.
+            "features": by matched features, see `feature_align` and `load_matcher`.
+            "coarse": then also a coarse displacement through the matches, see
+            `coarse_align`, on top of which the network acts.
         fixed_mask: [X, Y, Z] bool on the grid of `fixed`: where scans are compared, in
             pre-alignment and quality control; the body by default.
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
@@ -189,6 +194,7 @@ class Session:
         self._grids, self._bodies, self._described, self._read = (
             _Kept(keep) for _ in range(4)
         )
+        self._matchers, self._matchables = _Kept(1), _Kept(keep)
 
     def read(self, scan: Volume | str | os.PathLike) -> Volume:
         """Reads a file, or finds the Volume that it gave before.
@@ -247,10 +253,17 @@ class Session:
         )
         clock.lap("preprocess")
         matrix, used, why = _choose(target, source, settings, affine)
-        warnings = []
-        if used == "features":
-            found = self._match(target, source, body, mask)
-            matrix, used = found.matrix, found.kind
+        warnings, coarse = [], None
+        if used in ("features", "coarse"):
+            found, matcher = self._match(target, source, mask)
+            settings = settings | {"matched_by": matcher}
+            if used == "coarse" and found.kind == "features":
+                with self._device:
+                    coarse = feature_affine.coarse_align(
+                        found, grid.vox2world, shape=grid.shape
+                    )
+            matrix = found.matrix
+            used = found.kind if coarse is None else "coarse"
             why = f"{why}: {found.fit.points} matches, {found.fit.kind} map"
             if found.warning:
                 warnings.append(f"pre-alignment: {found.warning}")
@@ -281,7 +294,7 @@ class Session:
         what = "none" if settings["region"] is None else settings["region"]
         say(f"network: {what}, {size}, {settings['pair_type']}-patient")
         with self._device:
-            scans, disp = self._predict(target, fixed_hu, moving_hu, settings)
+            scans, disp = self._predict(target, fixed_hu, moving_hu, coarse, settings)
             clock.lap("network")
             costs = {}
             if self.refiner:
@@ -315,32 +328,50 @@ class Session:
             tuple(warnings),
         )
 
-    def _match(self, target, source, body, mask) -> feature_affine.Alignment:
-        """Pre-alignment by the model's features, each scan's on its own grid."""
-        ends = [self._on_own_grid(scan) for scan in (target, source)]
-        (grid, fixed_hu), (other, image) = ends
-        there = self._bodies.get(
-            (id(source), id(None)),
-            lambda: _body(None, source, other, image),
-            (source, None),
+    def _match(self, target, source, mask) -> tuple[feature_affine.Alignment, str]:
+        """Pre-alignment by matched features, and their backend."""
+        matcher = self._matcher()
+        spec = _matching_grid(self.model.preprocess, matcher)
+        fixed, moving = (
+            self._matchable(scan, spec, matcher) for scan in (target, source)
         )
+        where = None
+        if mask is not None:
+            volume = Volume((mask != 0).astype(np.uint8), target.vox2world)
+            where = preprocess.prepare_labels(volume, fixed.grid) > 0
+            where &= fixed.hu != OUTSIDE_HU
         with self._device:
-            described = [
-                self._describe(scan, hu)
-                for scan, (_, hu) in zip((target, source), ends, strict=True)
-            ]
-            return feature_affine.feature_align(
-                *(scan.features for scan in described),
-                fixed_hu,
-                image,
-                fixed_vox2world=grid.vox2world,
-                moving_vox2world=other.vox2world,
-                fixed_mask=None if mask is None else body,
-                bodies=(body, there),
-                plan=matching.plan_for(
-                    self.model.extractor.backend, self.model.preprocess.spacing_mm
-                ),
+            found = feature_affine.feature_align(
+                fixed.maps,
+                moving.maps,
+                fixed.hu,
+                moving.hu,
+                fixed_vox2world=fixed.grid.vox2world,
+                moving_vox2world=moving.grid.vox2world,
+                fixed_mask=where,
+                bodies=(fixed.body if where is None else where, moving.body),
+                plan=matching.plan_for(matcher.backend, spec.spacing_mm),
             )
+        return found, matcher.backend
+
+    def _matcher(self):
+        """The features that find matches, loaded when first needed."""
+        return self._matchers.get(0, lambda: load_matcher(self.model.extractor))
+
+    def _matchable(self, volume, spec, matcher) -> "_Matchable":
+        """A scan on the matcher's grid with its features, kept while it comes back."""
+
+        def make():
+            grid = preprocess.network_grid(volume, spec)
+            hu = preprocess.prepare_image(volume, grid, spec)
+            with self._device:
+                if matcher is self.model.extractor and spec == self.model.preprocess:
+                    maps = self._describe(volume, hu).features
+                else:
+                    maps = jax.jit(features.describe)(hu[None, ..., None], matcher)
+            return _Matchable(grid, hu, _body(None, volume, grid, hu), maps)
+
+        return self._matchables.get(id(volume), make, volume)
 
     def _describe(self, volume, hu) -> Described:
         """Features of a scan on its own grid, kept while it comes back."""
@@ -357,19 +388,64 @@ class Session:
 
         return self._grids.get(id(volume), lay, volume)
 
-    def _predict(self, target, fixed_hu, moving_hu, settings):
-        """Both scans described, and the network's displacement, on the device."""
+    def _predict(self, target, fixed_hu, moving_hu, coarse, settings):
+        """Both scans described, and the displacement before refinement."""
         fixed = self._describe(target, fixed_hu)
         moving = self.programs.describe(moving_hu)
         if settings["region"] is None:
             still = jnp.zeros((1, *self.programs.shape, 3), jnp.float32)
-            return (fixed, moving), still
+            return (fixed, moving), still if coarse is None else coarse
         codes = [
             Region[settings["region"].upper()],
             PairType[settings["pair_type"].upper()],
         ]
-        disp = self.programs(fixed, moving, *codes)
+        seen = moving
+        if coarse is not None:  # what the network sees is warped already
+            seen = self.programs.describe(_prewarp(moving_hu, coarse))
+        disp = self.programs(fixed, seen, *codes)
+        if coarse is not None:
+            disp = jax.jit(warp.compose)(disp, coarse)
         return (fixed, moving), jax.block_until_ready(disp)
+
+
+class _Matchable(NamedTuple):
+    """A scan as matching sees it.
+
+    Attributes:
+        grid: of its own.
+        hu: [X, Y, Z] int16.
+        body: [X, Y, Z] bool.
+        maps: features.Maps.
+    """
+
+    grid: Grid
+    hu: np.ndarray
+    body: np.ndarray
+    maps: features.Maps
+
+
+def _matching_grid(spec, matcher: features.Extractor):
+    """The network's grid, at the spacing that the matcher was trained at."""
+    if matcher.spacing_mm in (None, spec.spacing_mm):
+        return spec
+    extent = np.array(spec.shape) * spec.spacing_mm / matcher.spacing_mm
+    shape = tuple(int(16 * np.ceil(n / 16 - 1e-6)) for n in extent)
+    return dataclasses.replace(spec, shape=shape, spacing_mm=matcher.spacing_mm)
+
+
+def _prewarp(hu: np.ndarray, disp: jax.Array) -> np.ndarray:
+    """A scan on the network's grid, [X, Y, Z] int16, read at x + disp(x)."""
+
+    def read(hu, disp):
+        hu = hu[None, ..., None]
+        valid = intensity.valid(hu).astype(jnp.float32)
+        reached = warp.warp(valid, disp)[..., 0] * warp.inside(disp)
+        # The marker of what lies outside is no HU to interpolate.
+        image = jnp.maximum(hu.astype(jnp.float32), _AIR_HU)
+        image = jnp.round(warp.warp(image, disp))[..., 0]
+        return jnp.where(reached > 0.5, image, OUTSIDE_HU).astype(jnp.int16)[0]
+
+    return np.asarray(jax.jit(read)(hu, disp))
 
 
 def residual_mm(registration: Registration) -> np.ndarray:

@@ -46,6 +46,7 @@ class Extractor:
             SAME program: a coarse offset of 1 reaches further.
         network: of backend "sam", folded; None otherwise.
         params: of `network`.
+        spacing_mm: voxel edges that `network` was trained at, mm; None for any.
     """
 
     backend: str = dataclasses.field(metadata={"static": True})
@@ -55,6 +56,9 @@ class Extractor:
     combine: str = dataclasses.field(default="concat", metadata={"static": True})
     network: sam.Sam | None = dataclasses.field(default=None, metadata={"static": True})
     params: Any = None
+    spacing_mm: tuple[float, float, float] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
 
 def _of_image(extract: Callable) -> Callable:
