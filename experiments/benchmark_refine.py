@@ -18,6 +18,7 @@ import functools
 import itertools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,19 +39,37 @@ from unireg_jax.registration import metrics, pipeline, refine
 from unireg_jax.registration.compiled import Described
 from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.refine import Plan
+from unireg_jax.tasks import TASKS
 
 MIND = Extractor("mind")
 TRAIN_PAIRS = (("0004", "0034"), ("0060", "0013"), ("0017", "0087"), ("0095", "0082"))
-# With the network, or from the pre-alignment alone; and what follows.
+
+
+class Run(NamedTuple):
+    """One way to register a pair.
+
+    Attributes:
+        affine: pre-alignment, see `registration.register`.
+        network: False leaves it out.
+        plan: instance optimisation.
+    """
+
+    affine: str
+    network: bool
+    plan: Plan
+
+
+ITERATIONS = (25, 50, 100)
 RUNS = (
-    (True, Plan(0)),
-    *(
-        (True, Plan(n, kind))
-        for kind in ("image", "mind", "sam")
-        for n in (25, 50, 100)
-    ),
-    (False, Plan(0)),
-    *((False, Plan(100, kind)) for kind in ("image", "mind", "sam")),
+    Run("auto", True, Plan(0)),
+    *(Run("auto", True, Plan(n, k)) for k in sorted(refine.LEVELS) for n in ITERATIONS),
+    Run("auto", False, Plan(0)),
+    *(Run("auto", False, Plan(100, k)) for k in sorted(refine.LEVELS)),
+    Run("features", False, Plan(0)),
+    Run("features", True, Plan(0)),
+    Run("coarse", False, Plan(0)),
+    Run("coarse", True, Plan(0)),
+    *(Run("coarse", n, Plan(100, k)) for n in (False, True) for k in ("image", "sam")),
 )
 
 
@@ -225,7 +244,7 @@ def judge(data: Path, model, split: str) -> list[dict]:
         model: from `load_model`.
         split: "val", the held-out patients, or "train".
     """
-    sessions = {plan: pipeline.Session(model, refine=plan) for _, plan in RUNS}
+    sessions = {run.plan: pipeline.Session(model, refine=run.plan) for run in RUNS}
     folder = data / "headneck_openkbp"
     pairs = TRAIN_PAIRS
     if split == "val":
@@ -246,19 +265,23 @@ def judge(data: Path, model, split: str) -> list[dict]:
         else:
             scans = [nifti.read_image(data / name) for name in (one, other)]
             truth = points.read_points(data / LANDMARKS[task][2])
-        settings = pipeline.check_settings(task, None, "auto")
-        affine = "auto"
-        alone = pipeline.check_settings("none", settings["pair_type"], "auto")
-        for network, plan in RUNS:
-            session = sessions[plan]
-            clock, used = pipeline.Clock(), settings if network else alone
-            result = session.run(*scans, used, affine=affine, clock=clock)
-            affine = result.affine  # found once per pair
+        usual = TASKS[task].pair_type.name.lower()
+        found: dict[str, np.ndarray | str] = {}
+        for run in RUNS:
+            named = pipeline.check_settings(
+                task if run.network else "none", usual, run.affine
+            )
+            session, clock = sessions[run.plan], pipeline.Clock()
+            # An affine map is found once per pair; "coarse" is more than a matrix.
+            affine = found.get(run.affine, run.affine)
+            result = session.run(*scans, named, affine=affine, clock=clock)
+            if run.affine != "coarse":
+                found[run.affine] = result.affine
             rows.append(
                 {
                     "task": task,
                     "pair": (one, other),
-                    "run": (network, plan),
+                    "run": run,
                     "score": _score(task, result, truth),
                     "fold_percent": result.qc["fold_percent"],
                     "seconds": result.timings.get("refine", 0.0),
@@ -294,13 +317,13 @@ def table(rows: list[dict]) -> str:
 
     base = column(RUNS[0], "headneck", "score")
     for run in RUNS:
-        network, plan = run
+        plan = run.plan
         dsc, folds, seconds = (
             column(run, "headneck", k) for k in ("score", "fold_percent", "seconds")
         )
         tre = [column(run, task, "score")[0] for task in LANDMARKS]
         other = [column(run, task, "fold_percent")[0] for task in LANDMARKS]
-        start = "network" if network else "affine"
+        start = run.affine + " + network" * run.network
         name = plan.features if plan.iterations else "none"
         lines.append(
             f"| {start} | {name} | {plan.iterations} | **{dsc.mean():.1f}** "

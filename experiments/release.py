@@ -1,6 +1,8 @@
 """Turns a finished run into the weights that the package ships.
 
     python -m experiments.release --workdir=runs/finish --sources=SOURCES.json
+    python -m experiments.release --workdir=runs/sam_lite --half --name=sam_lite \
+        --sources=experiments/sam_lite_sources.json
 
 Copies the run's weights into unireg_jax/weights/, completes their card: licence, data
 with their licences, and the measured results.
@@ -9,6 +11,8 @@ with their licences, and the measured results.
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 from absl import flags
 
 from experiments import cli
@@ -22,6 +26,8 @@ def main(argv) -> None:
     del argv
     run = Path(flags.FLAGS.workdir)
     params, spec = weights.load_weights(run / "weights.safetensors")
+    if flags.FLAGS.half:
+        params = jax.tree.map(_half, params)
     for name in ("sha256", "format"):
         spec.pop(name)
     spec |= {"licence": LICENCE, **json.loads(Path(flags.FLAGS.sources).read_text())}
@@ -31,9 +37,15 @@ def main(argv) -> None:
     print(path)
 
 
+def _half(x):
+    """Kernels in float16; vectors stay, whose range may be too wide for it."""
+    return x.astype(np.float16) if x.ndim > 1 else x
+
+
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The finished run.")
     flags.DEFINE_string("sources", None, "JSON merged into the card: sources, results.")
     flags.DEFINE_string("name", "real_small", "File stem.")
+    flags.DEFINE_bool("half", False, "Kernels in float16: half the size.")
     flags.mark_flags_as_required(["workdir", "sources"])
     cli.run(main)
