@@ -17,7 +17,7 @@ from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import compiled, metrics, pipeline, weights
 from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register
-from unireg_jax.tasks import Region
+from unireg_jax.tasks import OUTSIDE_HU, Region
 
 SPEC = PreprocessSpec(shape=(48, 32, 48), spacing_mm=(8.0, 9.0, 8.0))
 ARCHITECTURE = {"encoder": (4, 4, 4, 4), "decoder": (4, 4, 4, 4), "remaining": (8,)}
