@@ -264,6 +264,9 @@ def _surroundings(labels, named, present, spacing, values, rng) -> Canvas:
         else ("torso")
     )
     scale, shift = _fit(labels, named, present, spacing, _PLACES[region])
+    upper = [i for i, w in words.items() if w & _UPPER]
+    if upper and region == "torso":
+        _settle(scale, shift, [present[i] for i in upper], spacing)
     axes = [
         np.float32(s) * np.arange(n, dtype=np.float32) * np.float32(mm) + np.float32(t)
         for n, mm, s, t in zip(labels.shape, spacing, scale, shift, strict=True)
@@ -286,7 +289,6 @@ def _surroundings(labels, named, present, spacing, values, rng) -> Canvas:
         wall = kind.detail in ("bone", "body") or kind.hu == "muscle"
         soft[i] = not wall and "cartilages" not in words[i]
     around_soft = _distance(soft[labels], spacing, hull="bones" not in structures)
-    upper = [i for i, w in words.items() if w & _UPPER]
     lift = _lift(labels, upper, canvas, scale[2] * spacing[2])
     torso.surround(
         canvas,
@@ -360,6 +362,19 @@ def _fit(labels, named, present, spacing, places) -> tuple[np.ndarray, np.ndarra
         scale[axis] = sign * np.clip(sign * slope, 0.78, 1.25)
         shift[axis] = a.mean() - scale[axis] * m.mean()
     return scale, shift
+
+
+def _settle(scale, shift, boxes, spacing) -> None:
+    """Changes scale and shift so that the organs' boxes lie within the ribs, mm."""
+    for axis, (low, high) in enumerate(((-112, 112), (-80, 76))):
+        ends = np.array([(b[axis].start, b[axis].stop) for b in boxes]) * spacing[axis]
+        ends = np.array([ends.min(), ends.max()])
+        width = abs(scale[axis]) * (ends[1] - ends[0])
+        middle = scale[axis] * ends.mean() + shift[axis]
+        scale[axis] *= np.clip((high - low) / width, 0.8, 1)
+        half = min((high - low) / 2, abs(scale[axis]) * (ends[1] - ends[0]) / 2)
+        middle = np.clip(middle, low + half, high - half)
+        shift[axis] = middle - scale[axis] * ends.mean()
 
 
 def _center(labels, i, box, spacing) -> np.ndarray:

@@ -106,6 +106,7 @@ def surround(
     skin = shapes.smooth_min(skin, cage - fat_mm, 30.0)
     roof = trunk.roof - lift
     belly = _belly(trunk.fat_mm, skin, cage, roof, canvas.z)
+    belly = np.maximum(belly, cage - 8)  # then 12 mm of muscle, then fat
     trunk = _Trunk(trunk.fat_mm, skin, cage, roof, belly)
     # Far from ribs and organs lies fat, but for the shoulders.
     far = np.maximum(cage - 20 - np.maximum(canvas.z - 100, 0), 0)
