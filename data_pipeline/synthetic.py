@@ -128,6 +128,11 @@ def variants(task: str) -> tuple[str, ...]:
     return _anatomy(task).variants
 
 
+def label_names(task: str) -> tuple[str, ...]:
+    """A task's vocabulary: id i + 1 is the i-th name."""
+    return _anatomy(task).labels
+
+
 def phantom(
     task: str,
     *,
