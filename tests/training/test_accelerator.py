@@ -35,7 +35,7 @@ def _train(steps):
     batch = jax.device_put(benchmark.make_batch(SHAPE), train_step.batch_sharding(mesh))
     state = jax.device_put(make_state(), train_step.replicated(mesh))
     for _ in range(steps):
-        state, scalars = step(state, batch)
+        state, scalars = step(state, batch, Extractor("mind"))
     return jax.device_get((state, scalars))
 
 

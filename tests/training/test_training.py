@@ -120,9 +120,9 @@ def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
     experiment = build.build(config, tmp_path)
     traces = []
 
-    def loss(params, batch):
+    def loss(*args):
         traces.append(1)
-        return experiment.loss(params, batch)
+        return experiment.loss(*args)
 
     mesh = train_step.make_mesh()
     step = train_step.make_train_step(loss, experiment.tx, mesh=mesh)
@@ -138,7 +138,7 @@ def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
         batch = jax.device_put(batch, train_step.batch_sharding(mesh))
         before = state
         with jax.transfer_guard("disallow"):
-            state, _ = step(before, batch)
+            state, _ = step(before, batch, experiment.extractor)
     assert len(traces) == 1 and len(seen) == 2
     assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
 
@@ -363,7 +363,7 @@ for devices in (jax.devices()[:1], jax.devices()):
     stream = loader.make_iterator(e.dataset, "train", batch_size=2, seed=0)
     for _ in range(2):
         batch = jax.device_put(next(stream), s.batch_sharding(mesh))
-        state, scalars = step(state, batch)
+        state, scalars = step(state, batch, e.extractor)
     results.append((float(scalars["loss"]), jax.device_get(state.params)))
 (a, p), (b, q) = results
 np.testing.assert_allclose(a, b, rtol=1e-4)
