@@ -65,8 +65,11 @@ def deform(
     Raises:
         ValueError: hu or labels of the wrong dtype or shape; strength not positive.
     """
-    if hu.dtype != np.int16 or hu.ndim != 3:
-        raise ValueError(f"hu must be [X, Y, Z] int16, got {hu.shape} {hu.dtype}")
+    if hu.dtype != np.int16 or hu.ndim != 3 or min(hu.shape) < 2:
+        raise ValueError(
+            f"hu must be [X, Y, Z] int16, two or more each way, got {hu.shape} "
+            f"{hu.dtype}"
+        )
     labels = np.zeros(hu.shape, np.uint8) if labels is None else labels
     if labels.dtype != np.uint8 or labels.shape != hu.shape:
         raise ValueError(

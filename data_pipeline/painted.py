@@ -216,10 +216,11 @@ def paint(
 
 
 def _checked(labels, spacing_mm, phase) -> tuple[float, ...]:
-    if labels.ndim != 3 or labels.dtype not in (np.uint8, np.uint16):
+    good = labels.ndim == 3 and labels.dtype in (np.uint8, np.uint16)
+    if not good or min(labels.shape) < 2:
         raise ValueError(
-            f"labels must be [X, Y, Z] uint8 or uint16, got {labels.shape} "
-            f"{labels.dtype}; use imaging.nifti.read_labels"
+            "labels must be [X, Y, Z] uint8 or uint16, two or more each way, got "
+            f"{labels.shape} {labels.dtype}; use imaging.nifti.read_labels"
         )
     if not labels.any():
         raise ValueError("labels must hold a structure, got 0 everywhere")

@@ -84,6 +84,7 @@ def test_deform_keeps_what_is_outside_the_scan_outside(scan):
     ("change", "match"),
     [
         (dict(hu=np.zeros((8, 9), np.int16)), "hu must be"),
+        (dict(hu=np.zeros((8, 1, 7), np.int16)), "hu must be"),
         (dict(hu=np.zeros((8, 9, 7), np.float32)), "hu must be"),
         (dict(labels=np.zeros((8, 9, 8), np.uint8)), "labels must be"),
         (dict(strength=0.0), "strength must be positive"),

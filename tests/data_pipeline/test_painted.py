@@ -150,6 +150,7 @@ def test_tissue_reads_the_usual_spellings(name, detail, hu):
     [
         (dict(labels=np.ones((4, 5, 6), np.int64)), "labels must be"),
         (dict(labels=np.ones((4, 5), np.uint8)), "labels must be"),
+        (dict(labels=np.ones((1, 5, 6), np.uint8)), "labels must be"),
         (dict(labels=np.zeros((4, 5, 6), np.uint8)), "must hold a structure"),
         (dict(spacing_mm=(1, 0, 1)), "spacing_mm must be"),
         (dict(phase="late"), "phase must be one of"),

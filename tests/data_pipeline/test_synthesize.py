@@ -1,6 +1,7 @@
 """Made pairs: streams and folders that training reads, with the fields beside them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,3 +221,13 @@ def test_sources_reject_bad_arguments(files):
         )
     with pytest.raises(ValueError, match="count must be"):
         synthesize.write_pairs("out", {"train": _source("phantoms", files)}, 0)
+
+
+def test_every_command_of_the_docs_is_one_that_is_taken():
+    docs = Path(__file__).resolve().parents[2] / "docs" / "made_pairs.md"
+    lines = [line.split() for line in docs.read_text().splitlines()]
+    kinds = []
+    for words in lines:
+        if words[:3] == ["python", "-m", "data_pipeline.synthesize"]:
+            kinds.append(synthesize._parser().parse_args(words[3:]).kind)
+    assert tuple(kinds) == synthesize.KINDS
