@@ -100,7 +100,9 @@ def flow(
     for _ in range(_CORRECTIONS):
         at = np.indices(knots) + np.moveaxis(back, -1, 0)
         found = [_sample(part, at, order=3, prefilter=False) for part in spline]
-        back = -np.stack(found, -1)
+        before, back = back, -np.stack(found, -1)
+        if np.abs(back - before).max() < 1e-3:  # knots: a few micrometres
+            break
     scale = (np.asarray(shape) - 1) / (np.asarray(knots) - 1)  # knots -> voxels
     out, back = (field * scale.astype(np.float32) for field in (out, back))
     return _refined(out, shape), _refined(back, shape)
