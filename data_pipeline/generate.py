@@ -148,16 +148,16 @@ class PaintedPairs:
         self.known = known or TASKS[task].pair_type == PairType.INTRA
         self.label_names = tuple(label_names)
         self._maps = list(maps)
+        self._digest = _digest(*(m.labels for m in maps))
         self._names = dict(enumerate(self.label_names, 1))
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __repr__(self) -> str:
-        digest = _digest(*(m.labels for m in self._maps))
         return (
             f"PaintedPairs({self.task}, seed={self.seed}, known={self.known}, "
-            f"maps={digest})"
+            f"maps={self._digest})"
         )
 
     def __getitem__(self, k: int) -> ScanPair:
@@ -259,13 +259,13 @@ class DeformedPairs:
         self.task, self.spec, self.seed = task, spec, seed
         self.label_names = tuple(label_names)
         self._scans = list(scans)
+        self._digest = _digest(*(part for s in scans for part in (s.hu, s.labels)))
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __repr__(self) -> str:
-        digest = _digest(*(part for s in self._scans for part in (s.hu, s.labels)))
-        return f"DeformedPairs({self.task}, seed={self.seed}, scans={digest})"
+        return f"DeformedPairs({self.task}, seed={self.seed}, scans={self._digest})"
 
     def __getitem__(self, k: int) -> ScanPair:
         # Every scan in turn: all are used equally often.
@@ -366,6 +366,31 @@ def read_maps(
         grid = preprocess.Grid(spec.shape, vox2world)
         maps.append(LabelMap(preprocess.prepare_labels(volume, grid), Path(path).name))
     return maps, vocabulary
+
+
+def phantom_maps(
+    task: str, spec: PreprocessSpec, *, count: int, seed: int
+) -> tuple[list[LabelMap], tuple[str, ...]]:
+    """Takes the organs of phantoms, for painting where no label map is at hand.
+
+    Args:
+        task: a name of `unireg_jax.tasks.TASKS`.
+        spec: the network grid.
+        count: maps.
+        seed: of the phantoms.
+
+    Returns:
+        The maps, and the task's vocabulary.
+
+    Raises:
+        ValueError: unknown task.
+    """
+    grid = dict(shape=spec.shape, spacing_mm=spec.spacing_mm)
+    maps = [
+        synthetic.phantom(task, seed=_number(seed, k), **grid) for k in range(count)
+    ]
+    named = [LabelMap(made.labels, f"phantom {k}") for k, made in enumerate(maps)]
+    return named, synthetic.label_names(task)
 
 
 def read_scans(

@@ -30,6 +30,7 @@ from unireg_jax.tasks import TASKS, PairType
 
 KINDS = ("phantoms", "painted", "deformed")
 FIELDS_NAME = "fields"
+_PHANTOM_MAPS = 8  # painted where no map is given; each is varied in every pair
 
 
 def write_pairs(
@@ -163,7 +164,12 @@ def _sources(options: argparse.Namespace) -> dict[str, generate.Source]:
         source = generate.PhantomPairs(task, spec, seed=seed, known=known)
         return _split(options.count, [source] * 4, lambda items: items[0])
     if options.kind == "painted":
-        maps, vocabulary = generate.read_maps(options.labels, names, spec)
+        if options.labels:
+            maps, vocabulary = generate.read_maps(options.labels, names, spec)
+        else:
+            maps, vocabulary = generate.phantom_maps(
+                task, spec, count=_PHANTOM_MAPS, seed=seed
+            )
         return _split(
             options.count,
             maps,
@@ -239,7 +245,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="label maps to paint, or those of --scans in the same order",
+        help="label maps to paint (default: of phantoms), or those of --scans in the "
+        "same order",
     )
     parser.add_argument(
         "--names",
@@ -270,9 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.count < 1 or options.seed < 0:
         parser.error("--count must be at least 1 and --seed at least 0")
-    needs = {"painted": "labels", "deformed": "scans"}.get(options.kind)
-    if needs and not getattr(options, needs):
-        parser.error(f"--kind {options.kind} needs --{needs}")
+    if options.kind == "deformed" and not options.scans:
+        parser.error("--kind deformed needs --scans")
     if options.scans and options.kind != "deformed":
         parser.error(f"--scans goes with --kind deformed, not {options.kind}")
     if options.labels and options.kind == "phantoms":

@@ -160,9 +160,26 @@ def test_command_writes_a_folder_that_training_reads(
     else:
         with pytest.raises(UserError, match="a known field expected"):
             synthesize.read_field(out, *ids)
-    again = tmp_path / "again"
-    synthesize.main([*arguments, "--out", str(again)])
-    digests = [store.index_digest(store.read_index(p)) for p in (out, again)]
+
+
+def test_painted_phantoms_need_no_file(tmp_path):
+    maps, names = generate.phantom_maps("headneck", SPEC, count=2, seed=1)
+    assert names == synthetic.HEADNECK_LABELS
+    assert np.mean(maps[0].labels != maps[1].labels) > 0.001
+    options = ["--kind", "painted", "--task", "headneck", "--count", "1", *GRID]
+    assert synthesize.main([*options, "--out", str(tmp_path)]) == 0
+    dataset = loader.Dataset(tmp_path)
+    assert dataset.label_names("headneck") == names
+    assert len(dataset.pairs("train")) == 2
+
+
+def test_command_writes_the_same_files_again(files, tmp_path):
+    options = ["--kind", "deformed", "--task", "chest", "--count", "1", *GRID]
+    options += ["--scans", str(files / "ct0.nii.gz"), "--out"]
+    digests = []
+    for name in ("one", "two"):
+        assert synthesize.main([*options, str(tmp_path / name)]) == 0
+        digests.append(store.index_digest(store.read_index(tmp_path / name)))
     assert digests[0] == digests[1]
 
 
@@ -176,7 +193,6 @@ def test_command_keeps_every_fourth_pair_for_val(tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--kind", "painted"], "needs --labels"),
         (["--kind", "deformed"], "needs --scans"),
         (["--kind", "phantoms", "--scans", "x.nii"], "--scans goes with"),
         (["--kind", "phantoms", "--labels", "x.nii"], "--labels goes with"),
