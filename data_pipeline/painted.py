@@ -137,7 +137,8 @@ _SURROUNDS = {
     "bowel": {"bowel", "colon"},
     "lungs": {"lung", "lungs"},
     "mediastinum": {"heart"},
-    "bones": {"rib", "ribs", "vertebrae", "vertebra", "bone", "bones", "spine"},
+    "bones": {"rib", "ribs", "bone", "bones", "hip"},
+    "spine": {"vertebrae", "vertebra", "spine", "bone", "bones"},
 }
 
 

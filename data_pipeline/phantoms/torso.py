@@ -92,7 +92,8 @@ def surround(
         canvas: at the points of the organs' map.
         rng: of the subject.
         phase: from PHASES.
-        structures: which of "bowel", "lungs", "mediastinum", "bones" to paint.
+        structures: which of "bowel", "lungs", "mediastinum", "bones", "spine" to
+            paint; the spine only with bones.
         around_all: [X, Y, Z] mm from the nearest structure of the map.
         around_soft: [X, Y, Z] mm from the nearest one inside the ribs.
         lift: [X, Y, 1] mm by which the diaphragm lies higher than usual.
@@ -127,7 +128,7 @@ def surround(
     if "lungs" in structures:
         _paint_lung_vessels(canvas, draw)
     if "bones" in structures:
-        _paint_torso_bones(canvas, draw, trunk)
+        _paint_torso_bones(canvas, draw, trunk, spine="spine" in structures)
 
 
 def _paint_bowel(canvas, draw, trunk, phase) -> None:
@@ -427,7 +428,7 @@ def _paint_mediastinum(canvas, draw, phase) -> None:
         canvas.paint(lobe, 120, texture=9)
 
 
-def _paint_torso_bones(canvas, draw, trunk) -> None:
+def _paint_torso_bones(canvas, draw, trunk, *, spine: bool = True) -> None:
     """Ribs, spine, breast bone, shoulder, pelvis."""
     drop, pitch = 62 + 8 * shapes.normal(draw.rng), 25.5
 
@@ -455,7 +456,8 @@ def _paint_torso_bones(canvas, draw, trunk) -> None:
         )
         canvas.paint(shape, 56, texture=9)
     column = parts.Column(body_y, (20, 15.5), 27.0, 25, 9.5, 20, -310, 330)
-    parts.paint_spine(canvas, column, "spine", None)
+    if spine:
+        parts.paint_spine(canvas, column, "spine", None)
     sternum = shapes.tube(
         [(0, -88, 28), (0, -92, 80), (0, -76, 136), (0, -62, 162)],
         (4, 5, 6, 7),
@@ -480,4 +482,5 @@ def _paint_torso_bones(canvas, draw, trunk) -> None:
         )
         canvas.paint(wing, parts.bone(canvas, 780, 260))
     sacrum = shapes.ellipsoid((0, 74, -272), (50, 18, 50))
-    canvas.paint(sacrum, parts.bone(canvas, 480, 230), "spine")
+    if spine:
+        canvas.paint(sacrum, parts.bone(canvas, 480, 230), "spine")

@@ -116,6 +116,18 @@ def test_paint_gives_unknown_names_soft_tissue_of_their_own():
     assert min(values) > 0 and max(values) < 130 and np.ptp(values) > 20
 
 
+def test_paint_adds_ribs_to_a_map_with_a_spine_alone():
+    made = synthetic.phantom("chest", shape=SHAPE, spacing_mm=SPACING, seed=1)
+    names = dict(enumerate(made.label_names, 1))
+    hu = painted.paint(made.labels, names, spacing_mm=SPACING, seed=0, phase="pre")
+    bone = (hu > 250) & (made.labels == 0)
+    # Left, right and in front of the organs, not only about the spine.
+    assert bone[:20].sum() > 50 and bone[-20:].sum() > 50
+    for name, low, high in (("lung_left", -900, -750), ("heart", 20, 70)):
+        organ = made.labels == made.label_names.index(name) + 1
+        assert low < np.median(hu[organ]) < high, name
+
+
 def test_paint_keeps_to_a_body_that_the_map_has():
     labels = np.zeros((44, 36, 30), np.uint8)
     labels[8:36, 8:30] = 1
