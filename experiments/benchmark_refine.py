@@ -62,14 +62,15 @@ class Run(NamedTuple):
 ITERATIONS = (25, 50, 100)
 RUNS = (
     Run("auto", True, Plan(0)),
-    *(Run("auto", True, Plan(n, k)) for k in sorted(refine.LEVELS) for n in ITERATIONS),
+    *(Run("auto", True, Plan(n, k)) for k in ("image", "sam") for n in ITERATIONS),
+    Run("auto", True, Plan(50, "mind")),
     Run("auto", False, Plan(0)),
-    *(Run("auto", False, Plan(100, k)) for k in sorted(refine.LEVELS)),
+    *(Run("auto", False, Plan(50, k)) for k in ("image", "sam")),
     Run("features", False, Plan(0)),
     Run("features", True, Plan(0)),
     Run("coarse", False, Plan(0)),
     Run("coarse", True, Plan(0)),
-    *(Run("coarse", n, Plan(100, k)) for n in (False, True) for k in ("image", "sam")),
+    *(Run("coarse", n, Plan(50, k)) for n in (False, True) for k in ("image", "sam")),
 )
 
 
