@@ -8,89 +8,16 @@ intensities at random; here they are those of CT.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
 
-from data_pipeline import anatomy
+from data_pipeline import anatomy, organs
 from data_pipeline.phantoms import headneck, torso
 from data_pipeline.phantoms.canvas import AIR_HU, Canvas, Noise
 
 PHASES = tuple(torso.PHASES)  # without contrast, arterial, portal venous
-
-_MORE = {
-    "pre": dict(adrenal=24, thyroid=95, gland=40, heart=42),
-    "art": dict(adrenal=62, thyroid=150, gland=75, heart=190),
-    "pvp": dict(adrenal=75, thyroid=130, gland=80, heart=140),
-}
-
-
-class Tissue(NamedTuple):
-    """How a kind of organ looks.
-
-    Attributes:
-        hu: mean, or the name of a value that depends on the contrast phase.
-        spread_hu: standard deviation of the mean between patients.
-        texture_hu: standard deviation inside.
-        detail: what is drawn inside, a key of `_DETAILS`, or "plain".
-    """
-
-    hu: float | str
-    spread_hu: float
-    texture_hu: float
-    detail: str = "plain"
-
-
-# Means of clinical CT. The first row with a word of the organ's name counts.
-TISSUES: tuple[tuple[str, Tissue], ...] = (
-    ("body skin outline external", Tissue(45.0, 0.0, 0.0, "body")),
-    ("cyst cysts", Tissue(8.0, 5.0, 3.0)),
-    ("tumour tumor lesion lesions metastasis cancer", Tissue("tumour", 12.0, 9.0)),
-    ("nodule nodules", Tissue(30.0, 15.0, 9.0)),
-    ("cartilage cartilages", Tissue(115.0, 20.0, 30.0)),
-    ("tooth teeth", Tissue(1900.0, 150.0, 200.0)),
-    ("canal", Tissue(15.0, 4.0, 3.0)),
-    ("cord", Tissue(38.0, 4.0, 3.0)),
-    ("brain brainstem cerebellum cerebrum", Tissue(34.0, 2.0, 4.0)),
-    ("trachea bronchus bronchi airway sinus sinuses", Tissue(-965.0, 8.0, 4.0)),
-    ("lung lungs", Tissue(-840.0, 25.0, 16.0, "lung")),
-    (
-        "rib ribs vertebra vertebrae spine sacrum hip hips pelvis femur humerus "
-        "scapula clavicula clavicle sternum skull mandible maxilla hyoid bone bones",
-        Tissue(260.0, 50.0, 45.0, "bone"),
-    ),
-    ("portal", Tissue("portal", 10.0, 4.0)),
-    ("aorta artery arteries carotid trunk", Tissue("artery", 14.0, 4.0)),
-    ("vein veins vena cava jugular", Tissue("vein", 12.0, 5.0)),
-    ("heart atrium atrial ventricle myocardium", Tissue("heart", 10.0, 6.0, "heart")),
-    ("liver", Tissue("liver", 9.0, 5.0, "liver")),
-    ("spleen", Tissue("spleen", 8.0, 4.0)),
-    ("kidney kidneys", Tissue("cortex", 14.0, 6.0, "kidney")),
-    ("pancreas", Tissue("pancreas", 10.0, 13.0)),
-    ("adrenal adrenals", Tissue("adrenal", 8.0, 6.0)),
-    ("gallbladder", Tissue(10.0, 5.0, 2.0)),
-    ("bladder", Tissue(6.0, 4.0, 2.0)),
-    ("stomach", Tissue("bowel", 10.0, 6.0, "stomach")),
-    (
-        "duodenum bowel colon rectum intestine jejunum ileum",
-        Tissue("bowel", 10.0, 6.0, "bowel"),
-    ),
-    ("esophagus oesophagus", Tissue(42.0, 6.0, 8.0)),
-    ("parotid parotids", Tissue(-8.0, 14.0, 16.0)),
-    ("thyroid", Tissue("thyroid", 15.0, 8.0)),
-    ("submandibular salivary gland", Tissue("gland", 8.0, 8.0)),
-    ("larynx pharynx tongue", Tissue(55.0, 6.0, 9.0)),
-    ("eye eyes globe", Tissue(11.0, 3.0, 3.0)),
-    ("lens", Tissue(85.0, 8.0, 4.0)),
-    ("prostate uterus ovary", Tissue(50.0, 8.0, 7.0)),
-    (
-        "muscle muscles autochthon iliopsoas psoas gluteus quadriceps diaphragm",
-        Tissue("muscle", 5.0, 8.0),
-    ),
-    ("fat", Tissue(-102.0, 6.0, 7.0)),
-)
 
 # Where organs lie in the phantoms' frame, mm; nan where their centre says nothing.
 _NO = float("nan")
@@ -142,31 +69,6 @@ _SURROUNDS = {
 }
 
 
-class _Patient(NamedTuple):
-    """What all scans of a patient share, and the phase's values."""
-
-    rng: np.random.Generator
-    noise: Noise
-    phase: dict[str, float]
-    edge_mm: float
-
-
-def tissue(name: str) -> Tissue | None:
-    """Looks up how an organ looks.
-
-    Args:
-        name: from a label map, in any of the usual spellings.
-
-    Returns:
-        Tissue; None for a name that no row of TISSUES knows.
-    """
-    words = set(anatomy.words(name))
-    for row, found in TISSUES:
-        if words & set(row.split()):
-            return found
-    return None
-
-
 def paint(
     labels: np.ndarray,
     names: Mapping[int, str],
@@ -180,8 +82,8 @@ def paint(
 
     Args:
         labels: [X, Y, Z] uint8 or uint16, along LPS axes; 0 is background.
-        names: id -> organ; ids that it lacks, and names that `tissue` does not know,
-            become soft tissue of a random HU.
+        names: id -> organ; ids that it lacks, and names that `organs.tissue` does not
+            know, become soft tissue of a random HU.
         spacing_mm: (x, y, z) voxel edges, mm.
         seed: the patient: HU of every organ, build, detail inside.
         phase: one of PHASES; None: drawn from the seed.
@@ -197,7 +99,7 @@ def paint(
     spacing = _checked(labels, spacing_mm, phase)
     draws = _rng("phase", seed)
     phase = PHASES[draws.integers(len(PHASES))] if phase is None else phase
-    values = _values(phase, draws)
+    values = organs.phase_values(phase, draws)
     present = {
         i + 1: box
         for i, box in enumerate(ndimage.find_objects(labels))
@@ -206,10 +108,18 @@ def paint(
     named = {i: str(names.get(i, f"structure {i}")) for i in present}
     rng = _rng("patient", seed)
     canvas = _surroundings(labels, named, present, spacing, values, rng)
-    patient = _Patient(rng, canvas.noise, values, float(canvas.edge))
+    patient = organs.Patient(canvas.noise, values, float(canvas.edge))
     for i, box in present.items():
         # A stream per organ: what one map lacks does not change the others.
-        _paint_organ(canvas, labels, i, box, named[i], spacing, patient, seed)
+        organs.paint_organ(
+            canvas,
+            labels[box] == i,
+            box,
+            named[i],
+            spacing=spacing,
+            patient=patient,
+            rng=_rng(f"organ/{named[i]}", seed),
+        )
     # Each voxel shows a mean over itself and its neighbours: partial volume.
     hu = ndimage.gaussian_filter(canvas.hu, 0.55, mode="nearest")
     hu += _scanner_noise(_rng(f"scan/{phase}/{scan}", seed), hu.shape)
@@ -235,14 +145,6 @@ def _checked(labels, spacing_mm, phase) -> tuple[float, ...]:
 
 def _rng(purpose: str, seed: int) -> np.random.Generator:
     return np.random.default_rng([zlib.crc32(f"painted/{purpose}".encode()), seed])
-
-
-def _values(phase: str, rng: np.random.Generator) -> dict[str, float]:
-    """HU of the phase in this patient: more or less contrast medium than usual."""
-    native = torso.PHASES["pre"] | _MORE["pre"]
-    usual = torso.PHASES[phase] | _MORE[phase]
-    strength = rng.uniform(0.75, 1.2)
-    return {k: native[k] + strength * (v - native[k]) for k, v in usual.items()}
 
 
 def _scanner_noise(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
@@ -284,7 +186,9 @@ def _surroundings(labels, named, present, spacing, values, rng) -> Canvas:
         for part, has in _SURROUNDS.items()
         if not any(w & has for w in words.values())
     }
-    kinds = {i: tissue(n) or Tissue(0.0, 0.0, 0.0) for i, n in named.items()}
+    kinds = {
+        i: organs.tissue(n) or organs.Tissue(0.0, 0.0, 0.0) for i, n in named.items()
+    }
     outline = any(kind.detail == "body" for kind in kinds.values())
     soft = np.zeros(int(labels.max()) + 1, bool)
     for i, kind in kinds.items():
@@ -447,161 +351,3 @@ def _lift(labels, upper, canvas, step_mm: float) -> np.ndarray:
     known = ndimage.gaussian_filter(weight, sigma)
     out = (blurred + 0.02 * mean) / (known + 0.02)
     return (out[..., None] + 3).astype(np.float32)
-
-
-# --- inside the organs ---
-
-
-class _Inside(NamedTuple):
-    """The voxels of one organ.
-
-    Attributes:
-        at: x, y and z of each, mm.
-        depth: mm below the organ's surface, of each.
-        height: share of the organ's voxels that lie further in front, of each.
-        mean: HU of the organ in this patient.
-        texture: HU.
-    """
-
-    at: tuple[np.ndarray, ...]
-    depth: np.ndarray
-    mean: float
-    texture: np.ndarray
-    rng: np.random.Generator
-
-
-def _paint_organ(canvas, labels, i, box, name, spacing, patient, seed) -> None:
-    rng = _rng(f"organ/{name}", seed)
-    kind = tissue(name) or Tissue(rng.uniform(15, 110), 0.0, rng.uniform(3, 12))
-    if kind.detail == "body":
-        return
-    mean = patient.phase[kind.hu] if isinstance(kind.hu, str) else kind.hu
-    mean = float(mean + kind.spread_hu * np.clip(rng.standard_normal(), -2, 2))
-    mask = labels[box] == i
-    at = tuple(c[box][mask] for c in (canvas.x, canvas.y, canvas.z))
-    if kind.detail == "plain":
-        depth = np.zeros(0, np.float32)
-    else:
-        padded = np.pad(mask, 1)
-        depth = ndimage.distance_transform_edt(padded, sampling=spacing)
-        depth = depth[1:-1, 1:-1, 1:-1][mask].astype(np.float32)
-    scale = 7.0 if kind.texture_hu > 10 else 9.0
-    grain = patient.noise(*at, scale, rng.uniform(0, 40))
-    texture = np.float32(kind.texture_hu) * grain
-    inside = _Inside(at, depth, mean, texture, rng)
-    draw = _DETAILS.get(kind.detail, _plain)
-    canvas.hu[box][mask] = draw(inside, patient)
-
-
-def _plain(organ: _Inside, patient: _Patient) -> np.ndarray:
-    return organ.mean + organ.texture
-
-
-def _curves(organ, patient, scale_mm: float, width: float) -> np.ndarray:
-    """1 on a web of curved lines, 0 elsewhere: where two noises cross zero at once."""
-    shift = organ.rng.uniform(0, 40, 3)
-    one, two = (patient.noise(*organ.at, scale_mm, s) for s in shift[:2])
-    thick = width * (1 + 0.5 * patient.noise(*organ.at, 2 * scale_mm, shift[2]))
-    # What is thinner than a voxel pales, as partial volume does.
-    soft = max(0.06, 1.5 * patient.edge_mm / scale_mm)
-    return np.clip((thick - np.sqrt(one * one + two * two)) / soft + 0.5, 0, 1)
-
-
-def _liver(organ: _Inside, patient: _Patient) -> np.ndarray:
-    """Parenchyma, portal and hepatic veins, and often lesions."""
-    hu = organ.mean + organ.texture + 4 * patient.noise(*organ.at, 45.0, 3.0)
-    inner = np.clip((organ.depth - 5) / 4, 0, 1)
-    for vessel in ("portal", "vein"):
-        web = inner * _curves(organ, patient, 42.0, 0.24)
-        hu += web * (patient.phase[vessel] - hu)
-    for _ in range(int(organ.rng.poisson(1.6))):
-        middle = organ.rng.integers(len(organ.depth))
-        radius = organ.rng.uniform(5, 20)
-        squares = [(c - c[middle]) ** 2 for c in organ.at]
-        distance = np.sqrt(sum(squares)) + 1.5 * patient.noise(*organ.at, 14.0, 7.0)
-        cover = np.clip((radius - distance) / patient.edge_mm + 0.5, 0, 1)
-        full = patient.phase["tumour"]
-        kind = organ.rng.random()
-        if kind < 0.25:
-            value = 8.0  # a cyst
-        elif kind < 0.6:
-            value = full
-        else:  # little blood: darker than the liver in every phase
-            value = 0.5 * (organ.mean + 30.0)
-        grain = 7 * patient.noise(*organ.at, 6.0, 11.0) * (kind > 0.25)
-        hu += cover * (value + grain - hu)
-    return hu
-
-
-def _kidney(organ: _Inside, patient: _Patient) -> np.ndarray:
-    """Cortex outside and between the pyramids."""
-    inner = np.clip((organ.depth - 7) / 3, 0, 1)
-    pyramid = np.clip(patient.noise(*organ.at, 15.0, 8.0) + 0.8, 0, 1)
-    change = patient.phase["medulla"] - patient.phase["cortex"]
-    return organ.mean + organ.texture + inner * pyramid * change
-
-
-def _lung(organ: _Inside, patient: _Patient) -> np.ndarray:
-    """Denser at the back; vessels that thin out towards the surface."""
-    hu = organ.mean + 0.3 * organ.at[1] + organ.texture
-    hu += 9 * patient.noise(*organ.at, 40.0, 2.0)
-    for scale, width in ((34.0, 0.12), (20.0, 0.09)):
-        central = np.clip(organ.depth / 30, 0.25, 1)
-        web = _curves(organ, patient, scale, width) * np.clip(organ.depth / 5, 0, 1)
-        hu += web * central * (40 - hu)
-    return hu
-
-
-def _bone(organ: _Inside, patient: _Patient) -> np.ndarray:
-    """A dense rim, spongy inside."""
-    rim_mm = max(2.2, 0.8 * patient.edge_mm)
-    rim = np.clip((rim_mm - organ.depth) / rim_mm + 0.7, 0, 1)
-    dense = organ.mean + organ.rng.uniform(330, 520)
-    return organ.mean + organ.texture + rim * (dense - organ.mean - organ.texture)
-
-
-def _heart(organ: _Inside, patient: _Patient) -> np.ndarray:
-    """Chambers, full of blood of two kinds, in muscle."""
-    wall = 0.5 * (patient.phase["muscle"] + organ.mean)
-    hu = wall + organ.texture
-    noise = patient.noise(*organ.at, 55.0, organ.rng.uniform(0, 40))
-    inner = np.clip((organ.depth - 7) / 4, 0, 1) * np.clip(3 * np.abs(noise), 0, 1)
-    blood = np.where(noise > 0, patient.phase["artery"], patient.phase["vein"])
-    return hu + inner * (blood - hu)
-
-
-def _stomach(organ: _Inside, patient: _Patient) -> np.ndarray:
-    """A wall, and gas over fluid or food: the patient lies on the back."""
-    inner = np.clip((organ.depth - 4) / patient.edge_mm + 0.5, 0, 1)
-    food = organ.rng.uniform(5, 70) + organ.rng.uniform(3, 16) * patient.noise(
-        *organ.at, 12.0, 5.0
-    )
-    y = organ.at[1]
-    level = np.quantile(y, organ.rng.uniform(0.02, 0.4))
-    gas = np.clip((level - y) / patient.edge_mm + 0.5, 0, 1)
-    content = food + gas * (-940 - food)
-    hu = organ.mean + organ.texture
-    return hu + inner * (content - hu)
-
-
-def _bowel(organ: _Inside, patient: _Patient) -> np.ndarray:
-    """A wall, and fluid, stool or gas."""
-    inner = np.clip((organ.depth - 3) / patient.edge_mm + 0.5, 0, 1)
-    what = patient.noise(*organ.at, 32.0, organ.rng.uniform(0, 40))
-    stool = -10 + 60 * patient.noise(*organ.at, 8.0, 9.0)
-    content = np.where(what > 0.2, stool, 15.0)
-    gas = np.clip((what - 0.5 - organ.at[1] / 150) * 8, 0, 1)
-    content = content + gas * (-900 - content)
-    hu = organ.mean + organ.texture
-    return hu + inner * (content - hu)
-
-
-_DETAILS: dict[str, Callable[[_Inside, _Patient], np.ndarray]] = {
-    "liver": _liver,
-    "kidney": _kidney,
-    "lung": _lung,
-    "bone": _bone,
-    "heart": _heart,
-    "stomach": _stomach,
-    "bowel": _bowel,
-}

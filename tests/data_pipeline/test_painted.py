@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_pipeline import painted, synthetic
+from data_pipeline import organs, painted, synthetic
 from unireg_jax.imaging import nifti
 
 # Never cubic: a swapped axis must fail.
@@ -152,9 +152,9 @@ def test_paint_keeps_to_a_body_that_the_map_has():
     ],
 )
 def test_tissue_reads_the_usual_spellings(name, detail, hu):
-    found = painted.tissue(name)
+    found = organs.tissue(name)
     assert (found.detail, found.hu) == (detail, hu)
-    assert painted.tissue("xyzzy") is None
+    assert organs.tissue("xyzzy") is None
 
 
 @pytest.mark.parametrize(
