@@ -90,6 +90,9 @@ def test_cpu_formulation_equals_the_direct_one(last, hu):
 
 
 def test_bfloat16_stays_near_float32(variables, hu):
+    trained = sam.Sam(**SMALL, norm="batch", dtype="bfloat16")
+    fine, _ = trained.apply(variables, sam.scale(hu))
+    assert fine.dtype == jnp.float32
     params = sam.fold(variables)
     exact = sam.extract(hu, params, sam.Sam(**SMALL))
     rough = sam.extract(hu, params, sam.Sam(**SMALL, dtype="bfloat16"))

@@ -230,6 +230,7 @@ class _Conv(nn.Module):
             zeros = nn.initializers.zeros
             bias = self.param("bias", zeros, (self.features,)).astype(self.dtype)
         kernel = jnp.transpose(kernel, (2, 0, 1, 3, 4))
+        x = x.astype(self.dtype)  # normalisation gives float32
         if tuple(self.kernel) == (3, 3, 3) and tuple(self.stride) == (1, 1, 1):
             return conv.conv3d(x, kernel, bias, slope=slope, impl=self.impl)
         sx, sy, sz = self.stride
