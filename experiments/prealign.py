@@ -1,7 +1,7 @@
 """Pre-aligns the pairs of a prepared folder and stores the result in it.
 
     python -m experiments.prealign --data=PREPARED
-    python -m experiments.prealign --data=PREPARED --kind=features --features=mind
+    python -m experiments.prealign --data=PREPARED --kind=features
 
 By the rule that `unireg register --affine auto` follows (registration/affine.py); with
 another kind, inter-patient pairs by that. UniReg, section 4.1: inter-patient datasets
@@ -165,6 +165,6 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder made by data_pipeline.prepare.")
     flags.DEFINE_enum("kind", "auto", KINDS, "How to align two patients.")
-    flags.DEFINE_string("features", "mind", "Of --kind=features: mind, sam or a file.")
+    flags.DEFINE_string("features", "sam", "Of --kind=features: sam, mind or a file.")
     flags.mark_flags_as_required(["data"])
     cli.run(main)
