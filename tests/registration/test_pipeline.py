@@ -15,6 +15,7 @@ from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import compiled, metrics, pipeline, weights
+from unireg_jax.registration import matcher as matching_scans
 from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register
 from unireg_jax.tasks import OUTSIDE_HU, Region
@@ -289,7 +290,7 @@ def turned_phantoms(angle_deg=12.0):
 @pytest.fixture
 def own_features(monkeypatch):
     """Matching by the network's own features, whatever embedding is installed."""
-    monkeypatch.setattr(pipeline, "load_matcher", lambda own: own)
+    monkeypatch.setattr(matching_scans, "load_matcher", lambda own: own)
 
 
 def test_register_prealigns_by_features(matcher, own_features):
@@ -346,9 +347,9 @@ def test_prewarp_reads_hu_and_keeps_the_marker():
 def test_matching_grid_has_the_spacing_of_the_embedding():
     spec = PreprocessSpec()
     trained = features.Extractor("mind", spacing_mm=(4.0, 4.0, 4.0))
-    grid = pipeline._matching_grid(spec, trained)
+    grid = matching_scans.matching_grid(spec, trained)
     assert grid.shape == (96, 96, 80) and grid.spacing_mm == (4.0, 4.0, 4.0)
-    assert pipeline._matching_grid(spec, features.Extractor("mind")) is spec
+    assert matching_scans.matching_grid(spec, features.Extractor("mind")) is spec
 
 
 def test_register_warns_where_features_do_not_match(matcher, own_features):

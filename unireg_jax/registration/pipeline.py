@@ -5,9 +5,6 @@ is interpolated once for the network and once for the result, each time from its
 voxels.
 """
 
-import collections
-import concurrent.futures
-import dataclasses
 import functools
 import os
 import threading
@@ -23,12 +20,11 @@ from unireg_jax.errors import NUMERICAL, USAGE, UserError
 from unireg_jax.imaging import nifti, orientation, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
-from unireg_jax.models import features
 from unireg_jax.ops import intensity, warp
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import feature_affine, matching, metrics
+from unireg_jax.registration import feature_affine, matcher, metrics
 from unireg_jax.registration.compiled import Described, compile_register
-from unireg_jax.registration.embedding import load_matcher
+from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.refine import Plan, Refiner, compile_refine
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
@@ -192,9 +188,11 @@ class Session:
         self.programs = compile_register(model, network=network)
         self._device = threading.Lock()
         self._grids, self._bodies, self._described, self._read = (
-            _Kept(keep) for _ in range(4)
+            Kept(keep) for _ in range(4)
         )
-        self._matchers, self._matchables = _Kept(1), _Kept(keep)
+        self._matcher = matcher.Matcher(
+            model, self._device, keep=keep, describe=self._describe
+        )
 
     def read(self, scan: Volume | str | os.PathLike) -> Volume:
         """Reads a file, or finds the Volume that it gave before.
@@ -248,15 +246,15 @@ class Session:
         grid, fixed_hu = self._on_own_grid(target)
         body = self._bodies.get(
             (id(target), id(mask)),
-            lambda: _body(mask, target, grid, fixed_hu),
+            lambda: matcher.body(mask, target, grid, fixed_hu),
             (target, mask),
         )
         clock.lap("preprocess")
         matrix, used, why = _choose(target, source, settings, affine)
         warnings, coarse = [], None
         if used in ("features", "coarse"):
-            found, matcher = self._match(target, source, mask)
-            settings = settings | {"matched_by": matcher}
+            found, matched_by = self._matcher.align(target, source, mask)
+            settings = settings | {"matched_by": matched_by}
             if used == "coarse" and found.kind == "features":
                 with self._device:
                     coarse = feature_affine.coarse_align(
@@ -328,51 +326,6 @@ class Session:
             tuple(warnings),
         )
 
-    def _match(self, target, source, mask) -> tuple[feature_affine.Alignment, str]:
-        """Pre-alignment by matched features, and their backend."""
-        matcher = self._matcher()
-        spec = _matching_grid(self.model.preprocess, matcher)
-        fixed, moving = (
-            self._matchable(scan, spec, matcher) for scan in (target, source)
-        )
-        where = None
-        if mask is not None:
-            volume = Volume((mask != 0).astype(np.uint8), target.vox2world)
-            where = preprocess.prepare_labels(volume, fixed.grid) > 0
-            where &= fixed.hu != OUTSIDE_HU
-        with self._device:
-            found = feature_affine.feature_align(
-                fixed.maps,
-                moving.maps,
-                fixed.hu,
-                moving.hu,
-                fixed_vox2world=fixed.grid.vox2world,
-                moving_vox2world=moving.grid.vox2world,
-                fixed_mask=where,
-                bodies=(fixed.body if where is None else where, moving.body),
-                plan=matching.plan_for(matcher.backend, spec.spacing_mm),
-            )
-        return found, matcher.backend
-
-    def _matcher(self):
-        """The features that find matches, loaded when first needed."""
-        return self._matchers.get(0, lambda: load_matcher(self.model.extractor))
-
-    def _matchable(self, volume, spec, matcher) -> "_Matchable":
-        """A scan on the matcher's grid with its features, kept while it comes back."""
-
-        def make():
-            grid = preprocess.network_grid(volume, spec)
-            hu = preprocess.prepare_image(volume, grid, spec)
-            with self._device:
-                if matcher is self.model.extractor and spec == self.model.preprocess:
-                    maps = self._describe(volume, hu).features
-                else:
-                    maps = jax.jit(features.describe)(hu[None, ..., None], matcher)
-            return _Matchable(grid, hu, _body(None, volume, grid, hu), maps)
-
-        return self._matchables.get(id(volume), make, volume)
-
     def _describe(self, volume, hu) -> Described:
         """Features of a scan on its own grid, kept while it comes back."""
         return self._described.get(
@@ -406,31 +359,6 @@ class Session:
         if coarse is not None:
             disp = jax.jit(warp.compose)(disp, coarse)
         return (fixed, moving), jax.block_until_ready(disp)
-
-
-class _Matchable(NamedTuple):
-    """A scan as matching sees it.
-
-    Attributes:
-        grid: of its own.
-        hu: [X, Y, Z] int16.
-        body: [X, Y, Z] bool.
-        maps: features.Maps.
-    """
-
-    grid: Grid
-    hu: np.ndarray
-    body: np.ndarray
-    maps: features.Maps
-
-
-def _matching_grid(spec, matcher: features.Extractor):
-    """The network's grid, at the spacing that the matcher was trained at."""
-    if matcher.spacing_mm in (None, spec.spacing_mm):
-        return spec
-    extent = np.array(spec.shape) * spec.spacing_mm / matcher.spacing_mm
-    shape = tuple(int(16 * np.ceil(n / 16 - 1e-6)) for n in extent)
-    return dataclasses.replace(spec, shape=shape, spacing_mm=matcher.spacing_mm)
 
 
 def _prewarp(hu: np.ndarray, disp: jax.Array) -> np.ndarray:
@@ -469,32 +397,6 @@ def residual_mm(registration: Registration) -> np.ndarray:
         shift = metrics.slice_positions(rigid, out.shape[:2], k)
         out[:, :, k] = (registration.disp_mm[:, :, k] - shift) @ inverse.T
     return out
-
-
-class _Kept:
-    """The last few things made, by key; threads that ask for the same one wait."""
-
-    def __init__(self, size: int):
-        self._size = size
-        self._lock = threading.Lock()
-        self._entries: collections.OrderedDict[Any, tuple] = collections.OrderedDict()
-
-    def get(self, key: Any, make: Callable[[], Any], held: Any = None) -> Any:
-        """Result or exception of `make`; `held` lives as long, so an id stays its."""
-        with self._lock:
-            absent = key not in self._entries
-            if absent:
-                self._entries[key] = concurrent.futures.Future(), held
-                if len(self._entries) > self._size:
-                    self._entries.popitem(last=False)
-            self._entries.move_to_end(key)
-            future, _ = self._entries[key]
-        if absent:
-            try:
-                future.set_result(make())
-            except BaseException as error:  # for those who wait, too
-                future.set_exception(error)
-        return future.result()
 
 
 class Clock:
@@ -583,16 +485,6 @@ def _check_mask(mask, shape) -> None:
             f"fixed_mask must be {shape} like fixed, got {mask.shape}; resample it "
             "first"
         )
-
-
-def _body(mask, target, grid, fixed_hu) -> np.ndarray:
-    """Where scans are compared, [x, y, z] bool on the network's grid."""
-    if mask is not None:
-        mask = Volume((mask != 0).astype(np.uint8), target.vox2world)
-        body = preprocess.prepare_labels(mask, grid) > 0
-    else:
-        body = preprocess.body_mask(Volume(fixed_hu, grid.vox2world))
-    return body & (fixed_hu != OUTSIDE_HU)
 
 
 def _choose(target, source, settings, affine):
