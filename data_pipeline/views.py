@@ -7,7 +7,6 @@ IEEE TMI 2022).
 
 import collections
 import functools
-import threading
 from typing import Any, NamedTuple
 
 import grain
@@ -84,7 +83,11 @@ def make_view_iterator(
     counts = collections.Counter(scan.task for scan in scans)
     shares = dict(counts)
     if weights is not None:
-        shares = {t: round(1000 * w) for t, w in weights.items() if w and t in counts}
+        shares = {
+            t: max(1, round(1000 * w))
+            for t, w in weights.items()
+            if w > 0 and t in counts
+        }
     if not shares:
         raise UserError(
             "schema",
@@ -166,22 +169,22 @@ class _Scan(NamedTuple):
 
 
 class _Bodies:
-    """Volumes with their body masks, which are made once."""
+    """Volumes with their body masks, made once each: a bit per voxel is kept."""
 
     def __init__(self, dataset: loader.Dataset):
         self._dataset = dataset
-        self._lock = threading.Lock()
         self._masks: dict[int, np.ndarray] = {}
 
     def volume(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         hu, _ = self._dataset.volume(position)
-        with self._lock:
-            if position not in self._masks:
-                place = np.diag([*self._dataset.index["spec"]["spacing_mm"], 1.0])
-                volume = Volume(np.maximum(hu, _AIR_HU), place)
-                mask = preprocess.body_mask(volume) & (hu != OUTSIDE_HU)
-                self._masks[position] = mask
-            return hu, self._masks[position]
+        # Two readers may make the same mask, which costs time and changes nothing.
+        if position not in self._masks:
+            place = np.diag([*self._dataset.index["spec"]["spacing_mm"], 1.0])
+            volume = Volume(np.maximum(hu, _AIR_HU), place)
+            mask = preprocess.body_mask(volume) & (hu != OUTSIDE_HU)
+            self._masks[position] = np.packbits(mask)
+        bits = np.unpackbits(self._masks[position], count=hu.size)
+        return hu, bits.reshape(hu.shape).astype(bool)
 
 
 def _place(seed_mm, extent_mm, spec, rng) -> np.ndarray:

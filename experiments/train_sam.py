@@ -11,6 +11,7 @@ $UNIREG_SAM and the training of UniReg through --config.model.embedding.
 
 import contextlib
 import itertools
+import math
 from pathlib import Path
 
 import jax
@@ -35,6 +36,7 @@ def train(config, workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     checkpoint.check_config(workdir, config.to_dict())
+    _check(config)
     dataset = _dataset(config)
     try:
         network = sam.Sam(**config.model.to_dict(), norm="batch")
@@ -88,19 +90,89 @@ def train(config, workdir: Path) -> Path:
     return path
 
 
+# The least value of numbers.
+_LEAST = {
+    "seed": 0,
+    "data.batch_size": 1,
+    "model.stem": 1,
+    "model.channels": 1,
+    "loss.anchors": 1,
+    "loss.hard": 1,
+    "loss.negatives": 1,
+    "loss.coarse_hard": 1,
+    "loss.coarse_negatives": 1,
+    "loss.others": 0,
+    "train.steps": 0,
+    "train.log_every": 1,
+    "train.eval_every": 1,
+    "train.eval_batches": 1,
+    "train.checkpoint_every": 1,
+}
+_POSITIVE = ("views.spacing_mm", "loss.temperature", "loss.positive_mm")
+
+
+def _check(config) -> None:
+    """Refuses values that no run can have, all at once and before anything is read."""
+    fields = {
+        f"{section}.{name}": value
+        for section in ("data", "views", "model", "loss", "optim", "train")
+        for name, value in config[section].items()
+    } | {"seed": config.seed}
+    shape, scales = config.views.shape, config.views.scales
+    divisors = (16, 16, 8)
+    right_shape = len(shape) == 3 and not any(
+        n < m or n % m for n, m in zip(shape, divisors, strict=True)
+    )
+    cells = math.prod(shape) // 8
+    rules = {
+        **{f: (fields[f] >= n, f"{n} or more") for f, n in _LEAST.items()},
+        **{f: (fields[f] > 0, "more than 0") for f in _POSITIVE},
+        "views.shape": (right_shape, f"multiples of {divisors}"),
+        "views.scales": (
+            len(scales) == 2 and 0 < scales[0] <= scales[1],
+            "(least, greatest), from more than 0",
+        ),
+        "views.apart": (0 <= config.views.apart <= 1, "a share from 0 to 1"),
+        "model.stages": (
+            len(config.model.stages) == 4 and min(config.model.stages) > 0,
+            "four channel numbers",
+        ),
+        "model.last_stride": (
+            len(config.model.last_stride) == 3
+            and set(config.model.last_stride) <= {1, 2},
+            "three of 1 or 2",
+        ),
+        "model.dtype": (
+            config.model.dtype in ("float32", "bfloat16"),
+            "float32 or bfloat16",
+        ),
+        "model.conv_impl": (
+            config.model.conv_impl in ("auto", "direct"),
+            "auto or direct",
+        ),
+    }
+    if right_shape and config.loss.anchors > cells:
+        rules["loss.anchors"] = (False, f"at most {cells}, the fine cells of a view")
+    faults = [
+        f"{field}: {expected} expected, got {fields[field]!r}"
+        for field, (right, expected) in rules.items()
+        if not right
+    ]
+    if faults:
+        raise UserError(
+            "schema",
+            f"config: {'; '.join(faults)}; correct the file, or pass "
+            "--config.FIELD=VALUE",
+            USAGE,
+        )
+
+
 def _dataset(config) -> loader.Dataset:
     if not config.data.root:
         raise UserError(
             "schema",
             "config.data.root expected, none given: a folder made by `python -m "
             "data_pipeline.prepare`",
-            USAGE,
-        )
-    shape = config.views.shape
-    if len(shape) != 3 or any(n % m for n, m in zip(shape, (16, 16, 8), strict=True)):
-        raise UserError(
-            "schema",
-            f"config.views.shape: multiples of (16, 16, 8) expected, got {shape}",
             USAGE,
         )
     return loader.Dataset(config.data.root)
@@ -134,8 +206,13 @@ def _card(config, dataset) -> dict:
         "kind": "sam",
         "architecture": architecture,
         "features": "sam",
+        # What the views showed, whatever the spacing of the volumes they were cut from.
         "preprocess": dataset.index["spec"]
-        | {"hu_low": sam.HU_LOW, "hu_high": sam.HU_HIGH},
+        | {
+            "spacing_mm": [config.views.spacing_mm] * 3,
+            "hu_low": sam.HU_LOW,
+            "hu_high": sam.HU_HIGH,
+        },
         "training": {
             "preset": config.preset,
             "steps": config.train.steps,

@@ -31,7 +31,7 @@ def small(data, steps=4):
     config = sam.get_config("lite")
     with config.unlocked():
         config.data.root = str(data)
-        config.views.update({"shape": (16, 16, 16), "spacing_mm": 12.0})
+        config.views.update({"shape": (16, 16, 16), "spacing_mm": 10.0})
         config.model.update(
             {"stem": 4, "stages": (4, 4, 6, 6), "channels": 6, "conv_impl": "direct"}
         )
@@ -48,12 +48,15 @@ def test_run_ends_in_weights_and_resumes_exactly(data, tmp_path):
     path = train_sam.train(small(data), tmp_path / "whole")
     params, card = weights.load_weights(path)
     assert card["kind"] == "sam" and card["training"]["steps"] == 4
+    # Of the views, not of the volumes (12 mm): what the network knows.
+    assert card["preprocess"]["spacing_mm"] == [10.0] * 3
     train_sam.train(small(data, steps=2), tmp_path / "halves")
     again = train_sam.train(small(data), tmp_path / "halves")
     resumed, _ = weights.load_weights(again)
     jax.tree.map(np.testing.assert_array_equal, params, resumed)
     extractor = registration.load_extractor(path)
     assert extractor.backend == "sam" and extractor.network.channels == 6
+    assert extractor.spacing_mm == (10.0,) * 3 and extractor.digest == card["sha256"]
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == [0, 2, 4, 4]
@@ -67,6 +70,14 @@ def test_run_ends_in_weights_and_resumes_exactly(data, tmp_path):
         ({"views": {"shape": (20, 16, 16)}}, "multiples of"),
         ({"optim": {"lr": -1.0}}, "lr must be positive"),
         ({"optim": {"name": "lion"}}, "optimizer must be one of"),
+        ({"views": {"spacing_mm": 0.0}}, "views.spacing_mm: more than 0 expected"),
+        ({"views": {"scales": (1.2, 0.8)}}, "views.scales"),
+        ({"train": {"eval_batches": 0}}, "train.eval_batches: 1 or more"),
+        ({"train": {"log_every": 0}}, "train.log_every: 1 or more"),
+        ({"data": {"batch_size": 0}}, "data.batch_size: 1 or more"),
+        ({"model": {"stages": (4, 4, 6)}}, "model.stages: four channel numbers"),
+        ({"model": {"dtype": "float8"}}, "float32 or bfloat16 expected, got 'float8'"),
+        ({"loss": {"anchors": 5000}}, "at most 512, the fine cells of a view"),
     ],
 )
 def test_mistakes_are_one_line(change, match, data, tmp_path):
