@@ -5,6 +5,7 @@ The only reader of the config: below this file, functions take plain arguments.
 
 import functools
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,6 +113,13 @@ def _extractor(config: ml_collections.ConfigDict) -> tuple[Extractor, dict[str, 
         card["embedding"] = {"name": source.name, "sha256": digest}
     window = tuple(config.data.hu_window)
     extractor = embedding.load_extractor(source, window=window, combine=model.combine)
+    spacing = (config.data.spacing_mm,) * 3
+    if extractor.spacing_mm not in (None, spacing):
+        print(
+            f"warning: the embedding was trained on voxels of {extractor.spacing_mm} "
+            f"mm, config.data.spacing_mm is {config.data.spacing_mm}",
+            file=sys.stderr,
+        )
     return extractor, card
 
 

@@ -15,6 +15,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -61,14 +62,14 @@ def prealign(
     dataset = loader.Dataset(root)
     volumes = dataset.index["volumes"]
     done = {k: v.tolist() for k, v in dataset.alignments.items()}
-    asked = kind if extractor is None else f"{kind} ({extractor.backend})"
+    asked = kind if extractor is None else f"{kind} ({extractor.label})"
     notes = _notes(Path(root), asked, done)
     wanted = [pair for split in pairs.SPLITS for pair in dataset.pairs(split)]
     todo = [pair for pair in wanted if _key(volumes, pair) not in done]
-    describe = _describer(dataset, extractor) if extractor else None
+    see = _seer(dataset, extractor) if extractor else None
     used = Counter()
     for i, pair in enumerate(tqdm(todo, disable=not sys.stderr.isatty())):
-        matrix, name, warning = _align(dataset, pair, kind, describe, extractor)
+        matrix, name, warning = _align(dataset, pair, kind, see, extractor)
         key = _key(volumes, pair)
         done[key] = matrix.tolist()
         notes["pairs"][key] = name + (f"; {warning}" if warning else "")
@@ -100,23 +101,69 @@ def _notes(root: Path, asked: str, done: dict) -> dict:
     }
 
 
-def _describer(dataset: loader.Dataset, extractor: Extractor):
-    """Features by position of a volume; the last ones are kept."""
+class _Seen(NamedTuple):
+    """A volume at the spacing that the features know, with its features."""
+
+    maps: features.Maps
+    hu: np.ndarray
+    vox2world: np.ndarray
+
+
+def _seer(dataset: loader.Dataset, extractor: Extractor):
+    """Volumes with their features by position; the last ones are kept."""
     program = jax.jit(features.describe)
+    factor = _factor(dataset.index["spec"]["spacing_mm"], extractor)
 
     def compute(i):
-        hu = np.asarray(dataset.volume(i)[0])[None, ..., None]
-        return program(hu, extractor)
+        hu = np.asarray(dataset.volume(i)[0])
+        vox2world = np.asarray(dataset.index["volumes"][i]["vox2world"], float)
+        if factor > 1:
+            hu, vox2world = _pooled(hu, vox2world, factor)
+        return _Seen(program(hu[None, ..., None], extractor), hu, vox2world)
 
-    size = sum(m.nbytes for m in compute(0)) if dataset.index["volumes"] else 1
+    if not dataset.index["volumes"]:
+        return compute
+    size = sum(m.nbytes for m in compute(0).maps)
     return functools.lru_cache(max(2, _KEEP_BYTES // size))(compute)
+
+
+def _factor(spacing_mm, extractor: Extractor) -> int:
+    """Voxels of the volumes per voxel that the features were trained on."""
+    if extractor.spacing_mm is None:
+        return 1
+    ratio = np.array(extractor.spacing_mm) / spacing_mm
+    factor = max(1, int(round(ratio[0])))
+    if np.abs(ratio / factor - 1).max() > 0.1:
+        raise UserError(
+            "grid_mismatch",
+            f"--features: an embedding for voxels of {spacing_mm} mm or a multiple of "
+            f"them expected, got one for {extractor.spacing_mm}; use another one, or "
+            "--features=mind",
+            USAGE,
+        )
+    return factor
+
+
+def _pooled(hu: np.ndarray, vox2world: np.ndarray, factor: int):
+    """Means over cubes of voxels inside the scan; padded to what networks take."""
+    pads = [(0, -n % (m * factor)) for n, m in zip(hu.shape, (16, 16, 8), strict=True)]
+    hu = np.pad(hu, pads, constant_values=OUTSIDE_HU)
+    a, b, c = (n // factor for n in hu.shape)
+    cubes = hu.reshape(a, factor, b, factor, c, factor).astype(np.float32)
+    inside = cubes != OUTSIDE_HU
+    count = inside.sum((1, 3, 5))
+    mean = np.where(inside, cubes, 0).sum((1, 3, 5)) / np.maximum(count, 1)
+    mean = np.where(2 * count >= factor**3, np.rint(mean), OUTSIDE_HU)
+    place = np.diag([float(factor)] * 3 + [1.0])
+    place[:3, 3] = (factor - 1) / 2
+    return mean.astype(np.int16), vox2world @ place
 
 
 def _key(volumes, pair) -> str:
     return f"{volumes[pair.fixed]['id']}|{volumes[pair.moving]['id']}"
 
 
-def _align(dataset, pair: pairs.Pair, kind, describe, extractor):
+def _align(dataset, pair: pairs.Pair, kind, see, extractor):
     """Fixed voxel -> moving voxel of one pair, the kind used, and a warning."""
     ends = (pair.fixed, pair.moving)
     fixed, moving = (
@@ -132,10 +179,14 @@ def _align(dataset, pair: pairs.Pair, kind, describe, extractor):
             pair_type=pair.pair_type,
         )
     if kind == "features":
-        spacing = np.linalg.norm(fixed[:3, :3], axis=0)
-        plan = matching.plan_for(extractor.backend, spacing)
+        seen = [see(i) for i in ends]
+        spacing = np.linalg.norm(seen[0].vox2world[:3, :3], axis=0)
         found = feature_affine.feature_align(
-            *(describe(i) for i in ends), fixed_hu, moving_hu, **places, plan=plan
+            *(scan.maps for scan in seen),
+            *(scan.hu for scan in seen),
+            fixed_vox2world=seen[0].vox2world,
+            moving_vox2world=seen[1].vox2world,
+            plan=matching.plan_for(extractor.backend, spacing),
         )
         world, kind, warning = found.matrix, found.kind, found.warning
     else:

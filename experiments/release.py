@@ -45,7 +45,7 @@ def _half(x):
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The finished run.")
     flags.DEFINE_string("sources", None, "JSON merged into the card: sources, results.")
-    flags.DEFINE_string("name", "real_small", "File stem.")
+    flags.DEFINE_string("name", "unireg", "File stem.")
     flags.DEFINE_bool("half", False, "Kernels in float16: half the size.")
     flags.mark_flags_as_required(["workdir", "sources"])
     cli.run(main)

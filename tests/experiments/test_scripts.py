@@ -21,6 +21,7 @@ from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import metrics
+from unireg_jax.tasks import OUTSIDE_HU
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,6 +98,24 @@ def test_prealign_by_features_says_how_each_pair_was_found(tmp_path):
         prealign.prealign(root)
     with pytest.raises(ValueError, match="an extractor belongs to 'features' alone"):
         prealign.prealign(root, kind="features")
+
+
+def test_prealign_sees_volumes_at_the_spacing_of_the_embedding():
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-900, 900, (32, 32, 20)).astype(np.int16)
+    hu[:2, :2, :2] = OUTSIDE_HU
+    hu[2, 2, 2] = OUTSIDE_HU
+    pooled, place = prealign._pooled(hu, np.diag([2.0, 2.0, 2.0, 1.0]), 2)
+    assert pooled.shape == (16, 16, 16)  # 10 slices, padded to a multiple of 8
+    np.testing.assert_array_equal(place[:3, 3], [1.0, 1.0, 1.0])  # mm, of 2 mm voxels
+    assert pooled[0, 0, 0] == OUTSIDE_HU and (pooled[..., 10:] == OUTSIDE_HU).all()
+    cube = hu[2:4, 2:4, 2:4].astype(float)
+    assert pooled[1, 1, 1] == np.rint(cube[cube != OUTSIDE_HU].mean())
+    known = features.Extractor("mind", spacing_mm=(4.0, 4.0, 4.0))
+    assert prealign._factor((2.0, 2.0, 2.0), known) == 2
+    assert prealign._factor((2.0, 2.0, 2.0), features.Extractor("mind")) == 1
+    with pytest.raises(UserError, match="or a multiple"):
+        prealign._factor((3.0, 3.0, 3.0), known)
 
 
 def test_picture_of_a_registration_is_written(tmp_path):

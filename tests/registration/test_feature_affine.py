@@ -213,3 +213,15 @@ def test_coarse_align_follows_what_the_affine_leaves_without_the_outliers():
     none = found._replace(fixed_mm=np.zeros((0, 3)), moving_mm=np.zeros((0, 3)))
     still = feature_affine.coarse_align(none, vox2world, shape=shape)
     np.testing.assert_array_equal(still, np.zeros((1, *shape, 3)))
+
+
+def test_coarse_needs_matches_near_the_map():
+    """One match beside the affine would move everything around it."""
+    points = np.zeros((1, 3))
+    fit = feature_affine.Fit(np.eye(4), "affine", 400, 300, 5.0, "")
+    good = feature_affine.Alignment(np.eye(4), "features", fit, "", points, points)
+    assert feature_affine.coarse_fault(good) == ""
+    few = good._replace(fit=fit._replace(close=3))
+    assert "50 matches or more within 12 mm" in feature_affine.coarse_fault(few)
+    bare = good._replace(fit=fit._replace(kind="translation"))
+    assert "affine or rigid map" in feature_affine.coarse_fault(bare)

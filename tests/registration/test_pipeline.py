@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from data_pipeline import synthetic
 from unireg_jax import errors
@@ -320,17 +321,53 @@ def test_register_prealigns_by_features(matcher, own_features):
     assert any("matches, affine map" in line for line in lines)
 
 
-def test_coarse_displacement_acts_before_the_network(matcher, own_features):
-    """The total is network, then coarse; where the network does nothing, coarse."""
+def test_network_sees_the_coarsely_warped_scan_and_is_composed(matcher, own_features):
+    """total(x) = u(x) + coarse(x + u(x)), u of the network for the warped scan."""
     fixed, moving, truth, _ = turned_phantoms(6.0)
-    scans = fixed.hu, moving.hu
-    places = fixed.vox2world, truth @ moving.vox2world
-    fields = [
-        run(scans, places, task=task, weights=matcher, affine="coarse").network_disp
-        for task in ("headneck", "none")
+    scans = [
+        Volume(fixed.hu, fixed.vox2world),
+        Volume(moving.hu, truth @ moving.vox2world),
     ]
-    assert np.abs(fields[1]).max() > 0.1
-    np.testing.assert_allclose(fields[0], fields[1], atol=0.05)  # voxels
+    session, seen = pipeline.Session(matcher), []
+    programs = session.programs
+    shape = programs.shape
+    x, y, z = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    known = np.stack([3 * np.sin(y / 9), 2 * np.cos(z / 7), 1 + x / 30], -1)
+    known = known[None].astype(np.float32)
+
+    class Programs:
+        def __getattr__(self, name):
+            return getattr(programs, name)
+
+        def __call__(self, fixed, moving, *codes):
+            seen.append(np.asarray(moving.hu)[0, ..., 0])
+            return jnp.asarray(known)
+
+    session.programs = Programs()
+
+    def total(task, affine):
+        settings = pipeline.check_settings(task, "inter", "coarse")
+        return session.run(*scans, settings, affine=affine, clock=pipeline.Clock())
+
+    coarse = total("none", "coarse")
+    both = total("headneck", "coarse")
+    plain = total("headneck", coarse.affine)
+    u = known[0].astype(float)
+    places = np.moveaxis(np.stack([x, y, z], -1) + u, -1, 0)
+    expected = u + np.stack(
+        [
+            ndimage.map_coordinates(c, places, order=1, mode="nearest")
+            for c in np.moveaxis(coarse.network_disp.astype(float), -1, 0)
+        ],
+        -1,
+    )
+    swapped = coarse.network_disp + u
+    assert np.abs(swapped - expected).max() > 0.05  # another order would show
+    np.testing.assert_allclose(both.network_disp, expected, atol=1e-3)
+    # Without "coarse" the network sees the scan as it lies.
+    warped = pipeline._prewarp(seen[1], coarse.network_disp[None])
+    np.testing.assert_array_equal(seen[0], warped)
+    np.testing.assert_allclose(plain.network_disp, u, atol=1e-5)
 
 
 def test_prewarp_reads_hu_and_keeps_the_marker():

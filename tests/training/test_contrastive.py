@@ -1,5 +1,10 @@
 """The embedding's objective: correspondence, negatives, and the training step."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,3 +193,42 @@ def test_step_holds_no_scatter(trainer):
 def test_outside_counts_as_air():
     hu = jnp.array([OUTSIDE_HU, -1024], jnp.int16)
     assert float(jnp.diff(sam.scale(hu))[0]) == 0.0
+
+
+_TWO_DEVICES = """
+import jax, numpy as np
+from tests.training import test_contrastive as t
+from unireg_jax.models.features import sam
+from unireg_jax.training import embedding, optimizer, step as s
+assert len(jax.devices()) == 2
+network = sam.Sam(
+    stem=4, stages=(4, 4, 6, 6), channels=6, norm="batch", conv_impl="direct"
+)
+tx = optimizer.make_optimizer("sgd", lr=0.05)
+results = []
+for devices in (jax.devices()[:1], jax.devices()):
+    mesh = s.make_mesh(devices)
+    step = embedding.make_train_step(network, tx, recipe=t.RECIPE, mesh=mesh)
+    state = embedding.make_state(network, tx, seed=0)
+    state = jax.device_put(state, s.replicated(mesh))
+    for _ in range(2):
+        batch = jax.device_put(t.make_batch(), s.batch_sharding(mesh))
+        state, scalars = step(state, batch)
+    results.append((float(scalars["loss"]), jax.device_get(state.params)))
+(a, p), (b, q) = results
+np.testing.assert_allclose(a, b, rtol=1e-4)
+jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), p, q)
+print("same")
+"""
+
+
+def test_two_devices_train_as_one():
+    """Normalisation and negatives reach over both devices."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TWO_DEVICES],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )
+    assert done.stdout.strip() == "same", done.stderr[-2000:]

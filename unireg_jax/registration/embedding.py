@@ -85,7 +85,8 @@ def load_extractor(
     variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
     params = sam.fold(variables)
     spacing = PreprocessSpec.from_json(spec["preprocess"]).spacing_mm
-    return Extractor("sam", tuple(window), combine, network, params, spacing)
+    digest = spec["sha256"]
+    return Extractor("sam", tuple(window), combine, network, params, spacing, digest)
 
 
 def load_matcher(own: Extractor) -> Extractor:

@@ -24,6 +24,7 @@ _TURN_DEG = 60.0
 _WIDE_MM, _NARROW_MM, _SHRINK = 200.0, 12.0, 0.8
 _AFFINE_BELOW_MM = 30.0
 _POINTS_STEP = 256
+_COARSE_FEWEST = 50
 
 
 class Fit(NamedTuple):
@@ -178,7 +179,10 @@ def feature_align(
         fixed_mask=fixed_mask,
     )
     warning = ""
-    if kind != "features":
+    if kind == "features" and fit.kind == "identity":
+        kind = "none"
+        warning = f"features: no map of {fit.points} matches; {fit.reason}"
+    elif kind != "features":
         warning = (
             f"features: the map of {fit.points} matches ({fit.kind}, {fit.close} close "
             f"to it) is less similar than {kind!r}, {scores['features']:.3f} against "
@@ -187,6 +191,27 @@ def feature_align(
     elif fit.reason:
         warning = f"features: {fit.kind} map of {fit.points} matches; {fit.reason}"
     return Alignment(matrix, kind, fit, warning, *points)
+
+
+def coarse_fault(alignment: Alignment) -> str:
+    """Says why matches cannot bear a displacement; empty if they can.
+
+    Args:
+        alignment: from `feature_align`.
+
+    Returns:
+        Why: few points near the map would move all voxels around them.
+    """
+    if alignment.fit.kind not in ("affine", "rigid"):
+        return (
+            f"an affine or rigid map of the matches expected, got {alignment.fit.kind}"
+        )
+    if alignment.fit.close < _COARSE_FEWEST:
+        return (
+            f"{_COARSE_FEWEST} matches or more within {_NARROW_MM:g} mm of the affine "
+            f"expected, got {alignment.fit.close}"
+        )
+    return ""
 
 
 def coarse_align(

@@ -61,7 +61,7 @@ class Matcher:
             mask: [X, Y, Z] bool on target's axes, where to compare; None for the body.
 
         Returns:
-            Alignment, and the backend of the features.
+            Alignment, and which features were matched.
 
         Raises:
             UserError: $UNIREG_SAM cannot be used, exit code 9.
@@ -82,7 +82,7 @@ class Matcher:
                 bodies=(fixed.body if where is None else where, moving.body),
                 plan=matching.plan_for(extractor.backend, spec.spacing_mm),
             )
-        return found, extractor.backend
+        return found, extractor.label
 
     def _scan(self, volume, spec, extractor) -> "_Scan":
         def make():

@@ -256,10 +256,13 @@ class Session:
             found, matched_by = self._matcher.align(target, source, mask)
             settings = settings | {"matched_by": matched_by}
             if used == "coarse" and found.kind == "features":
-                with self._device:
-                    coarse = feature_affine.coarse_align(
-                        found, grid.vox2world, shape=grid.shape
-                    )
+                if why_not := feature_affine.coarse_fault(found):
+                    warnings.append(f"pre-alignment: coarse: {why_not}; affine alone")
+                else:
+                    with self._device:
+                        coarse = feature_affine.coarse_align(
+                            found, grid.vox2world, shape=grid.shape
+                        )
             matrix = found.matrix
             used = found.kind if coarse is None else "coarse"
             why = f"{why}: {found.fit.points} matches, {found.fit.kind} map"
@@ -297,6 +300,14 @@ class Session:
             costs = {}
             if self.refiner:
                 settings = settings | {"refine": self.refiner.plan._asdict()}
+                if self.refiner.plan.features != "image":
+                    settings |= {"refined_by": self.refiner.extractor.label}
+                    known = self.refiner.extractor.spacing_mm
+                    if known not in (None, spec.spacing_mm):
+                        warnings.append(
+                            f"refinement: voxels of {known} mm expected, as the "
+                            f"embedding was trained on, the grid has {spec.spacing_mm}"
+                        )
                 say(f"refinement: {self.refiner.plan.iterations} iterations")
                 disp, *costs = self.refiner(*scans, body, disp)
                 costs = dict(zip(("refine_before", "refine_after"), costs, strict=True))

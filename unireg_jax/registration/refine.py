@@ -243,11 +243,12 @@ class Refiner:
     Attributes:
         plan: as compiled.
         shape: (X, Y, Z) voxels of the grid.
+        extractor: of the features that are compared, and of the HU window.
     """
 
     plan: Plan
     shape: tuple[int, int, int]
-    _extractor: Extractor
+    extractor: Extractor
     _program: jax.stages.Compiled
 
     def __call__(
@@ -272,7 +273,7 @@ class Refiner:
                 f"body must be {self.shape} bool, got {body.shape} {body.dtype}"
             )
         body = jax.device_put(body[None])
-        return self._program(fixed, moving, self._extractor, body, disp)
+        return self._program(fixed, moving, self.extractor, body, disp)
 
 
 def compile_refine(

@@ -47,6 +47,7 @@ class Extractor:
         network: of backend "sam", folded; None otherwise.
         params: of `network`.
         spacing_mm: voxel edges that `network` was trained at, mm; None for any.
+        digest: SHA-256 of the file that holds `params`; empty without.
     """
 
     backend: str = dataclasses.field(metadata={"static": True})
@@ -59,6 +60,12 @@ class Extractor:
     spacing_mm: tuple[float, float, float] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+    digest: str = dataclasses.field(default="", metadata={"static": True})
+
+    @property
+    def label(self) -> str:
+        """Backend, and which embedding: "mind", "sam 16ca37baeaed18f6"."""
+        return f"{self.backend} {self.digest[:16]}".strip()
 
 
 def _of_image(extract: Callable) -> Callable:
