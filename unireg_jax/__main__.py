@@ -133,7 +133,13 @@ def _add_register(verbs) -> None:
     add(
         "--weights", metavar="FILE", help="default: $UNIREG_WEIGHTS, then the package's"
     )
-    add("--affine", choices=AFFINES, default="auto", help="pre-alignment, default auto")
+    add(
+        "--affine",
+        choices=AFFINES,
+        default="auto",
+        help="pre-alignment, default auto; features: by points matched by the "
+        "anatomical embedding; coarse: and a coarse displacement through them",
+    )
     add(
         "--io-iterations",
         type=_count,
@@ -141,7 +147,12 @@ def _add_register(verbs) -> None:
         metavar="N",
         help="steps of instance optimisation on this pair, default 0",
     )
-    add("--io-features", choices=IO_FEATURES, help="what it compares, default image")
+    add(
+        "--io-features",
+        choices=IO_FEATURES,
+        help="what it compares, default image; sam: the anatomical embedding of "
+        "$UNIREG_SAM, then the package's",
+    )
     add(
         "--io-smoothness",
         type=_weight,
