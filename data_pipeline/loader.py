@@ -34,6 +34,8 @@ from unireg_jax.tasks import TASKS, PairBatch
 # grain's defaults (16 threads, 500 batches ahead) would fill the memory with volumes.
 _THREADS = 4
 _PAIRS_AHEAD = 8
+_LOOK_AHEAD = 1000  # pairs tried in place of one that cannot be used
+ON_FAULT = ("fail", "skip")
 _SETTINGS = ("split", "seed", "weights", "global_batch_size", "augment")
 
 
@@ -208,6 +210,7 @@ def make_iterator(
     shard: tuple[int, int] = (0, 1),
     num_threads: int = _THREADS,
     augment: AugmentSpec | None = None,
+    on_fault: str = "fail",
 ) -> PairIterator:
     """Makes the endless stream of batches that training consumes.
 
@@ -224,6 +227,9 @@ def make_iterator(
         num_threads: readers; 0 reads in the caller's thread. No effect on the stream.
         augment: how much the pairs are changed, by `augment.make_augment`; None: not
             at all. The changes of a pair are a function of seed and place, too.
+        on_fault: what a volume that cannot be used does: "fail" ends the stream, "skip"
+            names it on stderr and gives the next pair of the order without it, until
+            more than one volume in a hundred (at least one) is at fault.
 
     Returns:
         Iterator of PairBatch (NumPy, maybe read-only), with get_state and set_state.
@@ -232,9 +238,11 @@ def make_iterator(
         UserError: exit code 3 when there is no pair; 2 for an unknown task, a bad
             weight, another shape, or see `augment.make_augment`; while iterating 10
             when a volume has changed.
-        ValueError: batch_size below 1, shard out of range.
+        ValueError: batch_size below 1, shard out of range, unknown on_fault.
     """
     dataset = root if isinstance(root, Dataset) else Dataset(root)
+    if on_fault not in ON_FAULT:
+        raise ValueError(f"on_fault must be one of {ON_FAULT}, got {on_fault!r}")
     if batch_size < 1 or not 0 <= shard[0] < shard[1]:
         raise ValueError(
             f"batch_size must be at least 1 and shard (i, n) with 0 <= i < n, got "
@@ -249,9 +257,14 @@ def make_iterator(
         )
     pairs = dataset.pairs(split)
     shares = _shares(pairs, split, weights)
-    examples = grain.MapDataset.source(PairOrder(pairs, shares, seed)).map(
-        lambda position: dataset.example(pairs[position], position)
-    )
+    order = PairOrder(pairs, shares, seed)
+    if on_fault == "skip":
+        places = grain.MapDataset.source(range(len(order)))
+        examples = places.map(_Skipping(dataset, pairs, order))
+    else:
+        examples = grain.MapDataset.source(order).map(
+            lambda position: dataset.example(pairs[position], position)
+        )
     if augment is not None and augment.on:
         names = {task: dataset.label_names(task) for task in shares}
         change = make_augment(augment, names, dataset.index["spec"]["spacing_mm"])
@@ -313,6 +326,50 @@ def make_eval_batches(
         )
     )
     return ((pairs[i], _stack([dataset.example(pairs[i], i)])) for i in positions)
+
+
+class _Skipping:
+    """Element k of an order, or the next one whose volumes can be used."""
+
+    def __init__(self, dataset: Dataset, pairs: Sequence[Pair], order: "PairOrder"):
+        self._dataset, self._pairs, self._order = dataset, pairs, order
+        self._budget = max(1, len(dataset.index["volumes"]) // 100)
+        self._faults: dict[int, UserError] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, k: int) -> PairBatch:
+        for place in range(k, k + _LOOK_AHEAD):
+            position = self._order[place]
+            pair = self._pairs[position]
+            if all(self._usable(volume) for volume in (pair.fixed, pair.moving)):
+                return self._dataset.example(pair, position)
+        names = [self._dataset.index["volumes"][i]["id"] for i in self._faults]
+        raise UserError(
+            "checksum",
+            f"prepared data: a pair without {', '.join(names)} expected, none among "
+            f"the next {_LOOK_AHEAD}; restore these volumes",
+            DATA_CHANGED,
+        )
+
+    def _usable(self, volume: int) -> bool:
+        if volume in self._faults:
+            return False
+        try:
+            self._dataset.volume(volume)
+        except UserError as error:
+            with self._lock:
+                if volume not in self._faults:
+                    self._faults[volume] = error
+                    print(f"warning: skipped: {error}", file=sys.stderr, flush=True)
+                if len(self._faults) > self._budget:
+                    raise UserError(
+                        error.reason,
+                        f"{error} ({len(self._faults)} volumes at fault, at most "
+                        f"{self._budget} are skipped)",
+                        error.exit_code,
+                    ) from error
+            return False
+        return True
 
 
 class PairOrder:

@@ -137,6 +137,7 @@ _LEAST = {
 }
 # Fields with a closed choice.
 _CHOICES = {
+    "data.on_fault": loader.ON_FAULT,
     "model.conditioner": tuple(HEADS),
     "model.features": tuple(FEATURES),
     "model.combine": COMBINE,

@@ -39,6 +39,7 @@ def train(config, workdir: Path) -> Path:
         seed=config.seed,
         weights=experiment.weights,
         augment=experiment.augment,
+        on_fault=config.data.on_fault,
     )
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(

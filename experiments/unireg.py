@@ -25,6 +25,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.data.spacing_mm = 2.0  # section 4.1
     config.data.hu_window = (-800.0, 400.0)  # section 4.3
     config.data.batch_size = 1  # supplement C, per device
+    config.data.on_fault = "fail"  # a volume gone bad; or skip, up to 1 in 100
     # Share of each task in the stream; a task without data is left out. Uniform:
     # section 4.4. The paper only tests on lung.
     config.data.weights = ml_collections.ConfigDict(

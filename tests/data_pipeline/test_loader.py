@@ -269,6 +269,54 @@ def test_removed_volume_is_refused(copy):
     assert caught.value.exit_code == DATA_CHANGED
 
 
+def _damage(copy, ids):
+    for entry in store.read_index(copy)["volumes"]:
+        if entry["id"] in ids:
+            path = copy / entry["image"]
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+
+
+def test_bad_volume_is_skipped_by_the_next_of_the_order(root, copy, capsys):
+    """The order stays a function of (seed, step) and of which volumes are bad."""
+    whole = list(itertools.chain.from_iterable(_stream(root, 40)))
+    assert _stream(root, 40, on_fault="skip") == _stream(root, 40)
+    _damage(copy, ["chest10"])
+    pairs = loader.Dataset(root).pairs("train")
+    names = [v["id"] for v in store.read_index(root)["volumes"]]
+
+    def bad(position):
+        pair = pairs[position]
+        return "chest10" in (names[pair.fixed], names[pair.moving])
+
+    streams = [
+        list(
+            itertools.chain.from_iterable(
+                _stream(copy, 40, on_fault="skip", num_threads=n)
+            )
+        )
+        for n in (0, 4)
+    ]
+    assert streams[0] == streams[1]
+    assert any(map(bad, whole)) and not any(map(bad, streams[0]))
+    for k, (given, meant) in enumerate(zip(streams[0], whole, strict=True)):
+        if not bad(meant):
+            assert given == meant
+        elif after := [p for p in whole[k:] if not bad(p)]:
+            assert given == after[0]
+    lines = [x for x in capsys.readouterr().err.splitlines() if "skipped" in x]
+    assert len(lines) == 2 and all("chest10" in line for line in lines)  # per stream
+
+
+def test_too_many_bad_volumes_end_the_stream(copy):
+    """Of 35 volumes one may be skipped."""
+    _damage(copy, ["chest00", "headneck20"])
+    with pytest.raises(UserError, match="2 volumes at fault, at most 1") as caught:
+        _stream(copy, 60, on_fault="skip")
+    assert caught.value.exit_code == DATA_CHANGED
+
+
 def test_index_that_lies_about_the_shape_is_refused(copy):
     index = store.read_index(copy)
     index["spec"]["shape"] = [8, 10, 12]
@@ -298,7 +346,9 @@ def test_make_iterator_refuses(root, options, reason, exit_code):
     assert (caught.value.reason, caught.value.exit_code) == (reason, exit_code)
 
 
-@pytest.mark.parametrize("options", [dict(batch_size=0), dict(shard=(2, 2))])
+@pytest.mark.parametrize(
+    "options", [dict(batch_size=0), dict(shard=(2, 2)), dict(on_fault="drop")]
+)
 def test_make_iterator_rejects_bad_arguments(root, options):
     with pytest.raises(ValueError, match="batch_size must be at least 1 and shard"):
         loader.make_iterator(root, "train", **{"batch_size": 1, "seed": 0, **options})

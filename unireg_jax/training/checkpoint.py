@@ -109,6 +109,7 @@ def _other(folder: Path, what: str) -> UserError:
 # only a path: the data iterator refuses a folder of other content.
 _FREE = (
     "data.root",
+    "data.on_fault",
     "train.steps",
     "train.log_every",
     "train.eval_every",
