@@ -347,10 +347,15 @@ def test_make_iterator_refuses(root, options, reason, exit_code):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(batch_size=0), dict(shard=(2, 2)), dict(on_fault="drop")]
+    ("options", "match"),
+    [
+        (dict(batch_size=0), "batch_size must be at least 1 and shard"),
+        (dict(shard=(2, 2)), "batch_size must be at least 1 and shard"),
+        (dict(on_fault="drop"), "on_fault must be one of"),
+    ],
 )
-def test_make_iterator_rejects_bad_arguments(root, options):
-    with pytest.raises(ValueError, match="batch_size must be at least 1 and shard"):
+def test_make_iterator_rejects_bad_arguments(root, options, match):
+    with pytest.raises(ValueError, match=match):
         loader.make_iterator(root, "train", **{"batch_size": 1, "seed": 0, **options})
 
 
