@@ -23,6 +23,8 @@ from unireg_jax.registration import embedding
 from unireg_jax.tasks import Region
 from unireg_jax.training import objective, optimizer
 
+EMBEDDING = "embedding.safetensors"  # beside the weights of a run
+
 
 class Experiment(NamedTuple):
     """What a config describes.
@@ -37,6 +39,7 @@ class Experiment(NamedTuple):
         spec: model card fields that released weights carry.
         num_labels: label ids including background, over all tasks.
         extractor: of the features, and of the HU window.
+        embedding: file of its network, or None.
     """
 
     dataset: loader.Dataset
@@ -48,6 +51,7 @@ class Experiment(NamedTuple):
     spec: dict[str, Any]
     num_labels: int
     extractor: Extractor
+    embedding: Path | None
 
 
 def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
@@ -67,7 +71,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
         weights = objective.Weights(**config.loss.to_dict())
     except (TypeError, ValueError) as error:
         raise UserError("schema", f"config: {error}", USAGE) from error
-    extractor, described = _extractor(config)
+    extractor, source, described = _extractor(config)
     dataset = _dataset(config, workdir)
     num_labels = 1 + max(len(t["labels"]) for t in dataset.index["tasks"].values())
     weights = weights._replace(num_labels=num_labels)
@@ -86,6 +90,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
         },
         num_labels=num_labels,
         extractor=extractor,
+        embedding=source,
     )
 
 
@@ -102,15 +107,17 @@ def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return fields
 
 
-def _extractor(config: ml_collections.ConfigDict) -> tuple[Extractor, dict[str, Any]]:
-    """The features, and what the model card says of them."""
+def _extractor(
+    config: ml_collections.ConfigDict,
+) -> tuple[Extractor, Path | None, dict[str, Any]]:
+    """The features, their file, and what the model card says of them."""
     model = config.model
     card = {"features": model.features, "combine": model.combine}
     source = model.features
     if model.features == "sam":
         source = embedding.find_embedding(model.embedding or None)
         digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        card["embedding"] = {"name": source.name, "sha256": digest}
+        card["embedding"] = {"name": EMBEDDING, "sha256": digest}
     window = tuple(config.data.hu_window)
     extractor = embedding.load_extractor(source, window=window, combine=model.combine)
     spacing = (config.data.spacing_mm,) * 3
@@ -120,7 +127,7 @@ def _extractor(config: ml_collections.ConfigDict) -> tuple[Extractor, dict[str, 
             f"mm, config.data.spacing_mm is {config.data.spacing_mm}",
             file=sys.stderr,
         )
-    return extractor, card
+    return extractor, source if model.features == "sam" else None, card
 
 
 # The least value of numbers.

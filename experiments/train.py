@@ -3,10 +3,12 @@
     python -m experiments.train --config=experiments/unireg.py:demo --workdir=runs/demo
 
 Writes to the work folder: config.json, checkpoints/, metrics.jsonl, tb/ (TensorBoard),
-and weights.safetensors with its model card weights.json at the end.
+and at the end weights.safetensors with its model card weights.json, and the embedding
+it was trained on, if any, as embedding.safetensors.
 """
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import jax
@@ -80,6 +82,10 @@ def train(config, workdir: Path) -> Path:
         "seed": config.seed,
         "init_from": origin,
     }
+    if experiment.embedding:  # the two belong together
+        for suffix in (".json", ".safetensors"):
+            copy = (workdir / build.EMBEDDING).with_suffix(suffix)
+            shutil.copyfile(experiment.embedding.with_suffix(suffix), copy)
     released.save_weights(path, state.params, experiment.spec | {"training": training})
     return path
 

@@ -20,6 +20,9 @@ from data_pipeline import loader, synthetic
 from data_pipeline.augment import AugmentSpec
 from experiments import build, cli, loop, train, unireg
 from unireg_jax.errors import CHECKPOINT, NUMERICAL, PREEMPTED, USAGE, UserError
+from unireg_jax.imaging.preprocess import PreprocessSpec
+from unireg_jax.models.features import sam
+from unireg_jax.registration import embedding, load_model, weights
 from unireg_jax.training import checkpoint, evaluate, log, optimizer
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
@@ -429,6 +432,33 @@ def test_init_from_starts_at_the_given_weights(config, tmp_path):
         "seed": 0,
         "init_from": {"name": "weights.safetensors", "sha256": digest},
     }
+
+
+def test_run_on_an_embedding_keeps_the_two_together(config, tmp_path, monkeypatch):
+    """The embedding's own file may have any name, that of the weights too."""
+    fields = {"stem": 4, "stages": [4, 4, 6, 6], "channels": 5}
+    network = sam.Sam(norm="batch", conv_impl="direct", **fields)
+    variables = jax.jit(embedding.initializer(network))(jax.random.key(0))
+    path = tmp_path / "sam" / "weights.safetensors"
+    path.parent.mkdir()
+    spec = {"kind": "sam", "features": "sam", "architecture": fields}
+    spec["preprocess"] = PreprocessSpec().to_json()
+    weights.save_weights(path, jax.tree.map(np.asarray, variables), spec)
+    with config.unlocked():
+        config.model.update({"features": "sam", "embedding": str(path)})
+        config.train.steps = 1
+    trained = train.train(config, tmp_path / "run")
+    monkeypatch.setenv(embedding.VARIABLE, str(tmp_path / "absent.safetensors"))
+    model = load_model(trained)
+    digest = json.loads(path.with_suffix(".json").read_text())["sha256"]
+    assert model.extractor.digest == digest
+    # Alone it says which embedding belongs to it, and takes no other.
+    (trained.parent / "embedding.safetensors").unlink()
+    with pytest.raises(UserError, match="anatomical embedding expected"):
+        load_model(trained)
+    monkeypatch.delenv(embedding.VARIABLE)
+    with pytest.raises(UserError, match="that of the features the network was trained"):
+        load_model(trained)
 
 
 def test_init_from_of_another_model_is_refused(config, tmp_path):

@@ -106,7 +106,7 @@ def _extractor(spec: dict[str, Any], path: Path, grid: PreprocessSpec) -> Extrac
     # Beside the network's own file, else where embeddings are looked for.
     wanted = spec.get("embedding") or {}
     beside = path.with_name(Path(str(wanted.get("name", ""))).name or "none")
-    source = beside if beside.is_file() else "sam"
+    source = beside if beside.is_file() and beside != path else "sam"
     return load_extractor(source, sha256=wanted.get("sha256"), **options)
 
 
