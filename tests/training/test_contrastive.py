@@ -222,6 +222,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one():
     """Normalisation and negatives reach over both devices."""
     done = subprocess.run(
