@@ -4,7 +4,6 @@ The only reader of the config: below this file, functions take plain arguments.
 """
 
 import functools
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import ml_collections
 import optax
 
 from data_pipeline import augment, loader, synthetic
-from experiments import prealign
+from experiments import prealign, settings
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models.conditioning import HEADS
 from unireg_jax.models.features import COMBINE, FEATURES, Extractor
@@ -113,13 +112,16 @@ def _extractor(
     """The features, their file, and what the model card says of them."""
     model = config.model
     card = {"features": model.features, "combine": model.combine}
-    source = model.features
+    source = None
     if model.features == "sam":
         source = embedding.find_embedding(model.embedding or None)
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        card["embedding"] = {"name": EMBEDDING, "sha256": digest}
-    window = tuple(config.data.hu_window)
-    extractor = embedding.load_extractor(source, window=window, combine=model.combine)
+    extractor = embedding.load_extractor(
+        source or model.features,
+        window=tuple(config.data.hu_window),
+        combine=model.combine,
+    )
+    if source:
+        card["embedding"] = {"name": EMBEDDING, "sha256": extractor.digest}
     spacing = (config.data.spacing_mm,) * 3
     if extractor.spacing_mm not in (None, spacing):
         print(
@@ -127,7 +129,7 @@ def _extractor(
             f"mm, config.data.spacing_mm is {config.data.spacing_mm}",
             file=sys.stderr,
         )
-    return extractor, source if model.features == "sam" else None, card
+    return extractor, source, card
 
 
 # The least value of numbers.
@@ -156,11 +158,7 @@ _CHOICES = {
 
 def _check(config: ml_collections.ConfigDict) -> None:
     """Refuses values that no run can have, all at once and before anything is made."""
-    fields = {
-        f"{section}.{name}": value
-        for section in ("data", "model", "loss", "optim", "train")
-        for name, value in config[section].items()
-    } | {"seed": config.seed}
+    fields = settings.flat(config, ("data", "model", "loss", "optim", "train"))
     encoder, decoder = config.model.encoder, config.model.decoder
     depth = len(encoder)
     shape, window = config.data.shape, config.data.hu_window
@@ -194,18 +192,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
     if fault := augment.find_fault(augment.AugmentSpec(**change)):
         fields[f"data.augment.{fault[0]}"] = change[fault[0]]
         rules[f"data.augment.{fault[0]}"] = (False, fault[1])
-    faults = [
-        f"{field}: {expected} expected, got {fields[field]!r}"
-        for field, (right, expected) in rules.items()
-        if not right
-    ]
-    if faults:
-        raise UserError(
-            "schema",
-            f"config: {'; '.join(faults)}; correct the file, or pass "
-            "--config.FIELD=VALUE",
-            USAGE,
-        )
+    settings.refuse_faults(fields, rules)
 
 
 def _whole(values: Sequence[Any]) -> bool:

@@ -37,6 +37,11 @@ class Every(NamedTuple):
     save: int
 
 
+def every(train: Any) -> Every:
+    """Reads it from the section `train` of a config."""
+    return Every(train.steps, train.log_every, train.eval_every, train.checkpoint_every)
+
+
 def run(
     step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,

@@ -63,12 +63,7 @@ def train(config, workdir: Path) -> Path:
             _step(experiment, mesh),
             state,
             stream,
-            every=loop.Every(
-                config.train.steps,
-                config.train.log_every,
-                config.train.eval_every,
-                config.train.checkpoint_every,
-            ),
+            every=loop.every(config.train),
             names=lambda batch: [(f"pair {p}", tasks[p]) for p in batch.pair],
             validate=_validator(config, experiment),
             checkpoints=checkpoints,

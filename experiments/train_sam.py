@@ -10,6 +10,7 @@ $UNIREG_SAM and the training of UniReg through --config.model.embedding.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -20,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_pipeline import loader, views
-from experiments import cli, loop
+from experiments import cli, loop, settings
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models.features import sam
 from unireg_jax.registration import weights as released
@@ -47,12 +48,14 @@ def train(config, workdir: Path) -> Path:
         raise UserError("schema", f"config: {error}", USAGE) from error
     mesh = train_step.make_mesh()
     keep, split = train_step.replicated(mesh), train_step.batch_sharding(mesh)
-    settings = {
+    stream_settings = {
         "batch_size": config.data.batch_size * mesh.shape["data"],
         "spec": spec,
         "weights": config.data.weights.to_dict(),
     }
-    stream = views.make_view_iterator(dataset, "train", seed=config.seed, **settings)
+    stream = views.make_view_iterator(
+        dataset, "train", seed=config.seed, **stream_settings
+    )
     step_fn = embedding.make_train_step(network, tx, recipe=recipe, mesh=mesh)
     state = embedding.make_state(network, tx, seed=config.seed)
     state = jax.device_put(state, keep)
@@ -71,16 +74,11 @@ def train(config, workdir: Path) -> Path:
             lambda state, batch: step_fn(state, jax.device_put(batch, split)),
             state,
             stream,
-            every=loop.Every(
-                config.train.steps,
-                config.train.log_every,
-                config.train.eval_every,
-                config.train.checkpoint_every,
-            ),
+            every=loop.every(config.train),
             names=lambda batch: [
                 (volumes[v]["id"], volumes[v]["task"]) for v in batch.volume
             ],
-            validate=_validator(config, dataset, network, recipe, settings),
+            validate=_validator(config, dataset, network, recipe, stream_settings),
             checkpoints=checkpoints,
             writer=writer,
             shown=("loss", "fine_hit", "coarse_hit"),
@@ -113,11 +111,7 @@ _POSITIVE = ("views.spacing_mm", "loss.temperature", "loss.positive_mm")
 
 def _check(config) -> None:
     """Refuses values that no run can have, all at once and before anything is read."""
-    fields = {
-        f"{section}.{name}": value
-        for section in ("data", "views", "model", "loss", "optim", "train")
-        for name, value in config[section].items()
-    } | {"seed": config.seed}
+    fields = settings.flat(config, ("data", "views", "model", "loss", "optim", "train"))
     shape, scales = config.views.shape, config.views.scales
     divisors = (16, 16, 8)
     right_shape = len(shape) == 3 and not any(
@@ -153,18 +147,7 @@ def _check(config) -> None:
     }
     if right_shape and config.loss.anchors > cells:
         rules["loss.anchors"] = (False, f"at most {cells}, the fine cells of a view")
-    faults = [
-        f"{field}: {expected} expected, got {fields[field]!r}"
-        for field, (right, expected) in rules.items()
-        if not right
-    ]
-    if faults:
-        raise UserError(
-            "schema",
-            f"config: {'; '.join(faults)}; correct the file, or pass "
-            "--config.FIELD=VALUE",
-            USAGE,
-        )
+    settings.refuse_faults(fields, rules)
 
 
 def _dataset(config) -> loader.Dataset:
@@ -178,19 +161,21 @@ def _dataset(config) -> loader.Dataset:
     return loader.Dataset(config.data.root)
 
 
-def _validator(config, dataset, network, recipe, settings):
+def _validator(config, dataset, network, recipe, stream_settings):
     """validate(variables) -> means over the same views of `val` every time."""
     evaluate = embedding.make_eval_step(network, recipe=recipe)
 
-    def validate(variables):
+    @functools.cache
+    def batches():
         stream = views.make_view_iterator(
-            dataset, "val", seed=config.seed + 1, **settings
+            dataset, "val", seed=config.seed + 1, **stream_settings
         )
+        return list(itertools.islice(stream, config.train.eval_batches))
+
+    def validate(variables):
         rows = [
             evaluate(variables, batch, jax.random.key(n))
-            for n, batch in enumerate(
-                itertools.islice(stream, config.train.eval_batches)
-            )
+            for n, batch in enumerate(batches())
         ]
         return {f"val/{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
 
