@@ -14,7 +14,6 @@ scan, 4 every scan has an error, 5 some have.
 import argparse
 import collections
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import tqdm
 from data_pipeline import anatomy, findings, parallel, prepare, store
 from data_pipeline.datasets import manifest
 from data_pipeline.datasets.manifest import Collection, Record
-from data_pipeline.examine import examine
+from data_pipeline.examine import examine, nothing_known
 from data_pipeline.findings import Finding
 from data_pipeline.pairs import SPLITS
 from unireg_jax.errors import FAILED, NOTHING, PARTLY, PREEMPTED, USAGE, UserError
@@ -190,17 +189,7 @@ def _died(job: tuple[int, Record]) -> tuple[int, _Result]:
 def _lost(record: Record, reason: str, expected: str, got: str) -> _Result:
     remedy = "report it" if reason == "internal" else "run with fewer --workers"
     finding = Finding("error", record.id, reason, "scan", expected, got, remedy)
-    return {
-        "id": record.id,
-        "task": record.task,
-        "subject": record.subject,
-        "split": record.split,
-        "sha256": {},
-        "voxels": None,
-        "image": None,
-        "labels": None,
-        "findings": [finding],
-    }
+    return nothing_known(record) | {"findings": [finding]}
 
 
 # --- the collection ---
@@ -542,14 +531,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--markdown", metavar="FILE", help="write tables of scans and findings"
     )
-    cores = min(4, len(os.sched_getaffinity(0)))
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=cores,
-        metavar="N",
-        help=f"processes, each with one scan in memory (default here: {cores})",
-    )
+    parallel.add_workers(parser)
     return parser
 
 

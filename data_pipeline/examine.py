@@ -46,18 +46,8 @@ def examine(record: Record) -> dict[str, Any]:
         "findings"}: digests of files and of values, facts (None where a file cannot be
         read) and a list of Finding.
     """
-    found: list[Finding] = []
-    result = {
-        "id": record.id,
-        "task": record.task,
-        "subject": record.subject,
-        "split": record.split,
-        "sha256": {},
-        "voxels": None,
-        "image": None,
-        "labels": None,
-        "findings": found,
-    }
+    result = nothing_known(record)
+    found: list[Finding] = result["findings"]
     image = None
     try:
         image = sources.read_scan(record)
@@ -79,6 +69,21 @@ def examine(record: Record) -> dict[str, Any]:
     if image is not None:
         found += _judged(record, image)
     return result
+
+
+def nothing_known(record: Record) -> dict[str, Any]:
+    """The result of `examine` before anything is read."""
+    return {
+        "id": record.id,
+        "task": record.task,
+        "subject": record.subject,
+        "split": record.split,
+        "sha256": {},
+        "voxels": None,
+        "image": None,
+        "labels": None,
+        "findings": [],
+    }
 
 
 def value_digest(data: np.ndarray) -> str | None:

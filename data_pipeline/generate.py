@@ -315,7 +315,7 @@ def make_iterator(
         grain.MapDataset.source(_Numbered(source))
         .slice(slice(shard[0], None, shard[1]))
         .map(lambda item: _example(source.task, *item))
-        .batch(batch_size, drop_remainder=True, batch_fn=_stack)
+        .batch(batch_size, drop_remainder=True, batch_fn=loader.stack)
     )
     ahead = 2 if num_threads else 0
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
@@ -464,10 +464,6 @@ def _example(task: str, k: int, pair: ScanPair) -> PairBatch:
         pair_type=np.int32(TASKS[task].pair_type),
         pair=np.int32(k % 2**31),
     )
-
-
-def _stack(examples: Sequence[PairBatch]) -> PairBatch:
-    return PairBatch(*(np.stack(parts) for parts in zip(*examples, strict=True)))
 
 
 def _rng(purpose: str, seed: int, k: int) -> np.random.Generator:

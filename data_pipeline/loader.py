@@ -20,7 +20,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -34,6 +34,7 @@ from unireg_jax.tasks import TASKS, PairBatch
 # grain's defaults (16 threads, 500 batches ahead) would fill the memory with volumes.
 _THREADS = 4
 _PAIRS_AHEAD = 8
+_Batch = TypeVar("_Batch", bound=tuple)
 _LOOK_AHEAD = 1000  # pairs tried in place of one that cannot be used
 ON_FAULT = ("fail", "skip")
 _SETTINGS = ("split", "seed", "weights", "global_batch_size", "augment")
@@ -273,7 +274,7 @@ def make_iterator(
         )
     # Sharded last: the generator of a record is that of its place in the whole stream.
     batches = examples.slice(slice(shard[0], None, shard[1])).batch(
-        batch_size, drop_remainder=True, batch_fn=_stack
+        batch_size, drop_remainder=True, batch_fn=stack
     )
     ahead = max(2, _PAIRS_AHEAD // batch_size) if num_threads else 0
     # A reader makes a whole batch: more of them than batches ahead would only wait.
@@ -325,7 +326,7 @@ def make_eval_batches(
             [i for i, pair in enumerate(pairs) if pair.task == task], pairs_per_task
         )
     )
-    return ((pairs[i], _stack([dataset.example(pairs[i], i)])) for i in positions)
+    return ((pairs[i], stack([dataset.example(pairs[i], i)])) for i in positions)
 
 
 class _Skipping:
@@ -477,7 +478,16 @@ def _spread(items: Sequence[int], count: int | None) -> Sequence[int]:
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, count).round()]
 
 
-def _stack(examples: Sequence[PairBatch]) -> PairBatch:
-    if len(examples) == 1:  # views: a pair of 192 x 192 x 160 has 34 MiB
-        return PairBatch(*(np.asarray(part)[None] for part in examples[0]))
-    return PairBatch(*(np.stack(parts) for parts in zip(*examples, strict=True)))
+def stack(examples: Sequence[_Batch]) -> _Batch:
+    """Puts examples of one kind, a named tuple of arrays, into a batch.
+
+    Args:
+        examples: PairBatch or ViewBatch without the batch axis.
+
+    Returns:
+        The same kind with the batch axis first; of one example, views.
+    """
+    kind = type(examples[0])
+    if len(examples) == 1:  # a pair of 192 x 192 x 160 has 34 MiB
+        return kind(*(np.asarray(part)[None] for part in examples[0]))
+    return kind(*(np.stack(parts) for parts in zip(*examples, strict=True)))

@@ -3,9 +3,11 @@
 A worker always ends its item; Ctrl-C and SIGTERM reach the parent only.
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +85,18 @@ def _pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Adds --workers to a command that reads scans and writes none."""
+    cores = min(4, len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help=f"processes, each with one scan in memory (default here: {cores})",
+    )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ import colorsys
 import html
 import io
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -448,14 +447,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="scans drawn of a task, spread over all of them (default: 48)",
     )
-    cores = min(4, len(os.sched_getaffinity(0)))
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=cores,
-        metavar="N",
-        help=f"processes, each with one scan in memory (default here: {cores})",
-    )
+    parallel.add_workers(parser)
     return parser
 
 

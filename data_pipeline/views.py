@@ -109,7 +109,7 @@ def make_view_iterator(
                 rng=rng,
             )
         )
-        .batch(batch_size, drop_remainder=True, batch_fn=_stack)
+        .batch(batch_size, drop_remainder=True, batch_fn=loader.stack)
     )
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
     settings: dict[str, Any] = {
@@ -231,7 +231,3 @@ def _resample(hu, body, volume_mm, vox2mm, spec, rng):
         image += spec.noise_hu * rng.random() * noise
     image = np.clip(np.rint(image), _AIR_HU, 3071)
     return np.where(valid, image, OUTSIDE_HU).astype(np.int16), mask & valid
-
-
-def _stack(examples) -> ViewBatch:
-    return ViewBatch(*(np.stack(parts) for parts in zip(*examples, strict=True)))
