@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unireg_jax.ops import resample
+from unireg_jax.ops import resample, space
 from unireg_jax.tasks import ViewBatch
 
 _NEVER = -1e9
@@ -122,7 +122,7 @@ def _cells(maps: jax.Array, batch: ViewBatch) -> _Cells:
         batch.body[..., None].astype(jnp.float32), tuple(int(f) for f in factor)
     )
     body = share.reshape(2, -1) >= 0.5
-    mm = jnp.stack([_apply(m, voxel) for m in batch.vox2mm])
+    mm = jnp.stack([space.points_to_world(voxel, m) for m in batch.vox2mm])
     edges, first, last = (
         jnp.asarray(row, jnp.float32)[None]
         for row in (factor, (factor - 1) / 2, np.array(shape) - 1)
@@ -130,11 +130,8 @@ def _cells(maps: jax.Array, batch: ViewBatch) -> _Cells:
     matches, gaps = [], []
     for view in range(2):
         # Cells of a view are an orthogonal lattice: the nearest one is found axis by
-        # axis. Rotation and scale: the inverse of linear L is L^T / |L|^2.
-        matrix = batch.vox2mm[1 - view]
-        edge = jnp.sum(jnp.square(matrix[:3, 0]))
-        there = mm[view] - matrix[None, :3, 3]
-        there = _matmul(there, matrix[:3, :3]) / edge
+        # axis.
+        there = space.points_to_voxel(mm[view], batch.vox2mm[1 - view])
         cell = jnp.round((there - first) / edges)
         inside = jnp.all((cell >= 0) & (cell <= last), axis=-1)
         cell = jnp.clip(cell, 0, last).astype(jnp.int32)
@@ -280,14 +277,3 @@ def _squared_mm(a, b):
     """[len(a), len(b)], by components: a product would cancel in float32."""
     gaps = (a[:, None, i] - b[None, :, i] for i in range(3))
     return sum(jnp.square(gap) for gap in gaps)
-
-
-def _apply(matrix, points):
-    """Homogeneous [4, 4] times points [N, 3]."""
-    moved = _matmul(points, matrix[:3, :3].T)
-    return moved + matrix[None, :3, 3]
-
-
-def _matmul(a, b):
-    """Matrix units may round float32: coordinates keep all bits."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

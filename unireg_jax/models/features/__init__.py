@@ -73,7 +73,8 @@ def _of_image(extract: Callable) -> Callable:
 
     def describe(hu, extractor):
         low, high = extractor.window
-        return extract(intensity.window(hu, low=low, high=high))
+        fine, coarse = extract(intensity.window(hu, low=low, high=high))
+        return _normalize(fine), coarse
 
     return describe
 
@@ -108,8 +109,7 @@ def describe(hu: jax.Array, extractor: Extractor) -> Maps:
             f"{backend!r} with {extractor.network}; load them with "
             "registration.load_extractor"
         )
-    fine, coarse = FEATURES[backend](hu, extractor)
-    return Maps(_normalize(fine), coarse)
+    return Maps(*FEATURES[backend](hu, extractor))
 
 
 def correlate(fixed: Maps, moving: Maps, *, combine: str = "concat") -> jax.Array:
