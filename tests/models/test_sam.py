@@ -104,15 +104,9 @@ def test_bfloat16_stays_near_float32(variables, hu):
 @pytest.mark.parametrize("layout", ["SAM", "SAMv2", "SAME"])
 def test_converted_checkpoint_equals_pytorch(layout, tmp_path):
     torch = pytest.importorskip("torch")
-    import importlib.util
-    from pathlib import Path
-
+    from tests import sam_twin
     from unireg_jax.registration import sam_weights
 
-    place = Path(__file__).parents[1] / "sam_twin.py"
-    spec = importlib.util.spec_from_file_location("sam_twin", place)
-    sam_twin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sam_twin)
     twin = sam_twin.make_twin(stem=4, stages=(4, 6, 8, 10), channels=5, seed=0)
     torch.save(sam_twin.state_dict_layouts(twin)[layout], tmp_path / "SAM.pth")
     sam_weights.convert(tmp_path / "SAM.pth", tmp_path / "sam.safetensors")

@@ -1,7 +1,6 @@
 """Many pairs: the same results, shared work done once, faults that stay apart."""
 
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -145,16 +144,16 @@ def far():
 def test_register_many_yields_in_order_whoever_ends_first(model, scans):
     volumes = [nifti.read_image(path) for path in scans]
     pairs = atlas_pairs(volumes)
-    ended = []
+    ended, others = [], threading.Barrier(3)
 
     def finish(pair, registration, fixed, moving):
         assert isinstance(fixed, Volume) and fixed is volumes[0]
         assert registration.disp_mm.shape == (*fixed.data.shape, 3)
+        if moving is not volumes[1]:
+            ended.append(moving)
+        others.wait(timeout=60)  # seconds, of a test that hangs
         if moving is volumes[1]:
-            limit = time.monotonic() + 60
-            while len(ended) < 2 and time.monotonic() < limit:
-                time.sleep(0.01)
-        ended.append(moving)
+            ended.append(moving)
         return next(i for i, volume in enumerate(volumes) if volume is moving)
 
     outcomes = list(register_many(pairs, weights=model, finish=finish, workers=3))
