@@ -33,12 +33,13 @@ from experiments.benchmark_refine import TRAIN_PAIRS
 from experiments.real_results import LANDMARKS
 from experiments.real_scans import HELD_OUT
 from experiments.sam import PRESETS
+from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti, points, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor, Maps, sam
-from unireg_jax.registration import affine, embedding, feature_affine, matching, metrics
+from unireg_jax.registration import affine, embedding, feature_affine, matching
 from unireg_jax.tasks import OUTSIDE_HU
 
 ORGANS = range(1, 8)

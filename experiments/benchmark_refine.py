@@ -31,11 +31,12 @@ from experiments import cli, timing
 from experiments.real_results import LANDMARKS
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
+from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti, points
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.ops import resample
-from unireg_jax.registration import metrics, pipeline, refine
+from unireg_jax.registration import pipeline, refine
 from unireg_jax.registration.compiled import Described
 from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.refine import Plan

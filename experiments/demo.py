@@ -18,8 +18,8 @@ from absl import flags
 from data_pipeline import synthetic
 from experiments import cli, figures, train, unireg
 from unireg_jax import registration
+from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti
-from unireg_jax.registration import metrics
 
 SPACING_MM = 4.0
 SHAPE = (96, 96, 96)

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from experiments import cli, figures
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
+from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti, points
-from unireg_jax.registration import metrics
 
 LANDMARKS = {
     "liver": (

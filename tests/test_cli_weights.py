@@ -13,6 +13,7 @@ from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.registration import embedding, weights
+from unireg_jax.verbs import weights as verb
 
 REPO = Path(__file__).resolve().parents[1]
 SPEC = {
@@ -25,7 +26,7 @@ SPEC = {
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in cli.VARIABLES:
+    for name in verb.VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -201,7 +202,7 @@ def test_verify_shows_a_card_of_odd_types_in_one_line(tmp_path, capsys):
 
 
 def test_variables_are_those_of_the_registration_room():
-    assert cli.VARIABLES == (weights.VARIABLE, embedding.VARIABLE)
+    assert verb.VARIABLES == (weights.VARIABLE, embedding.VARIABLE)
 
 
 # --- as a process -------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """The import direction between the rooms, read from every file."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
+
+from unireg_jax.__main__ import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unireg_jax"
@@ -14,22 +17,25 @@ ALLOWED = {
     "unireg_jax.errors": set(),
     "unireg_jax.ops": set(),
     "unireg_jax.imaging": set(),
+    "unireg_jax.evaluation": {"unireg_jax.imaging"},
     "unireg_jax.models": {"unireg_jax.ops"},
     "unireg_jax.registration": {
         "unireg_jax.ops",
         "unireg_jax.models",
         "unireg_jax.imaging",
+        "unireg_jax.evaluation",
     },
     "unireg_jax.training": {
         "unireg_jax.ops",
         "unireg_jax.models",
         "unireg_jax.registration",
     },
-    "unireg_jax.__main__": {
-        "unireg_jax.ops",
+    "unireg_jax.verbs": {
         "unireg_jax.imaging",
+        "unireg_jax.evaluation",
         "unireg_jax.registration",
     },
+    "unireg_jax.__main__": {"unireg_jax.verbs"},
     "unireg_jax.__init__": set(),
     "unireg_jax.weights": set(),
     "data_pipeline": {"unireg_jax.imaging"},
@@ -37,6 +43,7 @@ ALLOWED = {
         "unireg_jax.ops",
         "unireg_jax.imaging",
         "unireg_jax.models",
+        "unireg_jax.evaluation",
         "unireg_jax.registration",
         "unireg_jax.training",
         "data_pipeline",
@@ -44,7 +51,14 @@ ALLOWED = {
 }
 VOCABULARY = {"unireg_jax.tasks", "unireg_jax.errors", "unireg_jax"}
 # Host rooms: importing them must not pull in JAX.
-HOST = {"unireg_jax.imaging", "unireg_jax.tasks", "unireg_jax.errors", "data_pipeline"}
+HOST = {
+    "unireg_jax.imaging",
+    "unireg_jax.evaluation",
+    "unireg_jax.verbs",
+    "unireg_jax.tasks",
+    "unireg_jax.errors",
+    "data_pipeline",
+}
 
 
 def _files():
@@ -108,3 +122,12 @@ def test_rooms_have_no_import_cycles():
 
     for module in graph:
         visit(module, [])
+
+
+def test_every_verb_has_a_module_and_its_line():
+    modules = {p.stem for p in (ROOT / PACKAGE / "verbs").glob("*.py")}
+    shared = {"__init__", "messages", "options", "outputs", "versions"}
+    assert modules - shared == {name.replace("-", "_") for name in VERBS}
+    for name, line in VERBS.items():
+        module = importlib.import_module(f"unireg_jax.verbs.{name.replace('-', '_')}")
+        assert line == module.HELP

@@ -14,9 +14,9 @@ import pytest
 
 from data_pipeline import synthetic
 from data_pipeline.datasets import manifest
-from unireg_jax import __main__ as cli
 from unireg_jax.errors import UserError
 from unireg_jax.training import optimizer
+from unireg_jax.verbs import outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -62,8 +62,8 @@ def test_every_test_of_the_table_exists(number, tests):
 
 
 def test_case_name_keeps_the_dots_of_a_uid():
-    assert cli._stem("/d/1.2.840.113619.2.55.nii.gz") == "1.2.840.113619.2.55"
-    assert cli._stem("A.B.NII.GZ") == "A.B" and cli._stem("x.nii") == "x"
+    assert outputs.stem("/d/1.2.840.113619.2.55.nii.gz") == "1.2.840.113619.2.55"
+    assert outputs.stem("A.B.NII.GZ") == "A.B" and outputs.stem("x.nii") == "x"
 
 
 def test_json_manifest_with_a_byte_order_mark_is_read(tmp_path):

@@ -16,11 +16,11 @@ from experiments import demo, figures, prealign, real_scans, unireg
 from unireg_jax import __main__ as cli
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
+from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.registration import metrics
 from unireg_jax.tasks import OUTSIDE_HU
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_readme_unireg_commands_are_real():
     commands = _readme_commands("unireg ")
     assert {c[1] for c in commands} >= {"register", "evaluate"}
     for command in commands:
-        cli._parser().parse_args(command[1:])  # argparse exits on an unknown flag
+        cli._parse(command[1:])  # argparse exits on an unknown flag
 
 
 def test_readme_training_commands_are_real():

@@ -9,13 +9,14 @@ from scipy import ndimage
 from data_pipeline import synthetic
 from unireg_jax import errors
 from unireg_jax.errors import UserError
+from unireg_jax.evaluation import metrics
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 from unireg_jax.models import features
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import compiled, metrics, pipeline, weights
+from unireg_jax.registration import compiled, pipeline, weights
 from unireg_jax.registration import matcher as matching_scans
 from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register

@@ -23,6 +23,7 @@ from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
 from unireg_jax.registration.refine import Plan
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
+from unireg_jax.verbs import register as verb
 
 SHAPE = (32, 16, 48)
 MIND = Extractor("mind")
@@ -280,7 +281,7 @@ def test_command_register_optimises_and_records_it(files, tmp_path, capsys):
 
 
 def test_choices_are_those_of_refine():
-    assert cli.IO_FEATURES == tuple(sorted(refine.LEVELS))
+    assert verb.IO_FEATURES == tuple(sorted(refine.LEVELS))
 
 
 def test_many_pairs_are_refined_as_one(files, model):

@@ -5,6 +5,7 @@ import importlib
 _HOME = {
     "Model": "network",
     "load_model": "network",
+    "device": "network",
     "load_extractor": "embedding",
     "compile_register": "compiled",
     "Outcome": "batch",
@@ -15,6 +16,8 @@ _HOME = {
     "Registration": "pipeline",
     "register": "pipeline",
     "residual_mm": "pipeline",
+    "quality_warnings": "pipeline",
+    "use_compilation_cache": "compilation_cache",
 }
 
 

@@ -120,3 +120,9 @@ def initializer(module: UniReg) -> Callable[[jax.Array], Any]:
         return module.init(key, image, image, corr, cond, cond)["params"]
 
     return init
+
+
+def device() -> dict[str, str]:
+    """Platform and kind of the device that is used, for records."""
+    first = jax.devices()[0]
+    return {"platform": first.platform, "kind": first.device_kind}

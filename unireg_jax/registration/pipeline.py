@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from unireg_jax.errors import NUMERICAL, USAGE, UserError
+from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti, orientation, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.ops import intensity, warp
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import feature_affine, matcher, metrics
+from unireg_jax.registration import feature_affine, matcher
 from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.network import Model, load_model

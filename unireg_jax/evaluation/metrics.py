@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import h5py
-import jax
 import numpy as np
 from scipy import ndimage
 
@@ -17,7 +16,6 @@ from unireg_jax.errors import UserError
 from unireg_jax.imaging import nifti, orientation, transforms
 from unireg_jax.imaging.nifti import Volume, shown
 from unireg_jax.imaging.surface import hd95_mm
-from unireg_jax.ops import dice, jacobian
 
 DEFINITIONS = {
     "dsc": "2 |F and W| / (|F| + |W|); null when absent in both, 0 when in one",
@@ -110,7 +108,7 @@ def field_scores(
         raise ValueError(
             f"mask must be {disp_mm.shape[:3]} on the field's grid, got {mask.shape}"
         )
-    detj = _determinant(disp_mm, vox2world)
+    detj = jacobian_determinant(disp_mm, vox2world)
     rim = detj[1:-1, 1:-1, 1:-1]
     longest = max(
         float(np.square(disp_mm[:, :, k]).sum(axis=-1).max())
@@ -258,17 +256,13 @@ def label_scores(
     if ids is None:
         present = np.union1d(np.unique(fixed_labels), np.unique(warped_labels))
         ids = [int(i) for i in present if i != 0]
-    # Ids may be large and few: compact ones keep the table of counts small.
-    table = np.zeros(1 + max([0, *ids, fixed_labels.max(), warped_labels.max()]), int)
-    table[ids] = np.arange(1, len(ids) + 1)
-    values = np.asarray(
-        dice.dsc(
-            table[fixed_labels].astype(np.int32)[None],
-            table[warped_labels].astype(np.int32)[None],
-            num_labels=len(ids) + 1,
-        )
-    )[0]
-    scores = {i: {"dsc": float(v)} for i, v in zip(ids, values, strict=True)}
+    both = fixed_labels[fixed_labels == warped_labels]
+    counts = [_counts(labels) for labels in (both, fixed_labels, warped_labels)]
+    scores = {}
+    for i in ids:
+        common, fixed, warped = (count.get(i, 0) for count in counts)
+        total = fixed + warped
+        scores[i] = {"dsc": 2 * common / total if total else float("nan")}
     for i in ids if surface else []:
         scores[i]["hd95_mm"] = hd95_mm(fixed_labels, warped_labels, i, spacing_mm)
     return scores
@@ -351,18 +345,52 @@ def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def _determinant(disp_mm: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
-    """Jacobian determinant at interior voxels, slab by slab: bounded memory."""
+def _counts(labels: np.ndarray) -> dict[int, int]:
+    """Voxels per label."""
+    values, counts = np.unique(labels, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def jacobian_determinant(disp_mm: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
+    """Determinant of the Jacobian of x + disp_mm(x), central differences.
+
+    Slab by slab: bounded memory.
+
+    Args:
+        disp_mm: [X, Y, Z, 3] float32, LPS mm, 3 voxels or more along each axis.
+        vox2world: [4, 4], voxel -> LPS mm.
+
+    Returns:
+        [X-2, Y-2, Z-2] float32, no unit; entry i belongs to voxel i + 1.
+    """
     x, y, z = disp_mm.shape[:3]
-    depth = max(3, min(z, 2 + _SLAB_VOXELS // (x * y)))
+    depth = max(1, _SLAB_VOXELS // (x * y))
     to_voxel = np.linalg.inv(vox2world[:3, :3]).astype(np.float32)
-    step = jax.jit(jacobian.determinant)
     out = np.empty((x - 2, y - 2, z - 2), np.float32)
-    # The last slab overlaps the one before, so that all have one shape.
-    for k in sorted({*range(0, z - depth, depth - 2), z - depth}):
-        disp = disp_mm[:, :, k : k + depth] @ to_voxel.T
-        out[:, :, k : k + depth - 2] = step(disp[None])[0]
+    for k in range(0, z - 2, depth):
+        disp = disp_mm[:, :, k : k + depth + 2] @ to_voxel.T
+        out[:, :, k : k + depth] = _interior_determinant(disp)
     return out
+
+
+def _interior_determinant(disp: np.ndarray) -> np.ndarray:
+    """Of x + disp(x), in voxels, at interior voxels."""
+    inner = slice(1, -1)
+    rows = []  # of the Jacobian: derivatives of one component
+    for i in range(3):
+        row = []
+        for axis in range(3):
+            ends = [inner, inner, inner]
+            ends[axis] = slice(2, None)
+            after = disp[(*ends, i)]
+            ends[axis] = slice(None, -2)
+            row.append((after - disp[(*ends, i)]) * np.float32(0.5))
+        row[i] += 1
+        rows.append(row)
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rows
+    return (
+        xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx) + xz * (yx * zy - yy * zx)
+    )
 
 
 def _std_log(values: np.ndarray) -> float:

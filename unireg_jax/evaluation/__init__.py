@@ -1,0 +1,1 @@
+"""Judges a registration: by labels, landmarks, and the map itself. No JAX."""

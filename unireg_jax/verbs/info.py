@@ -1,0 +1,43 @@
+"""`unireg info`: version, tasks and weights."""
+
+import argparse
+import json
+from typing import Any
+
+from unireg_jax.errors import UserError
+from unireg_jax.registration import weights
+from unireg_jax.tasks import TASKS
+from unireg_jax.verbs import options, outputs, versions
+
+HELP = "version, tasks and weights"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this verb."""
+    options.add_messages(parser, quiet=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code."""
+    try:
+        found = weights.find_weights()
+        used: dict[str, Any] = {"name": found.name, **outputs.digest(found)}
+    except UserError as error:
+        used = {"missing": str(error)}
+    info = {
+        "version": versions.version(),
+        "tasks": {
+            name: {"region": t.region.name.lower(), "type": t.pair_type.name.lower()}
+            for name, t in TASKS.items()
+        },
+        "weights": used,
+        "versions": {name: versions.version(name) for name in versions.PACKAGES},
+    }
+    if args.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    print(f"unireg {info['version']}")
+    for name, task in info["tasks"].items():
+        print(f"task {name.ljust(10)} {task['region']}, {task['type']}-patient")
+    print(f"weights {used.get('name') or used['missing']}")
+    return 0

@@ -1,0 +1,43 @@
+"""What the person at the terminal reads, on stderr."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from unireg_jax.errors import UserError
+
+
+def progress(quiet: bool) -> Callable[[str], None]:
+    """Prints one line per stage on stderr."""
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(f"unireg: {one_line(line)}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def complain(message: str, code: int) -> int:
+    print(f"unireg: error: {one_line(message)}", file=sys.stderr, flush=True)
+    return code
+
+
+def with_reason(error: UserError) -> str:
+    """The message, its reason code first unless it is already in it."""
+    message = str(error)
+    named = f"{error.reason}:" in message
+    return message if named else f"{error.reason}: {message}"
+
+
+def one_line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as printable text."""
+    text = os.fspath(path)
+    return text if text.isprintable() else ascii(text)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

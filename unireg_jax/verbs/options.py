@@ -1,0 +1,60 @@
+"""Types of arguments, and the arguments that several verbs share."""
+
+import argparse
+
+from unireg_jax.errors import USAGE, UserError
+
+
+def add_messages(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
+    """--quiet, --json and --debug, which every verb has."""
+    if quiet:
+        parser.add_argument(
+            "--quiet", action="store_true", help="no progress on stderr"
+        )
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
+    parser.add_argument(
+        "--debug", action="store_true", help="trace of an internal error on stderr"
+    )
+
+
+def both_labels(args: argparse.Namespace) -> None:
+    """Refuses one label map without the other."""
+    if bool(args.fixed_label) != bool(args.moving_label):
+        raise UserError(
+            "schema",
+            "--fixed-label and --moving-label belong together, got one; name both",
+            USAGE,
+        )
+
+
+def grid(text: str) -> tuple[int, ...]:
+    """X,Y,Z of a network grid."""
+    words = text.split(",")
+    shape = tuple(int(word) for word in words if word.strip().isdecimal())
+    if len(words) != 3 or len(shape) != 3 or any(n < 16 or n % 16 for n in shape):
+        raise argparse.ArgumentTypeError(
+            f"three multiples of 16 such as 96,96,80 expected, got {text[:40]!r}"
+        )
+    return shape
+
+
+def count(text: str) -> int:
+    """Number of iterations."""
+    if not text.isdecimal() or not text.isascii() or int(text) > 10_000:
+        raise argparse.ArgumentTypeError(
+            f"a whole number from 0 to 10000 expected, got {text[:40]!r}"
+        )
+    return int(text)
+
+
+def weight(text: str) -> float:
+    """A finite weight."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"a number of at least 0 such as 1.5 expected, got {text[:40]!r}"
+        )
+    return weight

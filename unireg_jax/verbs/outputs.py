@@ -1,0 +1,124 @@
+"""Names of cases, folders that appear whole or not at all, digests."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from unireg_jax.errors import STORAGE, USAGE, UserError
+from unireg_jax.verbs.messages import shown
+
+OUTPUTS = (  # the record comes last: it says that a case is whole
+    "warped.nii.gz",
+    "1Warp.nii.gz",
+    "0GenericAffine.txt",
+    "Composite.h5",
+    "warped_label.nii.gz",
+    "run.json",
+)
+
+
+@contextlib.contextmanager
+def case_folder(out: Path, case: str, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder whose files reach OUT/CASE when the block ends well."""
+    final = out / case
+    if out.exists() and not out.is_dir():
+        raise UserError("storage", f"--out {shown(out)}: a folder expected", USAGE)
+    if os.path.lexists(final) and not (overwrite and final.is_dir()):
+        raise UserError(
+            "id_duplicate",
+            f"{shown(final)} exists; pass --overwrite to replace its results, or "
+            "--case NAME",
+            USAGE,
+        )
+    made = not out.exists()
+    temp = out / f".unireg-{uuid.uuid4().hex}.tmp"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        temp.mkdir()
+    except OSError as error:
+        raise storage_fault(out, error) from error
+    try:
+        yield temp
+        try:
+            _publish(temp, final, case)
+        except OSError as error:
+            raise storage_fault(final, error) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # only if empty
+
+
+def _publish(temp: Path, final: Path, case: str) -> None:
+    """Moves results to their final names; the record goes first and comes last."""
+    if not final.exists():
+        _sync(temp)
+        os.rename(temp, final)
+    else:
+        for name in reversed(OUTPUTS):
+            (final / f"{case}_{name}").unlink(missing_ok=True)
+        for name in OUTPUTS:
+            if (new := temp / f"{case}_{name}").exists():
+                os.replace(new, final / new.name)
+        _sync(final)
+    _sync(final.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Flushes a folder, and the record in it, to disk."""
+    for path in (*folder.glob("*_run.json"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def storage_fault(path: Path, error: OSError) -> UserError:
+    return UserError(
+        "storage",
+        f"{shown(path)}: cannot be written: {error.strerror or error}; check the "
+        "folder's rights and the space left",
+        STORAGE,
+    )
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """SHA-256 and size of a file."""
+    with open(path, "rb") as file:
+        return {
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            "bytes": os.fstat(file.fileno()).st_size,
+        }
+
+
+def case_name(given: str | None, fixed: str, moving: str) -> str:
+    """`given`, or FIXED__MOVING; safe as one folder name.
+
+    Raises:
+        UserError: `id_invalid`, exit code 2.
+    """
+    case = f"{stem(fixed)}__{stem(moving)}" if given is None else given
+    bad = case.strip(". ") == "" or case[0] in "-." or {"/", "\\", "\0"} & set(case)
+    if bad or len(os.fsencode(case)) > 200:
+        raise UserError(
+            "id_invalid",
+            f"case {shown(case)[:60]}: a name of 1 to 200 bytes without a slash and "
+            "without a leading dot or dash expected; pass --case NAME",
+            USAGE,
+        )
+    return case
+
+
+def stem(path: str) -> str:
+    """File name without .nii or .nii.gz; other dots stay."""
+    name = Path(path).name
+    for ending in (".gz", ".nii"):
+        name = name[: -len(ending)] if name.lower().endswith(ending) else name
+    return name
