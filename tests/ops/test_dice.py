@@ -476,3 +476,106 @@ def test_dsc_rejects_bad_input():
         dsc(labels, labels.astype(jnp.float32), num_labels=LABELS)
     with pytest.raises(ValueError, match="warped_labels must be .* as fixed_labels"):
         dsc(labels, labels[..., 1:], num_labels=LABELS)
+
+
+# --- layers: organs that overlap ------------------------------------------------------
+
+NESTED = (1, 5, 6, 7)
+
+
+def nested(shape, seed):
+    """Masks [K, B, X, Y, Z] bool of labels 1 ... K - 1 that overlap, 2 layers of 3."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((LABELS, *shape)) < 0.45
+    masks[0] = False
+    # Three at most at a voxel: all that two further layers can hold.
+    masks[1] &= masks[2:].sum(axis=0) < 3
+    return masks
+
+
+def layered(masks):
+    """The masks as labels and [B, 2, X, Y, Z], the least id first."""
+    ids = np.where(masks, np.arange(len(masks))[:, None, None, None, None], len(masks))
+    found = np.sort(ids, axis=0)[:3]
+    found = np.where(found == len(masks), 0, found).astype(np.uint8)
+    return jnp.asarray(found[0]), jnp.asarray(np.moveaxis(found[1:], 0, 1))
+
+
+def oracle_nested(fixed, moving, disp):
+    """Soft Dice of one-hot masks, each of which is warped by SciPy; float64."""
+    singles = zip(fixed[1:], moving[1:], strict=True)
+    columns = [oracle_soft(f, m, disp, 2)[:, 0] for f, m in singles]
+    return np.stack(columns, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="counting")
+def soft_nested(fixed, moving, disp, counting="scatter"):
+    (fixed, fixed_more), (moving, moving_more) = fixed, moving
+    return dice.soft_dice(
+        fixed,
+        moving,
+        disp,
+        num_labels=LABELS,
+        fixed_more=fixed_more,
+        moving_more=moving_more,
+        counting=counting,
+    )
+
+
+@pytest.mark.parametrize("shape", [NESTED, (2, 8, 4, 9)])
+def test_layers_count_as_the_one_hot_masks_they_hold(shape):
+    masks = nested(shape, 0), nested(shape, 1)
+    assert (masks[0].sum(axis=0) == 3).any()
+    disp = random_disp(shape)
+    fixed, moving = map(layered, masks)
+    value, present = soft_nested(fixed, moving, disp)
+    np.testing.assert_allclose(value, oracle_nested(*masks, disp), atol=1e-6)
+    assert present.all()
+    compared, _ = soft_nested(fixed, moving, disp, counting="compare")
+    np.testing.assert_array_equal(value, compared)
+    hard = dice.dsc(
+        fixed[0],
+        moving[0],
+        num_labels=LABELS,
+        fixed_more=fixed[1],
+        warped_more=moving[1],
+    )
+    both = (masks[0] & masks[1])[1:].sum(axis=(2, 3, 4))
+    total = sum(m[1:].sum(axis=(2, 3, 4)) for m in masks)
+    np.testing.assert_allclose(hard, (2 * both / total).T, rtol=1e-6)
+
+
+def test_gradient_of_layers_is_that_of_one_hot_masks():
+    masks = nested(NESTED, 2), nested(NESTED, 3)
+    fixed, moving = map(layered, masks)
+    disp = away_from_voxels(NESTED)
+    weights = np.arange(1.0, LABELS)[None]
+    out = jax.grad(lambda d: jnp.sum(weights * soft_nested(fixed, moving, d)[0]))(disp)
+    base = np.asarray(disp, np.float64)
+    for seed in (4, 5, 6):
+        direction = np.random.default_rng(seed).uniform(-1, 1, disp.shape)
+        up, down = (
+            (weights * oracle_nested(*masks, base + step * direction)).sum()
+            for step in (1e-5, -1e-5)
+        )
+        slope = np.sum(np.asarray(out, np.float64) * direction)
+        np.testing.assert_allclose(slope, (up - down) / 2e-5, rtol=2e-5)
+
+
+def test_no_layers_and_empty_layers_change_no_bit():
+    fixed, moving = blocks(NESTED, 0), blocks(NESTED, 1)
+    disp = random_disp(NESTED)
+    plain, _ = soft_dice(fixed, moving, disp, num_labels=LABELS)
+    for count in (0, 2):
+        more = jnp.zeros((1, count, *NESTED[1:]), jnp.uint8)
+        value, _ = soft_nested((fixed, more), (moving, more), disp)
+        np.testing.assert_array_equal(value, plain)
+
+
+def test_layers_on_another_grid_or_in_another_place_are_refused():
+    labels, disp = blocks(NESTED), random_disp(NESTED)
+    for more in (labels, jnp.zeros((1, 5, 2, 6, 7), jnp.uint8), labels[:, None] / 2):
+        with pytest.raises(ValueError, match="moving_more must be integer ids"):
+            dice.soft_dice(labels, labels, disp, num_labels=3, moving_more=more)
+    with pytest.raises(ValueError, match="warped_more must be integer ids"):
+        dice.dsc(labels, labels, num_labels=3, warped_more=labels[:, None, 1:])

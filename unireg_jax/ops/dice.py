@@ -3,6 +3,10 @@
 Both count in integers, per (slice, label). One float32 bin per label drifts by 1e-3 at
 192 x 192 x 160, and float atomics on a GPU add in another order at every run; integer
 sums are exact and the same whatever their order, so a resumed run stays bit-equal.
+
+Organs that overlap come in further layers of the same voxels. A voxel belongs to label
+k if any layer says so; no two layers of a map say the same of a voxel, so that sums
+over layers count it once.
 """
 
 import functools
@@ -23,6 +27,8 @@ def soft_dice(
     disp: jax.Array,
     *,
     num_labels: int,
+    fixed_more: jax.Array | None = None,
+    moving_more: jax.Array | None = None,
     counting: str = "scatter",
 ) -> tuple[jax.Array, jax.Array]:
     """Dice of the fixed map and the linearly warped one-hot of the moving map.
@@ -41,6 +47,8 @@ def soft_dice(
         moving_labels: [B, X, Y, Z] integer, on a grid of the same shape.
         disp: [B, X, Y, Z, 3] float32, voxels.
         num_labels: K, background included; static.
+        fixed_more: [B, L, X, Y, Z] integer, further layers of fixed_labels, or None.
+        moving_more: [B, M, X, Y, Z] integer, further layers of moving_labels, or None.
         counting: "scatter" adds integers into bins, exact in any order; "compare" tests
             every voxel for every label, for devices or flags under which a scatter is
             serial. Both give the same bits.
@@ -66,12 +74,21 @@ def soft_dice(
     # vmap keeps the batch an axis of its own: split over devices, no example moves.
     overlap, warped, fixed, moving = jax.vmap(
         lambda f, m, d: _soft_sums(f, m, d, num_labels, counting)
-    )(fixed_labels, moving_labels, disp)
+    )(
+        _layers("fixed_more", fixed_labels, fixed_more),
+        _layers("moving_more", moving_labels, moving_more),
+        disp,
+    )
     return _ratio(overlap, fixed + warped, 0.0), (fixed > 0.0) & (moving > 0.0)
 
 
 def dsc(
-    fixed_labels: jax.Array, warped_labels: jax.Array, *, num_labels: int
+    fixed_labels: jax.Array,
+    warped_labels: jax.Array,
+    *,
+    num_labels: int,
+    fixed_more: jax.Array | None = None,
+    warped_more: jax.Array | None = None,
 ) -> jax.Array:
     """Dice similarity coefficient of two integer label maps (evaluation).
 
@@ -82,6 +99,8 @@ def dsc(
             background.
         warped_labels: [B, X, Y, Z] integer, sampled to the fixed grid (order 0).
         num_labels: K, background included; static.
+        fixed_more: [B, L, X, Y, Z] integer, further layers of fixed_labels, or None.
+        warped_more: [B, M, X, Y, Z] integer, further layers of warped_labels, or None.
 
     Returns:
         [B, K - 1] float32 in [0, 1], labels 1 ... K - 1; NaN where a label is absent
@@ -94,58 +113,83 @@ def dsc(
 
     fixed, warped, overlap = jax.vmap(
         lambda f, w: _hard_sums(f, w, num_labels), out_axes=1
-    )(fixed_labels, warped_labels)
+    )(
+        _layers("fixed_more", fixed_labels, fixed_more),
+        _layers("warped_more", warped_labels, warped_more),
+    )
     total = (fixed + warped).astype(jnp.float32)
     return _ratio(overlap.astype(jnp.float32), total, jnp.nan)
 
 
-def _hard_sums(fixed_labels, warped_labels, num_labels):
+def _layers(name, labels, more):
+    """Labels and their further layers as a tuple of arrays [B, X, Y, Z]."""
+    if more is None:
+        return (labels,)
+    wanted = (labels.shape[0], *more.shape[1:2], *labels.shape[1:])
+    if more.shape != wanted or not jnp.issubdtype(more.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be integer ids (B, L, X, Y, Z) on the grid of its labels "
+            f"{labels.shape}, got {more.shape} {more.dtype}; layers come second"
+        )
+    return (labels, *(more[:, i] for i in range(more.shape[1])))
+
+
+def _hard_sums(fixed, warped, num_labels):
     """Voxels per label of fixed, warped and both, [3, K - 1] int32; one example."""
 
     def count(start, slices):
-        f = _foreground(_chunk(fixed_labels, start, slices), num_labels)
-        w = _foreground(_chunk(warped_labels, start, slices), num_labels)
+        f, w = (_chunks(a, start, slices, num_labels) for a in (fixed, warped))
+        both = (jnp.where(a == b, a, 0) for a in f for b in w)
         bins = _bins(slices, 3, num_labels)
-        for row, label in enumerate((f, w, jnp.where(f == w, f, 0))):
-            bins = _add(bins, row, label, jnp.ones(f.shape, jnp.int32))
+        for row, maps in enumerate((f, w, both)):
+            for label in maps:
+                bins = _add(bins, row, label, jnp.ones(label.shape, jnp.int32))
         return bins
 
-    return jnp.sum(_in_chunks(count, fixed_labels.shape), axis=0)[:, 1:]
+    return jnp.sum(_in_chunks(count, fixed[0].shape), axis=0)[:, 1:]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _soft_sums(fixed_labels, moving_labels, disp, num_labels, counting):
-    """Overlap, warped, fixed and moving sums, each [K - 1] float32; one example."""
+def _soft_sums(fixed, moving, disp, num_labels, counting):
+    """Overlap, warped, fixed and moving sums, each [K - 1] float32; one example.
+
+    fixed and moving are tuples of layers [X, Y, Z].
+    """
     add = _COUNTING[counting]
-    scale = _fixed_point(fixed_labels.shape)
+    scale = _fixed_point(fixed[0].shape, len(moving))
 
     def count(start, slices):
-        f = _foreground(_chunk(fixed_labels, start, slices), num_labels)
-        m = _foreground(_chunk(moving_labels, start, slices), num_labels)
-        coords = _coords(_chunk(disp, start, slices), start, moving_labels.shape)
+        f, m = (_chunks(a, start, slices, num_labels) for a in (fixed, moving))
+        coords = _coords(_chunk(disp, start, slices), start, moving[0].shape)
 
         def add_corner(bins, corner):
-            label = _corner_label(moving_labels, coords, corner, num_labels)
             x, y, z = _corner_weights(coords, corner)
             share = jnp.round(x * y * z * scale).astype(jnp.int32)
-            # Row 0 where fixed agrees, row 1 where not: one addition feeds both sums.
-            return add(bins, (label != f).astype(jnp.int32), label, share), None
+            for layer in moving:
+                label = _corner_label(layer, coords, corner, num_labels)
+                differs = functools.reduce(jnp.logical_and, [label != a for a in f])
+                # Row 0 where fixed agrees, row 1 where not: one addition feeds both.
+                bins = add(bins, differs.astype(jnp.int32), label, share)
+            return bins, None
 
         # A loop over the corners: laid side by side in one array they take 4 times as
         # long on CPU.
         bins, _ = lax.scan(add_corner, _bins(slices, 4, num_labels), _corner_numbers())
-        one = jnp.full(f.shape, scale, jnp.int32)
-        return add(add(bins, 2, f, one), 3, m, one)
+        one = jnp.full(f[0].shape, scale, jnp.int32)
+        for row, maps in ((2, f), (3, m)):
+            for label in maps:
+                bins = add(bins, row, label, one)
+        return bins
 
-    bins = _in_chunks(count, fixed_labels.shape).astype(jnp.float32) / scale
+    bins = _in_chunks(count, fixed[0].shape).astype(jnp.float32) / scale
     agree, differ, fixed, moving = jnp.sum(bins, axis=0)[:, 1:]
     return agree, agree + differ, fixed, moving
 
 
-def _soft_sums_forward(fixed_labels, moving_labels, disp, num_labels, counting):
+def _soft_sums_forward(fixed, moving, disp, num_labels, counting):
     """Keeps the inputs alone: gathering again costs less than storing 8 corners."""
-    sums = _soft_sums(fixed_labels, moving_labels, disp, num_labels, counting)
-    return sums, (fixed_labels, moving_labels, disp)
+    sums = _soft_sums(fixed, moving, disp, num_labels, counting)
+    return sums, (fixed, moving, disp)
 
 
 def _soft_sums_backward(num_labels, counting, residuals, cotangents):
@@ -154,30 +198,34 @@ def _soft_sums_backward(num_labels, counting, residuals, cotangents):
     A corner of id k is worth dL/dwarped_k, and dL/doverlap_k more where fixed is k.
     """
     del counting  # of the forward pass
-    fixed_labels, moving_labels, disp = residuals
+    fixed, moving, disp = residuals
     # Background is worth nothing.
     worth_overlap, worth_warped = (jnp.pad(c, (1, 0)) for c in cotangents[:2])
 
     def gradient(start, slices):
-        f = _foreground(_chunk(fixed_labels, start, slices), num_labels)
-        coords = _coords(_chunk(disp, start, slices), start, moving_labels.shape)
-        bonus = worth_overlap[f]
+        f = _chunks(fixed, start, slices, num_labels)
+        coords = _coords(_chunk(disp, start, slices), start, moving[0].shape)
+        bonuses = [worth_overlap[a] for a in f]
 
         def add_corner(gradients, corner):
-            label = _corner_label(moving_labels, coords, corner, num_labels)
-            value = worth_warped[label] + jnp.where(label == f, bonus, 0.0)
+            value = 0.0
+            for layer in moving:
+                label = _corner_label(layer, coords, corner, num_labels)
+                value = value + worth_warped[label]
+                for a, bonus in zip(f, bonuses, strict=True):
+                    value = value + jnp.where(label == a, bonus, 0.0)
             x, y, z = _corner_weights(coords, corner)
             slopes = (y * z * value, x * z * value, x * y * value)
             signs = ((2 * bit - 1).astype(jnp.float32) for bit in _bits(corner))
             added = zip(gradients, signs, slopes, strict=True)
             return tuple(g + sign * slope for g, sign, slope in added), None
 
-        zeros = (jnp.zeros(f.shape, jnp.float32),) * 3
+        zeros = (jnp.zeros(f[0].shape, jnp.float32),) * 3
         sums, _ = lax.scan(add_corner, zeros, _corner_numbers())
         inside = zip(coords.inside, sums, strict=True)
         return jnp.stack([jnp.where(i, g, 0.0) for i, g in inside], axis=-1)
 
-    return None, None, _in_chunks(gradient, fixed_labels.shape)
+    return None, None, _in_chunks(gradient, fixed[0].shape)
 
 
 _soft_sums.defvjp(_soft_sums_forward, _soft_sums_backward)
@@ -274,6 +322,11 @@ def _chunk(array, start, slices):
     return lax.dynamic_slice_in_dim(array, start, slices)
 
 
+def _chunks(layers, start, slices, num_labels):
+    """The ids of some X slices of every layer, as int32."""
+    return [_foreground(_chunk(a, start, slices), num_labels) for a in layers]
+
+
 def _foreground(labels, num_labels):
     """Ids as int32, everything outside 1 ... K - 1 as 0."""
     # Compared after widening: K may not fit the labels' own type.
@@ -281,11 +334,13 @@ def _foreground(labels, num_labels):
     return jnp.where((ids > 0) & (ids < num_labels), ids, 0)
 
 
-def _fixed_point(shape):
-    """Largest power of two whose sums over a slice fit int32; float32 holds 2^23."""
-    return 2.0 ** min(
-        23, math.floor(math.log2((2**31 - 1) / (shape[1] * shape[2]) - 4))
-    )
+def _fixed_point(shape, layers):
+    """Largest power of two whose sums over a slice fit int32; float32 holds 2^23.
+
+    Each of the 8 corners of each layer rounds by 1/2 at most.
+    """
+    room = (2**31 - 1) / (shape[1] * shape[2]) - 4 * layers
+    return 2.0 ** min(23, math.floor(math.log2(room)))
 
 
 def _ratio(overlap, total, empty):
