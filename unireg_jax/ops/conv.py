@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from unireg_jax.ops import spatial
+
 # Output slices per Winograd tile, and slices read per tile.
 _TILE = 4
 _TAPS = _TILE + 2
@@ -91,18 +93,40 @@ def conv3d(
     _check(parts, coarse, kernel, bias)
     if bias is None:
         bias = jnp.zeros(kernel.shape[4], kernel.dtype)
-    direct = functools.partial(_direct, slope=slope)
-    tiled = functools.partial(_tiled, slope=slope)
-    args = (parts, coarse, kernel, bias)
+    if impl not in ("auto", "direct", "winograd"):
+        raise ValueError(f"impl must be auto, direct or winograd, got {impl!r}")
+    if math.prod(parts[0].shape[1:4]) < _SMALL and impl == "auto":
+        impl = "direct"
+    if spatial.splits(*parts):
+        return _by_slabs(parts, coarse, kernel, bias, slope=slope, impl=impl)
+    return _formulated((parts, coarse, kernel, bias), impl, slope=slope, halo=False)
+
+
+def _formulated(args, impl, *, slope, halo):
+    direct = functools.partial(_direct, slope=slope, halo=halo)
+    tiled = functools.partial(_tiled, slope=slope, halo=halo)
     if impl == "direct":
         return direct(*args)
     if impl == "winograd":
         return tiled(*args)
-    if impl != "auto":
-        raise ValueError(f"impl must be auto, direct or winograd, got {impl!r}")
-    if math.prod(parts[0].shape[1:4]) < _SMALL:
-        return direct(*args)
     return lax.platform_dependent(*args, cpu=tiled, default=direct)
+
+
+def _by_slabs(parts, coarse, kernel, bias, *, slope, impl):
+    """Every device convolves its slices and one of either neighbour.
+
+    Left to XLA, the loop over tiles would gather all maps on every device.
+    """
+    if coarse is not None and not spatial.splits(coarse):
+        parts, coarse = (upsample_nearest(coarse), *parts), None
+
+    def slab(parts, coarse, kernel, bias):
+        around = [spatial.with_halo(p, 1) for p in parts]
+        around_coarse = None if coarse is None else spatial.with_halo(coarse, 1)
+        args = (tuple(around), around_coarse, kernel, bias)
+        return _formulated(args, impl, slope=slope, halo=True)
+
+    return spatial.over_slabs(slab, (parts, coarse), (kernel, bias))
 
 
 def strided_conv3d(
@@ -241,22 +265,32 @@ def _split(kernel, parts, coarse):
     return (None, kernels) if coarse is None else (kernels[0], kernels[1:])
 
 
-def _direct(parts, coarse, kernel, bias, *, slope):
-    """The convolution of a concatenation is the sum of the convolutions: no copy."""
+def _direct(parts, coarse, kernel, bias, *, slope, halo):
+    """The convolution of a concatenation is the sum of the convolutions: no copy.
+
+    halo: the maps also hold the slice before and the slice after along X.
+    """
     coarse_kernel, kernels = _split(kernel, parts, coarse)
     if coarse is not None:
-        parts = (upsample_nearest(coarse), *parts)
+        parts = (_upsampled_whole(coarse, halo), *parts)
         kernels = [coarse_kernel, *kernels]
+    pads = [(0, 0) if halo else (1, 1), (1, 1), (1, 1)]
     y = functools.reduce(
         jnp.add,
         [
             lax.conv_general_dilated(
-                x, k, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+                x, k, (1, 1, 1), pads, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
             )
             for x, k in zip(parts, kernels, strict=True)
         ],
     )
     return _activate(y + jnp.broadcast_to(bias, y.shape), slope)
+
+
+def _upsampled_whole(coarse, halo):
+    """The up-sampled map; of a halo of one coarse slice, one fine one."""
+    fine = upsample_nearest(coarse)
+    return fine[:, 1:-1] if halo else fine
 
 
 def _activate(y, slope):
@@ -266,28 +300,31 @@ def _activate(y, slope):
 # --- four slices at a time ----------------------------------------------------------
 
 
-def _tiled(parts, coarse, kernel, bias, *, slope):
-    size = parts[0].shape[1]
-    if tail := -size % _TILE:  # never in the network, whose sizes are multiples of 16
+def _tiled(parts, coarse, kernel, bias, *, slope, halo):
+    size = parts[0].shape[1] - 2 * halo
+    if tail := -size % _TILE:  # of the network's maps only slabs of coarse levels
         if coarse is not None:
-            parts = (upsample_nearest(coarse), *parts)
+            parts = (_upsampled_whole(coarse, halo), *parts)
         pad = ((0, 0), (0, tail), (0, 0), (0, 0), (0, 0))
         parts = tuple(jnp.pad(p, pad) for p in parts)
-        return _tiled(parts, None, kernel, bias, slope=slope)[:, :size]
+        return _tiled(parts, None, kernel, bias, slope=slope, halo=halo)[:, :size]
     # vmap keeps the batch an axis of its own: split over devices, no example moves.
-    single = functools.partial(_block, slope)
+    single = functools.partial(_block, slope, halo)
     return jax.vmap(single, in_axes=(0, 0, None, None))(parts, coarse, kernel, bias)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(slope, parts, coarse, kernel, bias):
-    """One example: parts [X, Y, Z, C], coarse [X/2, Y/2, Z/2, C] -> [X, Y, Z, K]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _block(slope, halo, parts, coarse, kernel, bias):
+    """One example: parts [X, Y, Z, C], coarse [X/2, Y/2, Z/2, C] -> [X, Y, Z, K].
+
+    halo: both maps hold one slice more at either end of X, the result does not.
+    """
     kernels = _transform(kernel, parts, coarse)
-    shape, dtype = parts[0].shape[:3], parts[0].dtype
+    shape, dtype = _result_shape(parts, halo), parts[0].dtype
     wide = bias.astype(jnp.float32)
 
     def step(t, y):
-        rows = _tile(*_read(parts, coarse, t), kernels)
+        rows = _tile(*_read(parts, coarse, t, halo), kernels)
         for i, row in enumerate(rows):
             row = _activate(row + jnp.broadcast_to(wide, row.shape), slope)
             y = _write(y, row, _TILE * t + i)
@@ -297,12 +334,18 @@ def _block(slope, parts, coarse, kernel, bias):
     return lax.fori_loop(0, shape[0] // _TILE, step, empty)
 
 
-def _block_fwd(slope, parts, coarse, kernel, bias):
-    y = _block(slope, parts, coarse, kernel, bias)
+def _result_shape(parts, halo):
+    """(X, Y, Z) of what `_block` makes."""
+    x, y, z = parts[0].shape[:3]
+    return x - 2 * halo, y, z
+
+
+def _block_fwd(slope, halo, parts, coarse, kernel, bias):
+    y = _block(slope, halo, parts, coarse, kernel, bias)
     return y, (parts, coarse, kernel, bias, y)
 
 
-def _block_bwd(slope, residuals, grad):
+def _block_bwd(slope, halo, residuals, grad):
     """The tile is linear in slices and kernels; its own gradient is taken tile by tile.
 
     Each tile adds to two slices of the one before it; all other slices it writes first.
@@ -319,15 +362,15 @@ def _block_bwd(slope, residuals, grad):
             rows.append(
                 g if slope == 1 else jnp.where(_at(y, _TILE * t + i) > 0, g, slope * g)
             )
-        slices, coarse_slices = _read(parts, coarse, t)
+        slices, coarse_slices = _read(parts, coarse, t, halo)
         _, pull = jax.vjp(_tile, slices, coarse_slices, kernels)
         d_slices, d_coarse_slices, d_kernels_here = pull(rows)
         d_parts = [
-            _accumulate(d, s, _TILE * t - 1)
+            _accumulate(d, s, _TILE * t + halo - 1)
             for d, s in zip(d_parts, d_slices, strict=True)
         ]
         if coarse is not None:
-            d_coarse = _accumulate(d_coarse, d_coarse_slices, _TILE // 2 * t - 1)
+            d_coarse = _accumulate(d_coarse, d_coarse_slices, _TILE // 2 * t + halo - 1)
         d_kernels = jax.tree.map(jnp.add, d_kernels, d_kernels_here)
         d_bias = d_bias + sum(row.sum((0, 1)) for row in rows)
         return d_parts, d_coarse, d_kernels, d_bias
@@ -363,7 +406,7 @@ def _write(x, row, index):
     return lax.dynamic_update_index_in_dim(x, row.astype(x.dtype), index, 0)
 
 
-def _read(parts, coarse, t):
+def _read(parts, coarse, t, halo):
     """Slices that tile t sees: six per part, four of the coarse map, float32."""
 
     def around(x, first, count):
@@ -376,10 +419,10 @@ def _read(parts, coarse, t):
             slices.append(jnp.where(inside, s, 0.0))
         return slices
 
-    slices = [around(p, _TILE * t - 1, _TAPS) for p in parts]
+    slices = [around(p, _TILE * t + halo - 1, _TAPS) for p in parts]
     if coarse is None:
         return slices, []
-    return slices, around(coarse, _TILE // 2 * t - 1, _TILE // 2 + 2)
+    return slices, around(coarse, _TILE // 2 * t + halo - 1, _TILE // 2 + 2)
 
 
 def _accumulate(total, slices, first):
