@@ -36,6 +36,7 @@ from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.tasks import PairBatch
+from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import objective, optimizer
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
@@ -57,6 +58,8 @@ def make_batch(shape: tuple[int, int, int]) -> PairBatch:
         moving=hu[1],
         fixed_labels=labels,
         moving_labels=np.roll(labels, 3, axis=1),
+        fixed_more=labels[:, :0, None],
+        moving_more=labels[:, :0, None],
         align=np.eye(4, dtype=np.float32)[None],
         region=np.zeros(1, np.int32),
         pair_type=np.zeros(1, np.int32),
@@ -73,7 +76,7 @@ def training_step(dtype: str, dice: float) -> tuple[Callable, Callable]:
     )
     loss = objective.make_loss(functools.partial(build.apply, model), weights=weights)
     tx = optimizer.make_optimizer(**config.optim.to_dict())
-    step = train_step.make_train_step(loss, tx, mesh=train_step.make_mesh())
+    step = train_step.make_train_step(loss, tx, mesh=train_mesh.make_mesh())
     return step, lambda: train_state.make_state(model, tx, seed=0)
 
 
@@ -86,9 +89,9 @@ def compile_step(
         the function, compile seconds, scratch MiB.
     """
     step, make_state = training_step(dtype, dice)
-    mesh = train_step.make_mesh()
-    batch = jax.device_put(batch, train_step.batch_sharding(mesh))
-    held = [jax.device_put(make_state(), train_step.replicated(mesh))]
+    mesh = train_mesh.make_mesh()
+    batch = jax.device_put(batch, train_mesh.pair_sharding(mesh))
+    held = [jax.device_put(make_state(), train_mesh.replicated(mesh))]
     start = time.perf_counter()
     extractor = Extractor("mind")
     program = step.lower(held[0], batch, extractor).compile()

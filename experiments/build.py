@@ -15,12 +15,13 @@ import optax
 from data_pipeline import augment, loader, synthetic
 from experiments import prealign, settings
 from unireg_jax.errors import USAGE, UserError
+from unireg_jax.models import backbone
 from unireg_jax.models.conditioning import HEADS
 from unireg_jax.models.features import COMBINE, FEATURES, Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import embedding
 from unireg_jax.tasks import Region
-from unireg_jax.training import objective, optimizer
+from unireg_jax.training import mesh, objective, optimizer
 
 EMBEDDING = "embedding.safetensors"  # beside the weights of a run
 
@@ -65,7 +66,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
     """
     _check(config)
     try:
-        model = UniReg(**architecture(config))
+        model = UniReg(**architecture(config), remat=config.model.remat)
         tx = optimizer.make_optimizer(**config.optim.to_dict())
         weights = objective.Weights(**config.loss.to_dict())
     except (TypeError, ValueError) as error:
@@ -93,15 +94,40 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
     )
 
 
+def devices(config: ml_collections.ConfigDict, experiment: Experiment):
+    """The mesh of all devices, and the pairs of a batch that this process loads.
+
+    Raises:
+        UserError: `schema`, exit code 2: the batch or the devices do not divide, or
+            there are more devices than pairs.
+    """
+    shared = mesh.make_mesh(space=config.train.space_devices)
+    count = shared.shape["data"]
+    rows = mesh.local_rows(
+        shared, config.data.batch_size, accumulate=config.train.accumulate
+    )
+    tasks = [pair.task for pair in experiment.dataset.pairs("train")]
+    pairs = sum(task in experiment.weights for task in tasks)
+    if pairs < count:
+        raise UserError(
+            "schema",
+            f"{experiment.dataset.root}: at least as many training pairs as devices "
+            f"along the data axis ({count}) expected, got {pairs}; use fewer devices, "
+            "or more with config.train.space_devices",
+            USAGE,
+        )
+    return shared, rows
+
+
 def apply(model: UniReg, params: Any, *args: Any, **kwargs: Any) -> Any:
     """The network as a function of its parameters."""
     return model.apply({"params": params}, *args, **kwargs)
 
 
 def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Arguments of UniReg."""
+    """Arguments of UniReg that released weights carry."""
     fields = config.model.to_dict()
-    for name in ("features", "embedding", "combine"):
+    for name in ("features", "embedding", "combine", "precision", "remat"):
         del fields[name]
     return fields
 
@@ -143,6 +169,9 @@ _LEAST = {
     "train.eval_every": 1,
     "train.eval_pairs": 0,
     "train.checkpoint_every": 1,
+    "train.accumulate": 1,
+    "train.space_devices": 1,
+    "train.watchdog_s": 1,
 }
 # Fields with a closed choice.
 _CHOICES = {
@@ -151,6 +180,8 @@ _CHOICES = {
     "model.features": tuple(FEATURES),
     "model.combine": COMBINE,
     "model.dtype": ("float32", "bfloat16"),
+    "model.precision": mesh.PRECISIONS,
+    "model.remat": backbone.REMAT,
     "loss.reg_units": objective.REG_UNITS,
     "optim.name": optimizer.OPTIMIZERS,
 }
@@ -180,6 +211,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
             "three multiples of 16",
         ),
         "data.spacing_mm": (config.data.spacing_mm > 0, "more than 0"),
+        "train.ema": (0 <= config.train.ema < 1, "from 0 to less than 1"),
         "data.hu_window": (len(window) == 2 and window[0] < window[1], "(low, high)"),
         "loss.smoothness": (
             len(config.loss.smoothness) == len(Region),

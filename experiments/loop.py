@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from experiments import launch
 from unireg_jax.errors import NUMERICAL, PREEMPTED, UserError
 from unireg_jax.training import checkpoint, log
 from unireg_jax.training.state import TrainState
@@ -99,14 +100,15 @@ def _steps(
     step_fn, state, stream, every, recent, validate, checkpoints, writer, shown, stop
 ):
     start, total = int(state.step), every.steps
+    stop = launch.Stop(stop)
     if start == 0:  # what the run starts from
-        writer.write(0, validate(state.params))
+        writer.write(0, validate(state.weights))
     with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
         for n in range(start + 1, total + 1):
             batch = next(stream)
             state, scalars = step_fn(state, batch)
             recent.add(n, batch, scalars)
-            last = n == total or stop.is_set()
+            last = n == total or stop.agreed()
             logs = n % every.log == 0 or last
             validates = n % every.evaluate == 0 or n == total
             saves = n % every.save == 0 or last
@@ -119,7 +121,7 @@ def _steps(
                 _report(bar, n, total, {k: means.get(f"train/{k}") for k in shown})
             bar.update()
             if validates:
-                writer.write(n, validate(state.params))
+                writer.write(n, validate(state.weights))
             if saves:
                 checkpoints.save(state, stream)
             if last:

@@ -28,7 +28,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.root = ""  # folder made by data_pipeline.prepare
-    config.data.batch_size = 6  # volumes per device, two views of each (public config)
+    # Volumes of one step over all devices, two views of each; public config: 6 per
+    # device.
+    config.data.batch_size = 6
     # Share of each task's volumes; the training set of SAM.pth was one collection.
     config.data.weights = ml_collections.ConfigDict(
         {"headneck": 1.0, "chest": 1.0, "abdomen": 1.0, "liver": 1.0, "lung": 1.0}

@@ -16,9 +16,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_pipeline import loader
-from experiments import build, cli, loop
+from experiments import build, cli, launch, loop
 from unireg_jax.registration import weights as released
 from unireg_jax.training import checkpoint, evaluate, log
+from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
 
@@ -31,13 +32,21 @@ def train(config, workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     checkpoint.check_config(workdir, config.to_dict())
-    experiment = build.build(config, workdir)
-    mesh = train_step.make_mesh()
-    state = train_state.make_state(experiment.model, experiment.tx, seed=config.seed)
+    with launch.first_alone("data"):  # which may have to be made
+        experiment = build.build(config, workdir)
+    mesh, rows = build.devices(config, experiment)
+    launch.compare(config, experiment.dataset.digest)
+    state = train_state.make_state(
+        experiment.model,
+        experiment.tx,
+        seed=config.seed,
+        averaged=config.train.ema > 0,
+    )
     stream = loader.make_iterator(
         experiment.dataset,
         "train",
-        batch_size=config.data.batch_size * mesh.shape["data"],
+        batch_size=rows,
+        shard=(jax.process_index(), jax.process_count()),
         seed=config.seed,
         weights=experiment.weights,
         augment=experiment.augment,
@@ -51,26 +60,36 @@ def train(config, workdir: Path) -> Path:
             origin = checkpoint.started_from(workdir)
         else:
             state, origin = _init_from(config.train.init_from, state)
-        state = jax.device_put(state, train_step.replicated(mesh))
+        state = train_mesh.put_same(state, train_mesh.replicated(mesh))
         if continued:
             state = checkpoints.restore(state, stream)
-        checkpoint.write_config(workdir, config.to_dict(), origin)
+        launch.wait("restored")  # all have read the config before it is written
+        if launch.is_first():
+            checkpoint.write_config(workdir, config.to_dict(), origin)
         writer = stack.enter_context(
-            contextlib.closing(log.Log(workdir, resume_step=int(state.step)))
+            contextlib.closing(
+                log.Log(
+                    workdir,
+                    resume_step=int(state.step),
+                    silent=not launch.is_first(),
+                )
+            )
         )
         tasks = [pair.task for pair in experiment.dataset.pairs("train")]
         state = loop.run(
-            _step(experiment, mesh),
+            _step(config, experiment, mesh),
             state,
             stream,
             every=loop.every(config.train),
             names=lambda batch: [(f"pair {p}", tasks[p]) for p in batch.pair],
-            validate=_validator(config, experiment),
+            validate=_validator(config, experiment, mesh),
             checkpoints=checkpoints,
             writer=writer,
             shown=("loss", "ncc", "dice"),
         )
     path = workdir / "weights.safetensors"
+    if not launch.is_first():
+        return path
     training = {
         "steps": config.train.steps,
         "preset": config.preset,
@@ -81,7 +100,7 @@ def train(config, workdir: Path) -> Path:
         for suffix in (".json", ".safetensors"):
             copy = (workdir / build.EMBEDDING).with_suffix(suffix)
             shutil.copyfile(experiment.embedding.with_suffix(suffix), copy)
-    released.save_weights(path, state.params, experiment.spec | {"training": training})
+    released.save_weights(path, state.weights, experiment.spec | {"training": training})
     return path
 
 
@@ -93,34 +112,56 @@ def _init_from(name: str, state: train_state.TrainState):
     params, spec = released.load_weights(path)
     released.check_tensors(params, state.params, path)
     origin = {"name": path.name, "sha256": spec["sha256"]}
-    return state._replace(params=params), origin
+    return state.start_from(params), origin
 
 
-def _step(experiment: build.Experiment, mesh):
-    """step(state, batch), the batch still on the host."""
-    step_fn = train_step.make_train_step(experiment.loss, experiment.tx, mesh=mesh)
-    extractor = jax.device_put(experiment.extractor, train_step.replicated(mesh))
-    split = train_step.batch_sharding(mesh)
+def _step(config, experiment: build.Experiment, mesh):
+    """step(state, batch), this process's rows of the batch still on the host."""
+    step_fn = train_step.make_train_step(
+        experiment.loss,
+        experiment.tx,
+        mesh=mesh,
+        accumulate=config.train.accumulate,
+        ema=config.train.ema,
+        precision=config.model.precision,
+    )
+    extractor = train_mesh.put_same(experiment.extractor, train_mesh.replicated(mesh))
+    split = train_mesh.pair_sharding(mesh)
 
     def step(state, batch):
-        return step_fn(state, jax.device_put(batch, split), extractor)
+        return step_fn(state, train_mesh.put(batch, split), extractor)
 
     return step
 
 
-def _validator(config, experiment: build.Experiment):
-    """validate(params) -> scalars per task, over pairs spread over those of `val`."""
+def _validator(config, experiment: build.Experiment, mesh):
+    """validate(params) -> scalars per task, over pairs spread over those of `val`.
+
+    The devices of training share the pairs; every process reads all of them.
+    """
     dataset = experiment.dataset
     eval_step = train_step.make_eval_step(
         lambda params, *args: build.apply(experiment.model, params, *args),
         num_labels=experiment.num_labels,
+        mesh=mesh,
+        precision=config.model.precision,
     )
+    extractor = train_mesh.put_same(experiment.extractor, train_mesh.replicated(mesh))
+    split = train_mesh.pair_sharding(mesh)
 
     def validate(params):
         batches = loader.make_eval_batches(
             dataset, "val", pairs_per_task=config.train.eval_pairs
         )
-        rows = evaluate.evaluate(eval_step, params, experiment.extractor, batches)
+        rows = evaluate.evaluate(
+            lambda params, batch, extractor: eval_step(
+                params, train_mesh.put_same(batch, split), extractor
+            ),
+            params,
+            extractor,
+            batches,
+            at_once=mesh.shape["data"],
+        )
         scalars = {
             f"val/{name}/{task}": value
             for task, values in evaluate.summarize(rows).items()
@@ -136,7 +177,10 @@ def _validator(config, experiment: build.Experiment):
 def main(argv) -> None:
     del argv
     cli.setup()
-    print(train(flags.FLAGS.config, Path(flags.FLAGS.workdir)))
+    config = flags.FLAGS.config
+    launch.begin(watchdog_s=config.train.watchdog_s)
+    with launch.watched(config.train.watchdog_s):
+        print(train(config, Path(flags.FLAGS.workdir)))
 
 
 if __name__ == "__main__":

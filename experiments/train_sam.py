@@ -26,7 +26,7 @@ from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models.features import sam
 from unireg_jax.registration import weights as released
 from unireg_jax.training import checkpoint, contrastive, embedding, log, optimizer
-from unireg_jax.training import step as train_step
+from unireg_jax.training import mesh as train_mesh
 
 
 def train(config, workdir: Path) -> Path:
@@ -46,10 +46,10 @@ def train(config, workdir: Path) -> Path:
         spec = views.ViewSpec(**config.views.to_dict())
     except (TypeError, ValueError) as error:
         raise UserError("schema", f"config: {error}", USAGE) from error
-    mesh = train_step.make_mesh()
-    keep, split = train_step.replicated(mesh), train_step.batch_sharding(mesh)
+    mesh = train_mesh.make_mesh()
+    keep, split = train_mesh.replicated(mesh), train_mesh.batch_sharding(mesh)
     stream_settings = {
-        "batch_size": config.data.batch_size * mesh.shape["data"],
+        "batch_size": train_mesh.local_rows(mesh, config.data.batch_size),
         "spec": spec,
         "weights": config.data.weights.to_dict(),
     }
@@ -71,14 +71,16 @@ def train(config, workdir: Path) -> Path:
         )
         volumes = dataset.index["volumes"]
         state = loop.run(
-            lambda state, batch: step_fn(state, jax.device_put(batch, split)),
+            lambda state, batch: step_fn(state, train_mesh.put(batch, split)),
             state,
             stream,
             every=loop.every(config.train),
             names=lambda batch: [
                 (volumes[v]["id"], volumes[v]["task"]) for v in batch.volume
             ],
-            validate=_validator(config, dataset, network, recipe, stream_settings),
+            validate=_validator(
+                config, dataset, network, recipe, stream_settings, split
+            ),
             checkpoints=checkpoints,
             writer=writer,
             shown=("loss", "fine_hit", "coarse_hit"),
@@ -161,7 +163,7 @@ def _dataset(config) -> loader.Dataset:
     return loader.Dataset(config.data.root)
 
 
-def _validator(config, dataset, network, recipe, stream_settings):
+def _validator(config, dataset, network, recipe, stream_settings, split):
     """validate(variables) -> means over the same views of `val` every time."""
     evaluate = embedding.make_eval_step(network, recipe=recipe)
 
@@ -174,7 +176,7 @@ def _validator(config, dataset, network, recipe, stream_settings):
 
     def validate(variables):
         rows = [
-            evaluate(variables, batch, jax.random.key(n))
+            evaluate(variables, train_mesh.put(batch, split), jax.random.key(n))
             for n, batch in enumerate(batches())
         ]
         return {f"val/{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}

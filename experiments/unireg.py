@@ -24,7 +24,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.data.shape = (192, 192, 160)  # section 4.1
     config.data.spacing_mm = 2.0  # section 4.1
     config.data.hu_window = (-800.0, 400.0)  # section 4.3
-    config.data.batch_size = 1  # supplement C, per device
+    # Pairs of one step over all devices: supplement C has 1 per device, so set it to
+    # the number of devices for the paper's meaning.
+    config.data.batch_size = 1
     config.data.on_fault = "fail"  # a volume gone bad; or skip, up to 1 in 100
     # Share of each task in the stream; a task without data is left out. Uniform:
     # section 4.4. The paper only tests on lung.
@@ -57,6 +59,12 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.model.field_level = 0
     config.model.svf_steps = 0
     config.model.dtype = "float32"
+    # How float32 convolutions compute where there are matrix units: default (as JAX is
+    # set; on recent GPUs TF32), tensorfloat32 or float32. No effect on a CPU.
+    config.model.precision = "default"
+    # What the backward pass computes again to save memory: none, last (stage) or all
+    # (decoder stages).
+    config.model.remat = "none"
 
     config.loss = ml_collections.ConfigDict()
     config.loss.smoothness = (0.05, 1.0, 0.1, 10.0)  # lambda per region, Table 8
@@ -83,6 +91,13 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.train.eval_every = 5_000  # and before the first step and after the last
     config.train.eval_pairs = 20  # per task, spread over those of the split `val`
     config.train.checkpoint_every = 1_000
+    # Parts of a batch that come one after another, in the memory of one; 1: none.
+    config.train.accumulate = 1
+    # Decay of a running mean of the parameters, then judged and released; 0: none.
+    config.train.ema = 0.0
+    config.train.space_devices = 1  # devices that share a volume, split along X
+    # Of several processes, one not heard of for so many seconds ends the others.
+    config.train.watchdog_s = 60
 
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")

@@ -15,9 +15,9 @@ import pytest
 from experiments import benchmark, build
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
+from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import objective
 from unireg_jax.training import state as train_state
-from unireg_jax.training import step as train_step
 
 pytestmark = pytest.mark.gpu
 SHAPE = (64, 48, 32)
@@ -31,9 +31,9 @@ def _accelerator():
 
 def _train(steps):
     step, make_state = benchmark.training_step("float32", dice=1.0)
-    mesh = train_step.make_mesh(jax.devices()[:1])
-    batch = jax.device_put(benchmark.make_batch(SHAPE), train_step.batch_sharding(mesh))
-    state = jax.device_put(make_state(), train_step.replicated(mesh))
+    mesh = train_mesh.make_mesh(jax.devices()[:1])
+    batch = jax.device_put(benchmark.make_batch(SHAPE), train_mesh.pair_sharding(mesh))
+    state = jax.device_put(make_state(), train_mesh.replicated(mesh))
     for _ in range(steps):
         state, scalars = step(state, batch, Extractor("mind"))
     return jax.device_get((state, scalars))

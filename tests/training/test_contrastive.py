@@ -13,7 +13,7 @@ import pytest
 from unireg_jax.models.features import sam
 from unireg_jax.tasks import OUTSIDE_HU, ViewBatch
 from unireg_jax.training import contrastive, embedding, optimizer
-from unireg_jax.training import step as train_step
+from unireg_jax.training import mesh as train_mesh
 
 SHAPE = (16, 32, 16)
 RECIPE = contrastive.Recipe(
@@ -161,7 +161,7 @@ def trainer():
         stem=4, stages=(4, 4, 6, 6), channels=6, norm="batch", conv_impl="direct"
     )
     tx = optimizer.make_optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=1e-4)
-    mesh = train_step.make_mesh(jax.devices()[:1])
+    mesh = train_mesh.make_mesh(jax.devices()[:1])
     step = embedding.make_train_step(network, tx, recipe=RECIPE, mesh=mesh)
     return network, tx, step
 
@@ -199,7 +199,7 @@ _TWO_DEVICES = """
 import jax, numpy as np
 from tests.training import test_contrastive as t
 from unireg_jax.models.features import sam
-from unireg_jax.training import embedding, optimizer, step as s
+from unireg_jax.training import embedding, mesh as m, optimizer
 assert len(jax.devices()) == 2
 network = sam.Sam(
     stem=4, stages=(4, 4, 6, 6), channels=6, norm="batch", conv_impl="direct"
@@ -207,12 +207,12 @@ network = sam.Sam(
 tx = optimizer.make_optimizer("sgd", lr=0.05)
 results = []
 for devices in (jax.devices()[:1], jax.devices()):
-    mesh = s.make_mesh(devices)
+    mesh = m.make_mesh(devices)
     step = embedding.make_train_step(network, tx, recipe=t.RECIPE, mesh=mesh)
     state = embedding.make_state(network, tx, seed=0)
-    state = jax.device_put(state, s.replicated(mesh))
+    state = jax.device_put(state, m.replicated(mesh))
     for _ in range(2):
-        batch = jax.device_put(t.make_batch(), s.batch_sharding(mesh))
+        batch = jax.device_put(t.make_batch(), m.batch_sharding(mesh))
         state, scalars = step(state, batch)
     results.append((float(scalars["loss"]), jax.device_get(state.params)))
 (a, p), (b, q) = results

@@ -13,6 +13,7 @@ from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import smoothness
 from unireg_jax.tasks import OUTSIDE_HU, PairBatch
+from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import objective, optimizer
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
@@ -31,6 +32,8 @@ def _batch(seed=0, batch=1, region=0):
         moving=jnp.asarray(hu[1]),
         fixed_labels=jnp.asarray(labels[0]),
         moving_labels=jnp.asarray(labels[1]),
+        fixed_more=jnp.zeros((batch, 0, *SHAPE), jnp.uint8),
+        moving_more=jnp.zeros((batch, 0, *SHAPE), jnp.uint8),
         align=jnp.tile(jnp.eye(4), (batch, 1, 1)),
         region=jnp.full((batch,), region, jnp.int32),
         pair_type=jnp.zeros((batch,), jnp.int32),
@@ -132,7 +135,7 @@ def test_compiled_training_step_holds_no_scatter_but_the_label_counts():
         weights=_weights(),
     )
     tx = optimizer.make_optimizer("sgd", lr=1e-3)
-    step = train_step.make_train_step(loss, tx, mesh=train_step.make_mesh())
+    step = train_step.make_train_step(loss, tx, mesh=train_mesh.make_mesh())
     state = jax.eval_shape(lambda: train_state.make_state(model, tx, seed=0))
     batch = _batch()
     text = step.lower(state, batch, Extractor("mind")).compile().as_text()

@@ -24,6 +24,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.features import sam
 from unireg_jax.registration import embedding, load_model, weights
 from unireg_jax.training import checkpoint, evaluate, log, optimizer
+from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
 
@@ -127,10 +128,10 @@ def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
         traces.append(1)
         return experiment.loss(*args)
 
-    mesh = train_step.make_mesh()
+    mesh = train_mesh.make_mesh()
     step = train_step.make_train_step(loss, experiment.tx, mesh=mesh)
     state = train_state.make_state(experiment.model, experiment.tx, seed=0)
-    state = jax.device_put(state, train_step.replicated(mesh))
+    state = jax.device_put(state, train_mesh.replicated(mesh))
     stream = loader.make_iterator(
         experiment.dataset, "train", batch_size=mesh.shape["data"], seed=0
     )
@@ -138,7 +139,7 @@ def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
     for _ in range(4):
         batch = next(stream)
         seen.add((int(batch.region[0]), int(batch.pair_type[0])))
-        batch = jax.device_put(batch, train_step.batch_sharding(mesh))
+        batch = jax.device_put(batch, train_mesh.pair_sharding(mesh))
         before = state
         with jax.transfer_guard("disallow"):
             state, _ = step(before, batch, experiment.extractor)
@@ -348,7 +349,7 @@ import sys
 from pathlib import Path
 import jax, numpy as np
 from experiments import build, unireg
-from unireg_jax.training import step as s, state as st
+from unireg_jax.training import mesh as m, step as s, state as st
 from data_pipeline import loader
 assert len(jax.devices()) == 2
 c = unireg.get_config("demo")
@@ -360,12 +361,12 @@ with c.unlocked():
 e = build.build(c, Path(sys.argv[1]))
 results = []
 for devices in (jax.devices()[:1], jax.devices()):
-    mesh = s.make_mesh(devices)
+    mesh = m.make_mesh(devices)
     step = s.make_train_step(e.loss, e.tx, mesh=mesh)
-    state = jax.device_put(st.make_state(e.model, e.tx, seed=0), s.replicated(mesh))
+    state = jax.device_put(st.make_state(e.model, e.tx, seed=0), m.replicated(mesh))
     stream = loader.make_iterator(e.dataset, "train", batch_size=2, seed=0)
     for _ in range(2):
-        batch = jax.device_put(next(stream), s.batch_sharding(mesh))
+        batch = jax.device_put(next(stream), m.pair_sharding(mesh))
         state, scalars = step(state, batch, e.extractor)
     results.append((float(scalars["loss"]), jax.device_get(state.params)))
 (a, p), (b, q) = results

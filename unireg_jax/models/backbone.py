@@ -12,6 +12,8 @@ import jax
 
 from unireg_jax.models import layers
 
+REMAT = ("none", "last", "all")
+
 
 def _identity(features: jax.Array, level: int) -> jax.Array:
     del level
@@ -38,6 +40,9 @@ class Backbone(nn.Module):
             for conditioning schemes that act inside the backbone.
         dtype: of the convolutions.
         conv_impl: formulation, see ops/conv.py.
+        remat: which maps the backward pass computes again instead of keeping them:
+            none; last, those of the last stage (what follows the last join); all, those
+            of every decoder stage. No effect on any number.
     """
 
     encoder: tuple[int, ...] = (16, 32, 32, 32)
@@ -48,6 +53,7 @@ class Backbone(nn.Module):
     modulate: Callable[[jax.Array, int], jax.Array] = _identity
     dtype: str = "float32"
     conv_impl: str = "auto"
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -55,26 +61,33 @@ class Backbone(nn.Module):
     ) -> jax.Array:
         """Maps images [B, X, Y, Z, 1] and corr [B, X/2, Y/2, Z/2, 27] to E."""
 
-        def conv(features: int, name: str, activate: bool = True) -> layers.Conv:
-            return layers.Conv(
-                features, activate, self.dtype, self.conv_impl, name=name
-            )
-
         skips, parts, coarse = [], (moving, fixed), None
         for level, features in enumerate(self.encoder):
-            skips.append(conv(features, f"encoder_{level}")(parts))
+            skips.append(self._conv(features, f"encoder_{level}", parts))
             parts = (layers.max_pool(skips[-1]),)
             if level == 0:
                 parts = (*parts, corr)
+        stage = nn.remat(Backbone._conv, static_argnums=(1, 2))
+        stage = stage if self.remat == "all" else Backbone._conv
         for i, features in enumerate(self.decoder):
             level = len(self.encoder) - i
-            x = conv(features, f"decoder_{i}")(parts, coarse)
+            x = stage(self, features, f"decoder_{i}", parts, coarse)
             x = self.modulate(x, level)
             if level == self.field_level:
                 parts, coarse = (x,), None
                 break
             # Up-sampled by the next convolution, which never makes the large map.
             parts, coarse = (skips[level - 1],), x
+        last = Backbone._last if self.remat == "none" else nn.remat(Backbone._last)
+        return last(self, parts, coarse)
+
+    def _last(self, parts, coarse):
+        """The convolutions at the field's resolution, and the pre-head."""
         for i, features in enumerate(self.remaining):
-            parts, coarse = (conv(features, f"remaining_{i}")(parts, coarse),), None
-        return conv(self.pre_head, "pre_head", activate=False)(parts)
+            x = self._conv(features, f"remaining_{i}", parts, coarse)
+            parts, coarse = (x,), None
+        return self._conv(self.pre_head, "pre_head", parts, coarse, activate=False)
+
+    def _conv(self, features, name, parts, coarse=None, activate=True):
+        block = layers.Conv(features, activate, self.dtype, self.conv_impl, name=name)
+        return block(parts, coarse)

@@ -22,7 +22,7 @@ class UniReg(nn.Module):
         conditioner: row of HEADS.
         svf_steps: 0 for a plain displacement; n for a stationary velocity field
             integrated in n squarings (diffeomorphic; 7 in the SAME baseline).
-        encoder, decoder, remaining, field_level, dtype, conv_impl: see Backbone.
+        encoder, decoder, remaining, field_level, dtype, conv_impl, remat: see Backbone.
     """
 
     conditioner: str = "dynamic"
@@ -33,6 +33,7 @@ class UniReg(nn.Module):
     field_level: int = 0
     dtype: str = "float32"
     conv_impl: str = "auto"
+    remat: str = "none"
 
     def setup(self):
         self.backbone = backbone.Backbone(
@@ -42,6 +43,7 @@ class UniReg(nn.Module):
             self.field_level,
             dtype=self.dtype,
             conv_impl=self.conv_impl,
+            remat=self.remat,
         )
         self.head = HEADS[self.conditioner]()
 

@@ -115,6 +115,7 @@ _FREE = (
     "train.eval_every",
     "train.eval_pairs",
     "train.checkpoint_every",
+    "train.watchdog_s",
 )
 _ORIGIN = "started_from"  # in config.json, beside the config
 
@@ -134,7 +135,7 @@ def check_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
         return
     before, now = json.loads(path.read_text()), json.loads(_text(config))
     before.pop(_ORIGIN, None)
-    before, now = _flat(before), _flat(now)
+    before, now = flat(before), flat(now)
     drift = [
         f"{k}: {before.get(k)!r} -> {now.get(k)!r}"
         for k in sorted(before.keys() | now.keys())
@@ -178,11 +179,12 @@ def _text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=1, sort_keys=True)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of a nested config by their dotted names."""
+    fields = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            fields |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            fields[prefix + key] = value
+    return fields

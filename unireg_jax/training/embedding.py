@@ -12,8 +12,8 @@ from unireg_jax.models.features import sam
 from unireg_jax.registration import embedding
 from unireg_jax.tasks import ViewBatch
 from unireg_jax.training import contrastive
+from unireg_jax.training.mesh import batch_sharding, replicated
 from unireg_jax.training.state import TrainState
-from unireg_jax.training.step import batch_sharding, replicated
 
 
 def make_state(

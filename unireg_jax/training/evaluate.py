@@ -1,5 +1,6 @@
 """Metrics over a dataset: per pair, per label, per task."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,14 +14,17 @@ def evaluate(
     params: Any,
     extractor: Any,
     batches: Iterable[tuple[Any, Any]],
+    *,
+    at_once: int = 1,
 ) -> list[dict[str, Any]]:
-    """Judges pairs one by one.
+    """Judges pairs, one by one or so many at once.
 
     Args:
         eval_step: from step.make_eval_step.
         params: of the network.
         extractor: features.Extractor of its features.
         batches: (pair, PairBatch of one sample), as loader.make_eval_batches yields.
+        at_once: pairs per call of `eval_step`; the last call repeats its last pair.
 
     Returns:
         One dict per pair: task, fixed, moving (positions in the index), the numbers
@@ -28,9 +32,7 @@ def evaluate(
         their means mean_dsc, mean_dsc_before.
     """
     rows = []
-    for pair, batch in batches:
-        scores = eval_step(params, batch, extractor)
-        result = {k: np.asarray(v)[0] for k, v in scores.items()}
+    for pair, result in _results(eval_step, params, extractor, batches, at_once):
         row = {"task": pair.task, "fixed": pair.fixed, "moving": pair.moving}
         row |= {k: float(result[k]) for k in PER_PAIR}
         for name in ("dsc", "dsc_before"):
@@ -38,6 +40,21 @@ def evaluate(
             row[f"mean_{name}"] = nanmean(row[name])
         rows.append(row)
     return rows
+
+
+def _results(eval_step, params, extractor, batches, at_once):
+    """(pair, its numbers) of every pair, in order."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, at_once)):
+        examples = [batch for _, batch in group]
+        examples += examples[-1:] * (at_once - len(group))
+        batch = examples[0]
+        if at_once > 1:
+            batch = type(batch)(*map(np.concatenate, zip(*examples, strict=True)))
+        scores = eval_step(params, batch, extractor)
+        scores = {k: np.asarray(v) for k, v in scores.items()}
+        for i, (pair, _) in enumerate(group):
+            yield pair, {k: v[i] for k, v in scores.items()}
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

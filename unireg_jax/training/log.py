@@ -12,10 +12,16 @@ class Log:
     """Appends to `metrics.jsonl` and `tb/` of a work folder.
 
     Lines past `resume_step` are dropped on opening: a restarted run repeats them. From
-    step 0 a run repeats everything.
+    step 0 a run repeats everything. `silent` writes nothing: of several processes one
+    keeps the log.
     """
 
-    def __init__(self, workdir: Path | str, *, resume_step: int = 0):
+    def __init__(
+        self, workdir: Path | str, *, resume_step: int = 0, silent: bool = False
+    ):
+        self._silent = silent
+        if silent:
+            return
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             lines = self._path.read_text().splitlines()
@@ -29,6 +35,8 @@ class Log:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line; NaN becomes null, for strict readers."""
+        if self._silent:
+            return
         clean = {
             k: float(v) if math.isfinite(float(v)) else None for k, v in scalars.items()
         }
@@ -40,6 +48,8 @@ class Log:
 
     def close(self) -> None:
         """Flushes both."""
+        if self._silent:
+            return
         self._file.close()
         self._board.close()
 

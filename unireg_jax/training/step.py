@@ -6,35 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from unireg_jax.models.features import Extractor
 from unireg_jax.ops import dice, intensity, jacobian, warp
 from unireg_jax.tasks import PairBatch
 from unireg_jax.training import objective
+from unireg_jax.training.mesh import pair_sharding, replicated, traced_on
 from unireg_jax.training.state import TrainState
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices along the data axis; the space axis has length 1."""
-    count = len(devices or jax.devices())
-    # Auto: XLA propagates the shardings, as for the slices and reshapes in ops.
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((count, 1), ("data", "space"), axis_types, devices=devices)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split over the data axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Parameters and optimiser state live on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def make_train_step(
-    loss_fn: Callable, tx: optax.GradientTransformation, *, mesh: Mesh
+    loss_fn: Callable,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    precision: str = "default",
 ) -> Callable:
     """Compiles step(state, batch, extractor) -> (state, scalars); donates the state.
 
@@ -44,36 +33,94 @@ def make_train_step(
     Args:
         loss_fn: loss(params, batch, extractor) -> (scalar, dict of scalars).
         tx: gradient transformation.
-        mesh: from `make_mesh`; the batch size is a multiple of its data axis.
+        mesh: from `mesh.make_mesh`; the batch size is a multiple of its data axis times
+            `accumulate`.
+        accumulate: parts of the batch that come one after another, in the memory of
+            one. A loop of its own, not `optax.MultiSteps`: a step stays one update, for
+            schedules, checkpoints and data alike, and nothing more is saved.
+        ema: decay d of the running mean of the parameters, whose state then has one:
+            ema <- e ema + (1 - e) params, e = min(d, (1 + n) / (10 + n)) after n steps,
+            so that the first parameters are soon forgotten. 0: none.
+        precision: see `mesh.traced_on`.
 
     Returns:
         The jitted step. `scalars` adds to those of the loss grad_norm and param_norm,
-        of the parameters after the step: finite if and only if they can be used.
+        of the parameters after the step: finite if and only if they can be used. Of an
+        accumulated batch they are means over its parts, without those that are NaN.
     """
 
     def step(state: TrainState, batch: PairBatch, extractor: Extractor):
-        gradient = jax.grad(loss_fn, has_aux=True)
-        grads, scalars = gradient(state.params, batch, extractor)
+        with traced_on(mesh, precision=precision):
+            grads, scalars = _gradient(
+                loss_fn, state.params, batch, extractor, mesh, accumulate
+            )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         scalars["grad_norm"] = optax.tree.norm(grads)
         scalars["param_norm"] = optax.tree.norm(params)
-        return TrainState(state.step + 1, params, opt_state, state.key), scalars
+        mean = _running_mean(state, params, ema) if ema else None
+        return TrainState(state.step + 1, params, opt_state, state.key, mean), scalars
 
-    keep, split = replicated(mesh), batch_sharding(mesh)
+    keep = replicated(mesh)
     return jax.jit(
         step,
-        in_shardings=(keep, split, keep),
+        in_shardings=(keep, pair_sharding(mesh), keep),
         out_shardings=(keep, keep),
         donate_argnums=0,
     )
 
 
-def make_eval_step(apply_fn: Callable, *, num_labels: int) -> Callable:
+def _gradient(loss_fn, params, batch, extractor, mesh, accumulate):
+    """Gradient and scalars of a batch, in `accumulate` parts."""
+    gradient = jax.grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        return gradient(params, batch, extractor)
+    count = mesh.shape["data"]
+
+    def divide(rows):
+        # Every device goes through its own rows: none moves to another.
+        size = len(rows) // accumulate  # not -1: of no layers there are no elements
+        rows = rows.reshape(count, accumulate, size // count, *rows.shape[1:])
+        return rows.swapaxes(0, 1).reshape(accumulate, size, *rows.shape[3:])
+
+    parts = jax.lax.with_sharding_constraint(
+        jax.tree.map(divide, batch), pair_sharding(mesh, None)
+    )
+
+    def add(total, part):
+        grads, scalars = gradient(params, part, extractor)
+        return jax.tree.map(jnp.add, total, grads), scalars
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, scalars = jax.lax.scan(add, zeros, parts)
+    grads = jax.tree.map(lambda g: g / accumulate, total)
+    return grads, {k: jnp.nanmean(v) for k, v in scalars.items()}
+
+
+def _running_mean(state: TrainState, params: Any, decay: float) -> Any:
+    """The mean of the parameters with those of this step."""
+    steps = state.step.astype(jnp.float32)
+    keep = jnp.minimum(decay, (1 + steps) / (10 + steps))
+    return jax.tree.map(lambda old, new: new + keep * (old - new), state.ema, params)
+
+
+def make_eval_step(
+    apply_fn: Callable,
+    *,
+    num_labels: int,
+    mesh: Mesh | None = None,
+    precision: str = "default",
+) -> Callable:
     """Compiles evaluate(params, batch, extractor) -> dict of arrays per sample.
 
     Labels are read once from the moving volume through field and pre-alignment
     together, nearest neighbour.
+
+    Args:
+        apply_fn: apply(params, fixed, moving, corr, region, pair_type) -> disp.
+        num_labels: label ids including background.
+        mesh: devices that share a batch, as in training; None: wherever it lies.
+        precision: see `mesh.traced_on`.
 
     Returns:
         A jitted function; its result holds dsc and dsc_before [B, K - 1] (NaN where a
@@ -88,22 +135,42 @@ def make_eval_step(apply_fn: Callable, *, num_labels: int) -> Callable:
         )
         return judge(disp, batch, pair, num_labels=num_labels)
 
-    return jax.jit(evaluate)
+    if mesh is None:
+        return jax.jit(evaluate)
+
+    def on_mesh(params: Any, batch: PairBatch, extractor: Extractor):
+        with traced_on(mesh, precision=precision):
+            return evaluate(params, batch, extractor)
+
+    keep = replicated(mesh)
+    return jax.jit(
+        on_mesh, in_shardings=(keep, pair_sharding(mesh), keep), out_shardings=keep
+    )
 
 
 def judge(
     disp: jax.Array, batch: PairBatch, pair: objective.Pair, *, num_labels: int
 ) -> dict[str, jax.Array]:
     """Metrics of a field for one batch; see `make_eval_step`."""
-    after = _moving_labels(disp, batch)
-    before = _moving_labels(jnp.zeros_like(disp), batch)
+    after, before = (
+        dice.dsc(
+            batch.fixed_labels,
+            labels,
+            num_labels=num_labels,
+            fixed_more=batch.fixed_more,
+            warped_more=more,
+        )
+        for labels, more in (
+            _moving_labels(field, batch) for field in (disp, jnp.zeros_like(disp))
+        )
+    )
     body = intensity.valid(batch.fixed)[..., 0]
     mask = pair.fixed_valid[..., 0] * pair.moving_valid[..., 0]
     ncc_before = objective.ncc.local_ncc(pair.fixed, pair.moving, mask=mask)
     warped = warp.warp(pair.moving, disp)
     return {
-        "dsc": dice.dsc(batch.fixed_labels, after, num_labels=num_labels),
-        "dsc_before": dice.dsc(batch.fixed_labels, before, num_labels=num_labels),
+        "dsc": after,
+        "dsc_before": before,
         "ncc": objective.ncc.local_ncc(pair.fixed, warped, mask=mask),
         "ncc_before": ncc_before,
         "sdlogj": jacobian.sdlogj(disp, mask=body),
@@ -112,8 +179,8 @@ def judge(
     }
 
 
-def _moving_labels(disp: jax.Array, batch: PairBatch) -> jax.Array:
-    """Moving labels at align(x + disp(x)), 0 beyond the moving grid: [B, X, Y, Z]."""
+def _moving_labels(disp: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
+    """All layers of moving labels at align(x + disp(x)), 0 beyond the moving grid."""
     shape = disp.shape[1:4]
     coords = jnp.broadcast_to(warp.identity_coords(shape), disp.shape) + disp
     linear, offset = batch.align[:, :3, :3], batch.align[:, :3, 3]
@@ -124,5 +191,4 @@ def _moving_labels(disp: jax.Array, batch: PairBatch) -> jax.Array:
     limit = jnp.array(batch.moving_labels.shape[1:4], jnp.float32) - 0.5
     limit = jnp.broadcast_to(limit, coords.shape)
     within = ((coords >= -0.5) & (coords <= limit)).all(-1)
-    labels = warp.sample(batch.moving_labels[..., None], coords, order=0)[..., 0]
-    return jnp.where(within, labels, 0).astype(labels.dtype)
+    return objective.sample_labels(batch, coords, within)

@@ -1,0 +1,179 @@
+"""Several processes as one run: who takes part, what they must agree on, when to stop.
+
+Each process is the same command; JAX finds the others (docs/launch.md). One process is
+the common case: then nothing here costs anything.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from unireg_jax.errors import DATA_CHANGED, USAGE, UserError
+from unireg_jax.training import checkpoint
+
+# Number of processes, as launchers state it.
+_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_ROOMS = ("unireg_jax", "data_pipeline", "experiments")
+
+
+def begin(*, watchdog_s: int) -> None:
+    """Joins the other processes, if there are any; before anything is computed.
+
+    SLURM and Open MPI are detected by JAX. Elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who.
+
+    Args:
+        watchdog_s: a process that was not heard of for so long counts as dead, which
+            ends the others.
+
+    Raises:
+        UserError: `schema`, exit code 2: the environment does not say who is who, or
+            not all came.
+    """
+    given = [name for name in _COUNTS if name in os.environ]
+    if not given or os.environ[given[0]] == "1":
+        return
+    numbers = {}
+    try:
+        if given[0] == "JAX_NUM_PROCESSES":
+            numbers = {
+                "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
+                "process_id": int(os.environ["JAX_PROCESS_ID"]),
+                "coordinator_address": os.environ["JAX_COORDINATOR_ADDRESS"],
+            }
+        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=watchdog_s)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            "schema",
+            f"processes: {os.environ[given[0]]} expected by {given[0]}, but they did "
+            f"not meet ({str(error).splitlines()[0]}); see docs/launch.md",
+            USAGE,
+        ) from error
+
+
+def is_first() -> bool:
+    """The process that writes logs, config and weights."""
+    return jax.process_index() == 0
+
+
+def wait(what: str) -> None:
+    """Goes on when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def first_alone(what: str) -> Iterator[None]:
+    """The first process goes through, then the others."""
+    if not is_first():
+        wait(what)
+    yield
+    if is_first():
+        wait(what)
+
+
+def compare(config: Any, data_digest: str) -> None:
+    """Refuses processes that do not run the same.
+
+    Args:
+        config: ConfigDict of the run.
+        data_digest: of the prepared data.
+
+    Raises:
+        UserError: in every process; exit code 2 when config or code differ (`schema`),
+            10 when the data do (`checksum`).
+    """
+    if jax.process_count() == 1:
+        return
+    drawn = checkpoint.flat(config.to_dict())
+    drawn.pop("data.root")  # a path; its content is compared
+    mine = {
+        "config": hashlib.sha256(repr(sorted(drawn.items())).encode()).hexdigest(),
+        "code": _code_digest(),
+        "data": hashlib.sha256(data_digest.encode()).hexdigest(),
+    }
+    rows = np.array([list(bytes.fromhex(x)) for x in mine.values()], np.int32)
+    every = multihost_utils.process_allgather(rows)  # [processes, 3, 32]
+    for i, what in enumerate(mine):
+        other = [p for p, rows in enumerate(every) if (rows[i] != every[0, i]).any()]
+        if other:
+            shown = bytes(every[other[0], i].astype(np.uint8)).hex()[:16]
+            expected = bytes(every[0, i].astype(np.uint8)).hex()[:16]
+            raise UserError(
+                "checksum" if what == "data" else "schema",
+                f"processes: one {what} expected, digest {expected} in process 0, "
+                f"{shown} in process {', '.join(map(str, other))}; start all with the "
+                f"same {what}",
+                DATA_CHANGED if what == "data" else USAGE,
+            )
+
+
+def _code_digest() -> str:
+    """Of the sources of all rooms."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(p for room in _ROOMS for p in (root / room).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class Stop:
+    """Whether to stop, agreed on by all processes: `agreed` is called at every step.
+
+    Several processes sum up their flags on the devices and read the sum of the step
+    before, so that none waits for it and all stop at the same step, one later than
+    asked for.
+    """
+
+    def __init__(self, flag: threading.Event):
+        self._flag = flag
+        self._sum = None
+        if jax.process_count() > 1:
+            mesh = Mesh(np.array(jax.devices()), ("all",))
+            self._split = NamedSharding(mesh, PartitionSpec("all"))
+            whole = NamedSharding(mesh, PartitionSpec())
+            self._add = functools.partial(jax.jit(jnp.sum, out_shardings=whole))
+
+    def agreed(self) -> bool:
+        """True in all processes, or in none."""
+        if jax.process_count() == 1:
+            return self._flag.is_set()
+        before, mine = (
+            self._sum,
+            np.full(jax.local_device_count(), self._flag.is_set(), np.int32),
+        )
+        flags = jax.make_array_from_process_local_data(self._split, mine)
+        self._sum = self._add(flags)
+        return before is not None and int(before) > 0
+
+
+@contextlib.contextmanager
+def watched(watchdog_s: int) -> Iterator[None]:
+    """Says which process is missing when the work with the others breaks off."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} lost "
+            f"another one ({str(error).splitlines()[0][:200]}); waiting up to "
+            f"{watchdog_s} s for the watchdog to name it",
+            file=sys.stderr,
+            flush=True,
+        )
+        # JAX's own watchdog ends this process with the name of the one that is gone.
+        threading.Event().wait(2 * watchdog_s)
+        raise
