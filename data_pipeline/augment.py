@@ -130,10 +130,13 @@ def make_augment(
             shape = example.moving.shape[:3]
             affine = draw_affine(spec, shape, spacing, rng)
             disp = draw_elastic(spec, shape, spacing, rng)
-            hu, ids = deform(
-                example.moving[..., 0], example.moving_labels, affine, disp
+            layers = [example.moving_labels[None], example.moving_more]
+            hu, (ids, *more) = deform(
+                example.moving[..., 0], np.concatenate(layers), affine, disp
             )
             example = example._replace(moving=hu[..., None], moving_labels=ids)
+            if more:
+                example = example._replace(moving_more=np.stack(more))
         if spec.gain or spec.shift_hu or spec.noise_hu:
             fixed = change_contrast(example.fixed, spec, rng)
             moving = change_contrast(example.moving, spec, rng)
@@ -199,6 +202,8 @@ def flip(example: PairBatch, mirror: np.ndarray) -> PairBatch:
         moving=example.moving[::-1],
         fixed_labels=mirror[example.fixed_labels[::-1]],
         moving_labels=mirror[example.moving_labels[::-1]],
+        fixed_more=mirror[example.fixed_more[:, ::-1]],
+        moving_more=mirror[example.moving_more[:, ::-1]],
         align=align.astype(np.float32),
     )
 
@@ -297,7 +302,7 @@ def deform(
 
     Args:
         hu: [X, Y, Z] int16, HU; OUTSIDE_HU beyond the scan.
-        labels: [X, Y, Z] uint8.
+        labels: [..., X, Y, Z] uint8, any number of maps.
         affine: [4, 4], changed voxel -> voxel of the volume.
         disp: [3, X, Y, Z] float32, voxels, or None.
 
@@ -312,7 +317,7 @@ def deform(
     missing = outside.astype(np.float32)
     # Only where the nearest voxel touches the outside can any weight lie in it.
     near = ndimage.maximum_filter(outside.view(np.uint8), 3).ravel().view(bool)
-    flat = np.ascontiguousarray(labels).ravel()
+    flat = np.ascontiguousarray(labels).reshape(*labels.shape[:-3], -1)
     sample = functools.partial(
         ndimage.map_coordinates, output=np.float32, order=1, prefilter=False
     )
@@ -331,7 +336,7 @@ def deform(
         # float32 gives a voxel with no weight some 1e-5 of it.
         valid[doubtful] = sample(missing, coords[:, doubtful]) < 1e-4
         out_hu[part] = np.where(valid, np.rint(sample(image, coords)), OUTSIDE_HU)
-        out_labels[part] = flat[index] * there
+        out_labels[..., part, :, :] = flat[..., index] * there
     return out_hu, out_labels
 
 

@@ -454,11 +454,14 @@ class _Numbered:
 
 
 def _example(task: str, k: int, pair: ScanPair) -> PairBatch:
+    nothing = np.zeros((0, *pair.fixed.labels.shape), np.uint8)
     return PairBatch(
         fixed=pair.fixed.hu[..., None],
         moving=pair.moving.hu[..., None],
         fixed_labels=pair.fixed.labels,
         moving_labels=pair.moving.labels,
+        fixed_more=nothing,
+        moving_more=nothing,
         align=np.eye(4, dtype=np.float32),
         region=np.int32(TASKS[task].region),
         pair_type=np.int32(TASKS[task].pair_type),

@@ -61,6 +61,11 @@ class Dataset:
         self.index = store.read_index(root)
         self.alignments = read_alignments(root)
         self.shape = tuple(self.index["spec"]["shape"])
+        # Of the volume with most: batches of one dataset are all of one shape.
+        self.layers = max(
+            (store.count_layers(root, volume) for volume in self.index["volumes"]),
+            default=0,
+        )
         self._budget = cache_gib * 2**30
         self._held = 0
         self._cache: collections.OrderedDict = collections.OrderedDict()
@@ -81,15 +86,15 @@ class Dataset:
         """The task's vocabulary: id i + 1 is the i-th name."""
         return tuple(self.index["tasks"][task]["labels"])
 
-    def volume(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+    def volume(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Reads one volume.
 
         Args:
             position: in the index's `volumes`.
 
         Returns:
-            hu [X, Y, Z] int16 and labels [X, Y, Z] uint8, all 0 when it has none; both
-            read-only.
+            hu [X, Y, Z] int16, labels [X, Y, Z] uint8, all 0 when it has none, and
+            overlaps [its own L, X, Y, Z] uint8; all read-only.
 
         Raises:
             UserError: `checksum` or `not_found`, exit code 10.
@@ -116,40 +121,47 @@ class Dataset:
             position: the pair's position in that list.
 
         Returns:
-            PairBatch of [X, Y, Z, 1], [X, Y, Z], [4, 4] and scalar arrays.
+            PairBatch of [X, Y, Z, 1], [X, Y, Z], [self.layers, X, Y, Z], [4, 4] and
+            scalar arrays.
 
         Raises:
             UserError: see `volume`.
         """
-        fixed, fixed_labels = self.volume(pair.fixed)
-        moving, moving_labels = self.volume(pair.moving)
+        fixed, fixed_labels, fixed_more = self.volume(pair.fixed)
+        moving, moving_labels, moving_more = self.volume(pair.moving)
         return PairBatch(
             fixed=fixed[..., None],
             moving=moving[..., None],
             fixed_labels=fixed_labels,
             moving_labels=moving_labels,
+            fixed_more=fill_layers(fixed_more, self.layers),
+            moving_more=fill_layers(moving_more, self.layers),
             align=np.asarray(pair.align, np.float32),
             region=np.int32(pair.region),
             pair_type=np.int32(pair.pair_type),
             pair=np.int32(position),
         )
 
-    def _read(self, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, entry: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
         hu = store.read_array(self.root, entry, "image")
-        if entry["labels"] is None:
-            labels = np.zeros(hu.shape, np.uint8)
-        else:
+        labels = np.zeros(hu.shape, np.uint8)
+        if entry["labels"] is not None:
             labels = store.read_array(self.root, entry, "labels")
-        found = (hu.shape, hu.dtype, labels.shape, labels.dtype)
-        if found != (self.shape, np.int16, self.shape, np.uint8):
+        more = np.zeros((0, *hu.shape), np.uint8)
+        if "overlaps" in entry:
+            more = store.read_array(self.root, entry, "overlaps")
+        arrays = (hu, labels, more)
+        found = [(a.shape[-3:], a.dtype) for a in arrays]
+        if found != [(self.shape, kind) for kind in (np.int16, np.uint8, np.uint8)]:
             raise UserError(
                 "schema",
                 f"{entry['id']}: int16 and uint8 of {self.shape} expected, found "
                 f"{found}; run data_pipeline.prepare again",
                 DATA_CHANGED,
             )
-        hu.flags.writeable = labels.flags.writeable = False
-        return hu, labels
+        for array in arrays:
+            array.flags.writeable = False
+        return arrays
 
 
 class PairIterator(grain.DatasetIterator):
@@ -476,6 +488,23 @@ def _spread(items: Sequence[int], count: int | None) -> Sequence[int]:
     if count is None or count >= len(items):
         return items
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, count).round()]
+
+
+def fill_layers(more: np.ndarray, layers: int) -> np.ndarray:
+    """Adds layers that hold nothing.
+
+    Args:
+        more: [N, X, Y, Z] uint8.
+        layers: how many there shall be, N or more.
+
+    Returns:
+        [layers, X, Y, Z] uint8; more itself if it has as many.
+    """
+    if len(more) == layers:
+        return more
+    out = np.zeros((layers, *more.shape[1:]), np.uint8)
+    out[: len(more)] = more
+    return out
 
 
 def stack(examples: Sequence[_Batch]) -> _Batch:

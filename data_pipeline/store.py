@@ -3,11 +3,12 @@
     <root>/index.json                 what is there, with digests, geometry and split
     <root>/volumes/<id>.hu.npy        [X, Y, Z] int16 HU, OUTSIDE_HU beyond the scan
     <root>/volumes/<id>.labels.npy    [X, Y, Z] uint8, ids of the task's vocabulary
+    <root>/volumes/<id>.overlaps.npy  optional: [L, X, Y, Z] uint8, further ids of the
+                                      same voxels, where organs overlap
     <root>/align.json                 optional: "<fixed id>|<moving id>" -> 4 x 4
 
 and, where the source has them, for evaluation (the loader does not read them):
 
-    <root>/volumes/<id>.overlaps.npy  [L, X, Y, Z] uint8, further ids of the same voxels
     <root>/volumes/<id>.roi.npy       [X, Y, Z] uint8, 1 where to judge
     <root>/volumes/<id>.points.npy    [N, 3] float64, landmarks in LPS mm
     <root>/points/<fixed>__<moving>.csv   those of a pair, for `evaluate --landmarks`
@@ -118,7 +119,8 @@ def write_volume(
 
     Returns:
         {"image", "labels", "sha256": {"image", "labels"}}; paths relative to root. The
-        other arrays have a path only when they are there.
+        other arrays have a path only when they are there, and "layers" is the L of
+        overlaps.
 
     Raises:
         ValueError: wrong dtype or shape.
@@ -157,7 +159,30 @@ def write_volume(
         write_atomic(Path(root) / name, content)
         fields[kind] = name
         fields["sha256"][kind] = hashlib.sha256(content).hexdigest()
+    if overlaps is not None:
+        fields["layers"] = len(overlaps)
     return fields
+
+
+def count_layers(root: Path | str, entry: dict[str, Any]) -> int:
+    """Counts the layers of a volume's overlaps.
+
+    Args:
+        root: the prepared folder.
+        entry: the volume's entry in the index; of one that an earlier release wrote,
+            without "layers", the array is read.
+
+    Returns:
+        L of [L, X, Y, Z]; 0 when nothing overlaps.
+
+    Raises:
+        UserError: see `read_array`.
+    """
+    if "overlaps" not in entry:
+        return 0
+    if "layers" in entry:
+        return entry["layers"]
+    return len(read_array(root, entry, "overlaps"))
 
 
 def read_array(root: Path | str, entry: dict[str, Any], kind: str) -> np.ndarray:

@@ -176,7 +176,7 @@ class _Bodies:
         self._masks: dict[int, np.ndarray] = {}
 
     def volume(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        hu, _ = self._dataset.volume(position)
+        hu, *_ = self._dataset.volume(position)
         # Two readers may make the same mask, which costs time and changes nothing.
         if position not in self._masks:
             place = np.diag([*self._dataset.index["spec"]["spacing_mm"], 1.0])

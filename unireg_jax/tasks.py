@@ -53,6 +53,9 @@ class PairBatch(NamedTuple):
         moving: [B, X, Y, Z, 1] int16, HU, on its own network grid.
         fixed_labels: [B, X, Y, Z] uint8; 0 background, ids of the task's vocabulary.
         moving_labels: [B, X, Y, Z] uint8; all 0 when the pair has no labels.
+        fixed_more, moving_more: [B, L, X, Y, Z] uint8, further ids of the same voxels,
+            where organs overlap; 0 nothing. L is the same for a whole dataset, 0 if
+            nothing overlaps; no layer repeats what another says of a voxel.
         align: [B, 4, 4] float32; fixed voxel -> moving voxel, the pre-alignment.
         region: [B] int32, Region.
         pair_type: [B] int32, PairType.
@@ -63,6 +66,8 @@ class PairBatch(NamedTuple):
     moving: Any
     fixed_labels: Any
     moving_labels: Any
+    fixed_more: Any
+    moving_more: Any
     align: Any
     region: Any
     pair_type: Any

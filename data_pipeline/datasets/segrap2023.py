@@ -16,7 +16,7 @@ from data_pipeline.datasets import folders
 from data_pipeline.datasets.manifest import Collection, Record
 
 # Organ -> classes of the map. Where organs overlap, the one of fewer classes, or named
-# first, is the one trained on.
+# first, is in the first layer.
 ORGANS = {
     "BrainStem": (2,),
     "Chiasm": (3,),

@@ -47,6 +47,8 @@ def example():
         moving=ramp(100)[..., None],
         fixed_labels=striped(),
         moving_labels=striped()[:, ::-1],
+        fixed_more=(striped()[None] + 1) % 7,
+        moving_more=(striped()[None, :, ::-1] + 1) % 7,
         align=align.astype(np.float32),
         region=np.int32(0),
         pair_type=np.int32(0),
@@ -228,8 +230,8 @@ def test_augment_leaves_its_input_and_moves_only_moving():
     equal(pair, kept)
     assert (out.moving != pair.moving).any()
     equal(
-        out._replace(moving=0, moving_labels=0),
-        pair._replace(moving=0, moving_labels=0),
+        out._replace(moving=0, moving_labels=0, moving_more=0),
+        pair._replace(moving=0, moving_labels=0, moving_more=0),
     )
 
 

@@ -352,7 +352,7 @@ def test_learn2reg_abdomen_keeps_its_validation_pairs(tmp_path):
     assert len(dataset.pairs("train")) == 12 and len(dataset.pairs("val")) == 1
     names = dict(abdomen.BTCV)
     assert set(dataset.label_names("abdomen")) == set(names.values())
-    hu, labels = dataset.volume(0)
+    hu, labels, _ = dataset.volume(0)
     np.testing.assert_array_equal(
         labels == dataset.label_names("abdomen").index("liver") + 1,
         _ids(*range(1, 14)) == 6,
@@ -371,7 +371,7 @@ def test_learn2reg_lung_pairs_masks_and_points(tmp_path):
     assert len(dataset.pairs("train")) == 3  # fixed and moving as listed, not both ways
     assert len(dataset.pairs("val")) == 1
     assert dataset.label_names("lung") == ("lungs",)
-    _, labels = dataset.volume(0)
+    _, labels, _ = dataset.volume(0)
     np.testing.assert_array_equal(labels, _mask(*range(1, 40)))
     roi = store.read_array(dataset.root, dataset.index["volumes"][0], "roi")
     np.testing.assert_array_equal(roi, labels)
@@ -514,7 +514,7 @@ def test_totalsegmentator_by_its_table(tmp_path):
         "lung_upper_lobe_left",
         "spleen",
     )
-    _, labels = dataset.volume(1)
+    _, labels, _ = dataset.volume(1)
     # Three masks of six lie on one place each; the first name wins, none is lost.
     assert set(np.unique(_layers(dataset, 1))) >= {0, names.index("kidney_left") + 1}
 
@@ -556,7 +556,7 @@ def test_flare(tmp_path):
     assert [len(splits[s]) for s in ("train", "val", "test")] == [4, 2, 3]
     assert "FLARETs_0001" in splits["test"]
     names = dataset.label_names("abdomen")
-    _, labels = dataset.volume(0)
+    _, labels, _ = dataset.volume(0)
     np.testing.assert_array_equal(
         labels == names.index("kidney_left") + 1, _ids(*range(1, 14)) == 13
     )
@@ -728,7 +728,7 @@ def test_real_btcv_labels_as_learn2reg_and_as_btcv(tmp_path, data_root):
         np.testing.assert_array_equal(one[0], other[0])
         np.testing.assert_array_equal(one[1], other[1])
     names = made["learn2reg"].label_names("abdomen")
-    _, labels = made["learn2reg"].volume(0)
+    _, labels, _ = made["learn2reg"].volume(0)
     centre = {
         n: np.argwhere(labels == names.index(n) + 1).mean(axis=0)
         for n in ("liver", "kidney_right", "kidney_left", "adrenal_gland_right")

@@ -72,6 +72,8 @@ def test_batch_has_the_agreed_arrays(root):
         "moving": ((3, *SHAPE, 1), "int16"),
         "fixed_labels": ((3, *SHAPE), "uint8"),
         "moving_labels": ((3, *SHAPE), "uint8"),
+        "fixed_more": ((3, 0, *SHAPE), "uint8"),
+        "moving_more": ((3, 0, *SHAPE), "uint8"),
         "align": ((3, 4, 4), "float32"),
         "region": ((3,), "int32"),
         "pair_type": ((3,), "int32"),
@@ -80,7 +82,7 @@ def test_batch_has_the_agreed_arrays(root):
     pairs = dataset.pairs("train")
     for i, number in enumerate(batch.pair):
         pair = pairs[number]
-        hu, labels = dataset.volume(pair.moving)
+        hu, labels, _ = dataset.volume(pair.moving)
         np.testing.assert_array_equal(batch.moving[i, ..., 0], hu)
         np.testing.assert_array_equal(batch.moving_labels[i], labels)
         np.testing.assert_array_equal(
@@ -447,7 +449,7 @@ def test_batch_of_one_copies_no_volume(root):
     dataset = loader.Dataset(root)
     pairs = dataset.pairs("train")
     batch = next(loader.make_iterator(dataset, "train", batch_size=1, seed=0))
-    hu, labels = dataset.volume(pairs[batch.pair[0]].fixed)
+    hu, labels, _ = dataset.volume(pairs[batch.pair[0]].fixed)
     assert np.shares_memory(batch.fixed, hu)
     assert np.shares_memory(batch.fixed_labels, labels)
     assert not batch.fixed.flags.writeable

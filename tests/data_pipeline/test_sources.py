@@ -86,7 +86,7 @@ def test_masks_overlap_without_loss(scans, tmp_path):
     np.testing.assert_array_equal(layers[0] == 1, part)  # listed first wins
     roi = store.read_array(tmp_path / "out", entry, "roi")
     np.testing.assert_array_equal(roi, _box(5, 10))
-    _, labels = loader.Dataset(tmp_path / "out").volume(0)
+    _, labels, _ = loader.Dataset(tmp_path / "out").volume(0)
     np.testing.assert_array_equal(labels, layers[0])
 
 

@@ -28,6 +28,7 @@ class Pair(NamedTuple):
         corr: [B, X/2, Y/2, Z/2, 27] float32.
         fixed_valid, moving_valid: [B, X, Y, Z, 1] float32, 1 inside the scan.
         fixed_labels, moving_labels: [B, X, Y, Z] uint8.
+        fixed_more, moving_more: [B, L, X, Y, Z] uint8, further layers of them.
         region, pair_type: [B] int32.
     """
 
@@ -38,6 +39,8 @@ class Pair(NamedTuple):
     moving_valid: jax.Array
     fixed_labels: jax.Array
     moving_labels: jax.Array
+    fixed_more: jax.Array
+    moving_more: jax.Array
     region: jax.Array
     pair_type: jax.Array
 
@@ -82,7 +85,7 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
     # The marker of what lies outside is no HU to interpolate: air, then the marker.
     moving = jnp.maximum(batch.moving.astype(jnp.float32), _AIR_HU)
     moving = jnp.where(valid > 0.5, warp.sample(moving, coords), OUTSIDE_HU)
-    labels = warp.sample(batch.moving_labels[..., None], coords, order=0)[..., 0]
+    labels, more = sample_labels(batch, coords, valid[..., 0] > 0.5)
     low, high = extractor.window
     maps = (features.describe(hu, extractor) for hu in (batch.fixed, moving))
     pair = Pair(
@@ -92,11 +95,33 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
         fixed_valid=intensity.valid(batch.fixed).astype(jnp.float32),
         moving_valid=valid,
         fixed_labels=batch.fixed_labels,
-        moving_labels=jnp.where(valid[..., 0] > 0.5, labels, 0).astype(labels.dtype),
+        moving_labels=labels,
+        fixed_more=batch.fixed_more,
+        moving_more=more,
         region=batch.region,
         pair_type=batch.pair_type,
     )
     return jax.lax.stop_gradient(pair)
+
+
+def sample_labels(
+    batch: PairBatch, coords: jax.Array, where: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Reads all layers of the moving labels at some positions, nearest neighbour.
+
+    Args:
+        batch: moving_labels and moving_more count.
+        coords: [B, X, Y, Z, 3] float32, voxels of the moving grid.
+        where: [B, X, Y, Z] bool; elsewhere all labels are 0.
+
+    Returns:
+        labels: [B, X, Y, Z], as batch.moving_labels.
+        more: [B, L, X, Y, Z], as batch.moving_more.
+    """
+    layers = jnp.concatenate([batch.moving_labels[:, None], batch.moving_more], axis=1)
+    found = warp.sample(jnp.moveaxis(layers, 1, -1), coords, order=0)
+    found = jnp.where(where[..., None], found, 0).astype(found.dtype)
+    return found[..., 0], jnp.moveaxis(found[..., 1:], -1, 1)
 
 
 def objective(
@@ -136,7 +161,12 @@ def objective(
     scalars = {"ncc": similarity.mean(), "smoothness": rough.mean()}
     if weights.dice:
         overlap, present = dice.soft_dice(
-            pair.fixed_labels, pair.moving_labels, disp, num_labels=weights.num_labels
+            pair.fixed_labels,
+            pair.moving_labels,
+            disp,
+            num_labels=weights.num_labels,
+            fixed_more=pair.fixed_more,
+            moving_more=pair.moving_more,
         )
         count = present.sum(-1)
         mean = (overlap * present).sum(-1) / jnp.maximum(count, 1)
