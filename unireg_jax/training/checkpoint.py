@@ -63,11 +63,11 @@ class Checkpoints:
         _check_shapes(folder, state)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = {"state": ocp.args.StandardRestore(abstract)}
-        if iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, TypeError) as error:
+            if iterator is not None:
+                _restore_stream(folder / "data", iterator)
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise _other(folder, str(error).splitlines()[0][:160]) from error
         return TrainState(*restored["state"])
 
@@ -75,6 +75,19 @@ class Checkpoints:
         """Waits for saves in flight."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _restore_stream(folder: Path, iterator: Any) -> None:
+    """Moves the iterator to its place.
+
+    Grain writes a file per process and wants as many of them back. Here all say the
+    same, because places are counted in steps of the whole batch: any will do.
+    """
+    files = sorted(folder.glob("process_*.json"))
+    if not files:
+        raise OSError(f"{folder}: the state of a data stream expected, none found")
+    iterator.set_state(json.loads(files[0].read_text()))
+    iterator.start_prefetch()
 
 
 def _check_shapes(folder: Path, state: TrainState) -> None:
