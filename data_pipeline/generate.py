@@ -130,7 +130,7 @@ class PaintedPairs:
         Args:
             task: a name of `unireg_jax.tasks.TASKS`.
             spec: the network grid.
-            maps: from `read_maps`.
+            maps: from `read_maps`; each is asked for when it is needed.
             label_names: their vocabulary: id i + 1 is the i-th name.
             seed: of maps, deformations, patients and phases.
             known: one patient twice, in any two phases, related by a known field, as
@@ -147,8 +147,7 @@ class PaintedPairs:
         self.task, self.spec, self.seed = task, spec, seed
         self.known = known or TASKS[task].pair_type == PairType.INTRA
         self.label_names = tuple(label_names)
-        self._maps = list(maps)
-        self._digest = _digest(*(m.labels for m in maps))
+        self._maps = maps
         self._names = dict(enumerate(self.label_names, 1))
 
     def __len__(self) -> int:
@@ -157,7 +156,7 @@ class PaintedPairs:
     def __repr__(self) -> str:
         return (
             f"PaintedPairs({self.task}, seed={self.seed}, known={self.known}, "
-            f"maps={self._digest})"
+            f"maps={_digest(*(m.labels for m in self._maps))})"
         )
 
     def __getitem__(self, k: int) -> ScanPair:
@@ -245,7 +244,7 @@ class DeformedPairs:
         Args:
             task: a name of `unireg_jax.tasks.TASKS`; all but headneck breathe.
             spec: the network grid.
-            scans: from `read_scans`.
+            scans: from `read_scans`; each is asked for when it is needed.
             label_names: their vocabulary: id i + 1 is the i-th name.
             seed: of the fields.
 
@@ -258,14 +257,14 @@ class DeformedPairs:
             raise ValueError("scans must hold a scan, got none")
         self.task, self.spec, self.seed = task, spec, seed
         self.label_names = tuple(label_names)
-        self._scans = list(scans)
-        self._digest = _digest(*(part for s in scans for part in (s.hu, s.labels)))
+        self._scans = scans
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __repr__(self) -> str:
-        return f"DeformedPairs({self.task}, seed={self.seed}, scans={self._digest})"
+        digest = _digest(*(part for s in self._scans for part in (s.hu, s.labels)))
+        return f"DeformedPairs({self.task}, seed={self.seed}, scans={digest})"
 
     def __getitem__(self, k: int) -> ScanPair:
         # Every scan in turn: all are used equally often.
@@ -314,7 +313,7 @@ def make_iterator(
     batches = (
         grain.MapDataset.source(_Numbered(source))
         .slice(slice(shard[0], None, shard[1]))
-        .map(lambda item: _example(source.task, *item))
+        .map(lambda item: example(source.task, *item))
         .batch(batch_size, drop_remainder=True, batch_fn=loader.stack)
     )
     ahead = 2 if num_threads else 0
@@ -453,7 +452,17 @@ class _Numbered:
         return repr(self._source)
 
 
-def _example(task: str, k: int, pair: ScanPair) -> PairBatch:
+def example(task: str, k: int, pair: ScanPair) -> PairBatch:
+    """A made pair as training takes it.
+
+    Args:
+        task: a name of `unireg_jax.tasks.TASKS`.
+        k: the element's number.
+        pair: from a source.
+
+    Returns:
+        PairBatch without the batch axis, of no further layers; `pair` is k modulo 2^31.
+    """
     nothing = np.zeros((0, *pair.fixed.labels.shape), np.uint8)
     return PairBatch(
         fixed=pair.fixed.hu[..., None],

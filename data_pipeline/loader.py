@@ -2,7 +2,8 @@
 
 Which pair comes at which step is a function of (seed, weights, step) alone. Every task
 has a stream of its own, an endless row of permutations of its pairs; a fixed pattern
-interleaves the streams with exact counts. Threads only read ahead.
+interleaves the streams with exact counts, and those of made pairs, if there are any.
+Threads only read ahead.
 
 Deviates from the paper, which samples the task of every step at random: exact counts
 have the same mean and no runs without a task.
@@ -18,9 +19,9 @@ import math
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -164,6 +165,23 @@ class Dataset:
         return arrays
 
 
+class Stream(NamedTuple):
+    """An endless row of made pairs, to be mixed with those of a prepared folder.
+
+    Attributes:
+        name: what log lines call it; no name of TASKS.
+        share: of all pairs, above 0 and up to 1.
+        label_names: of its ids, id i + 1 is the i-th; for flips.
+        draw: number -> PairBatch without the batch axis, a function of the number
+            alone; its `pair` does not count.
+    """
+
+    name: str
+    share: float
+    label_names: tuple[str, ...]
+    draw: Callable[[int], PairBatch]
+
+
 class PairIterator(grain.DatasetIterator):
     """Endless batches; its state says where it is and of what.
 
@@ -224,6 +242,7 @@ def make_iterator(
     num_threads: int = _THREADS,
     augment: AugmentSpec | None = None,
     on_fault: str = "fail",
+    streams: Sequence[Stream] = (),
 ) -> PairIterator:
     """Makes the endless stream of batches that training consumes.
 
@@ -242,7 +261,10 @@ def make_iterator(
             at all. The changes of a pair are a function of seed and place, too.
         on_fault: what a volume that cannot be used does: "fail" ends the stream, "skip"
             names it on stderr and gives the next pair of the order without it, until
-            more than one volume in a hundred (at least one) is at fault.
+            more than one volume in a hundred (at least one) is at fault. One that a
+            made pair needs always ends it.
+        streams: made pairs, whose shares come off those of the tasks; in a batch their
+            `pair` is the number of pairs of the split plus the stream's place here.
 
     Returns:
         Iterator of PairBatch (NumPy, maybe read-only), with get_state and set_state.
@@ -269,20 +291,18 @@ def make_iterator(
             USAGE,
         )
     pairs = dataset.pairs(split)
-    shares = _shares(pairs, split, weights)
+    shares = _shares(pairs, split, weights, streams)
     order = PairOrder(pairs, shares, seed)
-    if on_fault == "skip":
-        places = grain.MapDataset.source(range(len(order)))
-        examples = places.map(_Skipping(dataset, pairs, order))
-    else:
-        examples = grain.MapDataset.source(order).map(
-            lambda position: dataset.example(pairs[position], position)
-        )
+    examples = grain.MapDataset.source(range(len(order))).map(
+        _Examples(dataset, pairs, order, streams, skip=on_fault == "skip")
+    )
     if augment is not None and augment.on:
-        names = {task: dataset.label_names(task) for task in shares}
+        names = {task: dataset.label_names(task) for task in shares if task in TASKS}
+        names |= {stream.name: stream.label_names for stream in streams}
         change = make_augment(augment, names, dataset.index["spec"]["spacing_mm"])
+        kinds = [pair.task for pair in pairs] + [stream.name for stream in streams]
         examples = examples.seed(seed).random_map(
-            lambda example, rng: change(example, pairs[example.pair].task, rng)
+            lambda example, rng: change(example, kinds[example.pair], rng)
         )
     # Sharded last: the generator of a record is that of its place in the whole stream.
     batches = examples.slice(slice(shard[0], None, shard[1])).batch(
@@ -341,20 +361,34 @@ def make_eval_batches(
     return ((pairs[i], stack([dataset.example(pairs[i], i)])) for i in positions)
 
 
-class _Skipping:
-    """Element k of an order, or the next one whose volumes can be used."""
+class _Examples:
+    """Element k of an order; if asked to skip, the next one that can be used."""
 
-    def __init__(self, dataset: Dataset, pairs: Sequence[Pair], order: "PairOrder"):
+    def __init__(
+        self,
+        dataset: Dataset,
+        pairs: Sequence[Pair],
+        order: "PairOrder",
+        streams: Sequence[Stream],
+        *,
+        skip: bool,
+    ):
         self._dataset, self._pairs, self._order = dataset, pairs, order
+        self._streams = {s.name: (i, s) for i, s in enumerate(streams)}
+        self._skip = skip
         self._budget = max(1, len(dataset.index["volumes"]) // 100)
         self._faults: dict[int, UserError] = {}
         self._lock = threading.Lock()
 
     def __call__(self, k: int) -> PairBatch:
         for place in range(k, k + _LOOK_AHEAD):
-            position = self._order[place]
+            name, number = self._order.place(place)
+            if name in self._streams:
+                return self._made(*self._streams[name], number)
+            position = self._order.position(name, number)
             pair = self._pairs[position]
-            if all(self._usable(volume) for volume in (pair.fixed, pair.moving)):
+            ends = (pair.fixed, pair.moving)
+            if not self._skip or all(self._usable(volume) for volume in ends):
                 return self._dataset.example(pair, position)
         names = [self._dataset.index["volumes"][i]["id"] for i in self._faults]
         raise UserError(
@@ -362,6 +396,15 @@ class _Skipping:
             f"prepared data: a pair without {', '.join(names)} expected, none among "
             f"the next {_LOOK_AHEAD}; restore these volumes",
             DATA_CHANGED,
+        )
+
+    def _made(self, i: int, stream: Stream, number: int) -> PairBatch:
+        example = stream.draw(number)
+        layers = self._dataset.layers
+        return example._replace(
+            fixed_more=fill_layers(example.fixed_more, layers),
+            moving_more=fill_layers(example.moving_more, layers),
+            pair=np.int32(len(self._pairs) + i),
         )
 
     def _usable(self, volume: int) -> bool:
@@ -399,7 +442,8 @@ class PairOrder:
 
         Args:
             pairs: from `Dataset.pairs`.
-            shares: task -> how many of each run of sum(shares) elements.
+            shares: task, or name of a Stream -> how many of each run of sum(shares)
+                elements.
             seed: of the permutations.
         """
         self._seed = seed
@@ -422,10 +466,16 @@ class PairOrder:
 
     def __getitem__(self, k: int) -> int:
         """Position in `pairs` of the k-th element."""
+        return self.position(*self.place(k))
+
+    def place(self, k: int) -> tuple[str, int]:
+        """Task or stream of the k-th element, and its number within it."""
         period, place = divmod(int(k), len(self._pattern))
         which, nth = self._pattern[place]
-        task = self._tasks[which]
-        number = period * self._shares[which] + nth
+        return self._tasks[which], period * self._shares[which] + nth
+
+    def position(self, task: str, number: int) -> int:
+        """Position in `pairs` of an element of a task."""
         epoch, inside = divmod(number, len(self._positions[task]))
         return int(self._permutation(task, epoch)[inside])
 
@@ -442,9 +492,30 @@ class PairOrder:
 
 
 def _shares(
-    pairs: list[Pair], split: str, weights: Mapping[str, float] | None
+    pairs: list[Pair],
+    split: str,
+    weights: Mapping[str, float] | None,
+    streams: Sequence[Stream] = (),
 ) -> dict[str, int]:
     """Whole numbers in the ratio of the weights, in the order of TASKS."""
+    made = math.fsum(stream.share for stream in streams)
+    wanted = _wanted(pairs, split, weights) if made < 1 - 1e-9 else {}
+    total = sum(wanted.values())
+    parts = {task: weight / total * (1 - made) for task, weight in wanted.items()}
+    parts |= {stream.name: stream.share for stream in streams}
+    whole = {name: max(1, round(part * 1000)) for name, part in parts.items()}
+    for scale in range(1, 1000):
+        counts = {name: round(part * scale) for name, part in parts.items()}
+        error = max(abs(counts[name] / scale - part) for name, part in parts.items())
+        if min(counts.values()) > 0 and error < 1e-6:  # the ratio meant, as 3 : 7
+            return counts
+    return whole
+
+
+def _wanted(
+    pairs: list[Pair], split: str, weights: Mapping[str, float] | None
+) -> dict[str, float]:
+    """The weights, checked, without those that are 0."""
     present = {pair.task for pair in pairs}
     wanted = dict.fromkeys(present, 1.0) if weights is None else dict(weights)
     for task, weight in wanted.items():
@@ -471,16 +542,7 @@ def _shares(
             "the split, intra-patient tasks two volumes of one subject",
             NOTHING,
         )
-    total = sum(wanted.values())
-    parts = [weight / total for weight in wanted.values()]
-    whole = [max(1, round(part * 1000)) for part in parts]
-    for scale in range(1, 1000):
-        counts = [round(part * scale) for part in parts]
-        error = max(abs(c / scale - p) for c, p in zip(counts, parts, strict=True))
-        if min(counts) > 0 and error < 1e-6:  # the ratio meant, such as 3 : 7
-            whole = counts
-            break
-    return dict(zip(wanted, whole, strict=True))
+    return wanted
 
 
 def _spread(items: Sequence[int], count: int | None) -> Sequence[int]:

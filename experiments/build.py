@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import optax
 
-from data_pipeline import augment, loader, synthetic
+from data_pipeline import augment, loader, streams, synthetic
 from experiments import prealign, settings
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import backbone
@@ -32,6 +32,7 @@ class Experiment(NamedTuple):
     Attributes:
         dataset: prepared volumes.
         weights: task -> share, for the tasks that have training pairs.
+        streams: made pairs, whose shares come off those of the tasks.
         augment: how much the training pairs are changed.
         model: the network; params of `model.init`.
         tx: gradient transformation.
@@ -44,6 +45,7 @@ class Experiment(NamedTuple):
 
     dataset: loader.Dataset
     weights: dict[str, float]
+    streams: tuple[loader.Stream, ...]
     augment: augment.AugmentSpec
     model: UniReg
     tx: optax.GradientTransformation
@@ -73,12 +75,21 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
         raise UserError("schema", f"config: {error}", USAGE) from error
     extractor, source, described = _extractor(config)
     dataset = _dataset(config, workdir)
-    num_labels = 1 + max(len(t["labels"]) for t in dataset.index["tasks"].values())
+    made = streams.make_streams(
+        dataset,
+        config.data.streams.to_dict(),
+        config.data.weights.to_dict(),
+        seed=config.seed,
+    )
+    vocabularies = [t["labels"] for t in dataset.index["tasks"].values()]
+    vocabularies += [stream.label_names for stream in made]
+    num_labels = 1 + max(map(len, vocabularies))
     weights = weights._replace(num_labels=num_labels)
     apply_fn = functools.partial(apply, model)
     return Experiment(
         dataset=dataset,
         weights=_task_weights(config, dataset),
+        streams=made,
         augment=augment.AugmentSpec(**config.data.augment.to_dict()),
         model=model,
         tx=tx,
@@ -220,6 +231,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
     }
     if not config.loss.ncc_window % 2:
         rules["loss.ncc_window"] = (False, "an odd number")
+    shares = config.data.streams.to_dict()
+    for kind, share in shares.items():
+        fits = share >= 0 and sum(shares.values()) <= 1
+        fields[f"data.streams.{kind}"] = share
+        rules[f"data.streams.{kind}"] = (fits, "0 or more, all together at most 1")
     change = config.data.augment.to_dict()
     if fault := augment.find_fault(augment.AugmentSpec(**change)):
         fields[f"data.augment.{fault[0]}"] = change[fault[0]]

@@ -51,6 +51,7 @@ def train(config, workdir: Path) -> Path:
         weights=experiment.weights,
         augment=experiment.augment,
         on_fault=config.data.on_fault,
+        streams=experiment.streams,
     )
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -76,6 +77,7 @@ def train(config, workdir: Path) -> Path:
             )
         )
         tasks = [pair.task for pair in experiment.dataset.pairs("train")]
+        tasks += [stream.name for stream in experiment.streams]
         state = loop.run(
             _step(config, experiment, mesh),
             state,

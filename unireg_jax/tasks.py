@@ -59,7 +59,8 @@ class PairBatch(NamedTuple):
         align: [B, 4, 4] float32; fixed voxel -> moving voxel, the pre-alignment.
         region: [B] int32, Region.
         pair_type: [B] int32, PairType.
-        pair: [B] int32, position of the pair in the dataset's pair list.
+        pair: [B] int32, position of the pair in the dataset's pair list; of made pairs,
+            beyond its end.
     """
 
     fixed: Any

@@ -99,6 +99,33 @@ def test_resume_equals_uninterrupted(config, tmp_path):
     ]
 
 
+@pytest.mark.slow
+def test_resume_with_made_pairs_equals_uninterrupted(config, tmp_path):
+    """A run of which every pair but a quarter is made on the fly, killed between."""
+    with config.unlocked():
+        config.data.streams.update({"phantoms": 0.25, "painted": 0.25})
+        config.data.streams.deformed = 0.25
+        config.train.log_every = 1
+    train.train(config, tmp_path / "whole")
+    with config.unlocked():
+        config.train.steps = 2
+    train.train(config, tmp_path / "parts")
+    with config.unlocked():
+        config.train.steps = 4
+    train.train(config, tmp_path / "parts")
+    whole, parts = (_params(tmp_path / n, config) for n in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    text = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert len(set(re.findall(r"train/loss/(phantoms|painted|deformed)_", text))) == 3
+
+
+def test_shares_of_made_pairs_that_no_run_can_have_are_refused(config, tmp_path):
+    with config.unlocked():
+        config.data.streams.update({"phantoms": 0.6, "painted": 0.5})
+    with pytest.raises(UserError, match="data.streams.painted: 0 or more, .* got 0.5"):
+        build.build(config, tmp_path)
+
+
 def test_run_leaves_weights_config_and_metrics(config, tmp_path):
     path = train.train(config, tmp_path)
     assert path.is_file() and path.with_suffix(".json").is_file()
