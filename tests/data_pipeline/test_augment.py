@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from data_pipeline import augment, loader, store
 from unireg_jax.errors import USAGE, UserError
@@ -173,6 +174,60 @@ def test_moving_integer_shift_is_exact():
     np.testing.assert_array_equal(moved[:-2, 1:, :-3], hu[2:, :-1, 3:])
     np.testing.assert_array_equal(names[:-2, 1:, :-3], labels[2:, :-1, 3:])
     assert (moved[-2:] == OUTSIDE_HU).all() and not names[-2:].any()
+
+
+def scipy_deform(hu, labels, affine, disp):
+    """As `deform`, by SciPy in float64 and one whole volume at a time."""
+    coords = np.moveaxis(
+        apply(affine, np.argwhere(np.ones(hu.shape)).astype(float)), 1, 0
+    )
+    coords = coords.reshape(3, *hu.shape) + disp
+    limit = np.array(hu.shape)[:, None, None, None] - 1
+    valid = ((coords >= -1e-4) & (coords <= limit + 1e-4)).all(axis=0)
+    there = ((coords >= -0.5) & (coords <= limit + 0.5)).all(axis=0)
+    coords = np.clip(coords, 0, limit)
+    outside = hu == OUTSIDE_HU
+    air = np.where(outside, -1024.0, hu)
+    options = {"order": 1, "prefilter": False, "mode": "nearest"}
+    valid &= ndimage.map_coordinates(outside.astype(float), coords, **options) < 1e-4
+    moved = ndimage.map_coordinates(air, coords, **options)
+    names = ndimage.map_coordinates(labels, coords, order=0, mode="nearest")
+    return np.where(valid, moved, OUTSIDE_HU), names * there
+
+
+@pytest.mark.parametrize("shape", [(21, 18, 15), (1, 18, 15), (21, 18, 1)])
+def test_deform_equals_scipy(shape):
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1000, 3000, shape, np.int16)
+    hu[rng.random(shape) < 0.02] = OUTSIDE_HU
+    hu[: shape[0] // 4] = OUTSIDE_HU
+    labels = rng.integers(0, 9, (2, *shape), np.uint8)
+    disp = rng.uniform(-3, 3, (3, *shape)).astype(np.float32)
+    disp[np.array(shape) == 1] = 0
+    matrix = np.eye(4)
+    if min(shape) > 1:
+        matrix = augment.draw_affine(AFFINE, shape, VOLUME_MM, rng)
+    moved, names = augment.deform(hu, labels, matrix, disp)
+    for layer, found in zip(labels, names, strict=True):
+        expected, ids = scipy_deform(hu, layer, matrix, disp)
+        np.testing.assert_array_equal(found, ids)
+    seen = expected != OUTSIDE_HU
+    assert 0.2 < seen.mean() < 0.95
+    np.testing.assert_array_equal(moved != OUTSIDE_HU, seen)
+    np.testing.assert_allclose(moved[seen], expected[seen], atol=0.51)
+
+
+def test_noise_is_normal():
+    hu = np.zeros((40, 50, 60), np.int16)
+    spec = augment.AugmentSpec(noise_hu=300.0)
+    out = augment.change_contrast(hu, spec, np.random.default_rng(1)).astype(float)
+    z = (out - out.mean()) / out.std()
+    np.testing.assert_allclose([(z**3).mean(), (z**4).mean()], [0, 3], atol=0.05)
+    assert 4 < np.abs(z).max() < 4.4
+    share = [(np.abs(z) < k).mean() for k in (1, 2, 3)]
+    np.testing.assert_allclose(share, [0.6827, 0.9545, 0.9973], atol=0.003)
+    # Neighbours know nothing of each other.
+    assert np.abs(np.mean(z[1:] * z[:-1])) < 0.01
 
 
 def test_affine_keeps_its_bounds_in_mm():
