@@ -13,12 +13,11 @@ same command goes on where it stopped.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -154,7 +153,7 @@ def prepare(
     names = manifest.vocabulary(records)
     jobs = [Job(r, str(out), spec, names[r.task]) for r in records]
     results: dict[str, _Result] = {}
-    with _lock(out):
+    with store.lock(out):
         _sweep(out)
         for result in parallel.run(_guarded, jobs, workers, died=_died):
             if result["status"] == "fatal":
@@ -314,27 +313,6 @@ def _died(job: Job) -> _Result:
         f"{job.record.id}: the worker process was killed, often for memory; "
         "run again with fewer --workers",
     )
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """One run per folder. The kernel holds the lock: it cannot be left behind."""
-    try:
-        file = open(out / ".lock", "w")
-    except OSError as error:
-        raise UserError(
-            "storage", f"{out.name}: {error.strerror}; give another --out", STORAGE
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                "storage",
-                f"{out.name}: another run is writing to it; wait for it",
-                USAGE,
-            ) from error
-        yield
 
 
 def _sweep(out: Path) -> None:
@@ -540,8 +518,25 @@ def _refuse(line: str) -> NoReturn:
     raise UserError("schema", line, USAGE)
 
 
+def _check_out(options: argparse.Namespace) -> None:
+    """Refuses to write among the raw scans."""
+    out = Path(options.out).resolve()
+    if options.manifest:
+        raw, among = Path(options.manifest).resolve().parent, False
+    else:
+        raw = Path(options.raw).resolve()
+        among = raw in out.parents
+    if out == raw or among:
+        where = "the manifest's own folder" if options.manifest else "--raw"
+        _refuse(
+            f"--out: a folder apart from the raw scans expected, got {where}, or one "
+            "inside; give another"
+        )
+
+
 def _run_command(options: argparse.Namespace) -> int:
     records, pairs, notes = read_source(options)
+    _check_out(options)
     for line in notes:
         print(f"note: {line}", file=sys.stderr)
     spec = PreprocessSpec(shape=options.shape, spacing_mm=options.spacing)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import launch
-from unireg_jax.errors import NUMERICAL, PREEMPTED, UserError
+from unireg_jax.errors import NUMERICAL, PREEMPTED, USAGE, UserError
 from unireg_jax.training import checkpoint, log
 from unireg_jax.training.state import TrainState
 
@@ -73,10 +73,18 @@ def run(
         The state at the end.
 
     Raises:
-        UserError: `field_nonfinite`, exit code 8: nothing of that step was saved.
+        UserError: `field_nonfinite`, exit code 8: nothing of that step was saved;
+            `schema`, exit code 2: the state is beyond the last step.
         SystemExit: 75 after a signal; the state is saved.
     """
     start = int(state.step)
+    if start > every.steps:
+        raise UserError(
+            "schema",
+            f"config.train.steps: {start} or more expected, as many as the run has "
+            f"done, got {every.steps}; raise it, or give another --workdir",
+            USAGE,
+        )
     with _stop_on_signal() as stop:
         state = _steps(
             step_fn,

@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipeline import loader
+from data_pipeline import loader, store
 from experiments import build, cli, launch, loop
 from unireg_jax.registration import weights as released
 from unireg_jax.training import checkpoint, evaluate, log
@@ -54,6 +54,8 @@ def train(config, workdir: Path) -> Path:
         streams=experiment.streams,
     )
     with contextlib.ExitStack() as stack:
+        if launch.is_first():
+            stack.enter_context(store.lock(store.make_folders(workdir)))
         checkpoints = stack.enter_context(
             contextlib.closing(checkpoint.Checkpoints(workdir))
         )

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipeline import loader, views
+from data_pipeline import loader, store, views
 from experiments import cli, loop, settings
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models.features import sam
@@ -60,6 +60,7 @@ def train(config, workdir: Path) -> Path:
     state = embedding.make_state(network, tx, seed=config.seed)
     state = jax.device_put(state, keep)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(store.lock(store.make_folders(workdir)))
         checkpoints = stack.enter_context(
             contextlib.closing(checkpoint.Checkpoints(workdir))
         )

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import synthetic
+from data_pipeline import prepare, store, synthetic
 from data_pipeline.datasets import manifest
-from unireg_jax.errors import UserError
+from experiments import loop, train, unireg
+from unireg_jax.errors import USAGE, UserError
 from unireg_jax.training import optimizer
+from unireg_jax.training.state import TrainState
 from unireg_jax.verbs import outputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,10 +83,66 @@ def test_nul_in_a_path_is_refused(tmp_path, column):
     assert caught.value.reason == "path_escape"
 
 
-@pytest.mark.parametrize("lr", [np.nan, 0.0, -1e-3])
+@pytest.mark.parametrize("lr", [np.nan, 0.0, -1e-3, np.inf])
 def test_learning_rate_that_no_run_can_have_is_refused(lr):
     with pytest.raises(ValueError, match="lr must"):
         optimizer.make_optimizer("adam", lr=lr)
+
+
+def test_fewer_steps_than_a_run_has_done_are_refused():
+    state = TrainState(np.int32(7), None, None, None)
+    with pytest.raises(UserError, match="train.steps: 7 or more expected") as caught:
+        loop.run(
+            None,
+            state,
+            None,
+            every=loop.Every(5, 1, 1, 1),
+            names=None,
+            validate=None,
+            checkpoints=None,
+            writer=None,
+        )
+    assert caught.value.exit_code == USAGE
+
+
+def test_second_training_in_one_work_folder_is_refused(tmp_path):
+    """At once, and before it touches what the first has written."""
+    config = unireg.get_config("demo")
+    with config.unlocked():
+        config.train.init_from = ""
+        config.data.shape = (32, 16, 16)
+        config.data.spacing_mm = 12.0
+        config.data.phantoms = 3
+        config.data.weights = {"headneck": 1.0}
+    with store.lock(tmp_path):
+        with pytest.raises(UserError, match="another run is writing to it") as caught:
+            train.train(config, tmp_path)
+    assert caught.value.exit_code == USAGE
+    assert not {"config.json", "checkpoints", "metrics.jsonl"} & {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_prepared_data_among_the_raw_scans_are_refused(tmp_path, capsys):
+    raw = synthetic.write_nifti(
+        tmp_path / "raw",
+        tasks=("chest",),
+        subjects_per_task=2,
+        shape=(24, 20, 18),
+        spacing_mm=(16.0, 17.0, 18.0),
+    )
+    before = sorted(tmp_path.rglob("*"))
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "raw")
+    for out in (raw.parent, link):
+        assert prepare.main(["--manifest", str(raw), "--out", str(out)]) == USAGE
+        assert "--out: a folder apart from the raw scans" in capsys.readouterr().err
+    options = ["--dataset", "nnunet", "--raw", str(tmp_path / "raw"), "--task", "chest"]
+    inside = prepare._parser().parse_args([*options, "--out", str(link / "a" / "b")])
+    with pytest.raises(UserError, match="got --raw, or one inside"):
+        prepare._check_out(inside)
+    link.unlink()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # Modules that build objects or run programs from what they read, or reach the network.

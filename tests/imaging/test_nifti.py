@@ -118,6 +118,19 @@ def test_read_image_types_and_byte_orders(tmp_path, dtype, order):
     np.testing.assert_array_equal(volume.data, values)
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", ("i2", "u2", "f4", "f8"))
+def test_read_image_every_orientation_of_types_and_orders(tmp_path, dtype, order):
+    """One volume, whichever of 48 ways, four types and two byte orders stores it."""
+    offset = 1024 if dtype == "u2" else 0
+    for codes in ALL_CODES:
+        data, world = orientation.reorient(scan() + offset, oblique(), codes)
+        content = encode(data.astype(dtype), world, order=order, scl_inter=-offset)
+        volume = nifti.read_image(put(tmp_path, content))
+        np.testing.assert_array_equal(volume.data, scan())
+        np.testing.assert_allclose(volume.vox2world, oblique(), atol=2e-5)
+
+
 def test_read_image_nifti2(tmp_path):
     content = encode(scan().astype("f4"), oblique(), kind=nib.Nifti2Header)
     volume = nifti.read_image(put(tmp_path, content))

@@ -624,6 +624,23 @@ def test_grid_is_the_weights_own(calm):
     assert result.timings["total"] > 0
 
 
+def test_scans_of_two_parts_of_the_body_are_warned_of(calm):
+    """A head on an abdomen, and an abdomen on another one, all at one place."""
+    grid = dict(shape=(33, 40, 29), spacing_mm=(11.0, 9.0, 12.0))
+    head, *abdomens = (
+        synthetic.phantom(task, seed=seed, **grid)
+        for task, seed in (("headneck", 0), ("abdomen", 1), ("abdomen", 2))
+    )
+    place = oblique(grid["shape"], grid["spacing_mm"])
+    for fixed, warned in ((head, True), (abdomens[1], False)):
+        images = fixed.hu, abdomens[0].hu
+        result = run(
+            images, (place, place), task="abdomen", weights=calm, affine="none"
+        )
+        lines = pipeline.quality_warnings(result.qc)
+        assert any("same region" in line for line in lines) == warned
+
+
 def test_quality_warnings_name_folds_and_lost_similarity():
     good = {"fold_percent": 0.4, "ncc_before": 0.5, "ncc_after": 0.8}
     assert pipeline.quality_warnings(good) == []

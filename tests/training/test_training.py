@@ -519,6 +519,9 @@ def test_init_from_of_another_model_is_refused(config, tmp_path):
         ("data.augment.flip", 2.0, "0 to 1 expected, got 2.0"),
         ("optim.name", "rmsprop", "one of sgd, adam expected"),
         ("train.log_every", 0, "1 or more expected, got 0"),
+        ("data.batch_size", 0, "1 or more expected, got 0"),
+        ("data.batch_size", -1, "1 or more expected, got -1"),
+        ("train.checkpoint_every", 0, "1 or more expected, got 0"),
     ],
 )
 def test_config_value_that_no_run_can_have_is_refused(

@@ -1,5 +1,7 @@
 """Gradient transformations from plain numbers."""
 
+import math
+
 import jax
 import optax
 
@@ -37,10 +39,10 @@ def make_optimizer(
         An optax transformation.
 
     Raises:
-        ValueError: unknown name, or a rate that is not positive.
+        ValueError: unknown name, or a rate that is not positive and finite.
     """
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
     schedule = _schedule(lr, warmup_steps, decay_steps)
     if name == "sgd":
         rule = optax.sgd(schedule, momentum=momentum)
