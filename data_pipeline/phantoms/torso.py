@@ -324,7 +324,7 @@ def _paint_lungs(canvas, draw, trunk, variant) -> None:
     middle = 4 + 3 * float(shapes.normal(draw.rng))
     outer = np.maximum(trunk.cage + np.float32(10.5), 2 - trunk.roof)
     front, rear = np.clip(-y / 80 - 0.35, 0, 1), np.clip(y / 80, 0, 1)
-    bulge = 12 * np.exp(-(((z - 62) / 45) ** 2))
+    waves = draw.rng.uniform(0, 2 * np.pi, 4)
 
     def tissue(x, y, z, d):
         """Denser at the back, where the blood sinks."""
@@ -332,9 +332,26 @@ def _paint_lungs(canvas, draw, trunk, variant) -> None:
         return base + 32 * (y / 90) + grain + 10 * canvas.noise(x, y, z, 40.0)
 
     for side, name in ((1, "lung_left"), (-1, "lung_right")):
-        gap = 20 - 13 * front * (z > 0) + 8 * rear + (side > 0) * bulge
+        gap = 20 - 13 * front * (z > 0) + 8 * rear
+        gap = gap + _medial_side(side, y, z, waves[side + 1 :][:2])
         lung = -shapes.smooth_min(-outer, side * (x - middle) - gap, 12.0)
         canvas.paint(box, tissue, name, limit=lung.astype(np.float32))
+
+
+def _medial_side(side: int, y, z, phases) -> np.ndarray:
+    """[1, Y, Z] mm by which heart, vessels and hilum press into a lung."""
+
+    def press(depth, y_mm, y_width, z_mm, z_width):
+        place = ((y - y_mm) / y_width) ** 2 + ((z - z_mm) / z_width) ** 2
+        return depth * np.exp(-place)
+
+    hilum = press(6, 12, 35, 80, 16)
+    if side > 0:  # the heart, and the arch of the aorta
+        own = 12 * np.exp(-(((z - 62) / 45) ** 2)) + press(8, 15, 35, 128, 18)
+    else:  # the right atrium, and the vena cava above it
+        own = press(24, -22, 55, 18, 28) + press(12, -6, 32, 122, 30)
+    wavy = np.sin(z / 17 + phases[0] + y / 60) + np.sin(y / 15 + phases[1] - z / 50)
+    return hilum + own + 2.5 * wavy
 
 
 def _paint_lung_vessels(canvas, draw) -> None:
