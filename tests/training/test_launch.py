@@ -1,0 +1,137 @@
+"""Two processes on loopback train as one run."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import synthetic
+from unireg_jax.errors import PREEMPTED, USAGE
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+_FIELDS = {
+    "data.shape": "32,16,32",
+    "data.spacing_mm": "12.0",
+    "data.weights.headneck": "1.0",
+    "data.batch_size": "4",
+    "train.init_from": "",
+    "model.encoder": "4,4,4,4",
+    "model.decoder": "4,4,4,4",
+    "model.remaining": "4,",
+    "train.log_every": "1",
+    "train.eval_every": "100000",
+    "train.eval_pairs": "1",
+    "train.watchdog_s": "10",
+}
+
+_LONG = ({"train.steps": "100000"},) * 2
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """Prepared folder of tiny phantoms, pairs aligned."""
+    return synthetic.write_dataset(
+        tmp_path_factory.mktemp("phantoms"),
+        shape=(32, 16, 32),
+        spacing_mm=12.0,
+        subjects_per_task=4,
+        tasks=("headneck", "lung"),
+    )
+
+
+@contextlib.contextmanager
+def _running(phantoms, workdir, own):
+    """Two processes of one run, gone at the end; `own` are fields of each alone."""
+    processes = _start(phantoms, workdir, own)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _start(phantoms, workdir, own):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for i, more in enumerate(own):
+        fields = _FIELDS | {"data.root": str(phantoms)} | more
+        command = [sys.executable, "-m", "experiments.train"]
+        command += ["--config=experiments/unireg.py:demo", f"--workdir={workdir}"]
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(i),
+        }
+        env.pop("XLA_FLAGS", None)
+        with open(f"{workdir}.{i}.err", "w") as errors:
+            processes.append(
+                subprocess.Popen(
+                    command + [f"--config.{k}={v}" for k, v in fields.items()],
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    cwd=ROOT,
+                    env=env,
+                )
+            )
+    return processes
+
+
+def _wait_for(text, path, processes):
+    """Until a line begins so; fails if a process ends before."""
+    for _ in range(3000):
+        if any(x.startswith(text) for x in path.read_text().splitlines()):
+            return
+        assert all(p.poll() is None for p in processes), path.read_text()[-2000:]
+        time.sleep(0.1)
+    raise AssertionError(f"no {text!r} in {path}")
+
+
+def _ends(processes):
+    return [p.wait(timeout=300) for p in processes]
+
+
+def test_one_signal_stops_both_at_the_same_step(phantoms, tmp_path):
+    workdir = tmp_path / "run"
+    with _running(phantoms, workdir, _LONG) as both:
+        _wait_for("step 2/", tmp_path / "run.1.err", both)
+        both[1].send_signal(signal.SIGTERM)
+        assert _ends(both) == [PREEMPTED, PREEMPTED]
+    said = [(tmp_path / f"run.{i}.err").read_text().splitlines()[-1] for i in (0, 1)]
+    assert said[0] == said[1] and said[0].startswith("stopped at step ")
+    step = said[0].split()[3].rstrip(";")
+    assert [p.name for p in (workdir / "checkpoints").iterdir()] == [step]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(x)["step"] for x in lines]
+    assert steps == list(range(int(step) + 1))  # no line twice: one process writes
+
+
+def test_different_configs_refuse_to_start(phantoms, tmp_path):
+    own = ({}, {"optim.lr": "0.01"})
+    with _running(phantoms, tmp_path / "run", own) as both:
+        assert _ends(both) == [USAGE, USAGE]
+    for i in (0, 1):
+        text = (tmp_path / f"run.{i}.err").read_text()
+        assert "one config expected" in text and "in process 1;" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_process_ends_the_other_which_names_it(phantoms, tmp_path):
+    with _running(phantoms, tmp_path / "run", _LONG) as both:
+        _wait_for("step 2/", tmp_path / "run.0.err", both)
+        both[1].kill()
+        assert 0 not in _ends(both)
+    text = (tmp_path / "run.0.err").read_text()
+    assert "process 0 of 2 lost another one" in text
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in text

@@ -1,0 +1,160 @@
+"""Options of the training step: running mean, accumulation, precision, remat."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh
+
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.models import backbone
+from unireg_jax.tasks import PairBatch
+from unireg_jax.training import mesh as train_mesh
+from unireg_jax.training import step as train_step
+from unireg_jax.training.state import TrainState
+
+
+def _batch(values):
+    """Pairs that a loss reads only `region` of, as floats."""
+    count = len(values)
+    hu = np.zeros((count, 2, 2, 2, 1), np.int16)
+    labels = np.zeros((count, 2, 2, 2), np.uint8)
+    layers = np.zeros((count, 0, 2, 2, 2), np.uint8)
+    kind = np.zeros(count, np.int32)
+    return PairBatch(
+        fixed=hu,
+        moving=hu,
+        fixed_labels=labels,
+        moving_labels=labels,
+        fixed_more=layers,
+        moving_more=layers,
+        align=np.zeros((count, 4, 4), np.float32),
+        region=np.asarray(values, np.int32),
+        pair_type=kind,
+        pair=kind,
+    )
+
+
+def _loss(params, batch, extractor):
+    """Mean of (w - region)^2 / 2, whose gradient is w - mean region."""
+    del extractor
+    loss = jnp.mean((params["w"] - batch.region.astype(jnp.float32)) ** 2) / 2
+    odd = (batch.region % 2).sum()
+    return loss, {"loss": loss, "odd": jnp.where(odd > 0, 1.0, jnp.nan)}
+
+
+def _state(tx, w, averaged):
+    params = {"w": jnp.array(w)}
+    key = jax.random.key_data(jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
+    return state._replace(ema={"w": jnp.array(w)}) if averaged else state
+
+
+def _make(**options):
+    tx = optax.sgd(0.5)
+    mesh = train_mesh.make_mesh(jax.devices()[:1])
+    return tx, train_step.make_train_step(_loss, tx, mesh=mesh, **options)
+
+
+def test_running_mean_follows_its_formula():
+    tx, step = _make(ema=0.3)
+    state, w, mean = _state(tx, 8.0, True), 8.0, 8.0
+    for n in range(6):
+        state, _ = step(state, _batch([0, 2]), None)
+        w = w - 0.5 * (w - 1.0)
+        keep = min(0.3, (1 + n) / (10 + n))
+        mean = keep * mean + (1 - keep) * w
+        np.testing.assert_allclose(state.ema["w"], mean, rtol=1e-5)
+        np.testing.assert_allclose(state.weights["w"], mean, rtol=1e-5)
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
+
+
+def test_without_running_mean_the_parameters_are_released():
+    tx, step = _make()
+    state, _ = step(_state(tx, 8.0, False), _batch([0, 2]), None)
+    assert state.ema is None and state.weights is state.params
+
+
+def test_new_start_moves_the_running_mean_too():
+    state = _state(optax.sgd(0.5), 8.0, True).start_from({"w": jnp.array(3.0)})
+    assert float(state.ema["w"]) == 3.0 and state.ema["w"] is not state.params["w"]
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_parts_of_a_batch_add_up_to_it(accumulate):
+    """Gradient of the whole batch; scalars without the parts that have none."""
+    values = [0, 2, 4, 8, 1, 3, 5, 7]
+    tx, step = _make(accumulate=accumulate)
+    state, scalars = step(_state(tx, 2.0, False), _batch(values), None)
+    mean = np.mean(values)
+    np.testing.assert_allclose(state.params["w"], 2 - 0.5 * (2 - mean), rtol=1e-6)
+    np.testing.assert_allclose(scalars["grad_norm"], abs(2 - mean), rtol=1e-6)
+    expected = np.mean((2 - np.array(values)) ** 2) / 2
+    np.testing.assert_allclose(scalars["loss"], expected, rtol=1e-6)
+    assert float(scalars["odd"]) == 1.0  # NaN in the first parts
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("default", "DEFAULT"), ("tensorfloat32", "HIGH"), ("float32", "HIGHEST")],
+)
+def test_precision_reaches_the_products(precision, expected):
+    mesh = train_mesh.make_mesh(jax.devices()[:1])
+
+    def product(a):
+        with train_mesh.traced_on(mesh, precision=precision):
+            return a @ a
+
+    text = jax.jit(product).lower(jnp.ones((3, 3))).as_text()
+    assert (f"[{expected}, {expected}]" in text) or expected == "DEFAULT"
+    assert expected != "DEFAULT" or "HIGH" not in text
+
+
+@pytest.mark.parametrize("remat", ["last", "all"])
+def test_remat_changes_no_number_and_computes_again(remat, key):
+    image = jax.random.normal(key, (1, 16, 32, 16, 1))
+    corr = jax.random.normal(key, (1, 8, 16, 8, 27))
+    sizes = {"encoder": (4, 4), "decoder": (4, 4), "remaining": (4,)}
+    plain = backbone.Backbone(**sizes, conv_impl="direct")
+    other = backbone.Backbone(**sizes, conv_impl="direct", remat=remat)
+    variables = jax.jit(plain.init)(key, image, image, corr)
+
+    def gradient(model):
+        return jax.grad(lambda v: (model.apply(v, image, image, corr) ** 2).sum())
+
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.map(jnp.shape, variables),
+        jax.tree.map(jnp.shape, jax.eval_shape(other.init, key, image, image, corr)),
+    )
+    counts = [
+        str(jax.make_jaxpr(gradient(m))(variables)).count("conv_general_dilated[")
+        for m in (plain, other)
+    ]
+    assert counts[1] > counts[0]
+    one, two = (jax.jit(gradient(m))(variables) for m in (plain, other))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, two
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "match"),
+    [
+        (12, 1, r"a multiple of 8 \(8 devices along the data axis\) expected, got 12"),
+        (8, 2, r"a multiple of 16 .*accumulate 2\) expected, got 8"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(batch_size, accumulate, match):
+    mesh = AbstractMesh((8, 1), ("data", "space"))
+    with pytest.raises(UserError, match=match) as error:
+        train_mesh.local_rows(mesh, batch_size, accumulate=accumulate)
+    assert error.value.exit_code == USAGE
+
+
+def test_devices_that_cannot_share_a_volume_are_refused():
+    with pytest.raises(UserError, match="a divisor of the 1 devices") as error:
+        train_mesh.make_mesh(jax.devices()[:1], space=2)
+    assert error.value.exit_code == USAGE
