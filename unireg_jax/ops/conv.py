@@ -99,7 +99,7 @@ def conv3d(
         impl = "direct"
     if spatial.splits(*parts):
         return _by_slabs(parts, coarse, kernel, bias, slope=slope, impl=impl)
-    return _formulated((parts, coarse, kernel, bias), impl, slope=slope, halo=False)
+    return _formulated((parts, coarse, kernel, bias), impl, slope=slope, halo=0)
 
 
 def _formulated(args, impl, *, slope, halo):
@@ -124,7 +124,7 @@ def _by_slabs(parts, coarse, kernel, bias, *, slope, impl):
         around = [spatial.with_halo(p, 1) for p in parts]
         around_coarse = None if coarse is None else spatial.with_halo(coarse, 1)
         args = (tuple(around), around_coarse, kernel, bias)
-        return _formulated(args, impl, slope=slope, halo=True)
+        return _formulated(args, impl, slope=slope, halo=1)
 
     return spatial.over_slabs(slab, (parts, coarse), (kernel, bias))
 
@@ -268,7 +268,7 @@ def _split(kernel, parts, coarse):
 def _direct(parts, coarse, kernel, bias, *, slope, halo):
     """The convolution of a concatenation is the sum of the convolutions: no copy.
 
-    halo: the maps also hold the slice before and the slice after along X.
+    halo: slices that the maps hold beyond either end of X, 0 or 1.
     """
     coarse_kernel, kernels = _split(kernel, parts, coarse)
     if coarse is not None:
@@ -317,7 +317,7 @@ def _tiled(parts, coarse, kernel, bias, *, slope, halo):
 def _block(slope, halo, parts, coarse, kernel, bias):
     """One example: parts [X, Y, Z, C], coarse [X/2, Y/2, Z/2, C] -> [X, Y, Z, K].
 
-    halo: both maps hold one slice more at either end of X, the result does not.
+    halo: slices that both maps hold beyond either end of X, the result none.
     """
     kernels = _transform(kernel, parts, coarse)
     shape, dtype = _result_shape(parts, halo), parts[0].dtype
