@@ -16,9 +16,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from unireg_jax.errors import LIMIT, STORAGE, USAGE, UserError
+from unireg_jax.errors import LIMIT, STORAGE, USAGE, UserError, shown
 from unireg_jax.verbs import versions
-from unireg_jax.verbs.messages import complain, one_line, shown, with_reason
+from unireg_jax.verbs.messages import complain, one_line, with_reason
 
 # Verb -> its line in --help: the module of that name is imported only when called. A
 # test compares the lines with the modules'.
@@ -116,7 +116,7 @@ def _dashes(word: str) -> str:
 def _internal(error: Exception, args: argparse.Namespace) -> int:
     """A fault of ours: one line for the user, the trace in a file."""
     trace = "".join(traceback.format_exception(error))
-    if getattr(args, "debug", False):
+    if args.debug:
         sys.stderr.write(trace)
     name = f"unireg-error-{uuid.uuid4().hex[:8]}.log"
     where = "no log could be written"

@@ -4,6 +4,8 @@ The line says what, where, expected, got, remedy. Anything else that escapes is 
 of ours: exit code 1.
 """
 
+import os
+
 USAGE = 2  # usage, configuration, manifest: found before any work
 NOTHING = 3  # nothing to do, no valid input
 FAILED = 4  # every item failed
@@ -14,6 +16,19 @@ NUMERICAL = 8  # non-finite loss, parameters or field
 CHECKPOINT = 9  # checkpoint or weights unusable
 DATA_CHANGED = 10  # data changed since the run began
 PREEMPTED = 75  # state saved; run the same command again
+
+
+def shown(path: str | os.PathLike) -> str:
+    """Gives a path as one printable line, whatever bytes its name holds.
+
+    Args:
+        path: any path.
+
+    Returns:
+        The path itself, or its ASCII spelling with escapes.
+    """
+    text = os.fspath(path)
+    return text if text.isprintable() else ascii(text)
 
 
 class UserError(Exception):

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from unireg_jax.errors import FAILED, LIMIT, STORAGE, UserError
+from unireg_jax.errors import FAILED, LIMIT, STORAGE, UserError, shown
 from unireg_jax.imaging import orientation
 
 INTENT_DISPVECT = 1006  # displacements, RAS mm
@@ -251,19 +251,6 @@ def read_vectors(
     vectors = _rescale(stored, path).astype(np.float32, copy=False)
     vox2world = orientation.lps_from_ras(stored.affine)
     return stored.header, vectors, Native(vectors.shape[:3], vox2world)
-
-
-def shown(path: str | os.PathLike) -> str:
-    """Gives a path as one printable line, whatever bytes its name holds.
-
-    Args:
-        path: any path.
-
-    Returns:
-        The path itself, or its ASCII spelling with escapes.
-    """
-    text = os.fspath(path)
-    return text if text.isprintable() else ascii(text)
 
 
 def _volume(

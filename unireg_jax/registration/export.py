@@ -21,11 +21,12 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from unireg_jax.errors import STORAGE, USAGE, UserError
+from unireg_jax.errors import USAGE, UserError
 from unireg_jax.imaging import nifti
 from unireg_jax.models import features
 from unireg_jax.registration import compiled
 from unireg_jax.registration.network import Model, load_model
+from unireg_jax.registration.weights import check_target
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
 
 FORMAT = 1
@@ -64,7 +65,7 @@ def export_register(
             code 2); weights that cannot be used (9); the disk (6).
     """
     path = Path(path)
-    _check_target(path, overwrite)
+    check_target(path, SUFFIX, overwrite=overwrite)
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError(
             "not_installed",
@@ -86,30 +87,6 @@ def export_register(
     with nifti.atomic_path(path.with_suffix(".json")) as temp:
         temp.write_text(text, encoding="utf-8")
     return card
-
-
-def _check_target(path: Path, overwrite: bool) -> None:
-    if path.suffix != SUFFIX or len(path.name) == len(SUFFIX):
-        raise UserError(
-            "name_mismatch",
-            f"{nifti.shown(path)}: a name that ends in {SUFFIX} expected, got "
-            f"{nifti.shown(path.name)}; rename it",
-            USAGE,
-        )
-    if not path.parent.is_dir():
-        raise UserError(
-            "storage",
-            f"{nifti.shown(path.parent)}: a folder expected, none found; make it first",
-            STORAGE,
-        )
-    for file in (path, path.with_suffix(".json")):
-        if os.path.lexists(file) and not (overwrite and file.is_file()):
-            raise UserError(
-                "id_duplicate",
-                f"{nifti.shown(file)} exists; pass --overwrite to replace it, or "
-                "another name",
-                USAGE,
-            )
 
 
 def _trace(model: Model, shape: tuple[int, int, int]) -> jax.export.Exported:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unireg_jax.errors import CHECKPOINT, STORAGE, USAGE, UserError
+from unireg_jax.errors import CHECKPOINT, UserError
 from unireg_jax.imaging.nifti import shown
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.registration import torch_file, weights
@@ -56,7 +56,7 @@ def convert(
             is none, not whole or of another network (9); the disk (6).
     """
     source, target = Path(source), Path(target)
-    _check_target(target, overwrite)
+    weights.check_target(target, ".safetensors", overwrite=overwrite)
     tensors = torch_file.read_tensors(source)
     with open(source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -114,30 +114,6 @@ def from_torch(
 
 def _fault(kind: str, message: str) -> UserError:
     return UserError(f"checkpoint_{kind}", message, CHECKPOINT)
-
-
-def _check_target(path: Path, overwrite: bool) -> None:
-    if path.suffix != ".safetensors":
-        raise UserError(
-            "name_mismatch",
-            f"{shown(path)}: a name that ends in .safetensors expected, got "
-            f"{shown(path.name)}; rename it",
-            USAGE,
-        )
-    if not path.parent.is_dir():
-        raise UserError(
-            "storage",
-            f"{shown(path.parent)}: a folder expected, none found; make it first",
-            STORAGE,
-        )
-    for file in (path, path.with_suffix(".json")):
-        if os.path.lexists(file) and not (overwrite and file.is_file()):
-            raise UserError(
-                "id_duplicate",
-                f"{shown(file)} exists; pass --overwrite to replace it, or another "
-                "name",
-                USAGE,
-            )
 
 
 def _network(

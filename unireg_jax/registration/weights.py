@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from unireg_jax.errors import CHECKPOINT, STORAGE, UserError
+from unireg_jax.errors import CHECKPOINT, STORAGE, USAGE, UserError
 from unireg_jax.imaging import nifti
 from unireg_jax.imaging.nifti import shown
 from unireg_jax.imaging.preprocess import PreprocessSpec
@@ -315,3 +315,37 @@ def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
             raise _fault("torn", f"tensor {shown(name)} lies inside another one")
         branch[last] = tensor
     return tree
+
+
+def check_target(path: Path, suffix: str, *, overwrite: bool) -> None:
+    """Refuses to write a file and the .json beside it, before any work.
+
+    Args:
+        path: the file.
+        suffix: that its name shall have.
+        overwrite: whether both may be there.
+
+    Raises:
+        UserError: `name_mismatch` or `id_duplicate`, exit code 2; `storage`, 6.
+    """
+    if path.suffix != suffix or len(path.name) == len(suffix):
+        raise UserError(
+            "name_mismatch",
+            f"{shown(path)}: a name that ends in {suffix} expected, got "
+            f"{shown(path.name)}; rename it",
+            USAGE,
+        )
+    if not path.parent.is_dir():
+        raise UserError(
+            "storage",
+            f"{shown(path.parent)}: a folder expected, none found; make it first",
+            STORAGE,
+        )
+    for file in (path, path.with_suffix(".json")):
+        if os.path.lexists(file) and not (overwrite and file.is_file()):
+            raise UserError(
+                "id_duplicate",
+                f"{shown(file)} exists; pass --overwrite to replace it, or another "
+                "name",
+                USAGE,
+            )

@@ -4,8 +4,9 @@ import argparse
 import json
 
 from unireg_jax import registration
+from unireg_jax.errors import shown
 from unireg_jax.verbs import options
-from unireg_jax.verbs.messages import progress, shown
+from unireg_jax.verbs.messages import progress
 
 HELP = "the network as a StableHLO file"
 
@@ -26,16 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="name ending in .stablehlo",
     )
-    add(
-        "--weights", metavar="FILE", help="default: $UNIREG_WEIGHTS, then the package's"
-    )
+    options.add_weights(parser)
     add(
         "--shape",
         type=options.grid,
         metavar="X,Y,Z",
         help="voxels, default of the weights",
     )
-    add("--overwrite", action="store_true", help="replace FILE and its .json")
+    options.add_overwrite(parser, "FILE and its .json")
     options.add_messages(parser)
 
 

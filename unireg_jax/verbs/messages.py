@@ -1,6 +1,5 @@
 """What the person at the terminal reads, on stderr."""
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -31,12 +30,6 @@ def with_reason(error: UserError) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(str(text).split())
-
-
-def shown(path: str | os.PathLike) -> str:
-    """A path as printable text."""
-    text = os.fspath(path)
-    return text if text.isprintable() else ascii(text)
 
 
 def number(value: float | None) -> str:

@@ -17,6 +17,18 @@ def add_messages(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None
     )
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """--weights of the network."""
+    parser.add_argument(
+        "--weights", metavar="FILE", help="default: $UNIREG_WEIGHTS, then the package's"
+    )
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    """--overwrite; `what` would be lost."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
 def both_labels(args: argparse.Namespace) -> None:
     """Refuses one label map without the other."""
     if bool(args.fixed_label) != bool(args.moving_label):

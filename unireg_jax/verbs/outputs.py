@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unireg_jax.errors import STORAGE, USAGE, UserError
-from unireg_jax.verbs.messages import shown
+from unireg_jax.errors import STORAGE, USAGE, UserError, shown
 
 OUTPUTS = (  # the record comes last: it says that a case is whole
     "warped.nii.gz",
@@ -41,13 +40,13 @@ def case_folder(out: Path, case: str, overwrite: bool) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         temp.mkdir()
     except OSError as error:
-        raise storage_fault(out, error) from error
+        raise _storage_fault(out, error) from error
     try:
         yield temp
         try:
             _publish(temp, final, case)
         except OSError as error:
-            raise storage_fault(final, error) from error
+            raise _storage_fault(final, error) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
         if made:
@@ -80,7 +79,7 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def storage_fault(path: Path, error: OSError) -> UserError:
+def _storage_fault(path: Path, error: OSError) -> UserError:
     return UserError(
         "storage",
         f"{shown(path)}: cannot be written: {error.strerror or error}; check the "

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from unireg_jax import registration
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti, orientation, transforms
 from unireg_jax.tasks import TASKS
 from unireg_jax.verbs import options, outputs, versions
-from unireg_jax.verbs.messages import number, progress, shown
+from unireg_jax.verbs.messages import number, progress
 
 HELP = "one pair of scans -> transform and warped image"
 
@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is registered; none: without the network",
     )
     add("--type", choices=TYPES, help="default: the usual one of the task")
-    add(
-        "--weights", metavar="FILE", help="default: $UNIREG_WEIGHTS, then the package's"
-    )
+    options.add_weights(parser)
     add(
         "--affine",
         choices=AFFINES,
@@ -82,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--moving-label", metavar="FILE", help="labels to be warped too")
     add("--fixed-mask", metavar="FILE", help="where scans are compared, default body")
     add("--case", metavar="NAME", help="default: FIXED__MOVING")
-    add("--overwrite", action="store_true", help="replace the results of the case")
+    options.add_overwrite(parser, "the results of the case")
     options.add_messages(parser)
 
 

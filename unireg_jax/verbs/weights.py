@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from unireg_jax.errors import CHECKPOINT, UserError
+from unireg_jax.errors import CHECKPOINT, UserError, shown
 from unireg_jax.registration import sam_weights, weights
-from unireg_jax.verbs.messages import complain, one_line, progress, shown, with_reason
+from unireg_jax.verbs import options
+from unireg_jax.verbs.messages import complain, one_line, progress, with_reason
 
 HELP = "convert, list and verify weights"
 VARIABLES = ("UNIREG_WEIGHTS", "UNIREG_SAM")  # that name weights
@@ -37,10 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name ending in .safetensors",
     )
     add("--licence", metavar="TEXT", help="of the checkpoint, for the description")
-    add("--overwrite", action="store_true", help="replace FILE and its .json")
-    add("--quiet", action="store_true", help="no progress on stderr")
-    add("--json", action="store_true", help="the description on stdout")
-    add("--debug", action="store_true", help="trace of an internal error on stderr")
+    options.add_overwrite(verb, "FILE and its .json")
+    options.add_messages(verb)
     verb.set_defaults(act=_convert)
 
     verb = actions.add_parser(
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog="example: unireg weights list sam.safetensors --json",
     )
     verb.add_argument("files", nargs="*", metavar="FILE", help="more .safetensors")
-    verb.add_argument("--json", action="store_true", help="as JSON")
+    options.add_messages(verb, quiet=False)
     verb.set_defaults(act=_list)
 
     verb = actions.add_parser(
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog="example: unireg weights verify sam.safetensors",
     )
     verb.add_argument("file", metavar="FILE", help=".safetensors")
-    verb.add_argument("--json", action="store_true", help="as JSON")
+    options.add_messages(verb, quiet=False)
     verb.set_defaults(act=_verify)
 
 
