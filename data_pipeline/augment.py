@@ -459,16 +459,18 @@ def change_contrast(
     gain = np.float32(1 + spec.gain * rng.uniform(-1, 1))
     shift = np.float32(spec.shift_hu * rng.uniform(-1, 1))
     noise = np.float32(spec.noise_hu * rng.random())
-    # Noise is one of 65536 quantiles, up to 4.3 standard deviations: a fifth of the
-    # time of standard_normal, and HU are whole numbers anyway.
-    quantiles = special.ndtri((np.arange(2**16) + 0.5) / 2**16).astype(np.float32)
+    if spec.noise_hu:
+        # One of 65536 quantiles, up to 4.3 standard deviations: a fifth of the time of
+        # standard_normal, and HU are whole numbers anyway.
+        quantiles = special.ndtri((np.arange(2**16) + 0.5) / 2**16).astype(np.float32)
+        quantiles *= noise
     out = np.empty_like(hu)
     for part in _slabs(len(hu)):
         image = hu[part] * gain
         image += shift
         if spec.noise_hu:
             bits = np.frombuffer(rng.bytes(2 * image.size), "<u2")
-            image += (noise * quantiles).take(bits).reshape(image.shape)
+            image += quantiles.take(bits).reshape(image.shape)
         np.clip(np.rint(image, out=image), _AIR_HU, _MAX_HU, out=image)
         image[hu[part] == OUTSIDE_HU] = OUTSIDE_HU
         out[part] = image

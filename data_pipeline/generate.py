@@ -5,6 +5,7 @@ Each source is a grain data source: element k is a function of its seed and k al
 a prepared folder; `data_pipeline.synthesize` writes elements to such a folder.
 """
 
+import functools
 import hashlib
 import sys
 import zlib
@@ -156,8 +157,13 @@ class PaintedPairs:
     def __repr__(self) -> str:
         return (
             f"PaintedPairs({self.task}, seed={self.seed}, known={self.known}, "
-            f"maps={_digest(*(m.labels for m in self._maps))})"
+            f"maps={self._digest})"
         )
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        """Of all maps, which may have to be read for it."""
+        return _digest(*(m.labels for m in self._maps))
 
     def __getitem__(self, k: int) -> ScanPair:
         rng = _rng("painted", self.seed, k)
@@ -263,8 +269,12 @@ class DeformedPairs:
         return sys.maxsize
 
     def __repr__(self) -> str:
-        digest = _digest(*(part for s in self._scans for part in (s.hu, s.labels)))
-        return f"DeformedPairs({self.task}, seed={self.seed}, scans={digest})"
+        return f"DeformedPairs({self.task}, seed={self.seed}, scans={self._digest})"
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        """Of all scans, which may have to be read for it."""
+        return _digest(*(part for s in self._scans for part in (s.hu, s.labels)))
 
     def __getitem__(self, k: int) -> ScanPair:
         # Every scan in turn: all are used equally often.
