@@ -5,7 +5,6 @@ the common case: then nothing here costs anything.
 """
 
 import contextlib
-import functools
 import hashlib
 import os
 import sys
@@ -144,16 +143,14 @@ class Stop:
             mesh = Mesh(np.array(jax.devices()), ("all",))
             self._split = NamedSharding(mesh, PartitionSpec("all"))
             whole = NamedSharding(mesh, PartitionSpec())
-            self._add = functools.partial(jax.jit(jnp.sum, out_shardings=whole))
+            self._add = jax.jit(jnp.sum, out_shardings=whole)
 
     def agreed(self) -> bool:
         """True in all processes, or in none."""
         if jax.process_count() == 1:
             return self._flag.is_set()
-        before, mine = (
-            self._sum,
-            np.full(jax.local_device_count(), self._flag.is_set(), np.int32),
-        )
+        before = self._sum
+        mine = np.full(jax.local_device_count(), self._flag.is_set(), np.int32)
         flags = jax.make_array_from_process_local_data(self._split, mine)
         self._sum = self._add(flags)
         return before is not None and int(before) > 0

@@ -78,6 +78,12 @@ def train(config, workdir: Path) -> Path:
                 )
             )
         )
+        # Once, for training and validation: an embedding's weights may be many.
+        experiment = experiment._replace(
+            extractor=train_mesh.put_same(
+                experiment.extractor, train_mesh.replicated(mesh)
+            )
+        )
         tasks = [pair.task for pair in experiment.dataset.pairs("train")]
         tasks += [stream.name for stream in experiment.streams]
         state = loop.run(
@@ -129,11 +135,10 @@ def _step(config, experiment: build.Experiment, mesh):
         ema=config.train.ema,
         precision=config.model.precision,
     )
-    extractor = train_mesh.put_same(experiment.extractor, train_mesh.replicated(mesh))
     split = train_mesh.pair_sharding(mesh)
 
     def step(state, batch):
-        return step_fn(state, train_mesh.put(batch, split), extractor)
+        return step_fn(state, train_mesh.put(batch, split), experiment.extractor)
 
     return step
 
@@ -150,7 +155,6 @@ def _validator(config, experiment: build.Experiment, mesh):
         mesh=mesh,
         precision=config.model.precision,
     )
-    extractor = train_mesh.put_same(experiment.extractor, train_mesh.replicated(mesh))
     split = train_mesh.pair_sharding(mesh)
 
     def validate(params):
@@ -162,7 +166,7 @@ def _validator(config, experiment: build.Experiment, mesh):
                 params, train_mesh.put_same(batch, split), extractor
             ),
             params,
-            extractor,
+            experiment.extractor,
             batches,
             at_once=mesh.shape["data"],
         )
