@@ -74,18 +74,23 @@ def _params(workdir, config):
     return restored
 
 
-def test_resume_equals_uninterrupted(config, tmp_path):
-    """Four steps at once, and two plus two after a restart: bit-identical."""
-    train.train(config, tmp_path / "whole")
+def _train_whole_and_in_parts(config, folder):
+    """Two runs that end in the same bits, in `whole` and `parts`."""
+    train.train(config, folder / "whole")
     with config.unlocked():
         config.train.steps = 2
-    train.train(config, tmp_path / "parts")
+    train.train(config, folder / "parts")
     with config.unlocked():
         config.train.steps = 4
-    train.train(config, tmp_path / "parts")
-    whole, parts = (_params(tmp_path / n, config) for n in ("whole", "parts"))
+    train.train(config, folder / "parts")
+    whole, parts = (_params(folder / n, config) for n in ("whole", "parts"))
     assert int(whole.step) == int(parts.step) == 4
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
+def test_resume_equals_uninterrupted(config, tmp_path):
+    """Four steps at once, and two plus two after a restart: bit-identical."""
+    _train_whole_and_in_parts(config, tmp_path)
     logs = [
         [
             json.loads(x)
@@ -106,15 +111,7 @@ def test_resume_with_made_pairs_equals_uninterrupted(config, tmp_path):
         config.data.streams.update({"phantoms": 0.25, "painted": 0.25})
         config.data.streams.deformed = 0.25
         config.train.log_every = 1
-    train.train(config, tmp_path / "whole")
-    with config.unlocked():
-        config.train.steps = 2
-    train.train(config, tmp_path / "parts")
-    with config.unlocked():
-        config.train.steps = 4
-    train.train(config, tmp_path / "parts")
-    whole, parts = (_params(tmp_path / n, config) for n in ("whole", "parts"))
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    _train_whole_and_in_parts(config, tmp_path)
     text = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert len(set(re.findall(r"train/loss/(phantoms|painted|deformed)_", text))) == 3
 
