@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import synthetic
 from unireg_jax.errors import PREEMPTED, USAGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,18 +32,6 @@ _FIELDS = {
 }
 
 _LONG = ({"train.steps": "100000"},) * 2
-
-
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    """Prepared folder of tiny phantoms, pairs aligned."""
-    return synthetic.write_dataset(
-        tmp_path_factory.mktemp("phantoms"),
-        shape=(32, 16, 32),
-        spacing_mm=12.0,
-        subjects_per_task=4,
-        tasks=("headneck", "lung"),
-    )
 
 
 @contextlib.contextmanager
