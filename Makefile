@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
