@@ -48,7 +48,7 @@ def _judge(found):
 
 @pytest.mark.slow
 def test_split_volumes_and_accumulated_batches_train_as_one_device(phantoms, tmp_path):
-    """Data x space, in parts, against one device; what does not divide is refused."""
+    """Data x space, in parts, with overlapping organs; what does not divide is told."""
     found = _checks(phantoms, tmp_path, "quick")
     batch, parts, space = found["refused"]
     assert batch.startswith("2 config.data.batch_size: a multiple of 8"), batch
