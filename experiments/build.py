@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import optax
 
-from data_pipeline import augment, loader, streams, synthetic
+from data_pipeline import augment, loader, store, streams, synthetic
 from experiments import prealign, settings
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import backbone
@@ -252,17 +252,9 @@ def _dataset(config: ml_collections.ConfigDict, workdir: Path | str) -> loader.D
     data = config.data
     root = data.root
     if not root and data.phantoms:
-        root = Path(workdir) / "phantoms"
-        if not (root / "index.json").exists():
-            synthetic.write_dataset(
-                root,
-                shape=data.shape,
-                spacing_mm=data.spacing_mm,
-                subjects_per_task=data.phantoms,
-                seed=config.seed,
-                tasks=[task for task, share in data.weights.items() if share],
-            )
-        prealign.prealign(root)
+        root = store.make_folders(Path(workdir) / "phantoms")
+        with store.lock(root):
+            _make_phantoms(config, root)
     if not root:
         raise UserError(
             "schema",
@@ -284,6 +276,21 @@ def _dataset(config: ml_collections.ConfigDict, workdir: Path | str) -> loader.D
             USAGE,
         )
     return dataset
+
+
+def _make_phantoms(config: ml_collections.ConfigDict, root: Path) -> None:
+    """Phantoms and their alignments, those that are not there yet."""
+    data = config.data
+    if not (root / store.INDEX_NAME).exists():
+        synthetic.write_dataset(
+            root,
+            shape=data.shape,
+            spacing_mm=data.spacing_mm,
+            subjects_per_task=data.phantoms,
+            seed=config.seed,
+            tasks=[task for task, share in data.weights.items() if share],
+        )
+    prealign.prealign(root)
 
 
 def _task_weights(
