@@ -15,6 +15,7 @@ PACKAGE = "unireg_jax"
 ALLOWED = {
     "unireg_jax.tasks": set(),
     "unireg_jax.errors": set(),
+    "unireg_jax.manifest": set(),
     "unireg_jax.ops": set(),
     "unireg_jax.imaging": set(),
     "unireg_jax.evaluation": {"unireg_jax.imaging"},
@@ -31,6 +32,7 @@ ALLOWED = {
         "unireg_jax.registration",
     },
     "unireg_jax.verbs": {
+        "unireg_jax.manifest",
         "unireg_jax.imaging",
         "unireg_jax.evaluation",
         "unireg_jax.registration",
@@ -38,8 +40,9 @@ ALLOWED = {
     "unireg_jax.__main__": {"unireg_jax.verbs"},
     "unireg_jax.__init__": set(),
     "unireg_jax.weights": set(),
-    "data_pipeline": {"unireg_jax.imaging"},
+    "data_pipeline": {"unireg_jax.manifest", "unireg_jax.imaging"},
     "experiments": {
+        "unireg_jax.manifest",
         "unireg_jax.ops",
         "unireg_jax.imaging",
         "unireg_jax.models",
@@ -55,6 +58,7 @@ HOST = {
     "unireg_jax.imaging",
     "unireg_jax.evaluation",
     "unireg_jax.verbs",
+    "unireg_jax.manifest",
     "unireg_jax.tasks",
     "unireg_jax.errors",
     "data_pipeline",

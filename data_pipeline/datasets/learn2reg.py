@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.datasets import abdomen, folders, manifest
+from data_pipeline.datasets import abdomen, folders
 from data_pipeline.datasets.manifest import Collection, Record
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.imaging.nifti import shown
+from unireg_jax.manifest import load_json
 
 # Task of Learn2Reg -> ours, the ids' names, and the structure that the masks mark.
 TASKS = {
@@ -125,7 +126,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("schema", f"{shown(path)}: {error}", USAGE) from error
-    data = manifest.load_json(path.name, text)
+    data = load_json(path.name, text)
     if not isinstance(data, Mapping):
         raise folders.refuse(path, "a JSON object", "another; download it again")
     return data

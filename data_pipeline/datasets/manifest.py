@@ -16,29 +16,23 @@ not in it become background. {"6": ["Hippocampus", "TemporalLobe"]} puts an id i
 structures. Where structures overlap, the one listed first is the one trained on.
 """
 
-import csv
-import difflib
-import functools
-import io
-import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unireg_jax import manifest
 from unireg_jax.errors import NOTHING, USAGE, UserError
 from unireg_jax.imaging.nifti import shown
 from unireg_jax.imaging.raw import RawGrid
+from unireg_jax.manifest import Fault, Row
 from unireg_jax.tasks import TASKS, PairType
 
 REQUIRED = ("id", "image", "task", "subject", "split")
 OPTIONAL = ("label", "label_map", "group", "roi", "points", "masks")
 SPLITS = ("train", "val", "test")
 MAX_LABELS = 255  # prepared labels are uint8, 0 is background
-_MAX_FAULTS = 50  # shown; the rest is counted
-_MAX_ID = 120  # bytes: file names are the id and a suffix
 
 
 class Record(NamedTuple):
@@ -118,7 +112,7 @@ def collect(
     if not faults:
         _check_pairs(records, pairs, faults)
     if faults:
-        _refuse(path.name, faults)
+        manifest.refuse(path.name, faults)
     return Collection(records, pairs)
 
 
@@ -141,22 +135,24 @@ def check(
     """
     if not collection.records:
         raise UserError("empty", f"{name}: no scan that can be used", NOTHING)
-    faults: list[tuple[str, str]] = []
+    faults: list[Fault] = []
     records = [(record.id, record) for record in collection.records]
     for where, record in records:
-        if bad := _bad_id(record.id):
+        if bad := manifest.bad_id(record.id):
             faults.append(("id_invalid", f"{where}: {bad}"))
         listed = (record.image, record.labels, record.roi, record.points)
         for path in (*listed, *(path for _, path in record.masks)):
             if strict and path and not os.path.exists(path):
                 faults.append(("not_found", f"{where}: {shown(path)}: no such file"))
-    _check_ids([(where, {"id": record.id}) for where, record in records], faults)
+    manifest.check_ids(
+        [(where, {"id": record.id}) for where, record in records], faults
+    )
     if not allow_leak:
         _check_leaks(records, faults)
     _check_vocabulary(records, faults)
     _check_pairs(collection.records, collection.pairs, faults)
     if faults:
-        _refuse(name, faults)
+        manifest.refuse(name, faults)
     return collection
 
 
@@ -187,7 +183,7 @@ def read(
     path = Path(path)
     records, faults = examine(path, roots=roots, strict=strict, allow_leak=allow_leak)
     if faults:
-        _refuse(path.name, faults)
+        manifest.refuse(path.name, faults)
     return records
 
 
@@ -197,7 +193,7 @@ def examine(
     roots: Sequence[Path | str] = (),
     strict: bool = False,
     allow_leak: bool = False,
-) -> tuple[list[Record], list[tuple[str, str]]]:
+) -> tuple[list[Record], list[Fault]]:
     """As `read`, but gives the faults of the entries beside the records that are good.
 
     Args:
@@ -216,7 +212,7 @@ def examine(
         raise UserError(
             "empty", f"{path.name}: lists no scan; add at least one", NOTHING
         )
-    faults: list[tuple[str, str]] = []
+    faults: list[Fault] = []
     _check_columns(rows, faults)
     check = _Paths(path.parent, roots, strict)
     records = []
@@ -224,7 +220,7 @@ def examine(
         record = _record(where, row, check, faults)
         if record is not None:
             records.append((where, record))
-    _check_ids(rows, faults)
+    manifest.check_ids(rows, faults)
     if not allow_leak:
         _check_leaks(records, faults)
     _check_vocabulary(records, faults)
@@ -248,188 +244,30 @@ def vocabulary(records: Iterable[Record]) -> dict[str, tuple[str, ...]]:
     return {task: tuple(sorted(names[task])) for task in TASKS if task in names}
 
 
-def _refuse(name: str, faults: list[tuple[str, str]]) -> None:
-    lines = [f"  {message}" for _, message in faults[:_MAX_FAULTS]]
-    if len(faults) > _MAX_FAULTS:
-        lines.append(f"  … and {len(faults) - _MAX_FAULTS} more")
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    raise UserError(faults[0][0], "\n".join([f"{name}: {count}", *lines]), USAGE)
-
-
 # --- reading ---
 
 
-def _text(path: Path) -> str:
-    """The file's text; a byte order mark is skipped."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            "schema",
-            f"{path.name}: UTF-8 text expected, byte {error.start} is not; save it as "
-            "UTF-8",
-            USAGE,
-        ) from error
-    except FileNotFoundError as error:
-        raise UserError(
-            "not_found", f"{shown(path)}: no such file; check the path", USAGE
-        ) from error
-    except OSError as error:
-        raise UserError(
-            "schema", f"{shown(path)}: {error.strerror}; give a CSV or JSON file", USAGE
-        ) from error
-
-
-def _content(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
+def _content(path: Path) -> tuple[list[Row], Any]:
     """(place, fields) of every entry, and the pairs as they are written."""
-    text = _text(path)
-    kind = path.suffix.lower()
-    if kind not in (".csv", ".json"):
-        raise UserError(
-            "schema", f"{path.name}: the name must end in .csv or .json; rename", USAGE
-        )
-    if not text.strip():
-        raise UserError("schema", f"{path.name}: is empty; list the scans in it", USAGE)
-    if kind == ".csv":
-        return _csv_rows(path.name, text), []
-    return _json_rows(path.name, text)
-
-
-def _csv_rows(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[tuple[str, dict[str, Any]]] = []
-    ragged = []
-    try:
-        header = [column.strip() for column in next(reader)]
-        twice = sorted({c for c in header if header.count(c) > 1})
-        if twice:
-            raise UserError(
-                "schema", f"{name}: line 1: columns twice: {', '.join(twice)}", USAGE
-            )
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            where = f"line {reader.line_num}"
-            if len(cells) != len(header):
-                got = f"{len(header)} fields expected, {len(cells)} found"
-                ragged.append(("schema", f"{where}: {got}; quote commas in a field"))
-            values = [cell.strip() for cell in cells]
-            rows.append((where, dict(zip(header, values, strict=False))))
-    except csv.Error as error:
-        raise UserError(
-            "schema", f"{name}: line {reader.line_num}: {error}; check quotes", USAGE
-        ) from error
-    if ragged:
-        _refuse(name, ragged)
-    if not rows:
-        _check_header(name, header)
-    return rows
-
-
-def _check_header(name: str, header: list[str]) -> None:
-    faults: list[tuple[str, str]] = []
-    _check_columns([("line 1", dict.fromkeys(header, ""))], faults)
-    if faults:
-        _refuse(name, faults)
-
-
-def _json_rows(name: str, text: str) -> tuple[list[tuple[str, dict[str, Any]]], Any]:
-    value, pairs = load_json(name, text), []
+    text = manifest.read_text(path, "scans")
+    if path.suffix.lower() == ".csv":
+        return manifest.csv_rows(path.name, text, _check_columns), []
+    value, pairs = manifest.load_json(path.name, text), []
     if isinstance(value, dict) and {"volumes"} <= set(value) <= {"volumes", "pairs"}:
         value, pairs = value["volumes"], value.get("pairs", [])
-    if not isinstance(value, list):
-        raise UserError(
-            "schema",
-            f'{name}: a list of scans, or {{"volumes": [...]}}, expected; got '
-            f"{_kind(value)}",
-            USAGE,
-        )
-    wrong = [
-        ("schema", f"entry {i}: an object expected, got {_kind(row)}")
-        for i, row in enumerate(value, 1)
-        if not isinstance(row, dict)
-    ]
-    if wrong:
-        _refuse(name, wrong)
-    return [(f"entry {i}", row) for i, row in enumerate(value, 1)], pairs
+    expected = 'a list of scans, or {"volumes": [...]},'
+    return manifest.json_rows(path.name, value, expected), pairs
 
 
-def load_json(name: str, text: str) -> Any:
-    """Parses strict JSON: no NaN, no key twice.
-
-    Args:
-        name: of the file, for the message.
-        text: its content.
-
-    Returns:
-        The value.
-
-    Raises:
-        UserError: `schema`, exit code 2, with line and column.
-    """
-
-    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
-            keys = [key for key, _ in items]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise ValueError(f"key twice in one object: {', '.join(twice)}")
-        return found
-
-    def no_constant(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
-    except json.JSONDecodeError as error:
-        reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
-    except RecursionError:
-        reason = "nested too deeply"
-    except ValueError as error:  # ours, and integers of thousands of digits
-        reason = str(error).split(";")[0]
-    raise UserError("schema", f"{name}: not valid JSON: {reason}", USAGE)
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+def _check_columns(rows: list[Row], faults: list[Fault]) -> None:
+    manifest.check_columns(rows, REQUIRED, REQUIRED + OPTIONAL, faults)
 
 
 # --- checks ---
 
 
-def _check_columns(
-    rows: list[tuple[str, dict[str, Any]]], faults: list[tuple[str, str]]
-) -> None:
-    """Unknown and missing columns, each named once, with the nearest known one."""
-    known = REQUIRED + OPTIONAL
-    seen: dict[str, str] = {}
-    absent: dict[str, str] = {}
-    for where, row in rows:
-        for column in row:
-            seen.setdefault(column, where)
-        for column in REQUIRED:
-            if column not in row:
-                absent.setdefault(column, where)
-    for column, where in seen.items():
-        if column not in known:
-            hint = _nearest(column, known)
-            faults.append(("schema", f"{where}: unknown column {column!r}{hint}"))
-    for column, where in absent.items():
-        faults.append(("schema", f"{where}: column {column!r} is missing"))
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """Suggests the known word that was probably meant, else lists them all."""
-    close = difflib.get_close_matches(str(word).lower(), known, 1, 0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
 def _record(
-    where: str, row: dict[str, Any], check: "_Paths", faults: list[tuple[str, str]]
+    where: str, row: dict[str, Any], check: "_Paths", faults: list[Fault]
 ) -> Record | None:
     """One record, or None after listing what is wrong with it."""
     before = len(faults)
@@ -439,19 +277,19 @@ def _record(
         if value is not None and not isinstance(value, str):
             # A number as task would index the one-hot: never taken for a name.
             reason = "task_unknown" if column == "task" else "schema"
-            got = f"{where}: {column}: text expected, got {_kind(value)}"
+            got = f"{where}: {column}: text expected, got {manifest.kind_of(value)}"
             faults.append((reason, got))
         elif not (value or "").strip() and column in REQUIRED and column in row:
             reason = "id_invalid" if column == "id" else "schema"
             faults.append((reason, f"{where}: {column}: is empty"))
         values[column] = value.strip() if isinstance(value, str) else ""
-    if values["id"] and (bad := _bad_id(values["id"])):
+    if values["id"] and (bad := manifest.bad_id(values["id"])):
         faults.append(("id_invalid", f"{where}: id {values['id'][:60]!r}: {bad}"))
     if values["task"] and values["task"] not in TASKS:
-        hint = _nearest(values["task"], tuple(TASKS))
+        hint = manifest.nearest(values["task"], tuple(TASKS))
         faults.append(("task_unknown", f"{where}: task {values['task']!r}{hint}"))
     if values["split"] and values["split"] not in SPLITS:
-        hint = _nearest(values["split"], SPLITS)
+        hint = manifest.nearest(values["split"], SPLITS)
         faults.append(("schema", f"{where}: split {values['split']!r}{hint}"))
     if bool(values["label"]) != bool(values["label_map"]):
         lone, other = ("label", "label_map")
@@ -486,7 +324,7 @@ def _record(
 
 
 def _masks(
-    where: str, value: Any, check: "_Paths", faults: list[tuple[str, str]]
+    where: str, value: Any, check: "_Paths", faults: list[Fault]
 ) -> tuple[tuple[str, str], ...]:
     """(name, path) pairs of an object {name: file or files}."""
     if value is None or value == "":
@@ -502,7 +340,9 @@ def _masks(
     )
     if not good:
         expected = '{"name": "file" or ["file", ...]} expected, in a JSON manifest'
-        faults.append(("schema", f"{where}: masks: {expected}, got {_kind(value)}"))
+        faults.append(
+            ("schema", f"{where}: masks: {expected}, got {manifest.kind_of(value)}")
+        )
         return ()
     return tuple(
         (name.strip(), check.resolve(where, "masks", path.strip(), faults))
@@ -515,10 +355,10 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 
-def _pairs(value: Any, faults: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def _pairs(value: Any, faults: list[Fault]) -> tuple[tuple[str, str], ...]:
     """The pairs of a manifest; what is none is listed."""
     if not isinstance(value, list):
-        got = f"pairs: a list expected, got {_kind(value)}"
+        got = f"pairs: a list expected, got {manifest.kind_of(value)}"
         faults.append(("schema", got))
         return ()
     pairs = []
@@ -527,44 +367,13 @@ def _pairs(value: Any, faults: list[tuple[str, str]]) -> tuple[tuple[str, str], 
         if two and all(isinstance(name, str) for name in pair):
             pairs.append((pair[0].strip(), pair[1].strip()))
         else:
-            got = f'pair {i}: ["fixed id", "moving id"] expected, got {_kind(pair)}'
+            kind = manifest.kind_of(pair)
+            got = f'pair {i}: ["fixed id", "moving id"] expected, got {kind}'
             faults.append(("schema", got))
     return tuple(pairs)
 
 
-def _bad_id(name: str) -> str | None:
-    """Why a name cannot be part of a file name, or None."""
-    if len(name.encode("utf-8", "surrogatepass")) > _MAX_ID:
-        return f"longer than {_MAX_ID} bytes"
-    if name.startswith((".", "-")):
-        return "must not begin with a dot or a dash"
-    if not all(c.isalnum() or c in "._-+" for c in name):
-        return "only letters, digits and . _ - + are allowed"
-    return None
-
-
-def _check_ids(
-    rows: list[tuple[str, dict[str, Any]]], faults: list[tuple[str, str]]
-) -> None:
-    """No two ids may be equal, nor differ only in case or Unicode form."""
-    seen: dict[str, tuple[str, str]] = {}
-    for where, row in rows:
-        name = row.get("id")
-        if not isinstance(name, str) or not name.strip():
-            continue
-        name = name.strip()
-        key = unicodedata.normalize("NFKC", name).casefold()
-        if key not in seen:
-            seen[key] = (where, name)
-            continue
-        first, other = seen[key]
-        how = "also" if other == name else f"only differs in form from {other!r}"
-        faults.append(("id_duplicate", f"{where}: id {name!r} {how} at {first}"))
-
-
-def _check_leaks(
-    records: list[tuple[str, Record]], faults: list[tuple[str, str]]
-) -> None:
+def _check_leaks(records: list[tuple[str, Record]], faults: list[Fault]) -> None:
     """A subject seen in training must not be judged on, in no task."""
     seen: dict[str, tuple[str, str]] = {}
     told = set()
@@ -584,7 +393,7 @@ def _check_leaks(
 def _check_pairs(
     records: Sequence[Record],
     pairs: Sequence[tuple[str, str]],
-    faults: list[tuple[str, str]],
+    faults: list[Fault],
 ) -> None:
     """Listed pairs must be pairs: known scans of one task and split, as its kind is."""
     known = {record.id: record for record in records}
@@ -607,9 +416,7 @@ def _check_pairs(
             faults.append(("schema", f"{where}: {a.task} takes {kind}"))
 
 
-def _check_vocabulary(
-    records: list[tuple[str, Record]], faults: list[tuple[str, str]]
-) -> None:
+def _check_vocabulary(records: list[tuple[str, Record]], faults: list[Fault]) -> None:
     for task, names in vocabulary(record for _, record in records).items():
         if len(names) > MAX_LABELS:
             faults.append(
@@ -621,55 +428,15 @@ def _check_vocabulary(
             )
 
 
-class _Paths:
-    """Resolves paths of the manifest and keeps them inside the declared folders."""
+class _Paths(manifest.Paths):
+    """Also reads the label maps that the paths name."""
 
     def __init__(self, home: Path, roots: Sequence[Path | str], strict: bool):
-        self._home = os.path.realpath(home)
-        self._roots = tuple(os.path.realpath(r) for r in (self._home, *roots))
-        self._strict = strict
-        self._real = functools.lru_cache(maxsize=4096)(os.path.realpath)
+        super().__init__(home, roots, strict)
         self._maps: dict[str, tuple | None] = {}
 
-    def resolve(
-        self, where: str, column: str, text: str, faults: list[tuple[str, str]]
-    ) -> str:
-        """Absolute path, or "" after listing what is wrong."""
-        if not text:
-            return ""
-        place = f"{where}: {column} {text[:80]!r}"
-        if "\0" in text or "://" in text or text.startswith(("~", "$", "file:")):
-            faults.append(("path_escape", f"{place}: a plain path expected"))
-            return ""
-        path = os.path.join(self._home, text)
-        try:
-            # Folders repeat: their real path is looked up once, the name's own link
-            # every time.
-            real = os.path.join(
-                self._real(os.path.dirname(path)), os.path.basename(path)
-            )
-            if os.path.islink(real) or os.path.basename(path) in ("..", "."):
-                real = os.path.realpath(real)
-            exists = not self._strict or os.path.exists(real)
-        except (OSError, ValueError) as error:
-            faults.append(("path_escape", f"{place}: {error}"))
-            return ""
-        if not any(real.startswith(root.rstrip("/") + "/") for root in self._roots):
-            faults.append(
-                (
-                    "path_escape",
-                    f"{place}: leads outside the manifest's folder; declare the folder "
-                    "with --data-root",
-                )
-            )
-            return ""
-        if not exists:
-            faults.append(("not_found", f"{place}: no such file"))
-            return ""
-        return real
-
     def label_map(
-        self, where: str, path: str, faults: list[tuple[str, str]]
+        self, where: str, path: str, faults: list[Fault]
     ) -> tuple[tuple[int, str], ...] | None:
         """(raw id, name) pairs of a label map; each file is read once."""
         if path not in self._maps:
@@ -696,7 +463,7 @@ def read_label_map(path: Path | str) -> tuple[tuple[int, str], ...]:
         UserError: `schema`, exit code 2, listing all faults.
     """
     path = Path(path)
-    table = load_json(path.name, _text(path))
+    table = manifest.load_json(path.name, manifest.decode(path))
     if not isinstance(table, Mapping) or not table:
         raise UserError(
             "schema",
@@ -709,7 +476,7 @@ def read_label_map(path: Path | str) -> tuple[tuple[int, str], ...]:
         if not (re.fullmatch("[0-9]{1,5}", key) and int(key) <= 65535):
             faults.append(f"{key[:20]!r}: a whole number from 0 to 65535 expected")
         elif not all(map(_is_name, names)) or len(set(names)) < len(names):
-            faults.append(f"{key}: a name expected, got {_kind(name)}")
+            faults.append(f"{key}: a name expected, got {manifest.kind_of(name)}")
         elif int(key) == 0 and [n.strip().lower() for n in names] != ["background"]:
             faults.append("0: is background, not a structure")
         elif int(key) in pairs:

@@ -1,0 +1,189 @@
+"""Lists of pairs: every fault is found before any scan is opened, all in one go."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from unireg_jax import manifest
+from unireg_jax.errors import NOTHING, USAGE, UserError
+
+GOOD = [
+    dict(
+        id="a",
+        fixed="s/1.nii.gz",
+        moving="s/2.nii.gz",
+        task="abdomen",
+        fixed_label="l/1.nii.gz",
+        moving_label="l/2.nii.gz",
+        fixed_subject="p1",
+    ),
+    dict(id="L.2-x", fixed="s/1.nii.gz", moving="s/3.nii.gz", type="intra"),
+]
+
+
+def write_csv(folder, rows):
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    with open(folder / "p.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "p.csv"
+
+
+def write_json(folder, value):
+    (folder / "p.json").write_text(json.dumps(value))
+    return folder / "p.json"
+
+
+def refusal(path, **options):
+    with pytest.raises(UserError) as caught:
+        manifest.read_cases(path, **options)
+    return caught.value
+
+
+def test_csv_and_json_give_the_same_cases(tmp_path):
+    cases = manifest.read_cases(write_csv(tmp_path, GOOD))
+    assert cases == manifest.read_cases(write_json(tmp_path, GOOD))
+    assert cases == manifest.read_cases(write_json(tmp_path, {"pairs": GOOD}))
+    first, second = cases
+    home = tmp_path.resolve()
+    assert first.fixed == str(home / "s" / "1.nii.gz")
+    assert first.moving_label == str(home / "l" / "2.nii.gz")
+    assert (first.task, first.type, first.fixed_subject) == ("abdomen", None, "p1")
+    assert (second.task, second.type, second.fixed_label) == (None, "intra", None)
+
+
+def test_cases_without_ids_are_called_by_their_scans(tmp_path):
+    rows = [{"fixed": "s/A.1.nii.gz", "moving": "t/B.nii"}]
+    (case,) = manifest.read_cases(write_csv(tmp_path, rows))
+    assert case.id == "A.1__B"
+    rows = [{"fixed": "s/A 1.nii.gz", "moving": "t/B.nii"}]
+    error = refusal(write_csv(tmp_path, rows))
+    assert error.reason == "id_invalid" and "add a column id" in str(error)
+    # Same names in other folders: not told apart, and said so.
+    rows = [{"fixed": f"{d}/A.nii.gz", "moving": f"{d}/B.nii.gz"} for d in "st"]
+    assert refusal(write_csv(tmp_path, rows)).reason == "id_duplicate"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "says"),
+    [
+        (dict(task="abdomne"), "task_unknown", "did you mean 'abdomen'?"),
+        (dict(task="99"), "task_unknown", "known: headneck, chest"),
+        (dict(type="inters"), "task_unknown", "did you mean 'inter'?"),
+        (dict(id=""), "id_invalid", "id: is empty"),
+        (dict(id=".."), "id_invalid", "must not begin with a dot"),
+        (dict(id="a/b"), "id_invalid", "only letters, digits"),
+        (dict(id="a" * 300), "id_invalid", "longer than 120 bytes"),
+        (dict(fixed=" "), "schema", "fixed: is empty"),
+        (dict(moving="../a.nii.gz"), "path_escape", "--data-root"),
+        (dict(moving="/etc/hosts"), "path_escape", "--data-root"),
+        (dict(moving="~/a.nii.gz"), "path_escape", "a plain path expected"),
+        (dict(moving="$HOME/a.nii"), "path_escape", "a plain path expected"),
+        (dict(moving="https://x/a.nii"), "path_escape", "a plain path expected"),
+        (dict(fixed_mask="../m.nii.gz"), "path_escape", "fixed_mask"),
+        (dict(moving_label=""), "schema", "fixed_label without moving_label"),
+        (dict(moving_points="p.csv"), "schema", "moving_points without fixed_points"),
+        (dict(fixde="x.nii.gz"), "schema", "did you mean 'fixed'?"),
+    ],
+)
+def test_one_bad_field_is_named(tmp_path, change, reason, says):
+    row = GOOD[0] | change
+    for path in (write_csv(tmp_path, [row]), write_json(tmp_path, [row])):
+        error = refusal(path)
+        assert error.exit_code == USAGE and error.reason == reason
+        assert says in str(error)
+
+
+@pytest.mark.parametrize("task", [99, -1, 1.5, True, ["liver"], 1e40])
+def test_json_task_that_is_no_text_is_refused(tmp_path, task):
+    error = refusal(write_json(tmp_path, [GOOD[0] | {"task": task}]))
+    assert error.reason == "task_unknown" and "text expected" in str(error)
+
+
+def test_all_faults_are_listed_at_once(tmp_path):
+    rows = [
+        dict(id="a", fixed="1.nii", moving="2.nii", taks="liver"),
+        dict(id="A", fixed="1.nii", moving="../2.nii", taks="liver"),
+        dict(id="b", fixed="1.nii", moving="2.nii", type="both", taks="liver"),
+    ]
+    error = refusal(write_json(tmp_path, rows))
+    text = str(error)
+    assert text.splitlines()[0] == "p.json: 4 faults"
+    for says in (
+        "entry 1: unknown column 'taks'; did you mean 'task'?",
+        "entry 2: moving '../2.nii': leads outside",
+        "entry 3: type 'both'; known: inter, intra",
+        "entry 2: id 'A' only differs in form from 'a' at entry 1",
+    ):
+        assert says in text
+
+
+def test_missing_columns_and_empty_lists(tmp_path):
+    (tmp_path / "p.csv").write_text("id,fixed,task\n")
+    assert "column 'moving' is missing" in str(refusal(tmp_path / "p.csv"))
+    (tmp_path / "p.csv").write_text("id,fixed,moving\n")
+    assert refusal(tmp_path / "p.csv").exit_code == NOTHING
+    assert refusal(write_json(tmp_path, [])).exit_code == NOTHING
+    (tmp_path / "p.csv").write_text("")
+    assert refusal(tmp_path / "p.csv").exit_code == USAGE
+
+
+def test_absent_file_is_left_to_its_turn_unless_strict(tmp_path):
+    path = write_csv(tmp_path, GOOD)
+    assert len(manifest.read_cases(path)) == 2
+    error = refusal(path, strict=True)
+    assert error.reason == "not_found" and "6 faults" in str(error)
+
+
+def test_other_folders_must_be_declared(tmp_path):
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir(), other.mkdir()
+    (home / "link.nii").symlink_to(other / "a.nii")
+    path = write_csv(
+        home, [{"id": "a", "fixed": "link.nii", "moving": str(other / "b.nii")}]
+    )
+    assert "2 faults" in str(refusal(path))
+    (case,) = manifest.read_cases(path, roots=[other])
+    assert case.fixed == str(other.resolve() / "a.nii")
+
+
+def test_learn2reg_pairs_are_read_with_what_lies_beside(tmp_path):
+    names = [f"AbdomenCTCT_000{i}_0000.nii.gz" for i in (1, 2, 3)]
+    for folder in ("imagesTr", "labelsTr", "masksTr"):
+        (tmp_path / folder).mkdir()
+        for name in names[: 3 if folder != "masksTr" else 1]:
+            (tmp_path / folder / name).write_bytes(b"x")
+    image = [f"./imagesTr/{name}" for name in names]
+    data = {
+        "name": "AbdomenCTCT",
+        "training_paired_images": [{"fixed": image[1], "moving": image[2]}],
+        "registration_val": [
+            {"fixed": image[0], "moving": image[1]},
+            {"fixed": image[0], "moving": image[2]},
+        ],
+    }
+    cases = manifest.read_cases(write_json(tmp_path, data), strict=True)
+    first = names[0].removesuffix(".nii.gz")
+    assert [case.id for case in cases] == [
+        f"{first}__AbdomenCTCT_0002_0000",
+        f"{first}__AbdomenCTCT_0003_0000",
+    ]
+    home = tmp_path.resolve()
+    assert cases[0].moving_label == str(home / "labelsTr" / names[1])
+    # Only one scan has a mask.
+    assert cases[0].fixed_mask is None
+    assert cases[0].fixed_subject == "AbdomenCTCT_0001"
+    data.pop("registration_val")
+    (case,) = manifest.read_cases(write_json(tmp_path, data))
+    assert case.fixed.endswith(names[1])
+    data["training_paired_images"] = [{"fixed": image[0]}]
+    assert "fixed" in str(refusal(write_json(tmp_path, data)))
+
+
+def test_reading_a_list_imports_no_jax():
+    code = "import sys, unireg_jax.manifest; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,538 @@
+"""Lists of cases, and the strict reading of CSV and JSON that all lists share.
+
+    id,fixed,moving,task
+    a01,scans/a01.nii.gz,scans/a02.nii.gz,abdomen
+
+A case is a pair of scans with what belongs to it; `Case` says which columns there are.
+Only `fixed` and `moving` must be there: without an `id` column cases are called
+FIXED__MOVING. Paths are relative to the list and stay in its folder, or in one that the
+caller declares. JSON: a list of such objects, or {"pairs": [...]}. The dataset.json of
+a Learn2Reg task is read as well: its `registration_val` and `registration_test`, else
+its `training_paired_images`, with the labels and masks that lie beside the images.
+
+Every fault is found before any scan is opened, all of them in one go.
+"""
+
+import csv
+import difflib
+import functools
+import io
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unireg_jax.errors import NOTHING, USAGE, UserError, shown
+from unireg_jax.tasks import TASKS, PairType
+
+Fault = tuple[str, str]  # reason, message
+Row = tuple[str, dict[str, Any]]  # place in the file, fields
+
+TYPES = tuple(kind.name.lower() for kind in PairType)
+NO_TASK = "none"
+_MAX_FAULTS = 50  # shown; the rest is counted
+_MAX_ID = 120  # bytes: file names are the id and a suffix
+_HELD_OUT = ("registration_val", "registration_test")
+_L2R_PAIRS = (*_HELD_OUT, "training_paired_images")
+
+
+class Case(NamedTuple):
+    """A pair of scans to be registered or judged.
+
+    Attributes:
+        id: unique name, fit for a folder's name.
+        fixed: scan that stays, path.
+        moving: scan to be warped, path.
+        task: name in tasks.TASKS or "none"; None to be chosen by the caller.
+        type: "inter", "intra", or None for the task's own.
+        fixed_label, moving_label: label maps, both or none.
+        fixed_mask, moving_mask: where scans are compared.
+        fixed_points, moving_points: landmarks, x, y, z in LPS mm, line by line, both
+            or none.
+        init: pre-alignment, ITK affine text, fixed world -> moving world.
+        fixed_subject, moving_subject: the patients, to be held against `type`.
+    """
+
+    id: str
+    fixed: str
+    moving: str
+    task: str | None = None
+    type: str | None = None
+    fixed_label: str | None = None
+    moving_label: str | None = None
+    fixed_mask: str | None = None
+    moving_mask: str | None = None
+    fixed_points: str | None = None
+    moving_points: str | None = None
+    init: str | None = None
+    fixed_subject: str | None = None
+    moving_subject: str | None = None
+
+
+REQUIRED = ("fixed", "moving")
+PATHS = (
+    *("fixed", "moving", "fixed_label", "moving_label", "fixed_mask", "moving_mask"),
+    *("fixed_points", "moving_points", "init"),
+)
+_TOGETHER = (("fixed_label", "moving_label"), ("fixed_points", "moving_points"))
+
+
+def read_cases(
+    path: Path | str,
+    *,
+    roots: Sequence[Path | str] = (),
+    strict: bool = False,
+) -> list[Case]:
+    """Reads and checks a list of cases.
+
+    Args:
+        path: `.csv` or `.json`, UTF-8.
+        roots: folders that scans may lie in, besides the list's own.
+        strict: a listed file that does not exist is a fault here; else it fails at its
+            turn.
+
+    Returns:
+        Cases in the order of the list, with absolute paths.
+
+    Raises:
+        UserError: exit code 2 with all faults, one a line; its reason is that of the
+            first (`schema`, `id_invalid`, `id_duplicate`, `task_unknown`,
+            `path_escape`, `not_found`). Exit code 3 when no case is listed.
+    """
+    path = Path(path)
+    rows = _case_rows(path)
+    if not rows:
+        raise UserError(
+            "empty", f"{shown(path.name)}: lists no pair; add at least one", NOTHING
+        )
+    faults: list[Fault] = []
+    check_columns(rows, REQUIRED, Case._fields, faults)
+    paths = Paths(path.parent, roots, strict)
+    named = any("id" in row for _, row in rows)
+    cases, ids = [], []
+    for where, row in rows:
+        case = _case(where, row, named, paths, faults)
+        ids.append((where, {"id": case.id}))
+        cases.append(case)
+    check_ids(ids, faults)
+    if faults:
+        refuse(path.name, faults)
+    return cases
+
+
+def _case_rows(path: Path) -> list[Row]:
+    text = read_text(path, "pairs")
+    if path.suffix.lower() == ".csv":
+        check = functools.partial(check_columns, required=REQUIRED, known=Case._fields)
+        return csv_rows(path.name, text, lambda rows, f: check(rows, faults=f))
+    value = load_json(path.name, text)
+    if isinstance(value, dict):
+        if any(key in value for key in _L2R_PAIRS):
+            return _learn2reg(path, value)
+        if set(value) == {"pairs"}:
+            value = value["pairs"]
+    expected = 'a list of pairs, {"pairs": [...]} or a Learn2Reg dataset.json'
+    return json_rows(path.name, value, expected)
+
+
+def _learn2reg(path: Path, data: Mapping[str, Any]) -> list[Row]:
+    """Pairs of a Learn2Reg task: held out ones, else those to be trained on."""
+    keys = [key for key in _L2R_PAIRS if data.get(key)]
+    held_out = [key for key in keys if key in _HELD_OUT]
+    rows: list[Row] = []
+    faults: list[Fault] = []
+    for key in held_out or keys:
+        if not isinstance(data[key], list):
+            got = f"{key}: a list expected, got {kind_of(data[key])}"
+            faults.append(("schema", got))
+            continue
+        for i, pair in enumerate(data[key], 1):
+            where = f"{key}, entry {i}"
+            images = [
+                pair.get(name) if isinstance(pair, dict) else None for name in REQUIRED
+            ]
+            if not all(isinstance(image, str) and image for image in images):
+                got = f'{where}: {{"fixed": …, "moving": …}} expected'
+                faults.append(("schema", f"{got}, got {kind_of(pair)}"))
+                continue
+            rows.append((where, _learn2reg_row(path.parent, *images)))
+    if faults:
+        refuse(path.name, faults)
+    return rows
+
+
+def _learn2reg_row(folder: Path, fixed: str, moving: str) -> dict[str, Any]:
+    """Fields of one pair; labels and masks count when both scans have them."""
+    row: dict[str, Any] = {"fixed": fixed, "moving": moving}
+    for side, image in (("fixed", fixed), ("moving", moving)):
+        # AbdomenCTCT_0001_0000: the middle number is the patient's.
+        row[f"{side}_subject"] = stem(image).rpartition("_")[0]
+    for column, place in (("label", "labels"), ("mask", "masks")):
+        found = [image.replace("images", place, 1) for image in (fixed, moving)]
+        if found != [fixed, moving] and all((folder / f).is_file() for f in found):
+            row[f"fixed_{column}"], row[f"moving_{column}"] = found
+    return row
+
+
+def _case(
+    where: str, row: dict[str, Any], named: bool, paths: "Paths", faults: list[Fault]
+) -> Case:
+    """One case; what is wrong with it is listed."""
+    values: dict[str, str] = {}
+    for column in Case._fields:
+        value = row.get(column)
+        if value is not None and not isinstance(value, str):
+            # A number as task would index the one-hot: never taken for a name.
+            reason = "task_unknown" if column in ("task", "type") else "schema"
+            got = f"{where}: {column}: text expected, got {kind_of(value)}"
+            faults.append((reason, got))
+        values[column] = value.strip() if isinstance(value, str) else ""
+        if column in REQUIRED and isinstance(value, str) and not values[column]:
+            faults.append(("schema", f"{where}: {column}: is empty"))
+    if named and row.get("id") is not None and not values["id"]:
+        faults.append(("id_invalid", f"{where}: id: is empty"))
+    if not named and values["fixed"] and values["moving"]:
+        values["id"] = f"{stem(values['fixed'])}__{stem(values['moving'])}"
+    if named and "id" not in row:
+        faults.append(("id_invalid", f"{where}: id: is missing"))
+    if values["id"] and (bad := bad_id(values["id"])):
+        hint = "" if named else "; add a column id"
+        faults.append(("id_invalid", f"{where}: id {values['id'][:60]!r}: {bad}{hint}"))
+    known = (*TASKS, NO_TASK)
+    if values["task"] and values["task"] not in known:
+        hint = nearest(values["task"], known)
+        faults.append(("task_unknown", f"{where}: task {values['task']!r}{hint}"))
+    if values["type"] and values["type"] not in TYPES:
+        hint = nearest(values["type"], TYPES)
+        faults.append(("task_unknown", f"{where}: type {values['type']!r}{hint}"))
+    for pair in _TOGETHER:
+        if len({bool(values[column]) for column in pair}) > 1:
+            lone, other = sorted(pair, key=lambda column: not values[column])
+            got = f"{where}: {lone} without {other}; give both or none"
+            faults.append(("schema", got))
+    for column in PATHS:
+        values[column] = paths.resolve(where, column, values[column], faults)
+    return Case(
+        **{k: v or (None if k not in REQUIRED else v) for k, v in values.items()}
+    )
+
+
+def stem(path: str | os.PathLike) -> str:
+    """File name without .nii or .nii.gz; other dots stay."""
+    name = Path(path).name
+    for ending in (".gz", ".nii"):
+        name = name[: -len(ending)] if name.lower().endswith(ending) else name
+    return name
+
+
+# --- reading ------------------------------------------------------------------------
+
+
+def read_text(path: Path, what: str) -> str:
+    """Reads a list's text; a byte order mark is skipped.
+
+    Args:
+        path: of a `.csv` or `.json` file.
+        what: it lists, for the message.
+
+    Returns:
+        Text that is not blank.
+
+    Raises:
+        UserError: `schema` or `not_found`, exit code 2.
+    """
+    text = decode(path)
+    name = shown(path.name)
+    if path.suffix.lower() not in (".csv", ".json"):
+        raise UserError(
+            "schema", f"{name}: the name must end in .csv or .json; rename", USAGE
+        )
+    if not text.strip():
+        raise UserError("schema", f"{name}: is empty; list the {what} in it", USAGE)
+    return text
+
+
+def decode(path: Path) -> str:
+    """Reads UTF-8 text; see `read_text`."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            "schema",
+            f"{shown(path.name)}: UTF-8 text expected, byte {error.start} is not; save "
+            "it as UTF-8",
+            USAGE,
+        ) from error
+    except FileNotFoundError as error:
+        raise UserError(
+            "not_found", f"{shown(path)}: no such file; check the path", USAGE
+        ) from error
+    except OSError as error:
+        raise UserError(
+            "schema", f"{shown(path)}: {error.strerror}; give a CSV or JSON file", USAGE
+        ) from error
+
+
+def csv_rows(name: str, text: str, check_header) -> list[Row]:
+    """Splits a CSV table into its rows.
+
+    Args:
+        name: of the file, for messages.
+        text: its content; the first line names the columns.
+        check_header: check_header(rows, faults), for a table without a row.
+
+    Returns:
+        (place, fields) of every line that is not blank.
+
+    Raises:
+        UserError: `schema`, exit code 2.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
+    ragged = []
+    try:
+        header = [column.strip() for column in next(reader)]
+        twice = sorted({c for c in header if header.count(c) > 1})
+        if twice:
+            raise UserError(
+                "schema", f"{name}: line 1: columns twice: {', '.join(twice)}", USAGE
+            )
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"line {reader.line_num}"
+            if len(cells) != len(header):
+                got = f"{len(header)} fields expected, {len(cells)} found"
+                ragged.append(("schema", f"{where}: {got}; quote commas in a field"))
+            values = [cell.strip() for cell in cells]
+            rows.append((where, dict(zip(header, values, strict=False))))
+    except csv.Error as error:
+        raise UserError(
+            "schema", f"{name}: line {reader.line_num}: {error}; check quotes", USAGE
+        ) from error
+    if ragged:
+        refuse(name, ragged)
+    if not rows:
+        faults: list[Fault] = []
+        check_header([("line 1", dict.fromkeys(header, ""))], faults)
+        if faults:
+            refuse(name, faults)
+    return rows
+
+
+def json_rows(name: str, value: Any, expected: str) -> list[Row]:
+    """Takes a list of objects apart.
+
+    Args:
+        name: of the file, for messages.
+        value: parsed JSON.
+        expected: what it should be, for messages.
+
+    Returns:
+        (place, fields) of every entry.
+
+    Raises:
+        UserError: `schema`, exit code 2: no list, or one of something else.
+    """
+    if not isinstance(value, list):
+        got = f"{name}: {expected} expected; got {kind_of(value)}"
+        raise UserError("schema", got, USAGE)
+    wrong = [
+        ("schema", f"entry {i}: an object expected, got {kind_of(row)}")
+        for i, row in enumerate(value, 1)
+        if not isinstance(row, dict)
+    ]
+    if wrong:
+        refuse(name, wrong)
+    return [(f"entry {i}", row) for i, row in enumerate(value, 1)]
+
+
+def load_json(name: str, text: str) -> Any:
+    """Parses strict JSON: no NaN, no key twice.
+
+    Args:
+        name: of the file, for the message.
+        text: its content.
+
+    Returns:
+        The value.
+
+    Raises:
+        UserError: `schema`, exit code 2, with line and column.
+    """
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise ValueError(f"key twice in one object: {', '.join(twice)}")
+        return found
+
+    def no_constant(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # ours, and integers of thousands of digits
+        reason = str(error).split(";")[0]
+    raise UserError("schema", f"{name}: not valid JSON: {reason}", USAGE)
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+# --- checks -------------------------------------------------------------------------
+
+
+def refuse(name: str, faults: Sequence[Fault]) -> None:
+    """Raises one UserError, exit code 2, of all faults, one a line.
+
+    Args:
+        name: of the list.
+        faults: at least one; the first gives the reason.
+
+    Raises:
+        UserError: always.
+    """
+    lines = [f"  {message}" for _, message in faults[:_MAX_FAULTS]]
+    if len(faults) > _MAX_FAULTS:
+        lines.append(f"  … and {len(faults) - _MAX_FAULTS} more")
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    raise UserError(faults[0][0], "\n".join([f"{name}: {count}", *lines]), USAGE)
+
+
+def check_columns(
+    rows: Iterable[Row],
+    required: Sequence[str],
+    known: Sequence[str],
+    faults: list[Fault],
+) -> None:
+    """Lists unknown and missing columns, each once, with the nearest known one.
+
+    Args:
+        rows: (place, fields) of every entry.
+        required: columns that each must have.
+        known: all columns.
+        faults: is extended.
+    """
+    seen: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    for where, row in rows:
+        for column in row:
+            seen.setdefault(column, where)
+        for column in required:
+            if column not in row:
+                absent.setdefault(column, where)
+    for column, where in seen.items():
+        if column not in known:
+            hint = nearest(column, known)
+            faults.append(("schema", f"{where}: unknown column {column!r}{hint}"))
+    for column, where in absent.items():
+        faults.append(("schema", f"{where}: column {column!r} is missing"))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Suggests the known word that was probably meant, else lists them all."""
+    close = difflib.get_close_matches(str(word).lower(), known, 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def bad_id(name: str) -> str | None:
+    """Says why a name cannot be part of a file name, or None."""
+    if len(name.encode("utf-8", "surrogatepass")) > _MAX_ID:
+        return f"longer than {_MAX_ID} bytes"
+    if name.startswith((".", "-")):
+        return "must not begin with a dot or a dash"
+    if not all(c.isalnum() or c in "._-+" for c in name):
+        return "only letters, digits and . _ - + are allowed"
+    return None
+
+
+def check_ids(rows: Iterable[Row], faults: list[Fault]) -> None:
+    """Lists ids that are equal, or differ only in case or Unicode form.
+
+    Args:
+        rows: (place, fields) of every entry; those without an id are passed over.
+        faults: is extended.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for where, row in rows:
+        name = row.get("id")
+        if not isinstance(name, str) or not name.strip():
+            continue
+        name = name.strip()
+        key = unicodedata.normalize("NFKC", name).casefold()
+        if key not in seen:
+            seen[key] = (where, name)
+            continue
+        first, other = seen[key]
+        how = "also" if other == name else f"only differs in form from {other!r}"
+        faults.append(("id_duplicate", f"{where}: id {name!r} {how} at {first}"))
+
+
+class Paths:
+    """Resolves paths of a list and keeps them inside the declared folders."""
+
+    def __init__(self, home: Path, roots: Sequence[Path | str], strict: bool):
+        """Takes the list's own folder, further ones, and whether files must exist."""
+        self._home = os.path.realpath(home)
+        self._roots = tuple(os.path.realpath(r) for r in (self._home, *roots))
+        self._strict = strict
+        self._real = functools.lru_cache(maxsize=4096)(os.path.realpath)
+
+    def resolve(self, where: str, column: str, text: str, faults: list[Fault]) -> str:
+        """Gives an absolute path, or "" after listing what is wrong.
+
+        Args:
+            where: place of the entry.
+            column: its field.
+            text: as written; "" stays "".
+            faults: is extended.
+
+        Returns:
+            Real path, or "".
+        """
+        if not text:
+            return ""
+        place = f"{where}: {column} {text[:80]!r}"
+        if "\0" in text or "://" in text or text.startswith(("~", "$", "file:")):
+            faults.append(("path_escape", f"{place}: a plain path expected"))
+            return ""
+        path = os.path.join(self._home, text)
+        try:
+            # Folders repeat: their real path is looked up once, the name's own link
+            # every time.
+            real = os.path.join(
+                self._real(os.path.dirname(path)), os.path.basename(path)
+            )
+            if os.path.islink(real) or os.path.basename(path) in ("..", "."):
+                real = os.path.realpath(real)
+            exists = not self._strict or os.path.exists(real)
+        except (OSError, ValueError) as error:
+            faults.append(("path_escape", f"{place}: {error}"))
+            return ""
+        if not any(real.startswith(root.rstrip("/") + "/") for root in self._roots):
+            faults.append(
+                (
+                    "path_escape",
+                    f"{place}: leads outside the manifest's folder; declare the folder "
+                    "with --data-root",
+                )
+            )
+            return ""
+        if not exists:
+            faults.append(("not_found", f"{place}: no such file"))
+            return ""
+        return real
