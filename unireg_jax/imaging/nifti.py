@@ -405,7 +405,7 @@ def _read_header(stream: BinaryIO, path: str | os.PathLike, gzipped: bool) -> An
             nifti = True
             break
     if not nifti:
-        looks = _looks_like(block)
+        looks = looks_like(block)
         reason = "name_mismatch" if block[:2] == b"\x1f\x8b" else "not_nifti"
         raise _fault(
             reason,
@@ -453,8 +453,15 @@ def _check_name(path: str | os.PathLike, gzipped: bool) -> None:
         )
 
 
-def _looks_like(block: bytes) -> str:
-    """Says in words what the first bytes of a file belong to."""
+def looks_like(block: bytes) -> str:
+    """Says in words what the first bytes of a file belong to.
+
+    Args:
+        block: its first 132 bytes or more, or all it has.
+
+    Returns:
+        Such as "a PNG picture".
+    """
     if block[:2] == b"\x1f\x8b":
         return "a gzip stream inside a gzip stream; unpack it once"
     for magic, words in _LOOKS:
