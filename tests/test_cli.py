@@ -24,8 +24,7 @@ from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import matcher, pipeline, weights
 from unireg_jax.registration.compiled import compile_register
 from unireg_jax.registration.network import initializer, load_model
-from unireg_jax.tasks import PairType
-from unireg_jax.verbs import outputs, register
+from unireg_jax.verbs import outputs, results
 
 REPO = Path(__file__).resolve().parents[1]
 SPEC = PreprocessSpec(shape=(48, 32, 48), spacing_mm=(8.0, 9.0, 8.0))
@@ -718,8 +717,8 @@ def test_info_lists_tasks_and_weights(capsys, monkeypatch, network):
 
 
 def test_choices_are_those_of_the_pipeline():
-    assert register.AFFINES == pipeline.AFFINES
-    assert register.TYPES == tuple(kind.name.lower() for kind in PairType)
+    assert results.AFFINES == pipeline.AFFINES
+    assert results.NO_TASK == pipeline.NO_TASK
 
 
 # --- as a process -------------------------------------------------------------------

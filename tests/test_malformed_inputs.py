@@ -16,9 +16,9 @@ from data_pipeline import prepare, store, synthetic
 from data_pipeline.datasets import manifest
 from experiments import loop, train, unireg
 from unireg_jax.errors import USAGE, UserError
+from unireg_jax.manifest import stem
 from unireg_jax.training import optimizer
 from unireg_jax.training.state import TrainState
-from unireg_jax.verbs import outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -64,8 +64,8 @@ def test_every_test_of_the_table_exists(number, tests):
 
 
 def test_case_name_keeps_the_dots_of_a_uid():
-    assert outputs.stem("/d/1.2.840.113619.2.55.nii.gz") == "1.2.840.113619.2.55"
-    assert outputs.stem("A.B.NII.GZ") == "A.B" and outputs.stem("x.nii") == "x"
+    assert stem("/d/1.2.840.113619.2.55.nii.gz") == "1.2.840.113619.2.55"
+    assert stem("A.B.NII.GZ") == "A.B" and stem("x.nii") == "x"
 
 
 def test_json_manifest_with_a_byte_order_mark_is_read(tmp_path):

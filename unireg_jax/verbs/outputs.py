@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unireg_jax.errors import STORAGE, USAGE, UserError, shown
+from unireg_jax.manifest import stem
 
 OUTPUTS = (  # the record comes last: it says that a case is whole
     "warped.nii.gz",
@@ -113,11 +114,3 @@ def case_name(given: str | None, fixed: str, moving: str) -> str:
             USAGE,
         )
     return case
-
-
-def stem(path: str) -> str:
-    """File name without .nii or .nii.gz; other dots stay."""
-    name = Path(path).name
-    for ending in (".gz", ".nii"):
-        name = name[: -len(ending)] if name.lower().endswith(ending) else name
-    return name

@@ -1,0 +1,468 @@
+"""A pair's files in, its results and its record out: what `register` and `batch` share.
+
+A record says what was made of what: it names no folder, and its digests are those of
+the bytes that were read and written.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unireg_jax import registration
+from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.evaluation import metrics
+from unireg_jax.imaging import nifti, orientation, points, transforms
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.manifest import NO_TASK, PATHS, TYPES, Case
+from unireg_jax.registration import weights
+from unireg_jax.registration.kept import Kept
+from unireg_jax.tasks import TASKS
+from unireg_jax.verbs import options, outputs, versions
+
+SCHEMA = 1  # of <case>_run.json
+# Spelled here so that --help imports no JAX; a test compares them.
+AFFINES = ("auto", "none", "com", "rigid", "affine", "features", "coarse")
+IO_FEATURES = ("image", "mind", "sam")
+_UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
+
+
+# --- settings -----------------------------------------------------------------------
+
+
+def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """--task, --type, --weights, --affine and instance optimisation.
+
+    Args:
+        parser: of the verb.
+        required: whether --task must be given.
+    """
+    add = parser.add_argument
+    elsewhere = "" if required else " of the pairs whose list says none"
+    add(
+        "--task",
+        required=required,
+        choices=(*sorted(TASKS), NO_TASK),
+        help=f"what is registered{elsewhere}; none: without the network",
+    )
+    add("--type", choices=TYPES, help=f"default: the usual one of the task{elsewhere}")
+    options.add_weights(parser)
+    add(
+        "--affine",
+        choices=AFFINES,
+        default="auto",
+        help="pre-alignment, default auto; features: by points matched by the "
+        "anatomical embedding; coarse: and a coarse displacement through them",
+    )
+    add(
+        "--io-iterations",
+        type=options.count,
+        default=0,
+        metavar="N",
+        help="steps of instance optimisation on each pair, default 0",
+    )
+    add(
+        "--io-features",
+        choices=IO_FEATURES,
+        help="what it compares, default image; sam: the anatomical embedding of "
+        "$UNIREG_SAM, then the package's",
+    )
+    add(
+        "--io-smoothness",
+        type=options.weight,
+        metavar="X",
+        help="weight of its smoothness, default 4",
+    )
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuses options of an instance optimisation that is not asked for."""
+    if not args.io_iterations and (args.io_features or args.io_smoothness is not None):
+        raise UserError(
+            "schema",
+            "--io-features and --io-smoothness need --io-iterations of at least 1",
+            USAGE,
+        )
+
+
+def plan(args: argparse.Namespace) -> Any:
+    """Of the instance optimisation, or None."""
+    given = {"features": args.io_features, "smoothness": args.io_smoothness}
+    given = {name: value for name, value in given.items() if value is not None}
+    return (
+        registration.Plan(args.io_iterations, **given) if args.io_iterations else None
+    )
+
+
+def settings_sha256(args: argparse.Namespace, case: Case) -> str:
+    """Digest of what was asked for, besides the files and the weights.
+
+    Args:
+        args: of `add_settings`.
+        case: its own task and type.
+
+    Returns:
+        SHA-256, hexadecimal.
+    """
+    named = TASKS.get(case.task)
+    usual = "inter" if named is None else named.pair_type.name.lower()
+    asked = {
+        "task": case.task,
+        "type": case.type or usual,
+        "affine": "given" if case.init else args.affine,
+        "io": args.io_iterations
+        and [args.io_iterations, args.io_features, args.io_smoothness],
+    }
+    if args.affine in ("features", "coarse") or args.io_features == "sam":
+        # What describes the scans then is chosen by the environment.
+        asked["embedding"] = _embedding_sha256()
+    text = json.dumps(asked, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _embedding_sha256() -> str | None:
+    named = os.environ.get("UNIREG_SAM")
+    found = Path(named) if named else weights.PACKAGE / "sam_lite.safetensors"
+    return outputs.digest(found)["sha256"] if found.is_file() else None
+
+
+# --- files in -----------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """The files of a pair, read and checked.
+
+    Attributes:
+        case: their names.
+        fixed, moving: scans.
+        labels: of both, on their grids; or None.
+        mask: [X, Y, Z] bool on the LPS+ axes of `fixed`, or None.
+        points: [N, 3] float64, LPS mm, of fixed and of moving; or None.
+        init: [4, 4] float64, fixed world -> moving world, LPS mm; or None.
+        digests: column of the case -> sha256 and bytes.
+    """
+
+    case: Case
+    fixed: Volume
+    moving: Volume
+    labels: tuple[Volume, Volume] | None
+    mask: np.ndarray | None
+    points: tuple[np.ndarray, np.ndarray] | None
+    init: np.ndarray | None
+    digests: dict[str, dict[str, Any]]
+
+
+class Files:
+    """Reads files, once while they keep coming back; for several threads.
+
+    A file is known by its path, size, time and inode, so that one that was replaced is
+    read again.
+    """
+
+    def __init__(self, keep: int = 1):
+        """Takes the number of files of each kind that are remembered."""
+        self._images, self._labels, self._digests = (Kept(keep) for _ in range(3))
+
+    def read(self, case: Case) -> Inputs:
+        """Reads the files of a pair.
+
+        Args:
+            case: names at least two scans.
+
+        Returns:
+            Inputs.
+
+        Raises:
+            UserError: a file that cannot be read, is on another grid, or changes
+                meanwhile.
+        """
+        listed = [c for c in PATHS if getattr(case, c) and c not in _UNUSED]
+        before = {column: _state(getattr(case, column)) for column in listed}
+        fixed, moving = self._image(case.fixed), self._image(case.moving)
+        labels = mask = table = init = None
+        if case.fixed_label:
+            labels = tuple(
+                self._label(path) for path in (case.fixed_label, case.moving_label)
+            )
+            for image, label in zip((fixed, moving), labels, strict=True):
+                nifti.check_same_grid(image, label)
+        if case.fixed_mask:
+            volume = self._label(case.fixed_mask)
+            nifti.check_same_grid(fixed, volume)
+            mask = volume.data > 0
+        if case.fixed_points:
+            table = tuple(
+                points.read_table(path, "lps_mm", volume)
+                for path, volume in (
+                    (case.fixed_points, fixed),
+                    (case.moving_points, moving),
+                )
+            )
+            if len(table[0]) != len(table[1]):
+                raise UserError(
+                    "schema",
+                    f"{shown(case.moving_points)}: as many points as in the fixed scan "
+                    f"expected, {len(table[0])}, got {len(table[1])}; they correspond "
+                    "line by line",
+                )
+        if case.init:
+            init = transforms.read_affine_txt(case.init)
+        digests = {column: self.digest(getattr(case, column)) for column in listed}
+        for column in listed:
+            if _state(path := getattr(case, column)) != before[column]:
+                raise UserError(
+                    "checksum",
+                    f"{shown(path)}: a file that stays as it is expected, it changed "
+                    "while being read; wait for its writer",
+                )
+        return Inputs(case, fixed, moving, labels, mask, table, init, digests)
+
+    def digest(self, path: str) -> dict[str, Any]:
+        """SHA-256 and size of a file.
+
+        Args:
+            path: of a regular file.
+
+        Returns:
+            sha256, bytes.
+
+        Raises:
+            UserError: `not_found`, `not_a_file`, `permission`, `empty`.
+        """
+        nifti.check_file(path)
+        try:
+            return self._digests.get(
+                _state(path), lambda: outputs.digest(Path(path)), path
+            )
+        except PermissionError as error:
+            raise nifti.permission_error(path) from error
+
+    def _image(self, path):
+        return self._images.get(_state(path), lambda: nifti.read_image(path))
+
+    def _label(self, path):
+        return self._labels.get(_state(path), lambda: nifti.read_labels(path))
+
+
+def _state(path: str) -> tuple:
+    """What changes when a file does."""
+    real = os.path.realpath(path)
+    try:
+        found = os.stat(real)
+    except (OSError, ValueError):  # reading it says what is wrong
+        return (real,)
+    return real, found.st_size, found.st_mtime_ns, found.st_ino
+
+
+# --- results out --------------------------------------------------------------------
+
+
+def write(
+    folder: Path,
+    inputs: Inputs,
+    result: Any,
+    model: Any,
+    settings: str,
+) -> dict[str, Any]:
+    """Writes a pair's results into its folder; `seal` adds the record.
+
+    Args:
+        folder: from `outputs.case_folder`.
+        inputs: from `Files.read`.
+        result: Registration.
+        model: of the registration.
+        settings: from `settings_sha256`.
+
+    Returns:
+        The record, without the time that writing takes.
+
+    Raises:
+        UserError: `storage`.
+    """
+    case = inputs.case
+    prefix = folder / case.id
+    warnings = _write_transforms(prefix, result, inputs.fixed)
+    scores = None
+    if inputs.labels:
+        scores = _score(prefix, result, inputs.labels, inputs.fixed)
+        warnings += _label_warnings(inputs.labels)
+    record = _record(inputs, result, model, warnings)
+    record["scores"] = scores
+    if inputs.points:
+        errors = metrics.landmark_errors(
+            result.disp_mm, result.vox2world, *inputs.points
+        )
+        record["landmarks"] = metrics.as_json(metrics.summarize_errors(*errors))
+    record["settings_sha256"] = settings
+    record["outputs"] = {f.name: outputs.digest(f) for f in sorted(folder.iterdir())}
+    return record
+
+
+def seal(folder: Path, record: Mapping[str, Any]) -> str:
+    """Writes the record as CASE_run.json.
+
+    Args:
+        folder: from `outputs.case_folder`.
+        record: from `write`.
+
+    Returns:
+        Its text.
+    """
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    (folder / f"{record['case']}_run.json").write_text(text, encoding="utf-8")
+    return text
+
+
+def _write_transforms(prefix: Path, result, fixed) -> list[str]:
+    """The transform in three spellings, and the warped image."""
+    nifti.write_like(f"{prefix}_warped.nii.gz", result.warped, fixed)
+    grid = {"vox2world": result.vox2world, "like": fixed}
+    transforms.write_field(f"{prefix}_1Warp.nii.gz", result.disp_mm, **grid)
+    transforms.write_affine_txt(f"{prefix}_0GenericAffine.txt", result.affine)
+    axes = result.vox2world[:3, :3] / np.array(fixed.spacing_mm)
+    if np.abs(axes.T @ axes - np.eye(3)).max() > 1e-4:
+        return ["no Composite.h5: ITK cannot hold the shear of the fixed grid"]
+    residual = registration.residual_mm(result)
+    path = f"{prefix}_Composite.h5"
+    transforms.write_composite(path, result.affine, residual, **grid)
+    return []
+
+
+def _score(prefix: Path, result, labels, fixed) -> dict[str, Any]:
+    """DSC as the scans lie, pre-aligned, and registered; writes the warped labels."""
+    target, source = labels
+    stages = metrics.warp_stages(
+        result.disp_mm, result.vox2world, result.affine, source, target
+    )
+    names = {"before": "initial", "affine": "affine", "": "network"}
+    warped = {ending: stages[stage] for ending, stage in names.items()}
+    nifti.write_like(f"{prefix}_warped_label.nii.gz", warped[""], fixed)
+    return metrics.overlap(target, source, warped, surface=False)
+
+
+def _label_warnings(labels) -> list[str]:
+    """Names the structures that one scan lacks."""
+    fixed, moving = (set(np.unique(label.data).tolist()) for label in labels)
+    lone = sorted(fixed ^ moving)
+    if not lone:
+        return []
+    named = ", ".join(map(str, lone[:20])) + (" ..." if len(lone) > 20 else "")
+    return [f"label_set: in one of the two label maps only: {named}"]
+
+
+def _case_warnings(case: Case, pair_type: str) -> list[str]:
+    """What the case says of itself that does not go together, or is not used."""
+    lines = []
+    subjects = (case.fixed_subject, case.moving_subject)
+    if all(subjects) and (subjects[0] == subjects[1]) != (pair_type == "intra"):
+        expected = {"intra": "one patient", "inter": "two patients"}[pair_type]
+        got = " and ".join(shown(subject) for subject in subjects)
+        lines.append(
+            f"subjects: {expected} expected of a pair of type {pair_type}, got {got}"
+        )
+    lines += [f"{column}: not used" for column in _UNUSED if getattr(case, column)]
+    return lines
+
+
+def _record(inputs: Inputs, result, model, warnings: list[str]) -> dict[str, Any]:
+    """What was done, with what, and how well; no absolute path, no header text."""
+    case, described = inputs.case, {}
+    volumes = {"fixed": inputs.fixed, "moving": inputs.moving}
+    for name, digest in inputs.digests.items():
+        described[name] = {**digest, "name": Path(getattr(case, name)).name}
+        if name in volumes:
+            native = volumes[name].native
+            described[name] |= {
+                "shape": list(native.shape),
+                "spacing_mm": list(orientation.spacing_mm(native.vox2world)),
+                "axes": orientation.axis_codes(native.vox2world),
+            }
+    lines = [
+        f"{name}: {line}"
+        for name, volume in volumes.items()
+        for line in volume.warnings
+    ]
+    lines += [*result.warnings, *registration.quality_warnings(result.qc), *warnings]
+    lines += _case_warnings(case, result.settings["pair_type"])
+    return metrics.as_json(
+        {
+            "schema": SCHEMA,
+            "case": case.id,
+            "status": "warn" if lines else "ok",
+            "warnings": lines,
+            "settings": result.settings,
+            "inputs": described,
+            "weights": {
+                key: model.spec.get(key)
+                for key in ("sha256", "architecture", "features", "preprocess")
+            },
+            "affine": result.affine.tolist(),
+            "qc": result.qc,
+            "versions": {
+                "unireg": versions.version(),
+                "python": platform.python_version(),
+                **{name: versions.version(name) for name in versions.PACKAGES},
+            },
+            "device": registration.device(),
+            "peak_mib": versions.peak_mib(),
+            "timings": result.timings,
+        }
+    )
+
+
+# --- results that are there ---------------------------------------------------------
+
+
+def disagreement(
+    folder: Path, case: Case, files: Files, *, weights_sha256: str, settings: str
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Holds the results in a case's folder against what would be made now.
+
+    Args:
+        folder: OUT/CASE, which exists.
+        case: its files.
+        files: to digest inputs.
+        weights_sha256: of the network.
+        settings: from `settings_sha256`.
+
+    Returns:
+        Why they are not those that would be made, one line, or None; and the record.
+
+    Raises:
+        UserError: an input that cannot be read.
+    """
+    try:
+        text = (folder / f"{case.id}_run.json").read_bytes()
+        record = json.loads(text)
+        inputs = {n: (d["sha256"], d["bytes"]) for n, d in record["inputs"].items()}
+        made = {n: (d["sha256"], d["bytes"]) for n, d in record["outputs"].items()}
+        known = record["weights"]["sha256"], record["settings_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "no whole record", None
+    if known[0] != weights_sha256:
+        return "other weights", record
+    if known[1] != settings:
+        return "other settings", record
+    listed = {c for c in PATHS if getattr(case, c) and c not in _UNUSED}
+    if set(inputs) != listed:
+        return "other kinds of inputs", record
+    for column in sorted(listed):
+        digest = files.digest(getattr(case, column))
+        if inputs[column] != (digest["sha256"], digest["bytes"]):
+            return f"another {column}", record
+    for name, expected in made.items():
+        path = folder / Path(name).name
+        try:
+            same = path.stat().st_size == expected[1]
+            same = same and outputs.digest(path)["sha256"] == expected[0]
+        except OSError:
+            same = False
+        if not same:
+            return f"{shown(path.name)} is not what was written", record
+    return None, record
