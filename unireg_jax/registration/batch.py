@@ -1,7 +1,5 @@
 """Many pairs, one compiled network: files and arithmetic of neighbours overlap."""
 
-import collections
-import concurrent.futures
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from unireg_jax.registration import pipeline
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.pipeline import Registration
 from unireg_jax.registration.refine import Plan
+from unireg_jax.registration.threads import in_threads
 
 
 class Pair(NamedTuple):
@@ -97,21 +96,8 @@ def register_many(
     model = weights if isinstance(weights, Model) else load_model(weights)
     # A generator of its own: what is wrong above is raised by the call itself.
     session = pipeline.Session(model, keep=keep, refine=refine)
-    return _outcomes(pairs, session, finish, workers)
-
-
-def _outcomes(pairs, session, finish, workers) -> Iterator[Outcome]:
-    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(workers, "unireg-pair")
-    try:
-        for pair in pairs:
-            waiting.append(pool.submit(_one, session, pair, finish))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    ends = in_threads(pairs, lambda p, _: _one(session, p, finish), workers=workers)
+    return (end.value for end in ends)
 
 
 def _one(session, pair, finish) -> Outcome:
