@@ -1,145 +1,56 @@
-"""Judges any transform: overlap, surfaces, landmarks and regularity of the map.
+"""Judges any transform: overlap, surfaces and landmarks.
 
-Each metric has one name and one definition, in DEFINITIONS. The transform may come from
-any tool that writes ITK's files.
+Each metric has one name and one definition, in DEFINITIONS. The regularity of the map:
+regularity.py; whole pairs from their files: cases.py.
 """
 
-import os
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import h5py
 import numpy as np
 from scipy import ndimage
 
-from unireg_jax.errors import UserError
-from unireg_jax.imaging import nifti, orientation, transforms
-from unireg_jax.imaging.nifti import Volume, shown
-from unireg_jax.imaging.surface import hd95_mm
+from unireg_jax.evaluation.tables import as_json
+from unireg_jax.imaging import mapping
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.imaging.surface import hd95, nsd, surface_distances
 
 DEFINITIONS = {
     "dsc": "2 |F and W| / (|F| + |W|); null when absent in both, 0 when in one",
     "hd95_mm": "larger of the two 95th percentiles of surface distances, mm; null when "
     "absent in either",
+    "nsd": "share of both surfaces within tolerance_mm of the other; null when absent "
+    "in both, 0 when in one",
     "tre_mm": "distance of fixed point + displacement to the moving point, mm",
     "sdlogj": "standard deviation of log max(J, 1e-9), central differences, over the "
     "foreground (fixed labels above 0, or the mask) without the outermost voxels",
     "sdlogj_whole": "sdlogj over the whole grid of the field",
     "sdlogj_l2r": "Learn2Reg: standard deviation of log clip(J + 3, 1e-9, 1e9) over "
-    "the grid without 2 voxels per side; not comparable with sdlogj",
+    "the grid without 2 voxels per side, within the mask if one is given; not "
+    "comparable with sdlogj",
     "fold_percent": "share of voxels of the foreground with J <= 0, percent",
     "fold_percent_whole": "fold_percent over the whole grid of the field",
+    "nd_percent": "share of voxels of the foreground with a flat or turned tetrahedron "
+    "among the ten at the voxel (no digital diffeomorphism), percent",
+    "nd_percent_whole": "nd_percent over the whole grid of the field",
+    "ndv_percent": "non-diffeomorphic volume: volume of the turned tetrahedra after "
+    "the map, in percent of the foreground",
+    "ndv_percent_whole": "ndv_percent over the whole grid of the field",
     "max_mm": "length of the longest displacement vector, mm",
 }
-_AFFINES = ("AffineTransform", "MatrixOffsetTransformBase")
-_FIELD = "DisplacementFieldTransform"
-_SLAB_VOXELS = 2**21
+TOLERANCE_MM = 2.0  # of nsd
+_MAX_ID = 65535
+_BLOCK = 2**22
 
 
-def read_transform(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a displacement field, or an ITK composite of a field and affines.
-
-    Args:
-        path: `.nii`, `.nii.gz` (see imaging/transforms.py) or ITK composite `.h5`. In a
-            composite the field must act first, as is usual.
-
-    Returns:
-        disp_mm [X, Y, Z, 3] float32, LPS mm, the whole map on the field's grid, LPS+
-        axes; vox2world [4, 4] float64.
-
-    Raises:
-        UserError: the file is not such a transform; reason says why.
-    """
-    if not os.fspath(path).lower().endswith((".h5", ".hdf5")):
-        return transforms.read_field(path)
-    parts = _read_composite(path)
-    kinds = [kind for kind, _, _ in parts]
-    # The last one listed acts first.
-    if not kinds or kinds[-1] != _FIELD or any(k not in _AFFINES for k in kinds[:-1]):
-        raise _not_composite(path, ", ".join(kinds) or "no transform")
-    _, grid, vectors = parts[-1]
-    if grid.size != 18 or vectors.size != 3 * np.prod(grid[:3]):
-        raise _not_composite(path, f"a field of {vectors.size} numbers")
-    shape = tuple(int(n) for n in grid[:3])
-    vox2world = np.eye(4)
-    vox2world[:3, :3] = grid[9:].reshape(3, 3) * grid[None, 6:9]
-    vox2world[:3, 3] = grid[3:6]
-    disp_mm = vectors.reshape(*shape[::-1], 3).transpose(2, 1, 0, 3)
-    matrix = np.eye(4)
-    for _, center, parameters in reversed(parts[:-1]):
-        matrix = _itk_matrix(center, parameters) @ matrix
-    if not (np.isfinite(disp_mm).all() and np.isfinite(matrix).all()):
-        raise UserError(
-            "field_nonfinite",
-            f"{shown(path)}: field_nonfinite: expected finite numbers, got NaN or "
-            "infinity; register again",
-        )
-    rigid = (matrix - np.eye(4)) @ vox2world
-    total = np.empty(disp_mm.shape, np.float32)
-    for k in range(shape[2]):
-        shift = disp_mm[:, :, k] @ matrix[:3, :3].T
-        total[:, :, k] = shift + slice_positions(rigid, shape[:2], k)
-    return orientation.reorient(total, vox2world)
-
-
-def field_scores(
-    disp_mm: np.ndarray, vox2world: np.ndarray, *, mask: np.ndarray | None = None
-) -> dict[str, float]:
-    """Measures the regularity of a map.
-
-    Args:
-        disp_mm: [X, Y, Z, 3] float32, LPS mm.
-        vox2world: [4, 4], voxel -> LPS mm, of its grid.
-        mask: [X, Y, Z] bool, the foreground; None leaves out its two metrics.
-
-    Returns:
-        max_mm, sdlogj_whole, sdlogj_l2r, fold_percent_whole and, with a mask, sdlogj
-        and fold_percent; see DEFINITIONS. NaN where undefined.
-
-    Raises:
-        ValueError: shapes disagree, or fewer than 5 voxels along an axis.
-    """
-    if disp_mm.ndim != 4 or disp_mm.shape[3] != 3 or min(disp_mm.shape[:3]) < 5:
-        raise ValueError(
-            f"disp_mm must be (X, Y, Z, 3) with 5 voxels or more along each axis, got "
-            f"{disp_mm.shape}; channels last"
-        )
-    if mask is not None and mask.shape != disp_mm.shape[:3]:
-        raise ValueError(
-            f"mask must be {disp_mm.shape[:3]} on the field's grid, got {mask.shape}"
-        )
-    detj = jacobian_determinant(disp_mm, vox2world)
-    rim = detj[1:-1, 1:-1, 1:-1]
-    longest = max(
-        float(np.square(disp_mm[:, :, k]).sum(axis=-1).max())
-        for k in range(disp_mm.shape[2])
-    )
-    scores = {
-        "max_mm": float(np.sqrt(longest)),
-        "sdlogj_whole": _std_log(np.maximum(detj, 1e-9)),
-        "sdlogj_l2r": _std_log(np.clip(rim + 3, 1e-9, 1e9)),
-        "fold_percent_whole": 100 * float((detj <= 0).mean()),
-    }
-    if mask is not None:
-        inner = detj[mask[1:-1, 1:-1, 1:-1]]
-        some = inner.size > 0
-        scores["sdlogj"] = _std_log(np.maximum(inner, 1e-9)) if some else np.nan
-        folds = (inner <= 0).mean() if some else np.nan
-        scores["fold_percent"] = 100 * float(folds)
-    return scores
-
-
-def landmark_errors(
-    disp_mm: np.ndarray,
-    vox2world: np.ndarray,
-    fixed_points: np.ndarray,
-    moving_points: np.ndarray,
+def target_errors(
+    transform: mapping.Mapping, fixed_points: np.ndarray, moving_points: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measures target registration errors, without and with the transform.
+    """Measures target registration errors, without and with a transform.
 
     Args:
-        disp_mm: [X, Y, Z, 3] float32, LPS mm.
-        vox2world: [4, 4], voxel -> LPS mm, of its grid.
+        transform: fixed -> moving.
         fixed_points: [N, 3] LPS mm.
         moving_points: [N, 3] LPS mm, the same spots in the moving scan.
 
@@ -156,9 +67,33 @@ def landmark_errors(
             f"moving_points must be {fixed_points.shape} in mm, got "
             f"{moving_points.shape}; one row per fixed point"
         )
-    warped = fixed_points + _sample(disp_mm, vox2world, fixed_points)
+    warped = mapping.points(transform, fixed_points)
     before = np.linalg.norm(fixed_points - moving_points, axis=1)
     return before, np.linalg.norm(warped - moving_points, axis=1)
+
+
+def landmark_errors(
+    disp_mm: np.ndarray,
+    vox2world: np.ndarray,
+    fixed_points: np.ndarray,
+    moving_points: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `target_errors`, of a displacement field.
+
+    Args:
+        disp_mm: [X, Y, Z, 3] float32, LPS mm; 0 beyond its grid.
+        vox2world: [4, 4], voxel -> LPS mm, of its grid.
+        fixed_points: [N, 3] LPS mm.
+        moving_points: [N, 3] LPS mm, the same spots in the moving scan.
+
+    Returns:
+        before and after, each [N] float64, mm.
+
+    Raises:
+        ValueError: not two equal [N, 3].
+    """
+    transform = mapping.field(disp_mm, vox2world)
+    return target_errors(transform, fixed_points, moving_points)
 
 
 def warp_labels(
@@ -167,8 +102,8 @@ def warp_labels(
     """Brings labels of the moving scan onto the grid of the fixed ones, nearest.
 
     Args:
-        disp_mm: [X, Y, Z, 3] float32, LPS mm; its grid need not be that of `fixed`.
-            Beyond it the outermost vector holds.
+        disp_mm: [X, Y, Z, 3] float32, LPS mm; its grid need not be that of `fixed`; 0
+            beyond it.
         vox2world: [4, 4], voxel of disp_mm -> LPS mm.
         moving: labels.
         fixed: labels that give the grid.
@@ -176,26 +111,7 @@ def warp_labels(
     Returns:
         [X', Y', Z'] on fixed's grid, dtype of moving's data; 0 beyond the moving scan.
     """
-    shape, limit = fixed.data.shape, np.array(moving.data.shape)
-    to_moving = np.linalg.inv(moving.vox2world)
-    straight = to_moving @ fixed.vox2world
-    same = disp_mm.shape[:3] == shape and np.allclose(
-        vox2world, fixed.vox2world, rtol=0, atol=1e-4
-    )
-    out = np.empty(shape, moving.data.dtype)
-    for k in range(shape[2]):
-        if same:
-            vectors = disp_mm[:, :, k]
-        else:
-            vectors = _sample(
-                disp_mm, vox2world, slice_positions(fixed.vox2world, shape[:2], k)
-            )
-        coords = vectors @ to_moving[:3, :3].T + slice_positions(straight, shape[:2], k)
-        index = np.floor(coords + 0.5).astype(np.int64)
-        inside = ((index >= 0) & (index < limit)).all(axis=-1)
-        x, y, z = np.moveaxis(np.clip(index, 0, limit - 1), -1, 0)
-        out[:, :, k] = np.where(inside, moving.data[x, y, z], 0)
-    return out
+    return _nearest(mapping.field(disp_mm, vox2world), moving, fixed)
 
 
 def warp_stages(
@@ -215,12 +131,9 @@ def warp_stages(
     Returns:
         "initial", "affine" and "network", see `warp_labels`.
     """
-    still = np.broadcast_to(np.float32(0), disp_mm.shape)
-    # The affine alone: the same voxels, seen from the fixed world.
-    placed = moving._replace(vox2world=np.linalg.inv(affine) @ moving.vox2world)
     return {
-        "initial": warp_labels(still, vox2world, moving, fixed),
-        "affine": warp_labels(still, vox2world, placed, fixed),
+        "initial": _nearest(mapping.Mapping(()), moving, fixed),
+        "affine": _nearest(mapping.affine(affine), moving, fixed),
         "network": warp_labels(disp_mm, vox2world, moving, fixed),
     }
 
@@ -230,41 +143,56 @@ def label_scores(
     warped_labels: np.ndarray,
     spacing_mm: tuple[float, float, float],
     *,
-    ids: list[int] | None = None,
+    ids: Iterable[int] | None = None,
     surface: bool = True,
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> dict[int, dict[str, float]]:
     """Measures overlap and surface distance of every label.
 
     Args:
-        fixed_labels: [X, Y, Z] whole numbers, 0 background.
+        fixed_labels: [X, Y, Z] whole numbers from 0 to 65535, 0 background.
         warped_labels: the same, on the same grid.
         spacing_mm: (x, y, z) mm.
         ids: labels to report; None for those in either map.
-        surface: whether to measure hd95_mm, which takes longer.
+        surface: whether to measure hd95_mm and nsd, which takes longer.
+        tolerance_mm: of nsd, mm.
 
     Returns:
-        id -> {"dsc": ..., "hd95_mm": ...}, see DEFINITIONS; NaN where undefined.
+        id -> {"dsc": ..., "hd95_mm": ..., "nsd": ...}, see DEFINITIONS; NaN where
+        undefined.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ, or ids are no such numbers.
     """
     if fixed_labels.shape != warped_labels.shape:
         raise ValueError(
             f"warped_labels must be {fixed_labels.shape}, got {warped_labels.shape}; "
             "resample them onto the fixed grid"
         )
-    if ids is None:
-        present = np.union1d(np.unique(fixed_labels), np.unique(warped_labels))
-        ids = [int(i) for i in present if i != 0]
+    fixed_labels, warped_labels = _ids(fixed_labels), _ids(warped_labels)
     both = fixed_labels[fixed_labels == warped_labels]
-    counts = [_counts(labels) for labels in (both, fixed_labels, warped_labels)]
+    common = _counts(both)
+    counts = [_counts(labels) for labels in (fixed_labels, warped_labels)]
+    if ids is None:
+        ids = [int(i) for i in np.flatnonzero(counts[0] + counts[1]) if i != 0]
+    boxes = [
+        ndimage.find_objects(a) if surface else []
+        for a in (fixed_labels, warped_labels)
+    ]
     scores = {}
     for i in ids:
-        common, fixed, warped = (count.get(i, 0) for count in counts)
+        fixed, warped = (int(count[i]) for count in counts)
         total = fixed + warped
-        scores[i] = {"dsc": 2 * common / total if total else float("nan")}
-    for i in ids if surface else []:
-        scores[i]["hd95_mm"] = hd95_mm(fixed_labels, warped_labels, i, spacing_mm)
+        row = {"dsc": 2 * int(common[i]) / total if total else math.nan}
+        if surface:
+            box = _union(
+                *(found[i - 1] if i <= len(found) else None for found in boxes)
+            )
+            distances = surface_distances(
+                fixed_labels[box] == i, warped_labels[box] == i, spacing_mm
+            )
+            row |= {"hd95_mm": hd95(distances), "nsd": nsd(distances, tolerance_mm)}
+        scores[i] = row
     return scores
 
 
@@ -274,6 +202,7 @@ def overlap(
     warped: Mapping[str, np.ndarray],
     *,
     surface: bool = True,
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> dict[str, Any]:
     """Compares the labels of two scans before and after a transform.
 
@@ -282,25 +211,39 @@ def overlap(
         moving: labels as they were; those in either map are reported.
         warped: name -> [X, Y, Z], moving labels on the fixed grid; metrics of "before"
             are called dsc_before and so on, those of "" plain dsc.
-        surface: whether to measure hd95_mm, which takes longer.
+        surface: whether to measure hd95_mm and nsd, which takes longer.
+        tolerance_mm: of nsd, mm.
 
     Returns:
-        labels: id -> metric -> value; mean: metric -> mean over the labels where it is
-        defined. None where undefined.
+        labels: id -> metric -> value, None where undefined; mean: metric -> mean over
+        the labels where it is defined; n: metric -> how many those are; undefined:
+        metric -> id -> reason.
     """
-    ids = np.union1d(np.unique(fixed.data), np.unique(moving.data))
-    ids = [int(i) for i in ids if i != 0]
+    fixed_counts, moving_counts = _counts(_ids(fixed.data)), _counts(_ids(moving.data))
+    ids = [int(i) for i in np.flatnonzero(fixed_counts + moving_counts) if i != 0]
     rows: dict[int, dict[str, float]] = {i: {} for i in ids}
+    undefined: dict[str, dict[int, str]] = {}
     for name, labels in warped.items():
         ending = f"_{name}" if name else ""
         scores = label_scores(
-            fixed.data, labels, fixed.spacing_mm, ids=ids, surface=surface
+            fixed.data,
+            labels,
+            fixed.spacing_mm,
+            ids=ids,
+            surface=surface,
+            tolerance_mm=tolerance_mm,
         )
+        lost = _counts(_ids(labels)) == 0
         for i in ids:
             rows[i] |= {f"{key}{ending}": value for key, value in scores[i].items()}
+            for key in (k for k, value in scores[i].items() if math.isnan(value)):
+                where = _absence(fixed_counts[i] == 0, lost[i])
+                undefined.setdefault(f"{key}{ending}", {})[i] = where
     names = next(iter(rows.values()), {})
-    mean = {name: _mean([row[name] for row in rows.values()]) for name in names}
-    return as_json({"labels": rows, "mean": mean})
+    columns = {name: [row[name] for row in rows.values()] for name in names}
+    n = {name: sum(v == v for v in values) for name, values in columns.items()}
+    mean = {name: _mean(values) for name, values in columns.items()}
+    return as_json({"labels": rows, "mean": mean, "n": n, "undefined": undefined})
 
 
 def summarize_errors(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
@@ -311,13 +254,15 @@ def summarize_errors(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
         after: [N] mm.
 
     Returns:
-        points, and mean, standard deviation, median and maximum of tre_mm before and
-        after, mm.
+        points, and mean, standard deviation (over N - 1; NaN for one point), median and
+        maximum of tre_mm before and after, mm.
     """
     out: dict[str, float] = {"points": len(after)}
     for name, errors in (("tre_mm_before", before), ("tre_mm", after)):
         out[name] = float(np.mean(errors))
-        out[f"{name}_std"] = float(np.std(errors))
+        out[f"{name}_std"] = (
+            float(np.std(errors, ddof=1)) if len(errors) > 1 else math.nan
+        )
         out[f"{name}_median"] = float(np.median(errors))
         out[f"{name}_max"] = float(np.max(errors))
     return out
@@ -345,141 +290,53 @@ def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def _counts(labels: np.ndarray) -> dict[int, int]:
-    """Voxels per label."""
-    values, counts = np.unique(labels, return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+def _ids(labels: np.ndarray) -> np.ndarray:
+    """Labels as uint8 or uint16."""
+    if labels.dtype == bool:
+        return labels.view(np.uint8)
+    if labels.dtype in (np.uint8, np.uint16):
+        return labels
+    kind = np.issubdtype(labels.dtype, np.integer)
+    if not kind or (labels.size and not 0 <= labels.min() <= labels.max() <= _MAX_ID):
+        raise ValueError(
+            f"labels must be whole numbers from 0 to {_MAX_ID}, got {labels.dtype}; "
+            "convert them"
+        )
+    return labels.astype(np.uint16)
 
 
-def jacobian_determinant(disp_mm: np.ndarray, vox2world: np.ndarray) -> np.ndarray:
-    """Determinant of the Jacobian of x + disp_mm(x), central differences.
-
-    Slab by slab: bounded memory.
-
-    Args:
-        disp_mm: [X, Y, Z, 3] float32, LPS mm, 3 voxels or more along each axis.
-        vox2world: [4, 4], voxel -> LPS mm.
-
-    Returns:
-        [X-2, Y-2, Z-2] float32, no unit; entry i belongs to voxel i + 1.
-    """
-    x, y, z = disp_mm.shape[:3]
-    depth = max(1, _SLAB_VOXELS // (x * y))
-    to_voxel = np.linalg.inv(vox2world[:3, :3]).astype(np.float32)
-    out = np.empty((x - 2, y - 2, z - 2), np.float32)
-    for k in range(0, z - 2, depth):
-        disp = disp_mm[:, :, k : k + depth + 2] @ to_voxel.T
-        out[:, :, k : k + depth] = _interior_determinant(disp)
-    return out
+def _counts(labels: np.ndarray) -> np.ndarray:
+    """[65536] voxels per id, in blocks: bincount makes int64 of what it counts."""
+    flat, counts = labels.reshape(-1, order="A"), np.zeros(_MAX_ID + 1, np.int64)
+    for start in range(0, flat.size, _BLOCK):
+        found = np.bincount(flat[start : start + _BLOCK])
+        counts[: found.size] += found
+    return counts
 
 
-def _interior_determinant(disp: np.ndarray) -> np.ndarray:
-    """Of x + disp(x), in voxels, at interior voxels."""
-    inner = slice(1, -1)
-    rows = []  # of the Jacobian: derivatives of one component
-    for i in range(3):
-        row = []
-        for axis in range(3):
-            ends = [inner, inner, inner]
-            ends[axis] = slice(2, None)
-            after = disp[(*ends, i)]
-            ends[axis] = slice(None, -2)
-            row.append((after - disp[(*ends, i)]) * np.float32(0.5))
-        row[i] += 1
-        rows.append(row)
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rows
-    return (
-        xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx) + xz * (yx * zy - yy * zx)
+def _boxes(labels: np.ndarray) -> dict[int, tuple[slice, ...]]:
+    """Id -> the smallest box around it."""
+    found = enumerate(ndimage.find_objects(labels), start=1)
+    return {i: box for i, box in found if box is not None}
+
+
+def _union(a: tuple | None, b: tuple | None) -> tuple[slice, ...]:
+    """The smallest box around two; an empty one around none."""
+    if a is None or b is None:
+        return a or b or (slice(0, 0),) * 3
+    return tuple(
+        slice(min(s.start, t.start), max(s.stop, t.stop))
+        for s, t in zip(a, b, strict=True)
     )
 
 
-def _std_log(values: np.ndarray) -> float:
-    """Population standard deviation of the logarithm, summed in float64."""
-    return float(np.std(np.log(values), dtype=np.float64))
+def _absence(in_fixed: bool, in_warped: bool) -> str:
+    """Why a metric of a label is undefined."""
+    if in_fixed and in_warped:
+        return "absent in fixed and warped"
+    return "absent in fixed" if in_fixed else "absent in warped"
 
 
-def _sample(disp_mm: np.ndarray, vox2world: np.ndarray, points: np.ndarray):
-    """Field at world points [..., 3], linear; beyond the grid its edge."""
-    to_voxel = np.linalg.inv(vox2world)
-    coords = points @ to_voxel[:3, :3].T + to_voxel[:3, 3]
-    coords = np.moveaxis(coords, -1, 0)
-    parts = [
-        ndimage.map_coordinates(disp_mm[..., i], coords, order=1, mode="nearest")
-        for i in range(3)
-    ]
-    return np.stack(parts, axis=-1)
-
-
-def _itk_matrix(center: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-    """y = A (x - c) + t + c as 4 x 4."""
-    matrix = np.eye(4)
-    matrix[:3, :3] = parameters[:9].reshape(3, 3)
-    matrix[:3, 3] = parameters[9:] + center - matrix[:3, :3] @ center
-    return matrix
-
-
-def _read_composite(
-    path: str | os.PathLike,
-) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Kind, fixed parameters and parameters of each transform, in the file's order."""
-    nifti.check_file(path)
-    parts = []
-    try:
-        with h5py.File(path, "r") as file:
-            root = file["TransformGroup"]
-            for number in sorted(root, key=int):
-                group = root[number]
-                kind = group["TransformType"][0].decode("ascii").split("_")[0]
-                if kind == "CompositeTransform":
-                    continue
-                # SimpleITK spells fixed parameters so; others with their typing error.
-                names = ("TransformFixedParameters", "TranformFixedParameters")
-                fixed = next(group[n] for n in names if n in group)
-                names = ("TransformParameters", "TranformParameters")
-                values = next(group[n] for n in names if n in group)
-                center = np.asarray(fixed[()], np.float64)
-                if kind in _AFFINES and (center.size, values.size) != (3, 12):
-                    raise ValueError(f"an affine of {values.size} numbers")
-                parts.append((kind, center, np.asarray(values[()], np.float64)))
-    except PermissionError as error:
-        raise nifti.permission_error(path) from error
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        IndexError,
-        StopIteration,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-    ) as error:
-        raise _not_composite(path, " ".join(str(error).split())[:120]) from error
-    return parts
-
-
-def _not_composite(path: str | os.PathLike, got: str) -> UserError:
-    return UserError(
-        "schema",
-        f"{shown(path)}: schema: expected an ITK composite (.h5) of affines and one "
-        f"displacement field that acts first, got {got}; convert it to .nii.gz",
-    )
-
-
-def as_json(value: Any) -> Any:
-    """Replaces NaN and infinity, which JSON does not have, by None.
-
-    Args:
-        value: nested dicts and lists of plain values.
-
-    Returns:
-        The same, with string keys.
-    """
-    if isinstance(value, Mapping):
-        return {str(k): as_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
+def _nearest(transform: mapping.Mapping, moving: Volume, fixed: Volume) -> np.ndarray:
+    grid = mapping.grid_of(fixed)
+    return mapping.resample(transform, moving, grid, interp="nearest")

@@ -1,98 +1,433 @@
-"""`unireg evaluate`: metrics of any transform."""
+"""`unireg evaluate`: metrics of one transform or many, and tests between methods."""
 
 import argparse
-import contextlib
-import json
+import os
+import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from unireg_jax.errors import UserError
-from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import nifti, points
-from unireg_jax.imaging.nifti import Volume
+from unireg_jax import manifest
+from unireg_jax.errors import FAILED, NOTHING, PARTLY, STORAGE, USAGE, UserError, shown
+from unireg_jax.evaluation import cases, comparison, metrics, results, tables
+from unireg_jax.evaluation.cases import Case, Files
+from unireg_jax.imaging import nifti
 from unireg_jax.verbs import options, outputs
-from unireg_jax.verbs.messages import number
+from unireg_jax.verbs.messages import number, progress
 
 HELP = "metrics of any transform"
 
-SCHEMA = 1  # of the JSON
+SCHEMA = 2  # of the JSON
+EXAMPLES = """examples:
+  unireg evaluate -t case_1Warp.nii.gz --fixed-label f.nii.gz --moving-label m.nii.gz
+  unireg evaluate --manifest cases.csv --transforms results --out scores
+  unireg evaluate --compare ours=scores theirs=other/cases.csv --metric dsc hd95_mm
+"""
+_SUMMARY = ("cases.csv", "labels.csv", "summary.json", "summary.tex")
+_COMPARISON = ("comparison.csv", "comparison.json", "comparison.tex")
+_COLUMNS = ("transform", "landmarks")  # of a manifest, beside those of a pair
+_PATHS = (
+    *("transform", "fixed_label", "moving_label", "fixed_mask", "landmarks"),
+    *("fixed_points", "moving_points"),
+)
+_SPELLINGS = ("{0}/{0}_Composite.h5", "{0}/{0}_1Warp.nii.gz", "{0}.nii.gz", "{0}.h5")
+_L2R_NAME = re.compile(r"_(\d{4})_(\d{4})$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this verb."""
     parser.description = (
-        "Overlap, surface distance, landmark error and regularity of a displacement "
-        "field (.nii.gz, mm) or an ITK composite (.h5). --json also names the "
-        "definition of every number."
+        "Overlap, surface distances, landmark errors and regularity of a transform, of "
+        "all transforms of a list, or tests between methods that were so evaluated. "
+        "--json also names the definition of every number."
+    )
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("-t", "--transform", metavar="FILE", help="field, affine or composite")
+    add("--manifest", metavar="FILE", help="list of cases, CSV or JSON; with --out")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="tables of results (cases.csv, labels.csv or the --out folder), the first "
+        "one the reference; or one CSV with --columns",
     )
     add = parser.add_argument
-    add("-t", "--transform", required=True, metavar="FILE", help="field or composite")
-    add("--fixed-label", metavar="FILE", help="with --moving-label: DSC and HD95")
+    add("--fixed-label", metavar="FILE", help="with --moving-label: DSC, HD95, NSD")
     add("--moving-label", metavar="FILE", help="labels of the moving scan")
     add("--fixed-mask", metavar="FILE", help="foreground of sdlogj, default the labels")
     add("--landmarks", metavar="CSV", help="columns fixed_x_mm ... moving_z_mm, LPS")
-    options.add_messages(parser, quiet=False)
+    add(
+        "--transforms",
+        metavar="DIR",
+        help="results of the list's cases: DIR/ID/ID_Composite.h5, ID_1Warp.nii.gz, "
+        "DIR/ID.nii.gz or Learn2Reg's names; default its column transform",
+    )
+    add(
+        "--data-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="further folder that paths of the list may lead into",
+    )
+    add("-o", "--out", metavar="DIR", help="folder of the tables")
+    options.add_overwrite(parser, "tables that are there")
+    add(
+        "--tolerance-mm",
+        type=options.weight,
+        default=metrics.TOLERANCE_MM,
+        metavar="MM",
+        help="of nsd, default %(default)g",
+    )
+    add("--no-surface", action="store_true", help="without HD95 and NSD: faster")
+    add("--l2r-compat", action="store_true", help="also as Learn2Reg's script does")
+    add("--metric", nargs="+", metavar="NAME", help="scores to compare, default all")
+    add("--columns", nargs="+", metavar="NAME", help="methods of the one CSV compared")
+    options.add_messages(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code."""
-    options.both_labels(args)
-    labels = mask = pairs = None
-    if args.fixed_label:
-        labels = [nifti.read_labels(p) for p in (args.fixed_label, args.moving_label)]
-    if args.fixed_mask:
-        mask = nifti.read_labels(args.fixed_mask)
-    if args.landmarks:
-        pairs = points.read_points(args.landmarks)
-    disp_mm, vox2world = metrics.read_transform(args.transform)
-    # Of the field, its first component stands for the grid.
-    field = Volume(disp_mm[..., 0], vox2world, path=args.transform)
-    if mask is not None:
-        nifti.check_same_grid(field, mask)
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "transform": {
-            **outputs.digest(Path(args.transform)),
-            "name": Path(args.transform).name,
-        },
+    _check_options(args)
+    if args.compare:
+        return _compare(args)
+    settings = {
+        "surface": not args.no_surface,
+        "tolerance_mm": args.tolerance_mm,
+        "l2r": args.l2r_compat,
     }
-    if labels:
-        target, source = labels
-        still = disp_mm[:2, :2, :2] * 0
-        before = metrics.warp_labels(still, vox2world, source, target)
-        after = metrics.warp_labels(disp_mm, vox2world, source, target)
-        warped = {"before": before, "": after}
-        report |= metrics.overlap(target, source, warped)
-        with contextlib.suppress(UserError):  # labels on another grid: no foreground
-            nifti.check_same_grid(field, target)
-            mask = mask or target
-    if pairs:
-        errors = metrics.landmark_errors(disp_mm, vox2world, pairs.fixed, pairs.moving)
-        report["landmarks"] = metrics.summarize_errors(*errors)
-    foreground = None if mask is None else mask.data > 0
-    report["field"] = metrics.field_scores(disp_mm, vox2world, mask=foreground)
-    report = metrics.as_json(report | {"definitions": metrics.DEFINITIONS})
-    if args.json:
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    else:
-        text = _table(report)
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    head = {
+        "schema": SCHEMA,
+        "settings": {"tolerance_mm": args.tolerance_mm, "l2r_compat": args.l2r_compat},
+    }
+    if args.manifest:
+        return _many(args, head, settings)
+    return _one(args, head, settings)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses options that the chosen mode does not know."""
+    options.both_labels(args)
+    mode = next(m for m in ("transform", "manifest", "compare") if getattr(args, m))
+    belong = {
+        "transform": ("fixed_label", "moving_label", "fixed_mask", "landmarks"),
+        "manifest": ("transforms", "data_root"),
+        "compare": ("metric", "columns"),
+    }
+    for other, names in belong.items():
+        for name in names:
+            if other != mode and getattr(args, name):
+                flag = name.replace("_", "-")
+                raise _usage(f"--{flag} belongs to --{other}, got it with --{mode}")
+    if args.out and mode == "transform":
+        raise _usage("--out belongs to --manifest or --compare; use --json > FILE")
+    if mode == "manifest" and not args.out:
+        raise _usage("--manifest needs --out DIR for its tables, got none")
+
+
+def _usage(line: str) -> UserError:
+    return UserError("schema", f"schema: {line}", USAGE)
+
+
+# --- one transform ------------------------------------------------------------------
+
+
+def _one(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
+    files = Files(
+        transform=args.transform,
+        fixed_label=args.fixed_label,
+        moving_label=args.moving_label,
+        fixed_mask=args.fixed_mask,
+        landmarks=args.landmarks,
+    )
+    report = cases.score_files(files, **settings)
+    say = progress(args.quiet)
+    for line in report["warnings"]:
+        say(f"warning: {line}")
+    head["transform"] = {
+        **outputs.digest(Path(args.transform)),
+        "name": Path(args.transform).name,
+    }
+    names = {"definitions": cases.definitions(l2r=args.l2r_compat)}
+    _print(args, head | report | names, _table)
     return 0
 
 
-def _table(report: dict[str, Any]) -> str:
+def _table(report: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = []
     if "labels" in report:
-        names = ("dsc_before", "dsc", "hd95_mm_before", "hd95_mm")
+        names = list(report["mean"])
         lines.append("label".ljust(10) + "".join(name.rjust(16) for name in names))
-        for label, row in (*report["labels"].items(), ("mean", report["mean"])):
+        rows = {**report["labels"], "mean": report["mean"], "n": report["n"]}
+        for label, row in rows.items():
             cells = "".join(number(row.get(name)).rjust(16) for name in names)
             lines.append(label.ljust(10) + cells)
-    for name, value in report.get("landmarks", {}).items():
-        lines.append(f"{name.ljust(24)} {number(value)}")
-    for name, value in report["field"].items():
-        lines.append(f"{name.ljust(24)} {number(value)}")
+    blocks = ("landmarks", "field", "learn2reg")
+    for block in (report.get(name, {}) for name in blocks):
+        for name, value in block.get("mean", block).items():
+            lines.append(f"{name.ljust(24)} {number(value)}")
     return "\n".join(lines) + "\n"
+
+
+# --- a list of cases ----------------------------------------------------------------
+
+
+def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
+    out = _folder(args, _SUMMARY)
+    listed = read_list(args.manifest, args.transforms, roots=args.data_root)
+    say = progress(args.quiet)
+    done = cases.score_cases(listed, done=_teller(say, len(listed)), **settings)
+    summary = head | cases.summarize_cases(done)
+    summary["definitions"] = cases.definitions(l2r=args.l2r_compat)
+    texts = {
+        "cases.csv": results.case_csv([cases.case_row(case) for case in done]),
+        "labels.csv": results.label_csv(
+            [row for case in done for row in cases.label_rows(case)]
+        ),
+        "summary.json": tables.json_text(summary),
+        "summary.tex": results.summary_latex(summary),
+    }
+    _write(out, texts)
+    failed = summary["cases"]["failed"]
+    say(f"{len(done) - failed} of {len(done)} cases done: {shown(out)}")
+    _print(args, summary, results.summary_text)
+    if failed == len(done):
+        return FAILED
+    return PARTLY if failed else 0
+
+
+def _teller(say: Callable[[str], None], total: int) -> Callable[[Case], None]:
+    """One line per case."""
+    count = iter(range(1, total + 1))
+
+    def tell(case: Case) -> None:
+        place = f"{next(count)}/{total} {case.id}"
+        if case.report is None:
+            say(f"{place}: failed: {case.message}")
+            return
+        row = cases.metric_row(case.report)
+        names = [n for n in ("dsc", "tre_mm", "fold_percent_whole") if n in row]
+        say(f"{place}: " + ", ".join(f"{n} {number(row[n])}" for n in names))
+
+    return tell
+
+
+def read_list(
+    path: str | os.PathLike,
+    transforms: str | os.PathLike | None = None,
+    *,
+    roots: list[str] | tuple[str, ...] = (),
+) -> dict[str, Files]:
+    """Reads which cases are to be judged, and where their transforms lie.
+
+    Args:
+        path: CSV or JSON. With `transforms` a list of pairs as unireg_jax.manifest
+            reads; without it every case has `id` and `transform`, and may have the
+            columns of a pair and `landmarks`.
+        transforms: folder of results, see --help; a transform that does not lie there
+            fails at its turn.
+        roots: further folders that paths may lead into.
+
+    Returns:
+        id -> Files.
+
+    Raises:
+        UserError: exit code 2 with all faults of the list, 3 when it has no case.
+    """
+    path = Path(path)
+    if transforms is not None:
+        if not Path(transforms).is_dir():
+            raise UserError(
+                "not_found",
+                f"{shown(transforms)}: not_found: a folder of results expected",
+                USAGE,
+            )
+        pairs = manifest.read_cases(path, roots=roots)
+        names = [name for name in _PATHS if name in manifest.Case._fields]
+        return {
+            pair.id: Files(
+                transform=_find(Path(transforms), pair),
+                **{name: getattr(pair, name) for name in names},
+            )
+            for pair in pairs
+        }
+    text = manifest.read_text(path, "cases")
+    known = (*manifest.Case._fields, *_COLUMNS)
+    faults: list[manifest.Fault] = []
+
+    def check(rows: list[manifest.Row], faults: list[manifest.Fault]) -> None:
+        manifest.check_columns(rows, ("id", "transform"), known, faults)
+
+    if path.suffix.lower() == ".csv":
+        rows = manifest.csv_rows(path.name, text, check)
+    else:
+        value = manifest.load_json(path.name, text)
+        rows = manifest.json_rows(path.name, value, "a list of cases")
+    if not rows:
+        raise UserError(
+            "empty", f"{shown(path.name)}: empty: lists no case; add one", NOTHING
+        )
+    check(rows, faults)
+    manifest.check_ids(rows, faults)
+    paths = manifest.Paths(path.parent, roots, False)
+    listed = {}
+    for where, row in rows:
+        values = {}
+        for name in ("id", *_PATHS):
+            cell = row.get(name) or ""
+            if not isinstance(cell, str):
+                kind = manifest.kind_of(cell)
+                faults.append(("schema", f"{where}: {name}: text expected, got {kind}"))
+                cell = ""
+            values[name] = cell.strip()
+        for name in ("id", "transform"):
+            if name in row and not values[name]:
+                faults.append(("schema", f"{where}: {name}: is empty"))
+        if values["id"] and (bad := manifest.bad_id(values["id"])):
+            faults.append(("id_invalid", f"{where}: id {values['id'][:60]!r}: {bad}"))
+        found = {n: paths.resolve(where, n, values[n], faults) or None for n in _PATHS}
+        listed[values["id"]] = Files(**found)
+    if faults:
+        manifest.refuse(path.name, faults)
+    return listed
+
+
+def _find(folder: Path, pair: manifest.Case) -> Path:
+    """The transform of a case; where it should be when it is not there."""
+    names = [spelling.format(pair.id) for spelling in _SPELLINGS]
+    ends = [_L2R_NAME.search(manifest.stem(p)) for p in (pair.fixed, pair.moving)]
+    if all(ends):
+        (a, b), (c, d) = (end.groups() for end in ends)
+        for name in (f"disp_{a}_{b}_{c}_{d}", f"disp_{a}_{c}"):
+            names += [f"{name}.nii.gz", f"{name}.npz"]
+    found = (folder / name for name in names if (folder / name).is_file())
+    return next(found, folder / names[1])
+
+
+# --- methods ------------------------------------------------------------------------
+
+
+def _compare(args: argparse.Namespace) -> int:
+    out = _folder(args, _COMPARISON) if args.out else None
+    methods = _one_table(args) if args.columns else _many_tables(args)
+    compared = [
+        results.compare_scores(scores, metric) for metric, scores in methods.items()
+    ]
+    report = {
+        "schema": SCHEMA,
+        "test": "Wilcoxon signed-rank, two-sided, paired by case; zero differences "
+        "dropped; p_holm: Holm over all pairs of methods and all labels of a metric",
+        "alpha": comparison.ALPHA,
+        "comparisons": compared,
+        "definitions": cases.definitions(l2r=True),
+    }
+    if out is not None:
+        texts = {
+            "comparison.csv": results.comparison_csv(compared),
+            "comparison.json": tables.json_text(report),
+            "comparison.tex": results.comparison_latex(compared),
+        }
+        _write(out, texts)
+        progress(args.quiet)(f"done: {shown(out)}")
+    _print(args, report, lambda found: results.comparison_text(found["comparisons"]))
+    return 0
+
+
+def _one_table(args: argparse.Namespace) -> dict[str, dict]:
+    """Methods are columns of one table."""
+    names = [word for given in args.columns for word in given.split(",") if word]
+    if len(args.compare) != 1 or len(set(names)) != len(names) or len(names) < 2:
+        raise _usage(
+            "--columns needs one table and two or more different columns, got "
+            f"{len(args.compare)} and {', '.join(names)}"
+        )
+    if args.metric and len(args.metric) > 1:
+        raise _usage("--columns hold one score, got several in --metric; name one")
+    columns = results.read_scores(args.compare[0]).columns
+    for name in names:
+        if name not in columns:
+            hint = manifest.nearest(name, list(columns))
+            raise _usage(
+                f"{shown(args.compare[0])}: no column of scores {name!r}{hint}"
+            )
+    metric = args.metric[0] if args.metric else "score"
+    return {metric: {name: columns[name] for name in names}}
+
+
+def _many_tables(args: argparse.Namespace) -> dict[str, dict]:
+    """Methods are tables; score -> method -> values."""
+    found = {}
+    for word in args.compare:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path) or name in found:
+            raise _usage(
+                f"--compare {word[:60]!r}: NAME=FILE expected, every NAME once; "
+                "such as ours=scores/cases.csv"
+            )
+        path = Path(path)
+        found[name] = results.read_scores(path / "cases.csv" if path.is_dir() else path)
+    if len(found) < 2:
+        raise _usage("--compare needs two or more NAME=FILE, got one; or --columns")
+    if len({scores.labels == ("",) for scores in found.values()}) > 1:
+        raise _usage("--compare mixes tables of cases and of labels; name one kind")
+    first = next(iter(found.values()))
+    common = [n for n in first.columns if all(n in s.columns for s in found.values())]
+    if args.metric:
+        for name in args.metric:
+            if name not in common:
+                hint = manifest.nearest(name, common)
+                raise _usage(f"--metric {name!r} is not a score of every table{hint}")
+        chosen = args.metric
+    else:
+        known = cases.definitions(l2r=True)
+        chosen = [name for name in common if name in known]
+    if not chosen:
+        raise _usage("--compare: the tables share no known score; name it by --metric")
+    return {
+        metric: {name: scores.columns[metric] for name, scores in found.items()}
+        for metric in chosen
+    }
+
+
+# --- output -------------------------------------------------------------------------
+
+
+def _folder(args: argparse.Namespace, names: tuple[str, ...]) -> Path:
+    """--out, made; refuses tables that are there."""
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError("storage", f"--out {shown(out)}: a folder expected", USAGE)
+    there = [name for name in names if (out / name).exists()]
+    if there and not args.overwrite:
+        raise UserError(
+            "storage",
+            f"{shown(out / there[0])}: exists; pass --overwrite or another --out",
+            USAGE,
+        )
+    return out
+
+
+def _write(out: Path, texts: Mapping[str, str]) -> None:
+    """Each file whole or not at all."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "storage", f"{shown(out)}: cannot be made: {error.strerror}", STORAGE
+        ) from error
+    for name, text in texts.items():
+        with nifti.atomic_path(out / name) as temp:
+            temp.write_text(text, encoding="utf-8", newline="")
+
+
+def _print(
+    args: argparse.Namespace,
+    report: Mapping[str, Any],
+    text: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """The result on stdout."""
+    sys.stdout.write(tables.json_text(report) if args.json else text(report))
+    sys.stdout.flush()

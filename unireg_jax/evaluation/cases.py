@@ -1,0 +1,474 @@
+"""One pair judged from files, and many pairs one after another.
+
+    report = score_files(Files("u.nii.gz", fixed_label="a.nii.gz", moving_label=...))
+    results = score_cases({"a01": Files(...), "a02": Files(...)})
+
+A case that cannot be judged is failed with its reason, and the others go on.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.evaluation import learn2reg, metrics, regularity
+from unireg_jax.evaluation.aggregate import higher_is_better, quantile_l2r, summarize
+from unireg_jax.evaluation.tables import as_json
+from unireg_jax.imaging import mapping, nifti, points
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.imaging.points import PointPairs
+
+Path = str | os.PathLike
+
+
+class Files(NamedTuple):
+    """What is known of one pair.
+
+    Attributes:
+        transform: any spelling that imaging.mapping reads.
+        fixed_label, moving_label: label maps, both or none.
+        fixed_mask: foreground of the regularity, on the field's grid.
+        landmarks: CSV with columns fixed_x_mm ... moving_z_mm, LPS mm.
+        fixed_points, moving_points: instead: one table of x, y, z per scan, LPS mm,
+            line by line.
+    """
+
+    transform: Path
+    fixed_label: Path | None = None
+    moving_label: Path | None = None
+    fixed_mask: Path | None = None
+    landmarks: Path | None = None
+    fixed_points: Path | None = None
+    moving_points: Path | None = None
+
+
+class Case(NamedTuple):
+    """What became of one pair.
+
+    Attributes:
+        id: its name.
+        report: see `score`; None when it failed.
+        reason: code of docs/errors.md when it failed, else "".
+        message: one line when it failed, else "".
+        exit_code: of the failure, else 0.
+    """
+
+    id: str
+    report: dict[str, Any] | None
+    reason: str = ""
+    message: str = ""
+    exit_code: int = 0
+
+
+def score(
+    transform: mapping.Mapping,
+    *,
+    fixed_labels: Volume | None = None,
+    moving_labels: Volume | None = None,
+    mask: Volume | None = None,
+    pairs: PointPairs | None = None,
+    surface: bool = True,
+    tolerance_mm: float = metrics.TOLERANCE_MM,
+    l2r: bool = False,
+) -> dict[str, Any]:
+    """Judges one transform.
+
+    Args:
+        transform: fixed -> moving.
+        fixed_labels: label map of the fixed scan, with moving_labels.
+        moving_labels: label map of the moving scan.
+        mask: on the field's grid, foreground above 0; None: fixed_labels above 0.
+        pairs: landmarks.
+        surface: whether to measure hd95_mm and nsd, which takes longer.
+        tolerance_mm: of nsd.
+        l2r: also as the Learn2Reg challenge does.
+
+    Returns:
+        With labels: labels, mean, n, as metrics.overlap gives them, of the labels as
+        they lay (`_before`) and warped. With landmarks: landmarks, see
+        metrics.summarize_errors. field, see regularity.field_scores. With l2r:
+        learn2reg, see learn2reg.scores. undefined: metric -> reason, or metric -> id ->
+        reason. warnings: one line each. None where undefined.
+
+    Raises:
+        ValueError: one label map without the other.
+        UserError: `schema`: affines alone, and neither labels nor mask give a grid;
+            `grid_mismatch`: the mask lies on another grid than the field.
+    """
+    if (fixed_labels is None) != (moving_labels is None):
+        raise ValueError("fixed_labels and moving_labels belong together, got one")
+    report: dict[str, Any] = {"undefined": {}, "warnings": []}
+    field = _field(transform, mask, fixed_labels)
+    if fixed_labels is not None and moving_labels is not None:
+        report |= _overlap(
+            transform, fixed_labels, moving_labels, surface, tolerance_mm
+        )
+        report["warnings"] = _label_sets(fixed_labels, moving_labels)
+    if pairs is not None:
+        errors = metrics.target_errors(transform, pairs.fixed, pairs.moving)
+        report["landmarks"] = metrics.summarize_errors(*errors)
+        for name in ("tre_mm_before_std", "tre_mm_std"):
+            if math.isnan(report["landmarks"][name]):
+                report["undefined"][name] = "one point has no spread"
+    foreground = None if mask is None else mask.data > 0
+    if mask is None and fixed_labels is not None:
+        foreground = _foreground(fixed_labels, field, report["warnings"])
+    report["field"] = regularity.field_scores(
+        field.disp_mm,
+        field.vox2world,
+        mask=foreground,
+        l2r_mask=None if mask is None else foreground,
+    )
+    for name, value in report["field"].items():
+        if math.isnan(value):
+            reason = regularity.field_reason(name, field.disp_mm.shape[:3])
+            report["undefined"][name] = reason
+    if l2r:
+        given = (fixed_labels, moving_labels)
+        report["learn2reg"] = _learn2reg(transform, field, given, mask, pairs)
+    return as_json(report)
+
+
+def score_files(
+    files: Files,
+    *,
+    surface: bool = True,
+    tolerance_mm: float = metrics.TOLERANCE_MM,
+    l2r: bool = False,
+) -> dict[str, Any]:
+    """Judges one transform from its files.
+
+    Args:
+        files: of the pair.
+        surface, tolerance_mm, l2r: as in `score`.
+
+    Returns:
+        As `score`.
+
+    Raises:
+        UserError: a file cannot be used, or they do not fit together; reason says why.
+    """
+    fixed, moving = (
+        nifti.read_labels(path) if path else None
+        for path in (files.fixed_label, files.moving_label)
+    )
+    if (fixed is None) != (moving is None):
+        raise UserError(
+            "schema",
+            "schema: the labels of both scans belong together, got those of one; name "
+            "both",
+            USAGE,
+        )
+    mask = nifti.read_labels(files.fixed_mask) if files.fixed_mask else None
+    pairs = _landmarks(files)
+    transform = mapping.read(files.transform, fixed=fixed or mask, moving=moving)
+    return score(
+        transform,
+        fixed_labels=fixed,
+        moving_labels=moving,
+        mask=mask,
+        pairs=pairs,
+        surface=surface,
+        tolerance_mm=tolerance_mm,
+        l2r=l2r,
+    )
+
+
+def score_cases(
+    cases: Mapping[str, Files],
+    *,
+    surface: bool = True,
+    tolerance_mm: float = metrics.TOLERANCE_MM,
+    l2r: bool = False,
+    done: Callable[[Case], None] = lambda case: None,
+) -> list[Case]:
+    """Judges many pairs; those that cannot be are failed, the others go on.
+
+    Args:
+        cases: id -> files.
+        surface, tolerance_mm, l2r: as in `score`.
+        done: is called after each case.
+
+    Returns:
+        One Case per entry, in order.
+    """
+    out = []
+    for name, files in cases.items():
+        try:
+            report = score_files(
+                files, surface=surface, tolerance_mm=tolerance_mm, l2r=l2r
+            )
+            case = Case(name, report)
+        except UserError as error:
+            message = " ".join(str(error).split())
+            case = Case(name, None, error.reason, message, error.exit_code)
+        done(case)
+        out.append(case)
+    return out
+
+
+def case_row(case: Case) -> dict[str, Any]:
+    """One line of the table of cases.
+
+    Args:
+        case: done or failed.
+
+    Returns:
+        id, status, reason, message; of a done one the mean of each metric over its
+        labels, how many labels count, its landmarks and the regularity of its field.
+    """
+    row: dict[str, Any] = {
+        "id": case.id,
+        "status": "failed" if case.report is None else "ok",
+        "reason": case.reason,
+        "message": case.message,
+    }
+    if case.report is None:
+        return row
+    if case.report["warnings"]:
+        row["status"], row["message"] = "warn", "; ".join(case.report["warnings"])
+    row |= metric_row(case.report)
+    row |= {f"labels_{name}": n for name, n in case.report.get("n", {}).items()}
+    row["undefined"] = "; ".join(_reasons(case.report["undefined"]))
+    return row
+
+
+def metric_row(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of one pair, one number each.
+
+    Args:
+        report: of `score`.
+
+    Returns:
+        Metric -> value; None where undefined.
+    """
+    row = dict(report.get("mean", {})) | report.get("landmarks", {})
+    return row | report["field"] | report.get("learn2reg", {}).get("mean", {})
+
+
+def label_rows(case: Case) -> list[dict[str, Any]]:
+    """Lines of the table of labels.
+
+    Args:
+        case: done or failed.
+
+    Returns:
+        One per label: id, label, metrics, and why any is undefined.
+    """
+    if case.report is None:
+        return []
+    compat = case.report.get("learn2reg", {})
+    reasons = [case.report["undefined"], compat.get("undefined", {})]
+    rows = []
+    for label, values in case.report.get("labels", {}).items():
+        row = {"id": case.id, "label": int(label)} | values
+        row |= compat.get("labels", {}).get(label, {})
+        why = [
+            f"{name}: {found[label]}"
+            for undefined in reasons
+            for name, found in undefined.items()
+            if isinstance(found, Mapping) and label in found
+        ]
+        rows.append(row | {"undefined": "; ".join(why)})
+    return rows
+
+
+def summarize_cases(cases: list[Case]) -> dict[str, Any]:
+    """Many cases in a few numbers.
+
+    Args:
+        cases: done and failed.
+
+    Returns:
+        cases: how many there are, are done and failed; metrics: metric -> mean, std,
+        median, worst30, n, undefined over the cases; labels: label -> metric -> the
+        same over the cases that have the label; failed: id, reason and message of each.
+        With Learn2Reg's scores also quantile_l2r, of all metrics. None where undefined.
+    """
+    done = [case for case in cases if case.report is not None]
+    compat = any("learn2reg" in case.report for case in done)
+    per_case = [metric_row(case.report) for case in done]
+    labels: dict[int, list[dict[str, Any]]] = {}
+    for row in (row for case in done for row in label_rows(case)):
+        values = {k: v for k, v in row.items() if k not in ("id", "label", "undefined")}
+        labels.setdefault(row["label"], []).append(values)
+    failed = [case for case in cases if case.report is None]
+    return as_json(
+        {
+            "cases": {
+                "total": len(cases),
+                "done": len(done),
+                "failed": len(failed),
+            },
+            "metrics": _columns(per_case, compat),
+            "labels": {i: _columns(labels[i], compat) for i in sorted(labels)},
+            "failed": [
+                {"id": c.id, "reason": c.reason, "message": c.message} for c in failed
+            ],
+        }
+    )
+
+
+def definitions(*, l2r: bool = False) -> dict[str, str]:
+    """What every metric is.
+
+    Args:
+        l2r: with those of the challenge.
+
+    Returns:
+        Metric -> one line.
+    """
+    return metrics.DEFINITIONS | (learn2reg.DEFINITIONS if l2r else {})
+
+
+def _columns(rows: list[dict[str, Any]], compat: bool) -> dict[str, dict[str, Any]]:
+    """Each metric over the rows that have it."""
+    out = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name == "points":
+            continue
+        values = [row[name] for row in rows if name in row]
+        out[name] = summarize(values, metric=name)._asdict()
+        out[name]["better"] = "higher" if higher_is_better(name) else "lower"
+        if compat:
+            out[name]["quantile_l2r"] = quantile_l2r(values, metric=name)
+    return out
+
+
+def _landmarks(files: Files) -> PointPairs | None:
+    if files.landmarks:
+        return points.read_points(files.landmarks)
+    if not (files.fixed_points and files.moving_points):
+        return None
+    fixed, moving = (
+        points.read_table(path, "lps_mm", None)
+        for path in (files.fixed_points, files.moving_points)
+    )
+    if len(fixed) != len(moving):
+        raise UserError(
+            "schema",
+            f"{nifti.shown(files.moving_points)}: schema: expected {len(fixed)} points "
+            f"as in the fixed scan's table, got {len(moving)}; mend the tables",
+        )
+    return PointPairs([str(n) for n in range(1, len(fixed) + 1)], fixed, moving)
+
+
+def _field(
+    transform: mapping.Mapping, mask: Volume | None, labels: Volume | None
+) -> mapping.Field:
+    """The whole map, on the grid of its first field, else that of mask or labels."""
+    if len(transform.parts) == 1 and transform.fields:
+        field = transform.fields[0]
+    else:
+        found = next((v for v in (mask, labels) if v is not None), None)
+        if transform.fields:
+            grid = transform.fields[0].grid
+        elif found is not None:
+            grid = mapping.grid_of(found)
+        else:
+            raise UserError(
+                "schema",
+                "schema: affines alone have no grid to be judged on; name labels or a "
+                "mask of the fixed scan",
+                USAGE,
+            )
+        field = mapping.Field(mapping.flatten(transform, grid), grid.vox2world)
+    if mask is not None:
+        # Of the field, its first component stands for the grid.
+        stand_in = Volume(field.disp_mm[..., 0], field.vox2world)
+        nifti.check_same_grid(stand_in, mask)
+    return field
+
+
+def _overlap(
+    transform: mapping.Mapping,
+    fixed: Volume,
+    moving: Volume,
+    surface: bool,
+    tolerance_mm: float,
+) -> dict[str, Any]:
+    """Labels as they lie and warped."""
+    grid = mapping.grid_of(fixed)
+    warped = {
+        name: mapping.resample(by, moving, grid, interp="nearest")
+        for name, by in (("before", mapping.Mapping(())), ("", transform))
+    }
+    return metrics.overlap(
+        fixed, moving, warped, surface=surface, tolerance_mm=tolerance_mm
+    )
+
+
+def _label_sets(fixed: Volume, moving: Volume) -> list[str]:
+    """Warns of labels that only one scan has."""
+    a, b = (set(np.unique(v.data).tolist()) - {0} for v in (fixed, moving))
+    return [
+        f"label_set: only the {name} labels have {', '.join(map(str, sorted(more)))}"
+        for name, more in (("fixed", a - b), ("moving", b - a))
+        if more
+    ]
+
+
+def _foreground(
+    labels: Volume, field: mapping.Field, warnings: list[str]
+) -> np.ndarray:
+    """Labels above 0 on the field's grid."""
+    data = (labels.data > 0).astype(np.uint8)
+    if data.shape == field.disp_mm.shape[:3] and np.allclose(
+        labels.vox2world, field.vox2world, rtol=0, atol=1e-4
+    ):
+        return data > 0
+    warnings.append(
+        "grid_mismatch: the foreground, labels above 0, was brought onto the field's "
+        "grid"
+    )
+    volume = labels._replace(data=data)
+    still = mapping.Mapping(())
+    return mapping.resample(still, volume, field.grid, interp="nearest") > 0
+
+
+def _learn2reg(
+    transform: mapping.Mapping,
+    field: mapping.Field,
+    labels: tuple[Volume | None, Volume | None],
+    mask: Volume | None,
+    pairs: PointPairs | None,
+) -> dict[str, Any]:
+    """On the grid of the fixed labels, or, without, of the field for both scans."""
+    fixed, moving = labels
+    if fixed is None:
+        disp_mm, places = field.disp_mm, [field.vox2world] * 2
+    else:
+        disp_mm = mapping.flatten(transform, mapping.grid_of(fixed))
+        places = [fixed.vox2world, moving.vox2world]
+    indices = [None, None]
+    if pairs is not None:
+        indices = [
+            (p - m[:3, 3]) @ np.linalg.inv(m[:3, :3]).T
+            for p, m in zip((pairs.fixed, pairs.moving), places, strict=True)
+        ]
+    fits = mask is not None and mask.data.shape == disp_mm.shape[:3]
+    return learn2reg.scores(
+        learn2reg.voxel_displacement(disp_mm, *places),
+        fixed_labels=None if fixed is None else fixed.data,
+        moving_labels=None if moving is None else moving.data,
+        mask=mask.data > 0 if fits else None,
+        fixed_points=indices[0],
+        moving_points=indices[1],
+        moving_spacing_mm=tuple(np.linalg.norm(places[1][:3, :3], axis=0)),
+    )
+
+
+def _reasons(undefined: Mapping[str, Any]) -> list[str]:
+    """One text per metric."""
+    return [
+        f"{name}: "
+        + (
+            ", ".join(f"{reason} ({label})" for label, reason in found.items())
+            if isinstance(found, Mapping)
+            else found
+        )
+        for name, found in undefined.items()
+    ]
