@@ -31,6 +31,7 @@ _FIELD_KIND = "DisplacementFieldTransform"
 # kind, fixed parameters, parameters
 _Listed = tuple[str, np.ndarray, np.ndarray]
 _RANGE_MM = 1000.0  # no vector between two scans of a body is longer
+_TURN = (np.float32(-1), np.float32(-1), np.float32(1))  # LPS <-> RAS, of vectors
 _MAX_NUMBERS = 3 * 2**29
 _NRRD_RESAMPLING = "displacement field type"  # Slicer: resampling, or modelling
 
@@ -41,15 +42,18 @@ def write_field(
     vox2world: np.ndarray,
     *,
     like: Volume | None = None,
+    intent: int = nifti.INTENT_VECTOR,
 ) -> None:
     """Writes a displacement field that ITK, ANTs and Slicer read.
 
-    moving is read at x + disp_mm(x), x in LPS mm; NIfTI (X, Y, Z, 1, 3), intent 1007.
+    moving is read at x + disp_mm(x), x in LPS mm; NIfTI (X, Y, Z, 1, 3).
 
     Args:
         path: `.nii` or `.nii.gz`.
         disp_mm: [X, Y, Z, 3] float, LPS mm.
         vox2world: [4, 4] float, voxel index of disp_mm -> LPS mm.
+        intent: of the file: 1007 with vectors in LPS mm, which ANTs needs, or 1006 with
+            vectors in RAS mm, which ITK turns as it reads.
         like: the fixed image when disp_mm lies on its LPS+ axes: the file then has the
             grid and the geometry of that image's own file.
 
@@ -57,13 +61,17 @@ def write_field(
         ValueError: shapes disagree, values are not finite or over 1 km.
         UserError: `storage`.
     """
+    if intent not in (nifti.INTENT_VECTOR, nifti.INTENT_DISPVECT):
+        raise ValueError(f"intent must be 1007 (LPS) or 1006 (RAS), got {intent}")
     disp_mm, vox2world = _to_file_grid(disp_mm, vox2world, like)
+    if intent == nifti.INTENT_DISPVECT:
+        disp_mm = disp_mm * _TURN
     if like is None or like.header is None:
         header = nib.Nifti1Header()
         nifti.set_geometry(header, vox2world)
     else:
         header = nifti.clean_header(like.header)
-    header["intent_code"] = nifti.INTENT_VECTOR
+    header["intent_code"] = intent
     header["pixdim"][4:6] = 1
     nifti.write_array(path, disp_mm[:, :, :, None, :], header, dtype="f4", level=1)
 
@@ -91,7 +99,7 @@ def read_field(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
         )
     _refuse_bad_vectors(disp_mm, path)
     if intent == nifti.INTENT_DISPVECT:
-        disp_mm = disp_mm * np.array([-1, -1, 1], np.float32)[None, None, None, :]
+        disp_mm = disp_mm * _TURN
     return orientation.reorient(disp_mm, native.vox2world)
 
 
