@@ -1,18 +1,28 @@
-"""Landmark tables: corresponding points of two scans in LPS mm."""
+"""Landmark tables, and point files of other tools; inside always LPS mm."""
 
+import copy
 import csv
+import json
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import USAGE, UserError
 from unireg_jax.imaging import nifti
 from unireg_jax.imaging.nifti import Volume
 
 _FIXED = ("fixed_x_mm", "fixed_y_mm", "fixed_z_mm")
 _MOVING = ("moving_x_mm", "moving_y_mm", "moving_z_mm")
 _NAMES = ("name", "label", "id")
+# Spaces of point files: world mm, or indices from 0 along the axes as stored.
+SPACES = ("lps", "ras", "voxel")
+_AXES = ("x", "y", "z")
+_FCSV = ("id", *_AXES, "ow", "ox", "oy", "oz", "vis", "sel", "lock", "label", "desc")
+_SCHEMA = (
+    "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/"
+    "Resources/Schema/markups-schema-v1.0.3.json#"
+)
 # Coordinates of `read_table`: world, or indices of the voxels as stored.
 FRAMES = ("lps_mm", "voxel_from_0", "voxel_from_1")
 
@@ -29,6 +39,24 @@ class PointPairs(NamedTuple):
     names: list[str]
     fixed: np.ndarray
     moving: np.ndarray
+
+
+class PointFile(NamedTuple):
+    """Points of one scan and the file that they came from.
+
+    Attributes:
+        xyz: [N, 3] float64, LPS mm.
+        names: N strings, "1", "2", ... when the file has none.
+        kind: "csv", "fcsv" or "json".
+        space: of the file, one of SPACES.
+        content: the file as read, so that all else in it is kept.
+    """
+
+    xyz: np.ndarray
+    names: list[str]
+    kind: str
+    space: str
+    content: Any
 
 
 def read_points(path: str | os.PathLike) -> PointPairs:
@@ -149,6 +177,318 @@ def write_points(path: str | os.PathLike, points: PointPairs) -> None:
         for name, fixed, moving in zip(*points, strict=True):
             numbers = (repr(float(value)) for value in (*fixed, *moving))
             writer.writerow((name, *numbers))
+
+
+# --- point files of other tools -----------------------------------------------------
+
+
+def read_file(
+    path: str | os.PathLike, space: str | None = None, volume: Volume | None = None
+) -> PointFile:
+    """Reads points of one scan.
+
+    Args:
+        path: `.csv` with columns x, y, z (or x_mm, y_mm, z_mm), or without a header
+            and three numbers first; Slicer's `.fcsv` or `.mrk.json`.
+        space: one of SPACES. A CSV does not tell its own, the others do: None, or the
+            same.
+        volume: the scan, for "voxel".
+
+    Returns:
+        PointFile.
+
+    Raises:
+        ValueError: unknown space.
+        UserError: `not_found`, `not_a_file`, `permission`, `empty`; `schema` for what
+            is no such table, and, exit code 2, for a space that is missing or
+            contradicts the file, or "voxel" without the scan.
+    """
+    if space not in (None, *SPACES):
+        raise ValueError(f"space must be one of {SPACES}, got {space!r}")
+    kind = _kind(path)
+    nifti.check_file(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            text = file.read()
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
+    except UnicodeDecodeError as error:
+        raise _schema(path, "text in UTF-8", str(error)) from error
+    parse = {"csv": _parse_csv, "fcsv": _parse_fcsv, "json": _parse_json}[kind]
+    table, names, told, content = parse(path, text)
+    space = _agreed_space(path, space, told)
+    if not len(table):
+        raise UserError(
+            "empty",
+            f"{nifti.shown(path)}: empty: expected one point or more, got none; mark "
+            "some",
+        )
+    if not np.isfinite(table).all():
+        raise _schema(path, "finite coordinates", "NaN or infinity")
+    matrix = _to_lps(space, volume, path)
+    xyz = table @ matrix[:3, :3].T + matrix[:3, 3]
+    return PointFile(xyz, names, kind, space, content)
+
+
+def write_file(
+    path: str | os.PathLike,
+    points: PointFile,
+    space: str | None = None,
+    volume: Volume | None = None,
+) -> None:
+    """Writes points of one scan.
+
+    Args:
+        path: `.csv`, `.fcsv` or `.mrk.json`. Written as the kind they were read as,
+            all else in the file stays as it was.
+        points: xyz in LPS mm.
+        space: one of SPACES; None for that of `points`.
+        volume: the scan, for "voxel", which only a CSV can hold.
+
+    Raises:
+        ValueError: unknown space, or names and xyz of other lengths.
+        UserError: `storage`; `schema`, exit code 2, for "voxel" without the scan or in
+            a file of Slicer.
+    """
+    space = space or points.space
+    if space not in SPACES:
+        raise ValueError(f"space must be one of {SPACES}, got {space!r}")
+    if points.xyz.shape != (len(points.names), 3):
+        raise ValueError(
+            f"xyz must be ({len(points.names)}, 3), got {points.xyz.shape}; one row "
+            "per name"
+        )
+    kind = _kind(path)
+    if kind != "csv" and space == "voxel":
+        raise _usage(path, "lps or ras in a file of Slicer", "voxel", "write a .csv")
+    matrix = np.linalg.inv(_to_lps(space, volume, path))
+    table = points.xyz @ matrix[:3, :3].T + matrix[:3, 3]
+    content = points.content if kind == points.kind else None
+    if kind == "json":
+        text = _json_text(table, points.names, space, content)
+    else:
+        rows = {"csv": _csv_rows, "fcsv": _fcsv_rows}[kind]
+        lines = rows(table, points.names, space, content)
+    with (
+        nifti.atomic_path(path) as temp,
+        open(temp, "w", newline="", encoding="utf-8") as file,
+    ):
+        if kind == "json":
+            file.write(text)
+        else:
+            writer = csv.writer(file, lineterminator="\n")
+            for line in lines:
+                if isinstance(line, str):
+                    file.write(line + "\n")
+                else:
+                    writer.writerow(line)
+
+
+def _kind(path: str | os.PathLike) -> str:
+    """Of a point file, by its name."""
+    name = os.fspath(path).lower()
+    for ending, kind in ((".fcsv", "fcsv"), (".json", "json"), (".csv", "csv")):
+        if name.endswith(ending):
+            return kind
+    raise _usage(path, "a name in .csv, .fcsv or .mrk.json", "another", "rename it")
+
+
+def _agreed_space(path: str | os.PathLike, asked: str | None, told: str | None) -> str:
+    """The space that the caller names or the file tells."""
+    if asked is None and told is None:
+        remedy = "pass --space lps, ras or voxel: a table does not tell"
+        raise _usage(path, "the space of the coordinates", "none", remedy)
+    if asked and told and asked != told:
+        raise _usage(path, f"the space of the file, {told}", asked, "leave out --space")
+    return asked or told
+
+
+def _to_lps(space: str, volume: Volume | None, path: str | os.PathLike) -> np.ndarray:
+    """4 x 4 from the coordinates of a file to LPS mm."""
+    if space == "lps":
+        return np.eye(4)
+    if space == "ras":
+        return np.diag([-1.0, -1.0, 1.0, 1.0])
+    if volume is None:
+        raise _usage(path, "the scan that the voxels are of", "none", "name the scan")
+    return (volume.native or volume).vox2world
+
+
+def _parse_csv(path, text):
+    """Table, names, space (never told) and rows with the places of the columns."""
+    try:
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+    except csv.Error as error:
+        raise _schema(path, "a CSV table", str(error)) from error
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    places, named = [0, 1, 2], None
+    headed = not all(map(_is_number, header[:3]))
+    if headed:
+        found = [
+            next((header.index(n) for n in (a, f"{a}_mm") if n in header), None)
+            for a in _AXES
+        ]
+        if None in found:
+            raise _schema(path, "columns x, y, z (or x_mm, y_mm, z_mm)", f"{rows[0]}")
+        places = found
+        named = next((header.index(n) for n in _NAMES if n in header), None)
+    body = rows[1:] if headed else rows
+    table = _cells(path, body, places, 2 if headed else 1)
+    names = [
+        row[named] if named is not None and named < len(row) else str(n)
+        for n, row in enumerate(body, start=1)
+    ]
+    return table, names, None, (rows, places, headed)
+
+
+def _parse_fcsv(path, text):
+    """Slicer's older markups: comments tell space and columns."""
+    lines = text.splitlines()
+    told, columns = {}, list(_FCSV)
+    for line in lines:
+        if line.startswith("#") and "=" in line:
+            key, _, value = line[1:].partition("=")
+            told[key.strip().lower()] = value.strip()
+    if "columns" in told:
+        columns = [name.strip().lower() for name in told["columns"].split(",")]
+    # Older Slicer wrote 0 for RAS and 1 for LPS; without a word it is RAS.
+    spaces = {"0": "ras", "1": "lps", "ras": "ras", "lps": "lps"}
+    space = spaces.get(told.get("coordinatesystem", "0").lower())
+    if space is None or any(axis not in columns for axis in _AXES):
+        got = f"{told.get('coordinatesystem')} and {','.join(columns)[:60]}"
+        raise _schema(path, "CoordinateSystem LPS or RAS and columns x,y,z", got)
+    body = [row for row in csv.reader(x for x in lines if not x.startswith("#")) if row]
+    places = [columns.index(axis) for axis in _AXES]
+    table = _cells(path, body, places, 1)
+    named = columns.index("label") if "label" in columns else len(columns)
+    names = [
+        row[named] if named < len(row) else str(n) for n, row in enumerate(body, 1)
+    ]
+    comments = [line for line in lines if line.startswith("#")]
+    return table, names, space, (comments, body, places)
+
+
+def _parse_json(path, text):
+    """Slicer's markups: control points of every markup, undefined ones left alone."""
+    try:
+        content = json.loads(text)
+        spaces, table, names = set(), [], []
+        for markup in content["markups"]:
+            spaces.add(str(markup.get("coordinateSystem", "LPS")).lower())
+            for point in _defined(markup):
+                table.append([float(value) for value in point["position"]])
+                names.append(str(point.get("label", len(names) + 1)))
+        array = np.array(table, np.float64).reshape(-1, 3)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        got = f"{type(error).__name__}: {error}"[:100]
+        raise _schema(path, "Slicer markups in JSON", got) from error
+    if len(spaces) != 1 or not spaces <= {"lps", "ras"}:
+        raise _schema(path, "one coordinateSystem, LPS or RAS", f"{sorted(spaces)}")
+    return array, names, spaces.pop(), content
+
+
+def _defined(markup: dict) -> list[dict]:
+    """Control points that have a place."""
+    points = markup.get("controlPoints", [])
+    return [p for p in points if p.get("positionStatus", "defined") == "defined"]
+
+
+def _csv_rows(table, names, space, content):
+    """Rows, the other columns kept."""
+    if content is None:
+        unit = "" if space == "voxel" else "_mm"
+        yield ("name", *(axis + unit for axis in _AXES))
+        for name, point in zip(names, table, strict=True):
+            yield (name, *map(_text, point))
+        return
+    rows, places, headed = content
+    if headed:
+        yield rows[0]
+    yield from _replaced(rows[headed:], places, table)
+
+
+def _fcsv_rows(table, names, space, content):
+    """Comment lines and rows."""
+    if content is None:
+        yield "# Markups fiducial file version = 4.11"
+        yield f"# CoordinateSystem = {space.upper()}"
+        yield f"# columns = {','.join(_FCSV)},associatedNodeID"
+        for n, (name, point) in enumerate(zip(names, table, strict=True), start=1):
+            yield (n, *map(_text, point), 0, 0, 0, 1, 1, 1, 0, name, "", "")
+        return
+    comments, body, places = content
+    for line in comments:
+        known = line[1:].strip().lower().startswith("coordinatesystem")
+        yield f"# CoordinateSystem = {space.upper()}" if known else line
+    if not any("coordinatesystem" in line.lower() for line in comments):
+        yield f"# CoordinateSystem = {space.upper()}"
+    yield from _replaced(body, places, table)
+
+
+def _json_text(table, names, space, content):
+    """Markups of Slicer 5."""
+    if content is None:
+        points = [
+            {"label": name, "position": point.tolist()}
+            for name, point in zip(names, table, strict=True)
+        ]
+        content = {
+            "@schema": _SCHEMA,
+            "markups": [
+                {
+                    "type": "Fiducial",
+                    "coordinateSystem": space.upper(),
+                    "controlPoints": points,
+                }
+            ],
+        }
+    else:
+        content = copy.deepcopy(content)
+        rows = iter(table.tolist())
+        for markup in content["markups"]:
+            markup["coordinateSystem"] = space.upper()
+            for point in _defined(markup):
+                point["position"] = next(rows)
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _replaced(rows, places, table):
+    for row, point in zip(rows, table, strict=True):
+        row = list(row)
+        for place, value in zip(places, point, strict=True):
+            row[place] = _text(value)
+        yield row
+
+
+def _text(value: float) -> str:
+    """To a millionth of a millimetre."""
+    return f"{value + 0.0:.6f}"
+
+
+def _cells(path, rows, places, first):
+    """[N, 3] of three columns."""
+    table = np.empty((len(rows), 3))
+    for n, row in enumerate(rows):
+        for axis, place in enumerate(places):
+            try:
+                table[n, axis] = float(row[place])
+            except (ValueError, IndexError) as error:
+                got = f"{','.join(row)[:40]!r} in point {n + 1}"
+                raise _schema(path, "three numbers a point", got) from error
+    return table
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _usage(path, expected: str, got: str, remedy: str) -> UserError:
+    line = f"{nifti.shown(path)}: schema: expected {expected}, got {got}; {remedy}"
+    return UserError("schema", line, USAGE)
 
 
 def _numbers(path: str | os.PathLike, line: int, row: dict) -> list[float]:
