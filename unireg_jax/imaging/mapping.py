@@ -9,6 +9,7 @@ everywhere.
 
 import concurrent.futures
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,30 @@ from unireg_jax.errors import NUMERICAL, USAGE, UserError, shown
 from unireg_jax.imaging import transforms
 from unireg_jax.imaging.nifti import Volume
 
+# Spelling -> endings of its files; see `write`.
+SPELLINGS = {
+    "itk": (".h5",),
+    "ants": (".nii.gz", ".nii"),
+    "nifti1007": (".nii.gz", ".nii"),
+    "nifti1006": (".nii.gz", ".nii"),
+    "l2r": (".nii.gz", ".nii", ".npz"),
+    "slicer": (".nrrd",),
+    "affine-txt": (".txt", ".tfm"),
+    "bids": (".h5", ".txt"),
+}
+USUAL = {
+    ".h5": "itk",
+    ".nii.gz": "nifti1007",
+    ".nii": "nifti1007",
+    ".npz": "l2r",
+    ".nrrd": "slicer",
+    ".txt": "affine-txt",
+    ".tfm": "affine-txt",
+}
+_BIDS = re.compile(
+    r"([A-Za-z0-9]+-[A-Za-z0-9+]+_)*from-[A-Za-z0-9+]+_to-[A-Za-z0-9+]+_mode-image_"
+    r"([A-Za-z0-9]+-[A-Za-z0-9+]+_)*xfm\.(h5|txt)"
+)
 INTERPOLATIONS = ("linear", "nearest", "label")
 AIR_HU = -1000.0
 _SLAB_POINTS = 2**19  # some 40 MiB of float64 per worker
@@ -86,6 +111,18 @@ class Inverse(NamedTuple):
 
 
 # --- making -------------------------------------------------------------------------
+
+
+def kind_of(part: Field | np.ndarray) -> str:
+    """Names a part of a Mapping.
+
+    Args:
+        part: of `Mapping.parts`.
+
+    Returns:
+        "field" or "affine".
+    """
+    return "field" if isinstance(part, Field) else "affine"
 
 
 def grid_of(volume: Volume) -> Grid:
@@ -206,6 +243,115 @@ def compose(mappings: Sequence[Mapping], grid: Grid | None = None) -> Mapping:
     return Mapping((Field(flatten(whole, grid), grid.vox2world),))
 
 
+# --- writing ------------------------------------------------------------------------
+
+
+def spelling_of(path: str | os.PathLike, to: str | None = None) -> str:
+    """Chooses how to spell a transform, by the name of its file.
+
+    Args:
+        path: name of the file.
+        to: one of SPELLINGS; None for the usual one of the name's ending.
+
+    Returns:
+        One of SPELLINGS.
+
+    Raises:
+        ValueError: unknown `to`.
+        UserError: `name_mismatch`, exit code 2: the name does not fit.
+    """
+    if to is not None and to not in SPELLINGS:
+        raise ValueError(f"to must be one of {tuple(SPELLINGS)}, got {to!r}")
+    name = os.path.basename(os.fspath(path))
+    endings = SPELLINGS[to] if to else tuple(USUAL)
+    ending = next((e for e in endings if name.lower().endswith(e)), None)
+    fits = ending is not None
+    expected = f"a name that ends in {' or '.join(endings)}"
+    if to == "bids":
+        fits = _BIDS.fullmatch(name) is not None
+        expected = "a name such as sub-01_from-MOVING_to-FIXED_mode-image_xfm.h5"
+    if not fits:
+        raise UserError(
+            "name_mismatch",
+            f"{shown(path)}: name_mismatch: expected {expected}, got {shown(name)}; "
+            "rename it",
+            USAGE,
+        )
+    return to or USUAL[ending]
+
+
+def write(
+    path: str | os.PathLike,
+    mapping: Mapping,
+    to: str | None = None,
+    *,
+    fixed: Volume | None = None,
+    moving: Volume | None = None,
+) -> None:
+    """Writes a map in the spelling of another tool.
+
+    itk, bids: composite with all parts, exactly, unless `fixed` asks for one field
+    on its grid (bids `.txt`: one affine).
+    nifti1007 (= ants), nifti1006, slicer: one field in mm on the grid of the fixed
+    scan. l2r: one field in voxels, from the fixed file's grid to the moving file's.
+    affine-txt: a map without fields.
+
+    Args:
+        path: name of the file; one of SPELLINGS[to] at its end.
+        mapping: Mapping.
+        to: one of SPELLINGS; None for the usual one of the name's ending.
+        fixed: the scan on whose stored grid a field is written. None: the grid of the
+            first part where that is a field, on LPS+ axes.
+        moving: for l2r; None: on one grid with the fixed scan.
+
+    Raises:
+        ValueError: unknown `to`.
+        UserError: `name_mismatch`, `schema`, exit code 2: the name does not fit, the
+            spelling cannot hold this map, or a scan is missing; `storage`.
+    """
+    to = spelling_of(path, to)
+    if to == "bids":
+        to = "itk" if os.fspath(path).endswith(".h5") else "affine-txt"
+    if to == "affine-txt":
+        if mapping.fields:
+            raise _cannot(path, "a map without displacements", "a field", "use .h5")
+        matrix = compose([mapping]).parts
+        transforms.write_affine_txt(path, matrix[0] if matrix else np.eye(4))
+        return
+    if to == "itk":
+        if fixed is not None:
+            mapping = compose([mapping], grid_of(fixed))
+        if any(transforms.has_shear(f.vox2world) for f in mapping.fields):
+            raise _cannot(
+                path, "grids of perpendicular axes", "a shear", "name another grid"
+            )
+        parts = [p if isinstance(p, np.ndarray) else tuple(p) for p in mapping.parts]
+        transforms.write_parts(path, parts or [np.eye(4)])
+        return
+    if fixed is not None:
+        disp_mm, vox2world = flatten(mapping, grid_of(fixed)), fixed.vox2world
+    elif mapping.parts and isinstance(mapping.parts[0], Field):
+        grid = mapping.parts[0].grid
+        disp_mm, vox2world = flatten(mapping, grid), grid.vox2world
+    else:
+        raise _cannot(path, "the fixed scan, whose grid is needed", "none", "name it")
+    if to == "l2r":
+        place = moving and (moving.native or moving).vox2world
+        transforms.write_l2r(
+            path, disp_mm, vox2world, moving_vox2world=place, like=fixed
+        )
+    elif to == "slicer":
+        transforms.write_nrrd(path, disp_mm, vox2world, like=fixed)
+    else:
+        intent = 1006 if to == "nifti1006" else 1007
+        transforms.write_field(path, disp_mm, vox2world, like=fixed, intent=intent)
+
+
+def _cannot(path: str | os.PathLike, expected: str, got: str, remedy: str) -> UserError:
+    line = f"{shown(path)}: schema: expected {expected}, got {got}; {remedy}"
+    return UserError("schema", line, USAGE)
+
+
 # --- applying -----------------------------------------------------------------------
 
 
@@ -227,6 +373,39 @@ def points(mapping: Mapping, xyz: np.ndarray) -> np.ndarray:
         raise ValueError(f"xyz must be (..., 3) in LPS mm, got {xyz.shape}; turn axes")
     moved, _ = _through(mapping.parts, xyz.reshape(-1, 3).T)
     return moved.T.reshape(xyz.shape)
+
+
+def within(mapping: Mapping, xyz: np.ndarray) -> np.ndarray:
+    """Says which points lie within the grid of every field that they meet.
+
+    Args:
+        mapping: Mapping.
+        xyz: [..., 3] float, LPS mm, of the fixed scan.
+
+    Returns:
+        [...] bool; where False, a displacement was zero for want of a value.
+    """
+    xyz = np.asarray(xyz, np.float64)
+    _, inside = _through(mapping.parts, xyz.reshape(-1, 3).T)
+    return inside.reshape(xyz.shape[:-1])
+
+
+def sample(volume: Volume, xyz: np.ndarray) -> np.ndarray:
+    """Reads a scan at points, linearly.
+
+    Args:
+        volume: image.
+        xyz: [..., 3] float, LPS mm.
+
+    Returns:
+        [...] float32, NaN further than half a voxel beyond the voxel centres.
+    """
+    xyz = np.asarray(xyz, np.float64)
+    coords = _apply(np.linalg.inv(volume.vox2world), xyz.reshape(-1, 3).T)
+    values = np.where(
+        _inside(coords, volume.data.shape), _linear(volume.data, coords), np.nan
+    )
+    return values.astype(np.float32).reshape(xyz.shape[:-1])
 
 
 def resample(
@@ -290,6 +469,13 @@ def flatten(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.n
         [X, Y, Z, 3] float32, LPS mm.
     """
     out = np.empty((*grid.shape, 3), np.float32)
+    if (
+        len(mapping.parts) == 1
+        and mapping.fields
+        and same(mapping.fields[0].grid, grid)
+    ):
+        out[:] = mapping.fields[0].disp_mm
+        return out
 
     def work(part: slice) -> None:
         xyz = _positions(grid, part)
@@ -304,6 +490,8 @@ def jacobian(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.
     """Determinant of the Jacobian of the whole map, slab by slab.
 
     Central differences over one voxel on each side, one-sided at the border of grid.
+    Where a field ends within the grid the map jumps, which looks like folds there: see
+    `coverage`.
 
     Args:
         mapping: Mapping.
@@ -333,6 +521,27 @@ def jacobian(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.
         )
         cross = xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx)
         out[:, :, part] = (cross + xz * (yx * zy - yy * zx)) / size
+
+    _slabs(work, grid.shape, threads)
+    return out
+
+
+def coverage(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.ndarray:
+    """Says where a grid lies within the fields of a map, slab by slab.
+
+    Args:
+        mapping: Mapping.
+        grid: of the fixed scan, or any other.
+        threads: workers; None for one per core.
+
+    Returns:
+        [X, Y, Z] bool, see `within`.
+    """
+    out = np.empty(grid.shape, bool)
+
+    def work(part: slice) -> None:
+        _, inside = _through(mapping.parts, _positions(grid, part))
+        out[:, :, part] = inside.reshape(out[:, :, part].shape)
 
     _slabs(work, grid.shape, threads)
     return out
@@ -586,7 +795,7 @@ def _through(
     for step in parts:
         if not isinstance(step, Field):
             xyz = _apply(step, xyz)
-        elif on is not None and _same(step.grid, on):
+        elif on is not None and same(step.grid, on):
             xyz = xyz + np.moveaxis(step.disp_mm[:, :, part], -1, 0).reshape(3, -1)
         else:
             coords = _apply(np.linalg.inv(step.vox2world), xyz)
@@ -678,8 +887,16 @@ def _positions(grid: Grid, part: slice) -> np.ndarray:
     return out.reshape(3, -1)
 
 
-def _same(a: Grid, b: Grid) -> bool:
-    """Whether two grids' voxels lie at the same places."""
+def same(a: Grid, b: Grid) -> bool:
+    """Says whether the voxels of two grids lie at the same places.
+
+    Args:
+        a: Grid.
+        b: Grid.
+
+    Returns:
+        Whether shapes are equal and no voxel is off by more than 1e-4 mm.
+    """
     if tuple(a.shape) != tuple(b.shape):
         return False
     gap = np.abs(a.vox2world - b.vox2world)
