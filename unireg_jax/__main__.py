@@ -24,7 +24,15 @@ from unireg_jax.verbs.messages import complain, one_line, with_reason
 # test compares the lines with the modules'.
 VERBS = {
     "register": "one pair of scans -> transform and warped image",
+    "batch": "a list of pairs -> transforms and warped images",
     "evaluate": "metrics of any transform",
+    "warp": "a scan or labels through a transform",
+    "warp-points": "points through a transform",
+    "invert": "the transform back, and how well it leads back",
+    "compose": "several transforms as one",
+    "convert": "a transform in the spelling of another tool",
+    "check-transform": "what a transform file holds and what is wrong with it",
+    "jacobian": "map and statistics of local volume change",
     "export": "the network as a StableHLO file",
     "weights": "convert, list and verify weights",
     "info": "version, tasks and weights",
@@ -120,6 +128,7 @@ def _internal(error: Exception, args: argparse.Namespace) -> int:
         sys.stderr.write(trace)
     name = f"unireg-error-{uuid.uuid4().hex[:8]}.log"
     where = "no log could be written"
+    # --out of a verb that writes into a folder; one that writes a file calls it `file`.
     for folder in (getattr(args, "out", None), tempfile.gettempdir()):
         if folder is None:
             continue

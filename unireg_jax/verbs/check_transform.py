@@ -1,0 +1,280 @@
+"""`unireg check-transform`: what a transform file holds and what is wrong with it."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unireg_jax.errors import NUMERICAL, UserError, shown
+from unireg_jax.imaging import mapping, nifti, orientation, transforms
+from unireg_jax.imaging.mapping import Field, Grid, Mapping
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.verbs import options, outputs
+from unireg_jax.verbs.messages import number, one_line
+
+HELP = "what a transform file holds and what is wrong with it"
+
+_SPELLED = {
+    "nifti": "NIfTI displacement field",
+    "l2r": "Learn2Reg field",
+    "itk": "ITK transform file",
+    "itk_image": "NRRD or MetaImage displacement field",
+}
+_FAR_MM = 300.0  # no organ is so far from itself in two scans of one frame
+_BROKEN = ("field_nonfinite", "field_range", "affine_nonfinite", "affine_singular")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this verb."""
+    parser.description = (
+        "Prints the parts of a transform in the order in which they act on a point of "
+        "the fixed scan, their grids, lengths of displacements in mm, folding, and a "
+        "verdict. With both scans it also says whether the map helps, and whether it "
+        "would help more if its vectors were mirrored, turned round or in voxels. Exit "
+        "code 8 for a transform that cannot be right, such as one with NaN."
+    )
+    parser.epilog = (
+        "example: unireg check-transform c_1Warp.nii.gz -f fixed.nii.gz "
+        "-m moving.nii.gz"
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", help="transform in any spelling that unireg reads")
+    add("-f", "--fixed", metavar="FILE", help="fixed scan")
+    add("-m", "--moving", metavar="FILE", help="moving scan")
+    options.add_messages(parser, quiet=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code."""
+    fixed = nifti.read_image(args.fixed) if args.fixed else None
+    moving = nifti.read_image(args.moving) if args.moving else None
+    found: dict[str, Any] = {"schema": 1, "verb": "check-transform"}
+    broken = None
+    try:
+        spelled = transforms.spelling(args.file)
+        whole = mapping.read(args.file, fixed=fixed, moving=moving)
+    except UserError as error:
+        if error.reason not in _BROKEN:
+            raise
+        broken = error
+    name, path = Path(args.file).name, Path(args.file)
+    found["transform"] = {"name": name, **outputs.digest(path)}
+    if broken is None:
+        found["spelling"] = _SPELLED[spelled]
+        found |= _describe(whole, fixed, moving)
+    else:
+        found |= {"verdict": "bad", "findings": [one_line(broken)]}
+    if args.json:
+        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    else:
+        text = _table(found)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    if found["verdict"] == "bad":
+        reason = broken.reason if broken else "field_range"
+        line = f"{shown(args.file)}: {reason}: {found['findings'][0]}"
+        raise UserError(reason, str(broken or line), NUMERICAL)
+    return 0
+
+
+def _describe(
+    whole: Mapping, fixed: Volume | None, moving: Volume | None
+) -> dict[str, Any]:
+    """Parts, findings and verdict."""
+    findings: list[str] = []
+    parts = [
+        _field(part, findings) if isinstance(part, Field) else _affine(part, findings)
+        for part in whole.parts
+    ]
+    found: dict[str, Any] = {"acts_from": "fixed to moving, LPS mm", "parts": parts}
+    first = whole.parts[0] if whole.parts else None
+    if fixed is not None and isinstance(first, Field):
+        found["fixed_grid"] = _compared(first.grid, mapping.grid_of(fixed), findings)
+    if fixed is not None and moving is not None:
+        found["similarity"] = _readings(whole, fixed, moving, findings)
+    found["verdict"] = "warn" if findings else "ok"
+    return found | {"findings": findings}
+
+
+def _affine(matrix: np.ndarray, findings: list[str]) -> dict[str, Any]:
+    """Numbers of one affine."""
+    scales = np.linalg.svd(matrix[:3, :3], compute_uv=False)
+    determinant = float(np.linalg.det(matrix[:3, :3]))
+    if determinant < 0:
+        findings.append("mirrored: the affine mirrors the scan")
+    if scales.max() > 3 or scales.min() < 1 / 3:
+        findings.append(
+            f"field_range: the affine scales by {scales.min():.3g} to "
+            f"{scales.max():.3g}: voxels taken for mm?"
+        )
+    return {
+        "kind": "affine",
+        "matrix": matrix.tolist(),
+        "determinant": determinant,
+        "scales": [round(float(s), 6) for s in scales],
+    }
+
+
+def _field(part: Field, findings: list[str]) -> dict[str, Any]:
+    """Grid, lengths and folds of one field."""
+    shape = part.grid.shape
+    lengths = np.concatenate(
+        [
+            np.linalg.norm(part.disp_mm[:, :, k], axis=-1).ravel()
+            for k in range(shape[2])
+        ]
+    )
+    longest = float(lengths.max())
+    folds = None
+    if min(shape) > 1:
+        detj = mapping.jacobian(Mapping((part,)), part.grid)
+        folds = 100 * float((detj <= 0).mean())
+        if folds > 0:
+            findings.append(f"folding: {folds:.3g} % of the voxels of a field")
+    if longest > _FAR_MM:
+        findings.append(
+            f"field_range: a displacement of {longest:.4g} mm is longer than "
+            f"{_FAR_MM:g} mm: another unit?"
+        )
+    if longest == 0:
+        findings.append("constant: the field is zero everywhere")
+    elif longest <= np.sqrt(3) and lengths.mean() < 0.5:
+        findings.append(
+            f"field_range: no displacement is longer than {longest:.3g} mm: "
+            "normalised coordinates in place of mm?"
+        )
+    return {
+        "kind": "field",
+        "shape": list(shape),
+        "spacing_mm": list(orientation.spacing_mm(part.vox2world)),
+        "axes": orientation.axis_codes(part.vox2world),
+        "origin_mm": part.vox2world[:3, 3].tolist(),
+        "mean_mm": float(lengths.mean(dtype=np.float64)),
+        "p95_mm": float(np.percentile(lengths, 95)),
+        "max_mm": longest,
+        "fold_percent": folds,
+        "shear": transforms.has_shear(part.vox2world),
+    }
+
+
+def _compared(grid: Grid, fixed: Grid, findings: list[str]) -> str:
+    """How the grid of the first field lies to that of the fixed scan."""
+    if mapping.same(grid, fixed):
+        return "the same"
+    whole = Mapping((Field(np.zeros((*grid.shape, 3), np.float32), grid.vox2world),))
+    inside = mapping.within(whole, _lattice(fixed))
+    share = 100 * float(inside.mean())
+    if share < 50:
+        findings.append(
+            f"grid_mismatch: the field covers {share:.3g} % of the fixed scan: the "
+            "transform of another pair, or the way back?"
+        )
+    return f"another, covers {share:.4g} % of the fixed scan"
+
+
+def _readings(
+    whole: Mapping, fixed: Volume, moving: Volume, findings: list[str]
+) -> dict[str, float | None]:
+    """Correlation of the scans, as the map is written and as it may be meant."""
+    points = _lattice(mapping.grid_of(fixed))
+    there = mapping.sample(fixed, points)
+    read = {
+        "none": Mapping(()),
+        "as written": whole,
+        "mirrored in x and y (RAS for LPS)": _changed(whole, _mirrored),
+        "turned round (moving to fixed)": _changed(whole, _negated),
+        "in voxels": _changed(whole, _in_voxels),
+    }
+    if not whole.fields:
+        read = {k: read[k] for k in ("none", "as written")}
+        if whole.parts:
+            matrix = mapping.compose([whole]).parts[0]
+            read["turned round (moving to fixed)"] = mapping.affine(
+                np.linalg.inv(matrix)
+            )
+    scores = {
+        name: _correlation(there, mapping.sample(moving, mapping.points(way, points)))
+        for name, way in read.items()
+    }
+    known = {name: score for name, score in scores.items() if score is not None}
+    best = max(known, key=known.get, default="as written")
+    if known.get(best, 0) > (known.get("as written", -1.0)) + 0.01:
+        findings.append(
+            f"mirrored: the scans agree better ({known[best]:.3f}) read as '{best}' "
+            f"than as written ({known.get('as written', float('nan')):.3f})"
+        )
+    return scores
+
+
+def _changed(whole: Mapping, change) -> Mapping:
+    return Mapping(
+        tuple(
+            part._replace(disp_mm=change(part)) if isinstance(part, Field) else part
+            for part in whole.parts
+        )
+    )
+
+
+def _mirrored(part: Field) -> np.ndarray:
+    return part.disp_mm * np.array([-1, -1, 1], np.float32)
+
+
+def _negated(part: Field) -> np.ndarray:
+    return -part.disp_mm
+
+
+def _in_voxels(part: Field) -> np.ndarray:
+    return part.disp_mm @ part.vox2world[:3, :3].T.astype(np.float32)
+
+
+def _lattice(grid: Grid) -> np.ndarray:
+    """[N, 3] LPS mm of some 48 voxels along each axis."""
+    axes = [np.arange(0, n, max(1, n // 48)) for n in grid.shape]
+    index = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    return index @ grid.vox2world[:3, :3].T + grid.vox2world[:3, 3]
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Over points that both scans have, HU clipped; None for too few."""
+    both = np.isfinite(a) & np.isfinite(b)
+    if both.sum() < 0.1 * both.size:
+        return None
+    a, b = (np.clip(v[both], -1000, 1000).astype(np.float64) for v in (a, b))
+    if a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _table(found: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = []
+    if "parts" in found:
+        lines.append(f"spelling     {found['spelling']}")
+        lines.append(f"acts from    {found['acts_from']}")
+    for n, part in enumerate(found.get("parts", []), start=1):
+        lines.append(f"part {n}       {_part(part)}")
+    if "fixed_grid" in found:
+        lines.append(f"fixed grid   {found['fixed_grid']}")
+    for name, score in found.get("similarity", {}).items():
+        lines.append(f"correlation  {number(score).ljust(8)} {name}")
+    lines.append(f"verdict      {found['verdict']}")
+    lines += [f"  {line}" for line in found["findings"]]
+    return "\n".join(lines) + "\n"
+
+
+def _part(part: dict[str, Any]) -> str:
+    if part["kind"] == "affine":
+        scales = ", ".join(f"{s:.4g}" for s in part["scales"])
+        shift = ", ".join(f"{row[3]:.4g}" for row in part["matrix"][:3])
+        return f"affine: scales {scales}; shift of the origin {shift} mm"
+    shape = "x".join(map(str, part["shape"]))
+    spacing = "x".join(f"{s:.4g}" for s in part["spacing_mm"])
+    folds = "-" if part["fold_percent"] is None else f"{part['fold_percent']:.3g}"
+    return (
+        f"field: {shape} voxels of {spacing} mm, axes {part['axes']}; mean "
+        f"{part['mean_mm']:.4g}, 95 % {part['p95_mm']:.4g}, longest "
+        f"{part['max_mm']:.4g} mm; folds {folds} %"
+    )

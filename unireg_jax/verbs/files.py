@@ -1,0 +1,171 @@
+"""Files of the verbs that read transforms: arguments, checks, reading, writing."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unireg_jax.errors import STORAGE, USAGE, UserError, shown
+from unireg_jax.imaging import mapping, nifti, transforms
+from unireg_jax.imaging.mapping import Mapping
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.verbs import options, outputs
+
+
+def add_transforms(parser: argparse.ArgumentParser, *, one: bool = False) -> None:
+    """-t, once or more."""
+    once = "field, ITK transform, ANTs .mat, NRRD [itk]"
+    parser.add_argument(
+        *("-t", "--transform"),
+        dest="transforms",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help=once
+        if one
+        else f"{once}; several: the first acts first on points of the "
+        "fixed scan, as antsApplyTransforms lists them",
+    )
+
+
+def add_out(parser: argparse.ArgumentParser, endings: str, *, required=True) -> None:
+    """-o FILE and --overwrite."""
+    parser.add_argument(
+        *("-o", "--out"),
+        dest="file",
+        required=required,
+        metavar="FILE",
+        help=f"name ending in {endings}",
+    )
+    options.add_overwrite(parser, "FILE")
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number expected, got {text[:40]!r}")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    if (value := number(text)) <= 0:
+        raise argparse.ArgumentTypeError(
+            f"a number above 0 such as 0.01 expected, got {text[:40]!r}"
+        )
+    return value
+
+
+def output(
+    path: str,
+    endings: Sequence[str],
+    *,
+    overwrite: bool,
+    inputs: Sequence[str | None] = (),
+) -> None:
+    """Refuses, before any work, a file that could not or must not be written.
+
+    Raises:
+        UserError: exit code 2: `name_mismatch` for another ending, `id_duplicate` for a
+            file that exists, or is one of the inputs; exit code 6: `storage` for a
+            folder that is absent or not writable.
+    """
+    if endings and not path.lower().endswith(tuple(endings)):
+        raise UserError(
+            "name_mismatch",
+            f"--out {shown(path)}: a name that ends in {' or '.join(endings)} "
+            "expected; rename it",
+            USAGE,
+        )
+    given = [p for p in inputs if p and os.path.exists(p)]
+    if os.path.exists(path) and any(os.path.samefile(path, p) for p in given):
+        raise UserError(
+            "id_duplicate",
+            f"--out {shown(path)} is one of the inputs; choose another name",
+            USAGE,
+        )
+    if os.path.lexists(path) and not (overwrite and os.path.isfile(path)):
+        raise UserError(
+            "id_duplicate",
+            f"{shown(path)} exists; pass --overwrite to replace it, or choose another "
+            "name"
+            if not os.path.isdir(path)
+            else f"{shown(path)} is a folder; name a file in it",
+            USAGE,
+        )
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            "storage",
+            f"--out {shown(path)}: a folder that exists and is writable expected, got "
+            f"{shown(folder)}; make it, or choose another",
+            STORAGE,
+        )
+
+
+def read_chain(
+    paths: Sequence[str], *, fixed: Volume | None = None, moving: Volume | None = None
+) -> Mapping:
+    """One or several transforms as one map, every part kept.
+
+    Learn2Reg fields, which need the scans, can only stand alone.
+    """
+    if len(paths) > 1 and any(_is_l2r(path) for path in paths):
+        raise UserError(
+            "schema",
+            "--transform: a Learn2Reg field stands alone expected, got it in a list; "
+            "convert it to .h5 first",
+            USAGE,
+        )
+    return mapping.compose(
+        [mapping.read(path, fixed=fixed, moving=moving) for path in paths]
+    )
+
+
+def _is_l2r(path: str) -> bool:
+    return transforms.spelling(path) == "l2r"
+
+
+def read_grid(path: str | None) -> Volume | None:
+    """Geometry and header of a scan, without its voxels."""
+    if path is None:
+        return None
+    volume = nifti.read_image(path)
+    none = np.broadcast_to(np.uint8(0), volume.data.shape)
+    return volume._replace(data=none)
+
+
+def report(args: argparse.Namespace, verb: str, **content: Any) -> None:
+    """JSON on stdout, if asked for: what was read, what was written, and numbers."""
+    if not args.json:
+        return
+    known: dict[str, Any] = {"schema": 1, "verb": verb}
+    known["transforms"] = [_file(path) for path in args.transforms]
+    for name in ("fixed", "moving", "points"):
+        if getattr(args, name, None):
+            known[name] = _file(getattr(args, name))
+    if getattr(args, "file", None):
+        known["out"] = _file(args.file)
+    text = json.dumps(known | content, indent=2, allow_nan=False) + "\n"
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _file(path: str) -> dict[str, Any]:
+    return {"name": Path(path).name, **outputs.digest(Path(path))}
+
+
+def plain(values: dict[str, float]) -> dict[str, float | None]:
+    """Without NaN, which JSON does not have."""
+    return {
+        k: None if isinstance(v, float) and v != v else v for k, v in values.items()
+    }

@@ -1,0 +1,101 @@
+"""`unireg invert`: the transform back, and how well it leads back."""
+
+import argparse
+
+import numpy as np
+
+from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.imaging import mapping, nifti
+from unireg_jax.verbs import files, options
+from unireg_jax.verbs.messages import number, progress
+
+HELP = "the transform back, and how well it leads back"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this verb."""
+    parser.description = (
+        "Writes the map from the moving scan back to the fixed one, found by fixed "
+        "point iteration: one field on the grid of the moving scan, or the exact "
+        "inverse of affines. The residual |T(S(y)) - y| is reported in mm. Voxels that "
+        "nothing within the grid of the displacements leads to get the edge continued."
+    )
+    parser.epilog = (
+        "example: unireg invert -t c_1Warp.nii.gz -m moving.nii.gz "
+        "-o c_1InverseWarp.nii.gz"
+    )
+    add = parser.add_argument
+    files.add_transforms(parser)
+    add(
+        *("-m", "--moving", "--reference"),
+        dest="moving",
+        metavar="FILE",
+        help="moving scan, whose grid the result has; not needed for affines",
+    )
+    add("-f", "--fixed", metavar="FILE", help="fixed scan, for a Learn2Reg field")
+    files.add_out(parser, ", ".join(mapping.USUAL))
+    add(
+        "--tolerance",
+        type=files.positive,
+        default=0.01,
+        metavar="MM",
+        help="largest residual of a solved voxel, default 0.01",
+    )
+    add(
+        "--max-unsolved",
+        type=options.weight,
+        default=1.0,
+        metavar="PERCENT",
+        help="of the covered voxels; more end in exit code 8, default 1",
+    )
+    add(
+        "--residual-out",
+        metavar="FILE",
+        help="the residual in mm as NIfTI, -1 where nothing leads to",
+    )
+    options.add_messages(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code."""
+    mapping.spelling_of(args.file)
+    inputs = (args.moving, args.fixed, *args.transforms)
+    files.output(args.file, (), overwrite=args.overwrite, inputs=inputs)
+    if args.residual_out:
+        endings = (".nii.gz", ".nii")
+        names = (*inputs, args.file)
+        files.output(args.residual_out, endings, overwrite=args.overwrite, inputs=names)
+    say = progress(args.quiet)
+    say("reading")
+    fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    if whole.fields and moving is None:
+        raise UserError(
+            "schema",
+            "--moving: the scan that the transform leads to expected, got none; name "
+            "it: its grid is that of the inverse",
+            USAGE,
+        )
+    say("inverting")
+    grid = mapping.grid_of(moving) if moving else mapping.Grid((2, 2, 2), np.eye(4))
+    inverse = mapping.invert(whole, grid, tolerance_mm=args.tolerance)
+    stats = inverse.stats
+    mapping.check_inverse(inverse, args.transforms[0], args.max_unsolved)
+    if stats["unsolved_percent"] > 0:
+        say(
+            f"warning: folding: {number(stats['unsolved_percent'])} % of the covered "
+            f"voxels are off by more than {args.tolerance:g} mm, at most "
+            f"{number(stats['residual_max_mm'])} mm; see --residual-out"
+        )
+    mapping.write(args.file, inverse.mapping, fixed=moving, moving=fixed)
+    if args.residual_out and moving:
+        residual = np.nan_to_num(inverse.residual_mm, nan=-1)
+        nifti.write_like(args.residual_out, residual, moving)
+    say(
+        f"done: {shown(args.file)}, residual {number(stats['residual_mean_mm'])} mm in "
+        f"the mean, {number(stats['residual_max_mm'])} mm at most, "
+        f"{number(stats['between_mean_mm'])} mm between voxels, "
+        f"{number(stats['covered_percent'])} % of the grid covered"
+    )
+    files.report(args, "invert", **files.plain(stats))
+    return 0

@@ -1,0 +1,125 @@
+"""`unireg jacobian`: map and statistics of local volume change."""
+
+import argparse
+import sys
+
+import numpy as np
+from scipy import ndimage
+
+from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.imaging import mapping, nifti
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.verbs import files, options
+from unireg_jax.verbs.messages import number, progress
+
+HELP = "map and statistics of local volume change"
+
+_ENDINGS = (".nii.gz", ".nii")
+_FLOOR = 1e-9  # of the determinant, before the logarithm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this verb."""
+    parser.description = (
+        "Determinant of the Jacobian of the whole map, affines included, by central "
+        "differences: volume in the moving scan over volume in the fixed one; 0 or "
+        "less where the map folds. Statistics go to stdout, the map to --out. Voxels "
+        "at or beyond the border of the displacements, where the map jumps, are left out "
+        "of the statistics."
+    )
+    parser.epilog = (
+        "example: unireg jacobian -t c_1Warp.nii.gz -o c_jacobian.nii.gz --log"
+    )
+    add = parser.add_argument
+    files.add_transforms(parser)
+    add(
+        *("-f", "--fixed", "--reference"),
+        dest="fixed",
+        metavar="FILE",
+        help="fixed scan that gives the grid; default: that of the field that acts "
+        "first",
+    )
+    add("-m", "--moving", metavar="FILE", help="moving scan, for a Learn2Reg field")
+    add("--mask", metavar="FILE", help="statistics where it is above 0, default all")
+    files.add_out(parser, ".nii.gz or .nii", required=False)
+    add("--log", action="store_true", help="write log max(determinant, 1e-9)")
+    options.add_messages(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code."""
+    inputs = (args.fixed, args.mask, *args.transforms)
+    if args.file:
+        files.output(args.file, _ENDINGS, overwrite=args.overwrite, inputs=inputs)
+    say = progress(args.quiet)
+    say("reading")
+    fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    target = fixed or _own_grid(whole)
+    mask = None
+    if args.mask:
+        volume = nifti.read_labels(args.mask)
+        nifti.check_same_grid(target, volume)
+        mask = volume.data > 0
+    say("measuring")
+    detj = mapping.jacobian(whole, mapping.grid_of(target))
+    known = ndimage.binary_erosion(
+        mapping.coverage(whole, mapping.grid_of(target)),
+        np.ones((3, 3, 3)),
+        border_value=1,
+    )
+    beyond = 100 * float(1 - known.mean())
+    known = known if mask is None else known & mask
+    stats = statistics(detj[known]) | {"beyond_percent": beyond}
+    if args.file:
+        out = np.log(np.maximum(detj, _FLOOR)) if args.log else detj
+        nifti.write_like(args.file, out, target)
+        say(f"done: {shown(args.file)}")
+    if args.json:
+        files.report(args, "jacobian", **files.plain(stats))
+        return 0
+    lines = [f"{name.ljust(16)} {number(value)}\n" for name, value in stats.items()]
+    sys.stdout.write("".join(lines))
+    sys.stdout.flush()
+    return 0
+
+
+def statistics(detj: np.ndarray) -> dict[str, float]:
+    """Of determinants [...]: their number, range, and share of folds.
+
+    Returns:
+        voxels; mean, min, p1, p99, max; sd_log, the standard deviation of
+        log max(determinant, 1e-9); fold_percent, the share of 0 or less.
+    """
+    if not detj.size:
+        raise UserError(
+            "empty",
+            "--fixed, --mask: empty: expected one voxel or more within the "
+            "displacements, got none; check both",
+            USAGE,
+        )
+    logs = np.log(np.maximum(detj, _FLOOR))
+    low, high = np.percentile(detj, (1, 99))
+    return {
+        "voxels": int(detj.size),
+        "mean": float(detj.mean(dtype=np.float64)),
+        "min": float(detj.min()),
+        "p1": float(low),
+        "p99": float(high),
+        "max": float(detj.max()),
+        "sd_log": float(logs.std(dtype=np.float64)),
+        "fold_percent": 100 * float((detj <= 0).mean()),
+    }
+
+
+def _own_grid(whole: mapping.Mapping) -> Volume:
+    """Of the field that acts first, as a volume without voxels."""
+    if not whole.parts or mapping.kind_of(whole.parts[0]) != "field":
+        raise UserError(
+            "schema",
+            "--fixed: the scan that gives the grid expected, got none, and no field "
+            "acts first; name it",
+            USAGE,
+        )
+    grid = whole.parts[0].grid
+    return Volume(np.broadcast_to(np.uint8(0), grid.shape), grid.vox2world)

@@ -1,0 +1,130 @@
+"""`unireg warp`: a scan or labels through a transform."""
+
+import argparse
+
+import numpy as np
+
+from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.imaging import mapping, nifti
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.verbs import files, options
+from unireg_jax.verbs.messages import number, progress
+
+HELP = "a scan or labels through a transform"
+
+_ENDINGS = (".nii.gz", ".nii")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this verb."""
+    parser.description = (
+        "Brings the moving scan onto the grid of the fixed one: at each voxel x of the "
+        "fixed grid the moving scan is read at T(x). The file has the geometry of the "
+        "fixed scan and the type of the moving one."
+    )
+    parser.epilog = (
+        "example: unireg warp -m moving_seg.nii.gz -f fixed.nii.gz -t c_1Warp.nii.gz "
+        "-o warped_seg.nii.gz --interp label"
+    )
+    add = parser.add_argument
+    add("-m", "--moving", required=True, metavar="FILE", help="scan or labels to warp")
+    add(
+        *("-f", "--fixed", "--reference"),
+        dest="fixed",
+        required=True,
+        metavar="FILE",
+        help="scan that gives the grid",
+    )
+    files.add_transforms(parser)
+    files.add_out(parser, ".nii.gz or .nii")
+    add(
+        "--interp",
+        choices=mapping.INTERPOLATIONS,
+        default="linear",
+        help="default linear; label: the id with the largest trilinear share",
+    )
+    add(
+        "--fill-value",
+        type=files.number,
+        metavar="X",
+        help="beyond the moving scan; default air (-1000) for a CT, the smallest value "
+        "of another image, 0 with label",
+    )
+    add(
+        "--inverse",
+        action="store_true",
+        help="refused: `unireg invert` makes the transform back",
+    )
+    options.add_messages(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code."""
+    if args.inverse:
+        raise UserError(
+            "schema",
+            "--inverse: a transform that leads from the fixed to the moving scan "
+            "expected; run `unireg invert` once and pass its file",
+            USAGE,
+        )
+    inputs = (args.moving, args.fixed, *args.transforms)
+    files.output(args.file, _ENDINGS, overwrite=args.overwrite, inputs=inputs)
+    say = progress(args.quiet)
+    say("reading")
+    fixed = files.read_grid(args.fixed)
+    label = args.interp == "label"
+    moving = (nifti.read_labels if label else nifti.read_image)(args.moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    if args.interp == "linear" and _like_labels(moving.data):
+        say(
+            f"warning: {shown(args.moving)} looks like a label map; --interp label "
+            "keeps its ids"
+        )
+    fill = 0 if label else _air(moving.data)
+    fill = fill if args.fill_value is None else args.fill_value
+    moving, dtype = _stored(moving, fill)
+    say("warping")
+    grid = mapping.grid_of(fixed)
+    warped = mapping.resample(whole, moving, grid, interp=args.interp, fill=fill)
+    if (warped == fill).all() and not (moving.data == fill).all():
+        raise UserError(
+            "no_overlap",
+            f"{shown(args.transforms[0])}: no_overlap: expected a map into "
+            f"{shown(args.moving)}, got none of its voxels; check the order and the "
+            "direction of the transforms with `unireg check-transform`",
+        )
+    say("writing")
+    nifti.write_like(args.file, warped, fixed, dtype=dtype)
+    say(f"done: {shown(args.file)}, {args.interp}, {number(fill)} outside")
+    files.report(args, "warp", interp=args.interp, fill=fill, dtype=str(dtype))
+    return 0
+
+
+def _air(data: np.ndarray) -> float:
+    """Air for a CT; the smallest value for an image that holds no air."""
+    low = float(data.min())
+    return mapping.AIR_HU if low < mapping.AIR_HU / 2 else low
+
+
+def _stored(moving: Volume, fill: float) -> tuple[Volume, np.dtype]:
+    """The volume in a type that holds `fill`, and the type to store: the file's own."""
+    data = moving.data
+    if data.dtype.kind in "iu" and np.array(fill).astype(data.dtype) != fill:
+        data = data.astype(np.float32)
+    dtype = data.dtype
+    header = moving.header
+    scaled = float(header["scl_slope"]) not in (0, 1) or float(header["scl_inter"])
+    own = np.dtype(header.get_data_dtype()).newbyteorder("=")
+    if data.dtype == moving.data.dtype and not scaled:
+        fits = own.kind == "f" or np.array(fill).astype(own) == fill
+        dtype = own if fits else dtype
+    return moving._replace(data=data), dtype
+
+
+def _like_labels(data: np.ndarray) -> bool:
+    """Few whole ids, most of them 0: no image looks so."""
+    if data.dtype.kind not in "iu":
+        return False
+    sample = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
+    ids = np.unique(sample)
+    return bool(ids[0] == 0 and ids.size < 150 and (sample == 0).mean() > 0.5)

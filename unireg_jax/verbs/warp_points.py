@@ -1,0 +1,78 @@
+"""`unireg warp-points`: points through a transform."""
+
+import argparse
+
+import numpy as np
+
+from unireg_jax.errors import shown
+from unireg_jax.imaging import mapping, points
+from unireg_jax.verbs import files, options
+from unireg_jax.verbs.messages import number, progress
+
+HELP = "points through a transform"
+
+_ENDINGS = (".csv", ".fcsv", ".json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this verb."""
+    parser.description = (
+        "Sends points of the fixed scan to the moving one. A registration leads this "
+        "way: images come back along it, points go forth. Points of the moving scan "
+        "need the transform back, see `unireg invert`."
+    )
+    parser.epilog = (
+        "example: unireg warp-points --points fixed.csv --space lps -t c_1Warp.nii.gz "
+        "-o moving.csv"
+    )
+    add = parser.add_argument
+    add(
+        *("-p", "--points"),
+        required=True,
+        metavar="FILE",
+        help=".csv with columns x, y, z, or Slicer's .fcsv or .mrk.json",
+    )
+    files.add_transforms(parser)
+    files.add_out(parser, ".csv, .fcsv or .mrk.json")
+    add(
+        "--space",
+        choices=points.SPACES,
+        help="of the coordinates, mm or voxels from 0 as stored; Slicer's files tell",
+    )
+    add("--out-space", choices=points.SPACES, help="of the result, default the same")
+    add("-f", "--fixed", metavar="FILE", help="fixed scan, for voxels")
+    add("-m", "--moving", metavar="FILE", help="moving scan, for voxels")
+    options.add_messages(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code."""
+    inputs = (args.points, *args.transforms)
+    files.output(args.file, _ENDINGS, overwrite=args.overwrite, inputs=inputs)
+    say = progress(args.quiet)
+    fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
+    given = points.read_file(args.points, args.space, fixed)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    moved = mapping.points(whole, given.xyz)
+    found = given._replace(xyz=moved)
+    points.write_file(args.file, found, args.out_space or given.space, moving)
+    way = np.linalg.norm(moved - given.xyz, axis=1)
+    beyond = int((~mapping.within(whole, given.xyz)).sum())
+    if beyond:
+        say(
+            f"warning: {beyond} of {len(way)} points lie beyond the grid of the "
+            "displacements, which are zero there"
+        )
+    say(
+        f"done: {shown(args.file)}, {len(way)} points moved by {number(way.mean())} "
+        f"mm in the mean, {number(way.max())} mm at most"
+    )
+    files.report(
+        args,
+        "warp-points",
+        count=len(way),
+        beyond=beyond,
+        mean_mm=float(way.mean()),
+        max_mm=float(way.max()),
+    )
+    return 0
