@@ -1,15 +1,27 @@
 """What every experiment's `main` shares: JAX settings, and errors as one line."""
 
+import errno
 import functools
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
 
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import STORAGE, USAGE, UserError
 from unireg_jax.registration.compilation_cache import use_compilation_cache
+
+# What a disk refuses, and not a mistake in a path.
+_STORAGE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+)
 
 
 def setup() -> None:
@@ -28,7 +40,10 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns a UserError into one line on stderr and its exit code."""
+    """Turns a UserError into one line on stderr and its exit code.
+
+    So too what a disk refuses (6) and Ctrl-C (130): nothing that it would lose.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Any) -> Any:
@@ -37,6 +52,18 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             print(f"error: {error.reason}: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in _STORAGE:
+                raise
+            print(
+                f"error: storage: {error.filename or 'a file'}: {error.strerror}; free "
+                "space or mend the disk, then run the same command again",
+                file=sys.stderr,
+            )
+            sys.exit(STORAGE)
+        except KeyboardInterrupt:
+            print("stopped; run again to start again", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     return wrapped
 

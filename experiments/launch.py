@@ -6,6 +6,7 @@ the common case: then nothing here costs anything.
 
 import contextlib
 import hashlib
+import importlib.metadata
 import os
 import sys
 import threading
@@ -100,7 +101,7 @@ def compare(config: Any, data_digest: str) -> None:
     drawn.pop("data.root")  # a path; its content is compared
     mine = {
         "config": hashlib.sha256(repr(sorted(drawn.items())).encode()).hexdigest(),
-        "code": _code_digest(),
+        "code": code_digest(),
         "data": hashlib.sha256(data_digest.encode()).hexdigest(),
     }
     rows = np.array([list(bytes.fromhex(x)) for x in mine.values()], np.int32)
@@ -119,13 +120,33 @@ def compare(config: Any, data_digest: str) -> None:
             )
 
 
-def _code_digest() -> str:
-    """Of the sources of all rooms."""
+def code_digest() -> str:
+    """Of the sources of all rooms, as hexadecimal digits."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(p for room in _ROOMS for p in (root / room).rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def facts(config: Any, *, data: str, features: str = "") -> dict[str, Any]:
+    """What a saved step says of the run: digests of data, features and code; config.
+
+    Args:
+        config: ConfigDict of the run.
+        data: digest of the prepared data.
+        features: digest of the weights of frozen features, or "".
+    """
+    try:
+        version = importlib.metadata.version("unireg-jax")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    return {
+        "config": config.to_dict(),
+        "data": data,
+        "features": features,
+        "code": f"{version} {code_digest()[:16]}",
+    }
 
 
 class Stop:

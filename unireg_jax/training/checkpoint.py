@@ -1,80 +1,215 @@
 """Checkpoints of a run: state and data iterator together, config beside them.
 
-Layout: <workdir>/config.json, <workdir>/checkpoints/<step>/ (Orbax).
+Layout: <workdir>/config.json; <workdir>/checkpoints/<step>/ with Orbax's files and
+manifest.json, see steps.py and manifest.py. What holds when: docs/reliability.md.
 """
 
 import json
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain.checkpoint
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from unireg_jax.errors import CHECKPOINT, USAGE, UserError
+from unireg_jax.errors import CHECKPOINT, DATA_CHANGED, USAGE, UserError, shown
 from unireg_jax.registration import weights
+from unireg_jax.training import manifest
 from unireg_jax.training.state import TrainState
+from unireg_jax.training.steps import Steps, first_line, storage
+
+FOLDER = "checkpoints"  # in a work folder
+_CONFIG = "config.json"
+_TEMPORARY = ("config.json.tmp", ".unireg-*.tmp")  # left by kills
 
 
 class Checkpoints:
-    """Saves and restores a run; the same command continues where it stopped."""
+    """Saves and restores a run; the same command continues where it stopped.
 
-    def __init__(self, workdir: Path | str, *, keep: int = 2):
-        """Opens `workdir`/checkpoints, made if absent; the newest `keep` stay."""
-        self._manager = ocp.CheckpointManager(
-            Path(workdir).resolve() / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    Of several processes all save and restore together; the first alone tidies up.
+    """
+
+    def __init__(
+        self,
+        workdir: Path | str,
+        *,
+        keep: int = 2,
+        run: Mapping[str, Any] | None = None,
+        writes: bool = True,
+    ):
+        """Opens `workdir`/checkpoints.
+
+        Args:
+            workdir: the run's folder, under its lock if it `writes`.
+            keep: how many of the newest steps stay.
+            run: what steps are made with and from: `data`, `features` and `code` are
+                compared on restoring. JSON.
+            writes: False for one that only reads beside a run: nothing is made, swept
+                or set aside.
+
+        Raises:
+            UserError: `storage`, exit code 6.
+        """
+        workdir = Path(workdir).resolve()
+        self._run = dict(run or {})
+        self._first = jax.process_index() == 0
+        tidies = writes and self._first
+        self._steps = Steps(workdir / FOLDER, keep=keep, tidies=tidies)
+        self._thread: threading.Thread | None = None
+        self._fault: BaseException | None = None
+        self._saver = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler("state", "data")
         )
+        if tidies:
+            with storage(workdir):
+                self._steps.sweep()
+                for pattern in _TEMPORARY:
+                    for path in workdir.glob(pattern):
+                        path.unlink()
+                if _layout(workdir) < manifest.VERSION:
+                    self._steps.adopt()
 
     def latest(self) -> int | None:
-        """Newest step that was saved whole."""
-        return self._manager.latest_step()
+        """Newest step that was saved whole, see `Steps.latest`."""
+        return self._steps.latest()
 
     def save(self, state: TrainState, iterator: Any) -> None:
-        """Saves in the background; a save in flight is finished first."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(iterator),
-            ),
-        )
+        """Saves in the background; a save in flight is finished first.
 
-    def restore(self, state: TrainState, iterator: Any = None) -> TrainState:
-        """Newest state, on the devices of `state`; moves `iterator` to its place.
+        Raises:
+            UserError: `storage`, exit code 6: this save or the one before failed;
+                nothing of it counts, and the steps before are untouched.
+        """
+        self.wait()
+        step = int(state.step)
+        if step in self._steps.all():
+            raise ValueError(f"step {step} is saved already")
+        with storage(self._steps.folder):
+            self._saver.save(
+                self._steps.unfinished(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(iterator),
+                ),
+                force=True,  # over what a failed save has left
+            )
+        self._thread = threading.Thread(target=self._finish, args=(step,))
+        self._thread.start()
+
+    def check(self) -> None:
+        """Says whether the save in flight has failed, without waiting for it.
+
+        Raises:
+            UserError: `storage`, exit code 6, once.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the save in flight counts; raises as `check` does."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
+
+    def close(self) -> None:
+        """Waits for the save in flight; raises as `check` does."""
+        try:
+            self.wait()
+        finally:
+            self._saver.close()
+
+    def restore(
+        self, state: TrainState, iterator: Any = None, *, changes: list | None = None
+    ) -> TrainState:
+        """Newest sound state, on the devices of `state`; moves `iterator` to its place.
+
+        A step that is not what was saved is set aside, with a warning, and the one
+        before it is taken.
 
         Args:
             state: a fresh state of the same model and optimiser.
             iterator: Grain iterator to set, or None to leave the data alone.
+            changes: takes a line for what differs and may: the code.
 
         Raises:
-            UserError: exit code 9; `checkpoint_missing`, or `checkpoint_other` when it
-                is of another model or optimiser.
+            UserError: exit code 9: see `Steps.find_sound`; `checkpoint_other`, it is of
+                another model, optimiser or features. 10: `checksum`, the data have
+                changed.
         """
-        step = self.latest()
-        if step is None:
-            raise UserError(
-                "checkpoint_missing",
-                f"{self._manager.directory}: no checkpoint; train first",
-                CHECKPOINT,
-            )
-        folder = self._manager.directory / str(step)
+        step = self._sound_step()
+        folder = self._steps[step]
+        self._compare(folder, manifest.read(folder, step), changes)
         _check_shapes(folder, state)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = {"state": ocp.args.StandardRestore(abstract)}
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            restored = self._saver.restore(folder, args=ocp.args.Composite(**items))
             if iterator is not None:
                 _restore_stream(folder / "data", iterator)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise _other(folder, str(error).splitlines()[0][:160]) from error
+            raise _other(folder, first_line(error)) from error
         return TrainState(*restored["state"])
 
-    def close(self) -> None:
-        """Waits for saves in flight."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def _finish(self, step: int) -> None:
+        """In a thread of its own: makes a save count once all of it is there."""
+        try:
+            with storage(self._steps.folder):
+                self._saver.wait_until_finished()
+                if self._first:
+                    self._steps.acknowledge(step, self._run)
+        except BaseException as error:  # for the thread that trains
+            self._fault = error
+
+    def _sound_step(self) -> int:
+        """The same for all processes."""
+        if jax.process_count() == 1:
+            return self._steps.find_sound()
+        found, fault = -1, None
+        if self._first:
+            try:
+                found = self._steps.find_sound()
+            except UserError as error:
+                fault = error
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if fault is not None:
+            raise fault
+        if found < 0:
+            raise UserError(
+                "checkpoint_damaged", "no step can be used, see process 0", CHECKPOINT
+            )
+        return found
+
+    def _compare(
+        self, folder: Path, before: Mapping[str, Any], changes: list | None
+    ) -> None:
+        """Refuses other data and features; warns of other code."""
+        differs = {
+            name: f"{before[name]} then, {self._run[name]} now"
+            for name in ("data", "features", "code")
+            if name in before and before[name] != self._run.get(name, before[name])
+        }
+        if "data" in differs:
+            raise UserError(
+                "checksum",
+                f"prepared data: changed since the run began: digest {differs['data']}"
+                "; restore them, or start a new run",
+                DATA_CHANGED,
+            )
+        if "features" in differs:
+            raise _other(folder, f"feature weights: {differs['features']}")
+        if "code" in differs:
+            line = f"code: {differs['code']}"
+            print(f"warning: {line}; the run goes on", file=sys.stderr, flush=True)
+            if changes is not None:
+                changes.append(line)
 
 
 def _restore_stream(folder: Path, iterator: Any) -> None:
@@ -118,8 +253,9 @@ def _other(folder: Path, what: str) -> UserError:
     )
 
 
-# Fields that may differ when a run is continued: they change no parameter. data.root is
-# only a path: the data iterator refuses a folder of other content.
+# Fields that may differ when a run is continued: they change no parameter, or (on_fault,
+# skip_nonfinite) only where the run would have stopped. data.root is only a path: the
+# data iterator refuses a folder of other content.
 _FREE = (
     "data.root",
     "data.on_fault",
@@ -127,47 +263,84 @@ _FREE = (
     "train.log_every",
     "train.eval_every",
     "train.eval_pairs",
+    "train.eval_batches",
+    "train.image_every",
+    "train.image_every",
     "train.checkpoint_every",
+    "train.skip_nonfinite",
     "train.watchdog_s",
+    "train.change",
 )
-_ORIGIN = "started_from"  # in config.json, beside the config
+# What a field means in the config of a run that began before the field existed.
+_NEUTRAL = {
+    "data.streams.phantoms": 0.0,
+    "data.streams.painted": 0.0,
+    "data.streams.deformed": 0.0,
+    "data.augment.flip": 0.0,
+    "data.augment.rotate_deg": 0.0,
+    "data.augment.scale": 0.0,
+    "data.augment.shift_mm": 0.0,
+    "data.augment.elastic_mm": 0.0,
+    "data.augment.elastic_spacing_mm": 40.0,
+    "data.augment.gain": 0.0,
+    "data.augment.shift_hu": 0.0,
+    "data.augment.noise_hu": 0.0,
+    "model.embedding": "",
+    "model.combine": "concat",
+    "model.precision": "default",
+    "model.remat": "none",
+    "train.init_from": "",
+    "train.accumulate": 1,
+    "train.ema": 0.0,
+    "train.space_devices": 1,
+    "train.skip_nonfinite": 0,
+}
+# In config.json, beside the config.
+_ORIGIN, _CHANGES, _LAYOUT = "started_from", "changes", "layout"
 
 
-def check_config(workdir: Path | str, config: Mapping[str, Any]) -> None:
+def check_config(workdir: Path | str, config: Mapping[str, Any]) -> list[str]:
     """Refuses a config that differs from the one the run was started with.
 
     Args:
         workdir: the run's folder; of a new run, empty or absent.
-        config: nested dict of numbers, strings and lists.
+        config: nested dict of numbers, strings and lists. Its train.change, if there,
+            names fields that are to differ from now on, with commas between.
+
+    Returns:
+        A line for each field that does, for `write_config`.
 
     Raises:
-        UserError: `schema`, exit code 2, naming every field that differs.
+        UserError: `schema`, exit code 2, naming every field that differs; 9 when the
+            work folder's own config cannot be read.
     """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        return
-    before, now = json.loads(path.read_text()), json.loads(_text(config))
-    before.pop(_ORIGIN, None)
-    before, now = flat(before), flat(now)
-    drift = [
-        f"{k}: {before.get(k)!r} -> {now.get(k)!r}"
-        for k in sorted(before.keys() | now.keys())
-        if before.get(k) != now.get(k) and k not in _FREE
-    ]
-    if drift:
+    before = _read_config(workdir)
+    if before is None:
+        return []
+    now = flat(json.loads(_text(config)))
+    wanted = [x.strip() for x in now.get("train.change", "").split(",") if x.strip()]
+    before = flat({k: v for k, v in before.items() if k in config})
+    drift = {}
+    for field in sorted(before.keys() | now.keys()):
+        neutral = _NEUTRAL.get(field)
+        old, new = before.get(field, neutral), now.get(field, neutral)
+        if old != new and field not in _FREE:
+            drift[field] = f"{field}: {old!r} -> {new!r}"
+    if refused := [line for field, line in drift.items() if field not in wanted]:
         raise UserError(
             "schema",
-            f"{path}: this run was started with another config ("
-            + "; ".join(drift)
-            + "); give the old values, or another --workdir",
+            f"{shown(Path(workdir) / _CONFIG)}: this run was started with another "
+            f"config ({'; '.join(refused)}); give the old values, or another --workdir",
             USAGE,
         )
+    return list(drift.values())
 
 
 def write_config(
     workdir: Path | str,
     config: Mapping[str, Any],
     started_from: Mapping[str, str] | None = None,
+    changes: Sequence[str] = (),
 ) -> None:
     """Binds the work folder to a config, once a run with it is known to start.
 
@@ -175,17 +348,53 @@ def write_config(
         workdir: the run's folder.
         config: see `check_config`.
         started_from: name and sha256 of the weights at step 0, or None.
+        changes: lines that join those of before.
+
+    Raises:
+        UserError: `storage`, exit code 6.
     """
-    path = Path(workdir) / "config.json"
-    temp = path.with_suffix(".json.tmp")
-    temp.write_text(_text({**config, _ORIGIN: started_from}) + "\n")
-    temp.replace(path)
+    own = {
+        _ORIGIN: started_from,
+        _CHANGES: [*_changes(workdir), *changes],
+        _LAYOUT: manifest.VERSION,
+    }
+    with storage(Path(workdir)):
+        text = _text({**config, **own}) + "\n"
+        manifest.write_file(Path(workdir) / _CONFIG, text)
 
 
 def started_from(workdir: Path | str) -> dict[str, str] | None:
     """The weights at step 0 of a run that is continued, see `write_config`."""
-    path = Path(workdir) / "config.json"
-    return json.loads(path.read_text()).get(_ORIGIN) if path.exists() else None
+    return (_read_config(workdir) or {}).get(_ORIGIN)
+
+
+def _changes(workdir: Path | str) -> list[str]:
+    return (_read_config(workdir) or {}).get(_CHANGES, [])
+
+
+def _layout(workdir: Path) -> int:
+    """Version of the checkpoints of a work folder; a new one has ours."""
+    before = _read_config(workdir)
+    return manifest.VERSION if before is None else before.get(_LAYOUT, 1)
+
+
+def _read_config(workdir: Path | str) -> dict[str, Any] | None:
+    """The work folder's config.json, or None in a new one."""
+    path = Path(workdir) / _CONFIG
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise UserError(
+            "checkpoint_damaged",
+            f"{shown(path)}: the config of the run expected as JSON, got something "
+            "else; copy it back, or start anew with another --workdir",
+            CHECKPOINT,
+        )
+    return found
 
 
 def _text(config: Mapping[str, Any]) -> str:
