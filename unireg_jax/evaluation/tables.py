@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 # A spreadsheet takes a text that starts so for a formula and runs it.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@")
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -56,8 +56,9 @@ def json_text(value: Any) -> str:
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """A CSV table (RFC 4180, comma, UTF-8) without a cell that is a formula.
 
-    Numbers are written in full. A text that starts with =, +, -, @, tab or return gets
-    an apostrophe before it, which spreadsheets hide; an undefined number is empty.
+    Numbers are written in full, undefined ones are empty. A text that starts with =, +,
+    - or @ gets an apostrophe before it, so that it stays a text; white space in a text
+    becomes one blank, so that a line is a row.
 
     Args:
         columns: names, the header line.
@@ -150,7 +151,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, bool | int | float):
         return repr(value).lower() if isinstance(value, bool) else repr(value)
-    text = str(value)
+    text = " ".join(str(value).split())
     return f"'{text}" if _is_formula(text) else text
 
 
