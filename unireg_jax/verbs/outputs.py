@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,29 @@ OUTPUTS = (  # the record comes last: it says that a case is whole
 
 
 @contextlib.contextmanager
-def case_folder(out: Path, case: str, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder whose files reach OUT/CASE when the block ends well."""
+def case_folder(
+    out: Path,
+    case: str,
+    overwrite: bool,
+    *,
+    tag: str = "",
+    claim: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
+    """A temporary folder whose files reach OUT/CASE when the block ends well.
+
+    Args:
+        out: folder, made if absent.
+        case: name of the folder inside.
+        overwrite: whether results there are replaced.
+        tag: of temporary folders, for `sweep`.
+        claim: called before anything appears under its final name; may raise.
+
+    Yields:
+        Path of the temporary folder.
+
+    Raises:
+        UserError: `id_duplicate`, exit code 2; `storage`, exit code 2 or 6.
+    """
     final = out / case
     if out.exists() and not out.is_dir():
         raise UserError("storage", f"--out {shown(out)}: a folder expected", USAGE)
@@ -36,23 +57,31 @@ def case_folder(out: Path, case: str, overwrite: bool) -> Iterator[Path]:
             USAGE,
         )
     made = not out.exists()
-    temp = out / f".unireg-{uuid.uuid4().hex}.tmp"
+    temp = out / f".unireg-{tag}{uuid.uuid4().hex}.tmp"
     try:
         out.mkdir(parents=True, exist_ok=True)
         temp.mkdir()
     except OSError as error:
-        raise _storage_fault(out, error) from error
+        raise storage_fault(out, error) from error
     try:
         yield temp
+        claim()
         try:
             _publish(temp, final, case)
         except OSError as error:
-            raise _storage_fault(final, error) from error
+            raise storage_fault(final, error) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):
                 out.rmdir()  # only if empty
+
+
+def sweep(out: Path, tag: str) -> None:
+    """Removes temporary folders that a killed run of this tag left; hold its lock."""
+    length = len(uuid.uuid4().hex)
+    for temp in out.glob(f".unireg-{tag}{'?' * length}.tmp"):
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def _publish(temp: Path, final: Path, case: str) -> None:
@@ -80,7 +109,8 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _storage_fault(path: Path, error: OSError) -> UserError:
+def storage_fault(path: Path, error: OSError) -> UserError:
+    """Makes the UserError of what could not be written, exit code 6."""
     return UserError(
         "storage",
         f"{shown(path)}: cannot be written: {error.strerror or error}; check the "

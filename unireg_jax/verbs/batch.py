@@ -1,0 +1,722 @@
+"""`unireg batch`: a list of pairs -> transforms and warped images."""
+
+import argparse
+import collections
+import contextlib
+import csv
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from unireg_jax import manifest, registration
+from unireg_jax.errors import (
+    CHECKPOINT,
+    FAILED,
+    NOTHING,
+    PARTLY,
+    PREEMPTED,
+    USAGE,
+    UserError,
+    shown,
+)
+from unireg_jax.imaging import nifti
+from unireg_jax.manifest import PATHS, Case
+from unireg_jax.registration import weights
+from unireg_jax.registration.kept import Kept
+from unireg_jax.registration.threads import End, GivenUp, in_threads
+from unireg_jax.verbs import journal, options, outputs, results, versions
+from unireg_jax.verbs.messages import one_line, progress
+
+HELP = "a list of pairs -> transforms and warped images"
+
+SCHEMA = 1  # of a line of the journal
+KEEP = 4  # scans remembered
+DONE = ("ok", "warn")
+_QC = (
+    *("max_mm", "p99_mm", "fold_percent", "sdlogj", "ncc_before", "ncc_after"),
+    *("dsc_before", "dsc_affine", "dsc", "tre_mm_before", "tre_mm"),
+)
+_COLUMNS = ("id", "status", "reason", "message", "seconds", *_QC, "warnings")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this verb."""
+    parser.description = (
+        "Registers every pair of LIST into OUT/ID, as `register` does one, in one "
+        "process with one compiled network; reading and writing overlap with the "
+        "device's work. A pair that fails stops no other. OUT/batch.jsonl says what "
+        "became of each pair as soon as it is on disk; batch.csv, failed.csv and "
+        "batch.json sum up. The same command goes on where an earlier one stopped: "
+        "results whose record, inputs, weights, settings and outputs agree stay."
+    )
+    parser.epilog = (
+        "example: unireg batch pairs.csv --out results --task abdomen --skip-existing"
+    )
+    add = parser.add_argument
+    add(
+        "list",
+        metavar="LIST",
+        help="CSV or JSON: id, fixed, moving[, task, type, fixed_label, ...], or a "
+        "Learn2Reg dataset.json; paths relative to it",
+    )
+    add("-o", "--out", required=True, metavar="DIR", help="folder, made if absent")
+    results.add_settings(parser, required=False)
+    add(
+        "--data-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that scans may lie in besides the list's; may be repeated",
+    )
+    add("--strict", action="store_true", help="exit 2 if a listed file is absent")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="also do results again, and replace them, that do not agree with what "
+        "would be made now",
+    )
+    again.add_argument(
+        "--overwrite", action="store_true", help="do all pairs again, replace results"
+    )
+    add("--fail-fast", action="store_true", help="begin no pair after one that failed")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="read all files, say what would be done and what is wrong, write nothing",
+    )
+    add("--num-parts", type=_whole, default=1, metavar="N", help="share the list by N")
+    add(
+        "--part-id",
+        type=_whole,
+        default=0,
+        metavar="I",
+        help="the share to do, 0 to N-1; pairs are dealt by their ids",
+    )
+    add("--workers", type=_whole, default=3, metavar="N", help="threads, default 3")
+    add(
+        "--timeout",
+        type=options.weight,
+        metavar="S",
+        help="seconds for one pair, until it is written; default no limit",
+    )
+    add("--ray", type=_whole, metavar="N", help="N actors of a Ray cluster do the work")
+    options.add_messages(parser)
+
+
+def _whole(text: str) -> int:
+    if not (text.isdecimal() and text.isascii()) or len(text) > 6:
+        raise argparse.ArgumentTypeError(f"a whole number expected, got {text[:40]!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code."""
+    _check(args)
+    cases = _cases(args)
+    digest = _weights_sha256(args)
+    if args.dry_run:
+        return _dry_run(args, cases, digest)
+    out = Path(args.out)
+    with _alone(out, args), _stop_on_signal(args.quiet) as stop:
+        outputs.sweep(out, _tag(args))
+        book = journal.Journal(out / f"{_name(args)}.jsonl")
+        with contextlib.closing(book):
+            return _run(args, cases, digest, book, stop)
+
+
+def _run(args, cases, digest, book, stop) -> int:
+    """The pairs, then the tables."""
+    started = time.perf_counter()
+    counts: collections.Counter = collections.Counter()
+    network = any(case.task != manifest.NO_TASK for case in cases)
+    if args.ray:
+        module = importlib.import_module("unireg_jax.verbs.ray_job")
+        ends = module.run(args, cases, digest, network=network, stop=stop)
+    else:
+        worker = Worker(args, digest, network=network)
+
+        def work(case, claim):
+            return None if stop.is_set() else worker(case, claim)
+
+        waiting = (case for case in cases if not stop.is_set())
+        ends = in_threads(waiting, work, workers=args.workers, timeout_s=args.timeout)
+    show = _Progress(len(cases), args.quiet)
+    with contextlib.closing(ends), contextlib.closing(show):
+        for end in ends:
+            item = _timed_out(args, end, digest) if end.timed_out else end.value
+            if item is None:
+                continue
+            kept = item.pop("kept", False)
+            if not (kept and _same(book.last(item["id"]), item)):
+                book.add(item)
+            counts["skipped" if kept else item["status"]] += 1
+            show(item, kept)
+            if args.fail_fast and item["status"] == "failed":
+                stop.set()
+    counts["left"] = len(cases) - sum(counts.values())
+    seconds = round(time.perf_counter() - started, 3)
+    summary = _summarize(args, cases, book, counts, digest, seconds)
+    _tell(args, summary)
+    return _exit_code(counts, preempted=stop.is_set() and not args.fail_fast)
+
+
+def _exit_code(counts: collections.Counter, preempted: bool) -> int:
+    if preempted and counts["left"]:
+        return PREEMPTED
+    if not counts["failed"]:
+        return 0
+    return PARTLY if sum(counts[k] for k in (*DONE, "skipped")) else FAILED
+
+
+# --- before any work ----------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together."""
+    results.check_settings(args)
+    fault = None
+    if not 0 <= args.part_id < args.num_parts:
+        fault = (
+            "--part-id: a number from 0 to --num-parts minus 1 expected, got "
+            f"{args.part_id} of {args.num_parts}"
+        )
+    elif args.workers < 1 or args.ray == 0:
+        fault = "--workers and --ray: at least 1 expected, got 0"
+    elif args.timeout == 0:
+        fault = "--timeout: seconds above 0 expected, got 0; leave it out for no limit"
+    elif args.ray and args.timeout:
+        fault = "--timeout works in one process only; leave it out with --ray"
+    if fault:
+        raise UserError("schema", fault, USAGE)
+    if args.ray and importlib.util.find_spec("ray") is None:
+        raise UserError(
+            "not_installed",
+            "--ray needs Ray, which is not installed: pip install 'unireg-jax[ray]'",
+            USAGE,
+        )
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    """Of this part, each with a task."""
+    path = Path(args.list)
+    cases = manifest.read_cases(path, roots=args.data_root, strict=args.strict)
+    if not args.task and (lost := [case.id for case in cases if not case.task]):
+        named = ", ".join(lost[:5]) + (" ..." if len(lost) > 5 else "")
+        raise UserError(
+            "task_unknown",
+            f"{shown(path.name)}: a task for every pair expected, none for {named}; "
+            "pass --task or add a column task",
+            USAGE,
+        )
+    cases = [
+        case._replace(task=case.task or args.task, type=case.type or args.type)
+        for case in cases
+    ]
+    mine = [c for c in cases if _part(c.id, args.num_parts) == args.part_id]
+    if not mine:
+        raise UserError(
+            "empty", f"{shown(path.name)}: no pair falls to this part", NOTHING
+        )
+    return mine
+
+
+def _part(name: str, parts: int) -> int:
+    """Where an id is dealt to: the same on every machine."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % parts
+
+
+def _weights_sha256(args: argparse.Namespace) -> str:
+    """Of the network, verified; no JAX is needed."""
+    _, spec = weights.load_weights(weights.find_weights(args.weights))
+    return spec["sha256"]
+
+
+def _name(args: argparse.Namespace) -> str:
+    """What the files of this run are called in OUT."""
+    if args.num_parts == 1:
+        return "batch"
+    return f"batch-{args.part_id}-of-{args.num_parts}"
+
+
+def _tag(args: argparse.Namespace) -> str:
+    return f"{_name(args)}-"
+
+
+@contextlib.contextmanager
+def _alone(out: Path, args: argparse.Namespace) -> Iterator[None]:
+    """No other run of the same pairs writes to OUT; parts may, side by side."""
+    whole = ".unireg-batch.lock"
+    with contextlib.ExitStack() as stack:
+        shared = args.num_parts > 1
+        stack.enter_context(journal.lock(out, whole, shared=shared))
+        if shared:
+            stack.enter_context(journal.lock(out, f".unireg-{_name(args)}.lock"))
+        yield
+
+
+@contextlib.contextmanager
+def _stop_on_signal(quiet: bool) -> Iterator[threading.Event]:
+    """The first SIGTERM or SIGINT sets an event; a second one acts at once."""
+    stop = threading.Event()
+    before = {}
+    say = progress(quiet)
+
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+        say("stopping: pairs in work are finished; a second signal stops at once")
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: its owner handles signals
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- one pair -----------------------------------------------------------------------
+
+
+class Worker:
+    """Registers one pair after the other; for several threads of one process.
+
+    The network is loaded and compiled when the first pair needs it.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, weights_sha256: str, *, network: bool = True
+    ):
+        """Takes the arguments of the verb.
+
+        Args:
+            args: of `add_arguments`.
+            weights_sha256: of the network.
+            network: False if every pair's task is "none".
+        """
+        self._args, self._weights, self._network = args, weights_sha256, network
+        self._out = Path(args.out)
+        self._files, self._sessions = results.Files(KEEP), Kept(1)
+
+    def __call__(
+        self, case: Case, claim: Callable[[], None] = lambda: None
+    ) -> dict[str, Any] | None:
+        """Registers a pair, unless its results are there.
+
+        Args:
+            case: the pair.
+            claim: called before results appear.
+
+        Returns:
+            A line for the journal, with `kept` if the results were there; None when
+            `claim` raised GivenUp.
+
+        Raises:
+            UserError: weights that cannot be used, exit code 9.
+        """
+        started = time.perf_counter()
+        try:
+            record, kept = self._record(case, claim)
+        except GivenUp:
+            return None
+        except UserError as error:
+            if error.exit_code == CHECKPOINT:
+                raise
+            reason, message = error.reason, str(error)
+        except Exception as error:  # of one pair, which stops no other
+            reason, message = self._explain(case, error)
+        else:
+            return _line(record, self._out) | ({"kept": True} if kept else {})
+        settings = results.settings_sha256(self._args, case)
+        return failure(
+            self._args,
+            case,
+            reason,
+            message,
+            weights_sha256=self._weights,
+            settings=settings,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _record(self, case: Case, claim) -> tuple[dict[str, Any], bool]:
+        """Of results that are there, or that are made now."""
+        args = self._args
+        settings = results.settings_sha256(args, case)
+        why, record = standing(args, case, self._files, self._weights, settings)
+        if why is None and record is not None:
+            return record, True
+        if why is not None and not (args.skip_existing or args.overwrite):
+            raise _in_the_way(self._out / case.id, why)
+        started = time.perf_counter()
+        replace = args.skip_existing or args.overwrite
+        with outputs.case_folder(
+            self._out, case.id, replace, tag=_tag(args), claim=claim
+        ) as folder:
+            inputs = self._files.read(case)
+            session = self._sessions.get(0, self._load)
+            clock = registration.Clock()
+            affine = args.affine if inputs.init is None else inputs.init
+            asked = registration.check_settings(case.task, case.type, affine)
+            result = session.run(
+                inputs.fixed,
+                inputs.moving,
+                asked,
+                affine=affine,
+                mask=inputs.mask,
+                clock=clock,
+            )
+            record = results.write(folder, inputs, result, session.model, settings)
+            total = time.perf_counter() - started
+            record["timings"]["total"] = round(total, 3)
+            results.seal(folder, record)
+        return record, False
+
+    def _load(self):
+        """JAX, the model and its compiled programs."""
+        if registration.use_compilation_cache() is None:
+            progress(self._args.quiet)(
+                "warning: no folder of yours for compiled programs: set UNIREG_CACHE"
+            )
+        return registration.Session(
+            registration.load_model(self._args.weights),
+            keep=KEEP,
+            refine=results.plan(self._args),
+            network=self._network,
+        )
+
+    def _explain(self, case: Case, error: Exception) -> tuple[str, str]:
+        """Reason and message of what is no UserError."""
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return "out_of_memory", (
+                "out_of_memory: more is needed than there is; crop the scans, take "
+                "fewer --workers or a larger machine"
+            )
+        trace = "".join(traceback.format_exception(error))
+        log = self._out / f"{_name(self._args)}.log"
+        with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+            file.write(f"{case.id}\n{trace}\n")
+        if self._args.debug:
+            sys.stderr.write(trace)
+        return "internal", (
+            f"internal: {type(error).__name__}, a fault of this program; trace in "
+            f"{log.name}; please report it"
+        )
+
+
+def standing(
+    args: argparse.Namespace,
+    case: Case,
+    files: results.Files,
+    weights_sha256: str,
+    settings: str,
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Says what is in a case's folder.
+
+    Args:
+        args: of the verb.
+        case: the pair.
+        files: to digest inputs.
+        weights_sha256: of the network.
+        settings: from `results.settings_sha256`.
+
+    Returns:
+        (None, None) when there is nothing; (None, record) of results that may stay;
+        (why, ...) of results that do not agree, or are to be done again.
+
+    Raises:
+        UserError: an input that cannot be read.
+    """
+    folder = Path(args.out) / case.id
+    if not (folder.is_symlink() or folder.exists()):
+        return None, None
+    if args.overwrite:
+        return "--overwrite", None
+    return results.disagreement(
+        folder, case, files, weights_sha256=weights_sha256, settings=settings
+    )
+
+
+def _in_the_way(folder: Path, why: str) -> UserError:
+    return UserError(
+        "id_duplicate",
+        f"{folder.name}: results that agree with what would be made now expected, or "
+        f"none, got {why}; pass --skip-existing to replace such results, or another "
+        "--out",
+        USAGE,
+    )
+
+
+def _timed_out(args, end: End, weights_sha256: str) -> dict[str, Any]:
+    return failure(
+        args,
+        end.item,
+        "timeout",
+        f"timeout: at most {args.timeout:g} s expected, still at work; raise --timeout "
+        "or look at the scans and the disk",
+        weights_sha256=weights_sha256,
+        settings=results.settings_sha256(args, end.item),
+        seconds=args.timeout,
+    )
+
+
+# --- lines of the journal -----------------------------------------------------------
+
+
+def failure(
+    args: argparse.Namespace,
+    case: Case,
+    reason: str,
+    message: str,
+    *,
+    weights_sha256: str,
+    settings: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Makes the line of a pair that failed.
+
+    Args:
+        args: of the verb.
+        case: the pair.
+        reason: code of docs/errors.md.
+        message: one line; folders in it are left out.
+        weights_sha256: of the network.
+        settings: from `results.settings_sha256`.
+        seconds: spent on it.
+
+    Returns:
+        A line for the journal.
+    """
+    for name in PATHS:
+        if path := getattr(case, name):
+            message = message.replace(shown(path), shown(Path(path).name))
+    message = message.replace(f"{shown(Path(args.out))}/", "")
+    return {
+        "schema": SCHEMA,
+        "id": case.id,
+        "status": "failed",
+        "reason": reason,
+        "message": one_line(message),
+        "warnings": [],
+        "inputs": {},
+        "weights": weights_sha256,
+        "settings": settings,
+        "version": versions.version(),
+        "device": None,
+        "seconds": round(seconds, 3),
+        "peak_mib": versions.peak_mib(),
+        "outputs": {},
+        "qc": None,
+    }
+
+
+def _line(record: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The line of a pair that was done, from its record."""
+    case = record["case"]
+    digests = ("sha256", "bytes")
+    run = outputs.digest(out / case / f"{case}_run.json")
+    made = {**record["outputs"], f"{case}_run.json": run}
+    qc = dict(record["qc"])
+    if record.get("scores"):
+        qc |= record["scores"]["mean"]
+        rows = record["scores"]["labels"].values()
+        qc["dsc_undefined"] = sum(row.get("dsc") is None for row in rows)
+    if record.get("landmarks"):
+        qc |= {name: record["landmarks"][name] for name in ("tre_mm_before", "tre_mm")}
+    return {
+        "schema": SCHEMA,
+        "id": case,
+        "status": record["status"],
+        "reason": None,
+        "message": None,
+        "warnings": record["warnings"],
+        "inputs": {
+            name: {key: entry[key] for key in digests}
+            for name, entry in record["inputs"].items()
+        },
+        "weights": record["weights"]["sha256"],
+        "settings": record["settings_sha256"],
+        "version": record["versions"]["unireg"],
+        "device": record["device"],
+        "seconds": record["timings"]["total"],
+        "peak_mib": record["peak_mib"],
+        "outputs": {f"{case}/{name}": digest for name, digest in made.items()},
+        "qc": qc,
+    }
+
+
+def _same(known: dict[str, Any] | None, item: dict[str, Any]) -> bool:
+    """Whether the journal has it that these results are there."""
+    return (
+        known is not None
+        and known.get("status") in DONE
+        and known.get("outputs") == item["outputs"]
+    )
+
+
+# --- for people ---------------------------------------------------------------------
+
+
+class _Progress:
+    """A bar on a terminal, lines elsewhere."""
+
+    def __init__(self, total: int, quiet: bool):
+        self._say, self._total, self._count = progress(quiet), total, 0
+        bar = not quiet and sys.stderr.isatty()
+        self._bar = tqdm.tqdm(total=total, unit="pair", leave=False) if bar else None
+
+    def __call__(self, item: dict[str, Any], kept: bool) -> None:
+        self._count += 1
+        failed = item["status"] == "failed"
+        what = item["message"] if failed else item["status"]
+        line = f"{self._count}/{self._total} {item['id']}: {what}"
+        line += " (there already)" if kept else f", {item['seconds']:.1f} s"
+        if self._bar is None:
+            self._say(line)
+            return
+        self._bar.update()
+        if failed:
+            self._bar.write(f"unireg: {one_line(line)}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _summarize(args, cases, book, counts, digest, seconds) -> dict[str, Any]:
+    """Writes the tables and batch.json."""
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    reasons: collections.Counter = collections.Counter()
+    warnings: collections.Counter = collections.Counter()
+    for case in cases:
+        if (item := book.last(case.id)) is None:
+            continue
+        qc = item["qc"] or {}
+        row = {name: item[name] for name in ("id", "status", "reason", "message")}
+        row |= {"seconds": item["seconds"], "warnings": "; ".join(item["warnings"])}
+        rows.append(row | {name: qc.get(name) for name in _QC})
+        warnings.update(_kinds(item["warnings"]))
+        if item["status"] == "failed":
+            reasons[item["reason"]] += 1
+            failed.append(row)
+    out, name = Path(args.out), _name(args)
+    suffix = name.removeprefix("batch")
+    _write_table(out / f"{name}.csv", _COLUMNS, rows)
+    _write_table(out / f"failed{suffix}.csv", ("id", "reason", "message"), failed)
+    summary = {
+        "schema": SCHEMA,
+        "list": Path(args.list).name,
+        "part": [args.part_id, args.num_parts],
+        "pairs": len(cases),
+        "done": len(rows) - len(failed),
+        "failed": len(failed),
+        "left": len(cases) - len(rows),
+        "reasons": dict(sorted(reasons.items())),
+        "warnings": dict(sorted(warnings.items())),
+        "this_run": {key: counts[key] for key in (*DONE, "failed", "skipped", "left")},
+        "weights": digest,
+        "version": versions.version(),
+        "seconds": seconds,
+        "peak_mib": versions.peak_mib(),
+    }
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    with nifti.atomic_path(out / f"{name}.json") as temp:
+        temp.write_text(text, encoding="utf-8")
+    return summary
+
+
+def _kinds(lines: Sequence[str]) -> set[str]:
+    """First words of warnings: `fixed: hu_range: not ...` is hu_range."""
+    words = (line.removeprefix("fixed: ").removeprefix("moving: ") for line in lines)
+    return {word.partition(":")[0] for word in words}
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    with nifti.atomic_path(path) as temp:
+        temp.write_text(file.getvalue(), encoding="utf-8")
+
+
+def _cell(value: Any) -> Any:
+    """No text that a spreadsheet would take for a formula."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+    return f"'{value}" if formula else value
+
+
+def _tell(args, summary: dict[str, Any]) -> None:
+    """The closing lines, and with --json the summary."""
+    say = progress(args.quiet)
+    for word in ("warnings", "reasons"):
+        if summary[word]:
+            found = ", ".join(f"{kind} {n}" for kind, n in summary[word].items())
+            say(f"{word}: {found}")
+    now = summary["this_run"]
+    say(
+        f"{summary['done']} of {summary['pairs']} done ({now['skipped']} of them were "
+        f"there), {summary['failed']} failed, {summary['left']} left, in "
+        f"{summary['seconds']:.1f} s: {shown(Path(args.out) / _name(args))}.csv"
+    )
+    if args.json:
+        sys.stdout.write(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        sys.stdout.flush()
+
+
+# --- dry run ------------------------------------------------------------------------
+
+
+def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
+    """Reads everything and writes nothing; no JAX."""
+    files = results.Files(KEEP)
+
+    def look(case, claim):
+        del claim
+        settings = results.settings_sha256(args, case)
+        try:
+            why, record = standing(args, case, files, digest, settings)
+            if why is None and record is not None:
+                return "keep", "", ""
+            if why is not None and not (args.skip_existing or args.overwrite):
+                raise _in_the_way(Path(args.out) / case.id, why)
+            files.read(case)
+        except UserError as error:
+            known = dict(weights_sha256=digest, settings=settings, seconds=0.0)
+            item = failure(args, case, error.reason, str(error), **known)
+            return "refuse", error.reason, item["message"]
+        return ("replace", "", why) if why else ("register", "", "")
+
+    rows = []
+    ends = in_threads(cases, look, workers=args.workers, timeout_s=args.timeout)
+    for end in ends:
+        late = ("refuse", "timeout", "timeout: reading took too long")
+        action, reason, message = late if end.timed_out else end.value
+        row = {"id": end.item.id, "action": action, "reason": reason}
+        rows.append(row | {"message": one_line(message)})
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            print(f"{row['id']}  {row['action']}  {row['message']}".rstrip())
+    refused = sum(row["action"] == "refuse" for row in rows)
+    progress(args.quiet)(f"{len(rows) - refused} of {len(rows)} pairs can be done")
+    return 0 if not refused else FAILED if refused == len(rows) else PARTLY

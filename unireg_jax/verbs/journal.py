@@ -1,0 +1,125 @@
+"""What became of every pair, one line of JSON each, on disk before the next is told."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.verbs import outputs
+
+
+@contextlib.contextmanager
+def lock(folder: Path, name: str, *, shared: bool = False) -> Iterator[None]:
+    """One run per folder. The kernel holds the lock: it cannot be left behind.
+
+    Args:
+        folder: made if absent.
+        name: of the file, which stays in it.
+        shared: others that share may hold it, too.
+
+    Raises:
+        UserError: `storage`, exit code 2 at once when another run holds it, or when
+            folder is a file; 6 when it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError("storage", f"--out {shown(folder)}: a folder expected", USAGE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / name, "a")
+    except OSError as error:
+        raise outputs.storage_fault(folder, error) from error
+    with file:
+        try:
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                "storage",
+                f"{shown(folder)}: another run is writing to it; wait for it, or give "
+                "another --out",
+                USAGE,
+            ) from error
+        yield
+
+
+class Journal:
+    """A file that only grows; the last line of an id is what holds.
+
+    One process writes it, from one thread. A line that a crash cut short is taken away
+    when the file is opened again.
+    """
+
+    def __init__(self, path: Path):
+        """Opens or makes the file, and finds the last whole line of every id.
+
+        Args:
+            path: of the file; its folder exists.
+
+        Raises:
+            UserError: `storage`, exit code 6.
+        """
+        self._path = path
+        self._lines: dict[str, tuple[int, int]] = {}  # id -> offset, bytes
+        try:
+            self._file = open(path, "a+b")
+            self._size = self._scan()
+            self._file.truncate(self._size)
+        except OSError as error:
+            raise outputs.storage_fault(self._path, error) from error
+
+    def _scan(self) -> int:
+        """Bytes of the whole lines."""
+        self._file.seek(0)
+        offset = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            item = _parse(line)
+            if item is not None:
+                self._lines[item["id"]] = (offset, len(line))
+            offset += len(line)
+        return offset
+
+    def add(self, item: Mapping[str, Any]) -> None:
+        """Appends a line and waits until it is on disk.
+
+        Args:
+            item: has an `id`; strict JSON.
+
+        Raises:
+            UserError: `storage`, exit code 6.
+        """
+        line = json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n"
+        data = line.encode()
+        try:
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise outputs.storage_fault(self._path, error) from error
+        self._lines[item["id"]] = (self._size, len(data))
+        self._size += len(data)
+
+    def last(self, name: str) -> dict[str, Any] | None:
+        """What was last said of an id, or None."""
+        if name not in self._lines:
+            return None
+        offset, size = self._lines[name]
+        self._file.seek(offset)
+        return _parse(self._file.read(size))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """An item; None for a line that is none."""
+    try:
+        item = json.loads(line)
+        return item if isinstance(item["id"], str) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
