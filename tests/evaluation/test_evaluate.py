@@ -1,0 +1,444 @@
+"""Pairs and lists of pairs from files: `unireg evaluate` and its functions."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from unireg_jax import __main__ as cli
+from unireg_jax import errors
+from unireg_jax.errors import UserError
+from unireg_jax.evaluation import cases, metrics
+from unireg_jax.evaluation.cases import Case, Files
+from unireg_jax.imaging import mapping, transforms
+from unireg_jax.imaging.nifti import Volume
+
+SHAPE = (14, 12, 11)
+SPACING = np.array([2.0, 3.0, 4.0])
+PLACE = np.diag([*SPACING, 1.0])
+PLACE[:3, 3] = [-20, 30, 100]
+LIMITS = ((4, 8), (3, 7), (3, 8))
+
+
+def write_labels(path, array, place=PLACE):
+    image = nib.Nifti1Image(array, np.diag([-1.0, -1, 1, 1]) @ place)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+    return path
+
+
+def box(shift=(0, 0, 0), label=1):
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[
+        tuple(slice(a + s, b + s) for (a, b), s in zip(LIMITS, shift, strict=True))
+    ] = label
+    return labels
+
+
+def write_field(path, shift):
+    disp_mm = np.zeros((*SHAPE, 3), np.float32)
+    disp_mm[:] = np.array(shift) * SPACING
+    transforms.write_field(path, disp_mm, PLACE)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three good cases that err by 0, 1 and 2 voxels, and two that cannot be judged."""
+    rows = ["id,transform,fixed_label,moving_label,landmarks"]
+    write_labels(tmp_path / "fixed.nii.gz", box())
+    write_labels(tmp_path / "moving.nii.gz", box((2, 0, 0)))
+    for n in range(3):
+        write_field(tmp_path / f"u{n}.nii.gz", (2 - n, 0, 0))
+        rows.append(f"case{n},u{n}.nii.gz,fixed.nii.gz,moving.nii.gz,points.csv")
+    (tmp_path / "points.csv").write_text(
+        "fixed_x_mm,fixed_y_mm,fixed_z_mm,moving_x_mm,moving_y_mm,moving_z_mm\n"
+        "-10,40,110,-6,40,110\n-8,43,114,-4,43,114\n"
+    )
+    (tmp_path / "junk.nii.gz").write_bytes(b"<html>")
+    rows.append("bad,u0.nii.gz,junk.nii.gz,moving.nii.gz,")
+    rows.append("gone,absent.nii.gz,fixed.nii.gz,moving.nii.gz,")
+    (tmp_path / "cases.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def evaluate(capsys, *arguments, code=0):
+    """stdout and the lines of stderr."""
+    try:
+        got = cli.main(["evaluate", *map(str, arguments)])
+    except SystemExit as stop:
+        got = stop.code
+    captured = capsys.readouterr()
+    assert got == code, captured.err
+    return captured.out, captured.err.splitlines()
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def strict(text):
+    def refuse(word):
+        raise AssertionError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# --- one pair -----------------------------------------------------------------------
+
+
+def test_score_files_equals_the_command(folder, capsys):
+    files = Files(
+        folder / "u1.nii.gz",
+        fixed_label=folder / "fixed.nii.gz",
+        moving_label=folder / "moving.nii.gz",
+        landmarks=folder / "points.csv",
+    )
+    report = cases.score_files(files)
+    names = ("fixed_label", "moving_label", "landmarks")
+    more = [f"--{n.replace('_', '-')}={getattr(files, n)}" for n in names]
+    out, err = evaluate(capsys, "-t", files.transform, *more, "--json")
+    found = strict(out)
+    assert {name: found[name] for name in report} == report
+    assert err == []
+    # One voxel of 2 mm short: 12 of 16 columns' voxels meet.
+    assert report["labels"]["1"]["dsc"] == 0.75
+    assert report["labels"]["1"]["hd95_mm"] == 2.0
+    assert report["labels"]["1"]["nsd"] == 1.0
+    assert report["landmarks"]["tre_mm"] == pytest.approx(2, abs=1e-5)
+    assert report["n"]["dsc"] == 1 and report["undefined"] == {}
+    named = {n.removesuffix("_before") for n in (*report["mean"], *report["field"])}
+    assert named <= set(found["definitions"])
+
+
+def test_score_reports_why_a_number_is_null():
+    labels = Volume(box(), PLACE)
+    small = mapping.field(np.zeros((2, 9, 9, 3), np.float32), PLACE)
+    report = cases.score(
+        small, fixed_labels=labels, moving_labels=Volume(box(label=2), PLACE)
+    )
+    assert report["field"]["sdlogj"] is None
+    assert "fewer than 3" in report["undefined"]["sdlogj"]
+    assert "fewer than 5" in report["undefined"]["sdlogj_l2r"]
+    assert report["undefined"]["hd95_mm"] == {
+        "1": "absent in warped",
+        "2": "absent in fixed",
+    }
+    assert report["warnings"][:2] == [
+        "label_set: only the fixed labels have 1",
+        "label_set: only the moving labels have 2",
+    ]
+    strict(json.dumps(report, allow_nan=False))
+
+
+def test_score_judges_an_affine_on_the_labels_grid():
+    grow = np.diag([1.1, 1.0, 1.0, 1.0])
+    labels = Volume(box(), PLACE)
+    report = cases.score(
+        mapping.affine(grow), fixed_labels=labels, moving_labels=labels
+    )
+    assert report["field"]["sdlogj_whole"] == pytest.approx(0, abs=1e-4)
+    with pytest.raises(UserError, match="affines alone have no grid"):
+        cases.score(mapping.affine(grow))
+
+
+def test_score_brings_the_foreground_onto_the_field():
+    """Folds where the labels are, found on a field of another grid."""
+    place = np.diag([4.0, 3.0, 4.0, 1.0])
+    place[:3, 3] = PLACE[:3, 3]
+    disp_mm = np.zeros((8, 12, 11, 3), np.float32)
+    disp_mm[..., 0] = -8.0 * np.arange(8)[:, None, None]  # x -> -x
+    labels = Volume(box(), PLACE)
+    report = cases.score(
+        mapping.field(disp_mm, place), fixed_labels=labels, moving_labels=labels
+    )
+    assert report["field"]["fold_percent"] == report["field"]["ndv_percent"] == 100
+    assert any("grid_mismatch" in line for line in report["warnings"])
+
+
+def test_score_rejects_one_label_map():
+    with pytest.raises(ValueError, match="belong together"):
+        cases.score(mapping.Mapping(()), fixed_labels=Volume(box(), PLACE))
+
+
+def test_evaluate_as_the_challenge(folder, capsys):
+    pytest.importorskip("surface_distance")
+    labels = [f"--{n}-label={folder / n}.nii.gz" for n in ("fixed", "moving")]
+    arguments = ["-t", folder / "u1.nii.gz", *labels, "--l2r-compat"]
+    out, _ = evaluate(
+        capsys, *arguments, "--landmarks", folder / "points.csv", "--json"
+    )
+    found = strict(out)
+    mean = found["learn2reg"]["mean"]
+    assert mean["dsc_l2r"] == 0.75
+    assert mean["hd95_voxel_l2r"] == 1.0  # voxels, not the 2 mm of hd95_mm
+    assert mean["tre_mm_l2r"] == pytest.approx(2, abs=1e-4)
+    assert mean["folds_l2r"] == 0
+    assert set(mean) <= set(found["definitions"])
+    out, _ = evaluate(capsys, *arguments)
+    assert "hd95_voxel_l2r" in out
+
+
+def test_evaluate_reads_a_learn2reg_field(folder, capsys):
+    disp_mm = np.zeros((*SHAPE, 3), np.float32)
+    disp_mm[..., 0] = 4.0
+    transforms.write_l2r(folder / "disp.npz", disp_mm, PLACE)
+    labels = [f"--{n}-label={folder / n}.nii.gz" for n in ("fixed", "moving")]
+    out, _ = evaluate(capsys, "-t", folder / "disp.npz", *labels, "--json")
+    assert strict(out)["mean"]["dsc"] == 1.0
+    _, err = evaluate(capsys, "-t", folder / "disp.npz", code=errors.USAGE)
+    assert "fixed scan" in err[0]
+
+
+# --- lists --------------------------------------------------------------------------
+
+
+def test_evaluate_list_fails_the_bad_and_goes_on(folder, capsys):
+    out = folder / "scores"
+    text, err = evaluate(
+        capsys,
+        *("--manifest", folder / "cases.csv", "--out", out),
+        code=errors.PARTLY,
+    )
+    assert "dsc" in text and len(err) == 6
+    assert sorted(os.listdir(out)) == [
+        *("cases.csv", "labels.csv", "summary.json", "summary.tex")
+    ]
+    rows = {row["id"]: row for row in rows_of(out / "cases.csv")}
+    assert [row["status"] for row in rows.values()] == ["ok"] * 3 + ["failed"] * 2
+    assert rows["gone"]["reason"] == "not_found"
+    assert "HTML" in rows["bad"]["message"] and rows["bad"]["dsc"] == ""
+    assert [float(rows[f"case{n}"]["dsc"]) for n in range(3)] == [1.0, 0.75, 0.5]
+    labels = rows_of(out / "labels.csv")
+    assert [(row["id"], row["label"]) for row in labels] == [
+        (f"case{n}", "1") for n in range(3)
+    ]
+    summary = strict((out / "summary.json").read_text())
+    assert summary["cases"] == {"total": 5, "done": 3, "failed": 2}
+    dsc = summary["metrics"]["dsc"]
+    assert (dsc["mean"], dsc["median"], dsc["worst30"]) == (0.75, 0.75, 0.5)
+    assert dsc["std"] == 0.25 and dsc["n"] == 3 and dsc["better"] == "higher"
+    assert summary["labels"]["1"]["dsc"] == dsc
+    assert [entry["id"] for entry in summary["failed"]] == ["bad", "gone"]
+    assert r"$0.750 \pm 0.250$" in (out / "summary.tex").read_text()
+    assert "tre\\_mm" in (out / "summary.tex").read_text()
+
+
+def test_evaluate_list_paths_do_not_leave_the_machine(folder, capsys):
+    """Results travel: no absolute path in them but in messages of failures."""
+    out = folder / "scores"
+    arguments = ["--manifest", folder / "cases.csv", "--out", out, "--quiet"]
+    _, err = evaluate(capsys, *arguments, code=errors.PARTLY)
+    assert err == []
+    for name in ("labels.csv", "summary.tex"):
+        assert str(folder) not in (out / name).read_text()
+
+
+def test_evaluate_list_overwrites_only_when_asked(folder, capsys):
+    out = folder / "scores"
+    out.mkdir()
+    (out / "labels.csv").write_text("mine")
+    arguments = ["--manifest", folder / "cases.csv", "--out", out, "--quiet"]
+    _, err = evaluate(capsys, *arguments, code=errors.USAGE)
+    assert "--overwrite" in err[0] and os.listdir(out) == ["labels.csv"]
+    evaluate(capsys, *arguments, "--overwrite", code=errors.PARTLY)
+    assert (out / "labels.csv").read_text() != "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "match"),
+    [
+        ("id,transform\n", errors.NOTHING, "lists no case"),
+        ("id,transform\na,absent.nii.gz\n", errors.FAILED, "0 of 1 cases done"),
+        ("id,fixed_label\na,b\n", errors.USAGE, "'transform' is missing"),
+        ("id,transfrom\na,b\n", errors.USAGE, "did you mean 'transform'"),
+        ("id,transform\n../a,b\n", errors.USAGE, "id_invalid"),
+        ("id,transform\na,b\nA,b\n", errors.USAGE, "id_duplicate"),
+        ("id,transform\na,../../b\n", errors.USAGE, "path_escape"),
+        ("id,transform\na,\n", errors.USAGE, "is empty"),
+    ],
+)
+def test_evaluate_list_of_nothing_good(text, code, match, tmp_path, capsys):
+    home = tmp_path / "deep"
+    home.mkdir()
+    (home / "cases.csv").write_text(text)
+    arguments = ["--manifest", home / "cases.csv", "--out", tmp_path / "out"]
+    _, err = evaluate(capsys, *arguments, code=code)
+    assert match in " ".join(err)
+    assert (tmp_path / "out").exists() == (code == errors.FAILED)
+
+
+def test_evaluate_json_list_with_one_table_of_points_per_scan(folder, capsys):
+    for name, x in (("a", -10), ("b", -6)):
+        (folder / f"{name}.txt").write_text(f"x_mm y_mm z_mm\n{x} 40 110\n")
+    row = {"id": "a", "transform": "u0.nii.gz"}
+    row |= {"fixed_points": "a.txt", "moving_points": "b.txt"}
+    (folder / "cases.json").write_text(json.dumps([row]))
+    arguments = ["--manifest", folder / "cases.json", "--out", folder / "out", "--json"]
+    out, _ = evaluate(capsys, *arguments)
+    found = strict(out)
+    assert found["metrics"]["tre_mm"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert found["metrics"]["tre_mm_std"]["undefined"] == 1
+    assert found == strict((folder / "out" / "summary.json").read_text())
+
+
+def test_evaluate_finds_results_of_a_batch(folder, capsys):
+    scans = "fixed.nii.gz,moving.nii.gz"
+    (folder / "pairs.csv").write_text(
+        f"id,fixed,moving,fixed_label,moving_label\na,{scans},{scans}\nb,{scans},{scans}"
+        f"\nc,{scans},{scans}\n"
+    )
+    results = folder / "results"
+    (results / "a").mkdir(parents=True)
+    os.rename(folder / "u0.nii.gz", results / "a" / "a_1Warp.nii.gz")
+    os.rename(folder / "u1.nii.gz", results / "b.nii.gz")
+    arguments = ["--manifest", folder / "pairs.csv", "--transforms", results]
+    evaluate(capsys, *arguments, "-o", folder / "out", code=errors.PARTLY)
+    rows = rows_of(folder / "out" / "cases.csv")
+    assert [row["dsc"] for row in rows] == ["1.0", "0.75", ""]
+    assert "c_1Warp.nii.gz" in rows[2]["message"]
+
+
+def test_evaluate_finds_a_learn2reg_submission(folder, capsys):
+    pytest.importorskip("surface_distance")
+    pairs = []
+    for n in (1, 2):
+        name = f"imagesTr/T_000{n}_0000.nii.gz"
+        pairs.append(name)
+        for place in ("imagesTr", "labelsTr"):
+            (folder / place).mkdir(exist_ok=True)
+            shift = (2 * (n - 1), 0, 0)
+            write_labels(folder / place / name.split("/")[1], box(shift))
+    data = {"registration_val": [{"fixed": pairs[0], "moving": pairs[1]}]}
+    (folder / "dataset.json").write_text(json.dumps(data))
+    (folder / "submission").mkdir()
+    disp_mm = np.zeros((*SHAPE, 3), np.float32)
+    disp_mm[..., 0] = 4.0
+    path = folder / "submission" / "disp_0001_0000_0002_0000.nii.gz"
+    transforms.write_l2r(path, disp_mm, PLACE)
+    arguments = ["--manifest", folder / "dataset.json", "--json", "--l2r-compat"]
+    arguments += ["--transforms", folder / "submission", "-o", folder / "out"]
+    found = strict(evaluate(capsys, *arguments)[0])
+    assert found["metrics"]["dsc_l2r"]["mean"] == 1.0
+    assert found["metrics"]["dsc_l2r"]["quantile_l2r"] == 1.0
+
+
+def test_score_cases_says_which_are_done(folder):
+    told = []
+    listed = {"a": Files(folder / "u0.nii.gz"), "b": Files(folder / "absent.nii.gz")}
+    done = cases.score_cases(listed, done=told.append)
+    assert done == told and [case.id for case in done] == ["a", "b"]
+    assert done[0].report is not None and done[1].exit_code == errors.FAILED
+    assert cases.label_rows(Case("x", None)) == []
+
+
+# --- methods ------------------------------------------------------------------------
+
+
+def write_table(path, values, column="dsc"):
+    lines = [f"{path.stem}{i},{v}" for i, v in enumerate(values)]
+    text = "\n".join([f"id,{column}", *lines]).replace(path.stem, "p")
+    path.write_text(text + "\n")
+    return path
+
+
+def test_evaluate_compares_tables(tmp_path, capsys):
+    better = np.linspace(0.8, 0.9, 8)
+    a = write_table(tmp_path / "a.csv", better)
+    b = write_table(tmp_path / "b.csv", better - 0.05)
+    arguments = ["--compare", f"a={a}", f"b={b}", "-o", tmp_path / "out", "--json"]
+    out, _ = evaluate(capsys, *arguments)
+    found = strict(out)
+    ((test,),) = [c["tests"] for c in found["comparisons"]]
+    assert test["p_holm"] == pytest.approx(2 / 2**8) and test["significant"]
+    names = ["comparison.csv", "comparison.json", "comparison.tex"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    assert "^{*}" in (tmp_path / "out" / names[2]).read_text()
+    (row,) = rows_of(tmp_path / "out" / names[0])
+    assert row["a"] == "a" and row["significant"] == "true" and row["n"] == "8"
+    text, _ = evaluate(capsys, *arguments[:3])
+    assert text.splitlines()[1].endswith("*")
+
+
+def test_evaluate_compares_folders_of_results(folder, capsys):
+    for name in ("one", "two"):
+        arguments = ["--manifest", folder / "cases.csv", "-o", folder / name, "--quiet"]
+        evaluate(capsys, *arguments, code=errors.PARTLY)
+    words = [f"{name}={folder / name}" for name in ("one", "two")]
+    found = strict(evaluate(capsys, "--compare", *words, "--json")[0])
+    by_metric = {c["metric"]: c["tests"][0] for c in found["comparisons"]}
+    assert by_metric["dsc"]["n"] == 0 and by_metric["dsc"]["zero"] == 3
+    # The failed cases.
+    assert by_metric["dsc"]["undefined"] == 2 and by_metric["dsc"]["p"] is None
+    words = [f"{name}={folder / name / 'labels.csv'}" for name in ("one", "two")]
+    found = strict(evaluate(capsys, "--compare", *words, "--json")[0])
+    assert found["comparisons"][0]["tests"][0]["label"] == "1"
+
+
+def test_evaluate_compares_columns(tmp_path, capsys):
+    path = tmp_path / "all.csv"
+    path.write_text("id,a,b,c\n1,1,2,x\n2,2,4,x\n3,3,6,x\n")
+    arguments = ["--compare", path, "--columns", "a", "b", "--metric", "tre_mm"]
+    found = strict(evaluate(capsys, *arguments, "--json")[0])["comparisons"][0]
+    assert found["metric"] == "tre_mm" and found["better"] == "lower"
+    assert found["tests"][0]["p"] == 0.25 and found["tests"][0]["effect"] == -1
+    _, err = evaluate(
+        capsys, "--compare", path, "--columns", "a", "c", code=errors.USAGE
+    )
+    assert "no column of scores 'c'" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--compare", "a=a.csv"], "two or more"),
+        (["--compare", "a.csv", "b=a.csv"], "NAME=FILE"),
+        (["--compare", "a=a.csv", "a=a.csv"], "every NAME once"),
+        (["--compare", "a=a.csv", "b=absent.csv"], "not_found"),
+        (["--compare", "a=a.csv", "b=a.csv", "--metric", "dcs"], "did you mean 'dsc'"),
+        (["--compare", "a=a.csv", "b=a.csv", "--columns", "dsc", "x"], "one table"),
+        (["--compare", "a=a.csv", "b=a.csv", "--fixed-mask", "m"], "belongs to"),
+        (["--manifest", "a.csv"], "needs --out"),
+        (["--manifest", "a.csv", "-o", "o", "--transforms", "absent"], "a folder of"),
+        (["--manifest", "a.csv", "-o", "o", "--metric", "dsc"], "belongs to --compare"),
+        (["-t", "u.nii.gz", "-o", "o"], "--out belongs to"),
+        (["-t", "u.nii.gz", "--fixed-label", "f.nii.gz"], "belong together"),
+        (["-t", "u.nii.gz", "--tolerance-mm", "-1"], "at least 0"),
+        ([], "one of the arguments"),
+    ],
+)
+def test_evaluate_mistake_is_one_line(arguments, match, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "a.csv", [0.1, 0.2])
+    code = errors.FAILED if match == "not_found" else errors.USAGE
+    out, err = evaluate(capsys, *arguments, code=code)
+    assert out == "" and len(err) == 1 and match in err[0]
+    assert sorted(os.listdir(tmp_path)) == ["a.csv"]
+
+
+def test_evaluate_needs_no_jax(folder):
+    code = (
+        "import sys\nfrom unireg_jax.__main__ import main\n"
+        "import unireg_jax.evaluation.cases\n"
+        f"code = main(['evaluate', '-t', {str(folder / 'u0.nii.gz')!r}])\n"
+        "assert code == 0 and 'jax' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "sdlogj_whole" in run.stdout
+
+
+def test_metrics_of_volumes_need_no_file():
+    fixed, moving = Volume(box(), PLACE), Volume(box((2, 0, 0)), PLACE)
+    disp_mm = np.zeros((*SHAPE, 3), np.float32)
+    disp_mm[..., 0] = 4.0
+    warped = metrics.warp_labels(disp_mm, PLACE, moving, fixed)
+    np.testing.assert_array_equal(warped, fixed.data)
