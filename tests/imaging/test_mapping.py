@@ -1,12 +1,16 @@
 """Maps between scans, against SimpleITK on the same files, and against themselves."""
 
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 from tests import oracles
-from unireg_jax.imaging import mapping, orientation, transforms
+from unireg_jax import errors
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import mapping, nifti, orientation, transforms
 from unireg_jax.imaging.mapping import Field, Grid, Mapping
 from unireg_jax.imaging.nifti import Volume
 
@@ -212,3 +216,438 @@ def _peer_affine(matrix):
     peer.SetMatrix(matrix[:3, :3].ravel().tolist())
     peer.SetTranslation(matrix[:3, 3].tolist())
     return peer
+
+
+# --- algebra ------------------------------------------------------------------------
+
+
+def chain():
+    """Three maps with parts of every kind."""
+    return [
+        Mapping((turn(), field(size=3.0))),
+        Mapping((field(GRIDS["straight"], size=-2.5, length=70.0),)),
+        Mapping((turn((-4, 2, 6), (0.0, 0.1, -0.2)), turn((1, 1, 1)))),
+    ]
+
+
+def test_compose_is_applied_part_by_part_and_associative():
+    a, b, c = chain()
+    one_by_one = scattered()
+    for step in (a, b, c):
+        one_by_one = mapping.points(step, one_by_one)
+    for whole in (
+        mapping.compose([a, b, c]),
+        mapping.compose([mapping.compose([a, b]), c]),
+        mapping.compose([a, mapping.compose([b, c])]),
+    ):
+        found = mapping.points(whole, scattered())
+        np.testing.assert_allclose(found, one_by_one, rtol=0, atol=1e-9)  # float64
+    assert [mapping.kind_of(p) for p in mapping.compose([a, b, c]).parts] == [
+        *("affine", "field", "field", "affine")
+    ]
+    swapped = mapping.points(mapping.compose([b, a, c]), scattered())
+    assert np.abs(swapped - one_by_one).max() > 1
+
+
+def test_compose_on_a_grid_is_exact_at_its_voxels():
+    g = GRIDS["oblique"]
+    whole = mapping.compose(chain())
+    (only,) = mapping.compose(chain(), g).parts
+    expected = mapping.points(whole, positions(g)) - positions(g)
+    np.testing.assert_allclose(only.disp_mm, expected, rtol=0, atol=1e-5)  # float32
+    np.testing.assert_array_equal(mapping.flatten(Mapping((only,)), g), only.disp_mm)
+    with pytest.raises(ValueError, match="one or more, got none"):
+        mapping.compose([])
+
+
+def test_points_and_samples_of_nothing_and_of_one():
+    still = Mapping(())
+    np.testing.assert_array_equal(mapping.points(still, CENTER), CENTER)
+    assert mapping.points(still, np.empty((0, 3))).shape == (0, 3)
+    volume, _ = scan()
+    assert np.isnan(mapping.sample(volume, CENTER + 900))
+    assert abs(mapping.sample(volume, CENTER) - hu(CENTER)) < 8  # linear, 5 mm apart
+    with pytest.raises(ValueError, match=r"xyz must be \(\.\.\., 3\) in LPS mm"):
+        mapping.points(still, np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("interp", mapping.INTERPOLATIONS)
+def test_slabs_and_threads_change_nothing(monkeypatch, interp):
+    volume, _ = scan(dtype=np.int16)
+    whole = mapping.compose(chain())
+    target = GRIDS["permuted"]
+    results = []
+    for points_per_slab, threads in ((2**30, 1), (1, 3), (1000, None)):
+        monkeypatch.setattr(mapping, "_SLAB_POINTS", points_per_slab)
+        options = {"threads": threads}
+        results.append(
+            (
+                mapping.resample(whole, volume, target, interp=interp, **options),
+                mapping.flatten(whole, target, **options),
+                mapping.jacobian(whole, target, **options),
+                mapping.coverage(whole, target, **options),
+            )
+        )
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_resample_keeps_whole_numbers_and_fills():
+    volume, _ = scan(dtype=np.int16)
+    far = mapping.affine(turn((400, 0, 0)))
+    out = mapping.resample(far, volume, GRIDS["straight"], fill=-1000)
+    assert out.dtype == np.int16 and (out == -1000).all()
+    exact = mapping.resample(Mapping(()), volume, MOVING_GRID, fill=7)
+    np.testing.assert_array_equal(exact, volume.data)
+    for change, match in (
+        ({"interp": "cubic"}, "interp must be one of"),
+        ({"fill": 0.5}, "fill must be a value of int16, got 0.5"),
+        ({"fill": 70000}, "fill must be a value of int16"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            mapping.resample(Mapping(()), volume, MOVING_GRID, **change)
+    with pytest.raises(ValueError, match="whole ids for 'label', got float32"):
+        mapping.resample(Mapping(()), scan()[0], MOVING_GRID, interp="label")
+
+
+# --- Jacobian -----------------------------------------------------------------------
+
+
+def test_jacobian_of_affines_is_their_determinant():
+    whole = Mapping((turn(), turn((0, 0, 0), (0.4, 0.0, 0.3), 0.8)))
+    expected = np.prod([np.linalg.det(m[:3, :3]) for m in whole.parts])
+    for g in (GRIDS["oblique"], GRIDS["flipped"]):
+        found = mapping.jacobian(whole, g)
+        assert found.shape == g.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-6)  # float32
+    with pytest.raises(ValueError, match="2 voxels or more per axis"):
+        mapping.jacobian(whole, Grid((5, 1, 6), np.eye(4)))
+
+
+def test_jacobian_inside_agrees_with_itk():
+    # Its filter takes derivatives along the axes for those along the world's.
+    part = field(grid(FIELD_GRID.shape, (5.0, 5.5, 7.0)), size=9.0)
+    found = mapping.jacobian(Mapping((part,)), part.grid)
+    peer = oracles.itk_image(
+        part.disp_mm.astype(np.float64), part.vox2world, vector=True
+    )
+    expected = oracles.itk_array(sitk.DisplacementFieldJacobianDeterminant(peer))
+    inner = (slice(1, -1),) * 3
+    np.testing.assert_allclose(found[inner], expected[inner], atol=1e-5)  # float32
+    assert found.min() < 0.3 and found.max() > 1.7
+
+
+def test_coverage_is_where_displacements_are_known():
+    part = field()
+    covered = mapping.coverage(Mapping((part,)), GRIDS["aside"])
+    shifted = part._replace(disp_mm=np.full_like(part.disp_mm, 5.0))
+    moved = mapping.flatten(Mapping((shifted,)), GRIDS["aside"])
+    np.testing.assert_array_equal(covered, moved[..., 0] > 0)
+    assert 0 < covered.sum() < covered.size
+
+
+# --- inverse ------------------------------------------------------------------------
+
+
+def swirl(g):
+    """Turns about the third axis through CENTER, angle falling with the radius."""
+    s = positions(g) - CENTER
+    radius = np.linalg.norm(s[..., :2], axis=-1)
+    return s, 0.5 * np.exp(-np.square(radius / 40))
+
+
+def swirled(g, sign):
+    """The swirl's displacement, known in closed form for both directions."""
+    s, angle = swirl(g)
+    angle = sign * angle
+    x = np.cos(angle) * s[..., 0] - np.sin(angle) * s[..., 1]
+    y = np.sin(angle) * s[..., 0] + np.cos(angle) * s[..., 1]
+    return np.stack([x, y, s[..., 2]], axis=-1) - s
+
+
+def test_inverse_of_a_swirl_is_the_swirl_back():
+    errors_mm = []
+    for factor in (1, 2):
+        shape = tuple(np.array((30, 34, 12)) * factor)
+        g = Grid(shape, place(shape, np.array((5.0, 4.6, 9.0)) / factor))
+        inverse = mapping.invert(mapping.field(swirled(g, 1), g.vox2world), g)
+        (back,) = inverse.mapping.parts
+        inner = tuple(slice(3 * factor, -3 * factor) for _ in shape)
+        off = np.linalg.norm(back.disp_mm - swirled(g, -1), axis=-1)[inner]
+        errors_mm.append(off.max())
+        assert inverse.stats["unsolved_percent"] == 0
+        assert np.nanmax(inverse.residual_mm) <= 0.01
+        assert np.abs(back.disp_mm).max() > 8
+    # The field is linear between voxels: an error of second order, all that is left.
+    assert errors_mm[0] < 0.5
+    assert 3 < errors_mm[0] / errors_mm[1] < 5.5
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda: (field(size=5.0),),
+        lambda: (field(size=4.0), turn()),
+        lambda: (turn(angles=(0.5, 0.0, 0.3), scale=1.3), field(size=3.0)),
+        lambda: (field(size=3.0), turn((60, -35, 40), (0.2, 0.5, -0.4)), field(size=2)),
+    ],
+)
+def test_inverse_leads_back_to_the_tolerance(parts):
+    whole = Mapping(parts())
+    inverse = mapping.invert(whole, MOVING_GRID)
+    y = positions(MOVING_GRID)
+    there = mapping.points(whole, mapping.points(inverse.mapping, y))
+    gap = np.linalg.norm(there - y, axis=-1)
+    known = ~np.isnan(inverse.residual_mm)
+    stats = inverse.stats
+    # Where it is known, no field's edge had to be continued.
+    np.testing.assert_allclose(gap[known], inverse.residual_mm[known], atol=1e-5)
+    assert gap[known].max() <= 0.01 and known.mean() > 0.15
+    assert stats["covered_percent"] == pytest.approx(100 * known.mean())
+    assert stats["unsolved_percent"] == 0
+    assert stats["residual_max_mm"] == pytest.approx(gap[known].max(), abs=1e-6)
+    assert 0 < stats["between_mean_mm"] < 0.5
+    mapping.check_inverse(inverse, "a.h5", 0.0)
+
+
+def test_inverse_of_affines_is_exact():
+    whole = Mapping((turn(), turn((5, 5, 5), (1.2, 0.4, 0.0))))
+    inverse = mapping.invert(whole, MOVING_GRID)
+    back = mapping.points(inverse.mapping, mapping.points(whole, scattered()))
+    np.testing.assert_allclose(back, scattered(), atol=1e-9)  # float64
+    assert inverse.stats["residual_max_mm"] == 0
+    assert mapping.invert(Mapping(()), MOVING_GRID).mapping.parts == ()
+
+
+def test_inverse_is_no_negation():
+    part = field(size=8.0)
+    negated = Mapping((part._replace(disp_mm=-part.disp_mm),))
+    y = positions(MOVING_GRID)
+    gaps = mapping.points(Mapping((part,)), mapping.points(negated, y)) - y
+    inverse = mapping.invert(Mapping((part,)), MOVING_GRID)
+    known = ~np.isnan(inverse.residual_mm)
+    assert np.linalg.norm(gaps, axis=-1)[known].max() > 3
+    assert np.nanpercentile(inverse.residual_mm, 99) < 0.01
+
+
+def test_inverse_of_folds_says_so_and_is_refused():
+    whole = Mapping((field(size=20.0),))
+    assert (mapping.jacobian(whole, FIELD_GRID) <= 0).mean() > 0.1
+    inverse = mapping.invert(whole, MOVING_GRID)
+    assert inverse.stats["unsolved_percent"] > 5
+    assert np.nanmax(inverse.residual_mm) > 1
+    with pytest.raises(UserError, match="the map folds") as caught:
+        mapping.check_inverse(inverse, "a.h5", 1.0)
+    assert (caught.value.reason, caught.value.exit_code) == (
+        "folding",
+        errors.NUMERICAL,
+    )
+
+
+def test_inverse_refuses_a_grid_that_nothing_leads_to():
+    away = Grid((8, 9, 10), place((8, 9, 10), (4, 5, 6), center=CENTER + 900))
+    inverse = mapping.invert(Mapping((field(),)), away)
+    assert np.isnan(inverse.residual_mm).all()
+    with pytest.raises(UserError, match="name the moving scan") as caught:
+        mapping.check_inverse(inverse, "a.h5", 1.0)
+    assert caught.value.reason == "no_overlap"
+
+
+# --- files --------------------------------------------------------------------------
+
+
+def stored(folder, codes="RAI"):
+    """A fixed and a moving scan as files of other axis orders, read back."""
+    volumes = []
+    for name, g, order in (
+        ("fixed", FIELD_GRID, codes),
+        ("moving", MOVING_GRID, "SPR"),
+    ):
+        data = np.rint(hu(positions(g))).astype(np.int16)
+        data, vox2world = orientation.reorient(data, g.vox2world, order)
+        nifti.write_volume(folder / f"{name}.nii.gz", data, vox2world)
+        volumes.append(nifti.read_image(folder / f"{name}.nii.gz"))
+    return volumes
+
+
+ROUND = [
+    ("a.h5", "itk"),
+    ("b.nii.gz", "ants"),
+    ("c.nii", "nifti1006"),
+    ("d.nrrd", "slicer"),
+    ("e.nii.gz", "l2r"),
+    ("f.npz", "l2r"),
+]
+
+
+@pytest.mark.parametrize("last", ROUND)
+def test_round_trips_between_all_spellings(tmp_path, last):
+    fixed, moving = stored(tmp_path)
+    whole = Mapping((field(size=4.0), turn()))
+    g = mapping.grid_of(fixed)
+    inner = positions(Grid(tuple(n - 1 for n in g.shape), g.vox2world)).reshape(-1, 3)
+    xyz = inner[::7] + 0.4 * np.array(fixed.spacing_mm)  # between voxels
+    flat = mapping.points(mapping.compose([whole], g), xyz)
+    for n, (name, to) in enumerate((*ROUND, last)):
+        path = tmp_path / f"{n}{name}"
+        mapping.write(path, whole, to, fixed=fixed, moving=moving)
+        whole = mapping.read(path, fixed=fixed, moving=moving)
+        found = mapping.points(whole, xyz)
+        # float32 vectors and geometry, seven times over
+        np.testing.assert_allclose(found, flat, rtol=0, atol=1e-3)
+    assert np.abs(flat - xyz).max() > 5
+
+
+def test_write_keeps_parts_and_grids_without_a_fixed_scan(tmp_path):
+    whole = mapping.compose(chain())
+    mapping.write(tmp_path / "a.h5", whole)
+    again = mapping.read(tmp_path / "a.h5")
+    assert len(again.parts) == len(whole.parts)
+    xyz = scattered()
+    np.testing.assert_allclose(
+        mapping.points(again, xyz), mapping.points(whole, xyz), atol=1e-6
+    )
+    single = Mapping((field(),))
+    mapping.write(tmp_path / "b.nii", single)
+    (same,) = mapping.read(tmp_path / "b.nii").parts
+    np.testing.assert_array_equal(same.disp_mm, field().disp_mm)
+    mapping.write(tmp_path / "c.txt", Mapping((turn(), turn())))
+    (matrix,) = mapping.read(tmp_path / "c.txt").parts
+    np.testing.assert_allclose(matrix, turn() @ turn(), atol=1e-12)
+    mapping.write(tmp_path / "d.h5", Mapping(()))
+    peer = sitk.ReadTransform(str(tmp_path / "d.h5"))
+    np.testing.assert_allclose(peer_points(peer, xyz), xyz, atol=1e-9)
+    name = "sub-01_from-moving_to-fixed_mode-image_xfm.h5"
+    mapping.write(tmp_path / name, whole, "bids")
+    assert (tmp_path / name).read_bytes() == (tmp_path / "a.h5").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name, to, parts, reason, match",
+    [
+        ("a.mat", None, 0, "name_mismatch", "ends in .h5 or .nii.gz or"),
+        ("a.nii", "itk", 0, "name_mismatch", "ends in .h5, got a.nii; rename"),
+        ("x_xfm.h5", "bids", 0, "name_mismatch", "from-MOVING_to-FIXED_mode-image"),
+        ("a.txt", None, 0, "schema", "without displacements, got a field"),
+        ("a.nii.gz", None, 2, "schema", "the fixed scan, whose grid is needed"),
+    ],
+)
+def test_write_refuses(tmp_path, name, to, parts, reason, match):
+    with pytest.raises(UserError, match=match) as caught:
+        mapping.write(tmp_path / name, chain()[parts], to)
+    assert (caught.value.reason, caught.value.exit_code) == (reason, errors.USAGE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_refuses_a_shear_in_itk_files(tmp_path):
+    vox2world = FIELD_GRID.vox2world.copy()
+    vox2world[0, 1] += 0.9
+    sheared = mapping.field(field().disp_mm, vox2world)
+    with pytest.raises(UserError, match="perpendicular axes, got a shear"):
+        mapping.write(tmp_path / "a.h5", sheared)
+    mapping.write(tmp_path / "a.nrrd", sheared)  # which holds any axes
+    with pytest.raises(ValueError, match="to must be one of"):
+        mapping.write(tmp_path / "a.h5", sheared, "elastix")
+
+
+def test_read_refuses_a_learn2reg_field_alone(tmp_path):
+    fixed, moving = stored(tmp_path)
+    mapping.write(
+        tmp_path / "disp.npz", Mapping((field(),)), fixed=fixed, moving=moving
+    )
+    with pytest.raises(UserError, match="name the fixed and the moving") as caught:
+        mapping.read(tmp_path / "disp.npz")
+    assert (caught.value.reason, caught.value.exit_code) == ("schema", errors.USAGE)
+
+
+def test_makers_reject():
+    with pytest.raises(ValueError, match="matrix must be a finite invertible"):
+        mapping.affine(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="channels last"):
+        mapping.field(np.zeros((3, 4, 5, 6)), np.eye(4))
+    with pytest.raises(ValueError, match="within 1000 mm"):
+        mapping.field(np.full((4, 5, 6, 3), np.nan), np.eye(4))
+
+
+# --- every way to store a scan ------------------------------------------------------
+
+ALL_CODES = [
+    "".join(letters)
+    for axes in itertools.permutations(("LR", "PA", "SI"))
+    for letters in itertools.product(*axes)
+]
+STORED = [  # numpy type, slope, intercept
+    ("i2", 1, 0),
+    ("u2", 1, -1024),
+    ("f4", 1, 0),
+    ("f8", 1, 0),
+]
+SMALL = Grid(
+    (9, 8, 7),
+    place((9, 8, 7), (3.0, 2.5, 4.0), "LPS", (0.2, -0.1, 0.15), np.array((5, -20, 60))),
+)
+
+
+def store(path, hu_values, vox2world, kind, order, slope, inter):
+    """NIfTI-1 bytes, made without the writer under test."""
+    header = nib.Nifti1Header(endianness=order)
+    header.set_data_shape(hu_values.shape)
+    header.set_data_dtype(np.dtype(order + kind))
+    header.set_sform(orientation.ras_from_lps(vox2world), 1)
+    header.set_qform(orientation.ras_from_lps(vox2world), 1)
+    header.set_xyzt_units("mm")
+    header["scl_slope"], header["scl_inter"] = slope, inter
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    raw = ((hu_values - inter) / slope).astype(order + kind).tobytes(order="F")
+    path.write_bytes(header.binaryblock + b"\0\0\0\0" + raw)
+
+
+@pytest.mark.parametrize("codes", ALL_CODES)
+def test_every_storage_form_is_one_volume_and_gives_one_field(tmp_path, codes):
+    # 48 orders of the axes x 4 types x 2 byte orders: what the network is given does
+    # not differ by a bit, and the field that comes back is one map of the world.
+    expected = np.rint(hu(positions(SMALL)))
+    data, vox2world = orientation.reorient(expected, SMALL.vox2world, codes)
+    disp_mm = waves(positions(SMALL), size=6.0).astype(np.float32)
+    inner = np.random.default_rng(1).uniform(0.05, np.array(SMALL.shape) - 1.05, (9, 3))
+    xyz = inner @ SMALL.vox2world[:3, :3].T + SMALL.vox2world[:3, 3]
+    moved = mapping.points(Mapping((Field(disp_mm, SMALL.vox2world),)), xyz)
+    for (kind, slope, inter), order in itertools.product(STORED, "<>"):
+        path = tmp_path / "fixed.nii"
+        store(path, data, vox2world, kind, order, slope, inter)
+        fixed = nifti.read_image(path)
+        assert fixed.native.shape == data.shape
+        np.testing.assert_array_equal(fixed.data, expected)
+        # float32 geometry in the file
+        np.testing.assert_allclose(fixed.vox2world, SMALL.vox2world, atol=1e-4)
+        if kind == "f8":
+            continue  # one field per order of axes and bytes, from two types
+        warp = tmp_path / "a_1Warp.nii"
+        transforms.write_field(warp, disp_mm, fixed.vox2world, like=fixed)
+        peer = sitk.ReadImage(str(warp), sitk.sitkVectorFloat64)
+        image = sitk.ReadImage(str(path))
+        assert peer.GetSize() == image.GetSize()
+        np.testing.assert_allclose(peer.GetOrigin(), image.GetOrigin(), atol=1e-4)
+        found = peer_points(sitk.DisplacementFieldTransform(peer), xyz)
+        np.testing.assert_allclose(found, moved, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            mapping.points(mapping.read(warp), xyz), moved, rtol=0, atol=1e-4
+        )
+
+
+def test_a_mirrored_pair_has_the_mirrored_field(tmp_path):
+    # Scan and field mirrored in x together, stored as a file whose first axis runs
+    # the other way: read on LPS+ axes, one is the mirror image of the other.
+    mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
+    disp_mm = waves(positions(SMALL), size=6.0).astype(np.float32)
+    whole = Mapping((Field(disp_mm, SMALL.vox2world),))
+    turned, vox2world = orientation.reorient(
+        disp_mm * np.array([-1, 1, 1], np.float32), mirror @ SMALL.vox2world
+    )
+    transforms.write_field(tmp_path / "m.nii", turned, vox2world)
+    xyz = scattered(40, 9) - CENTER + np.array((5, -20, 60))
+    expected = mapping.points(whole, xyz) * [-1, 1, 1]
+    found = mapping.points(mapping.read(tmp_path / "m.nii"), xyz * [-1, 1, 1])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert np.abs(expected - xyz * [-1, 1, 1]).max() > 3
