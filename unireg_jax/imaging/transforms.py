@@ -156,6 +156,8 @@ def read_affine_txt(path: str | os.PathLike) -> np.ndarray:
     center = center if center.size else np.zeros(3)
     if parameters.size != 12 or center.size != 3:
         raise _not_itk(path, f"{parameters.size} and {center.size} numbers")
+    if not (np.isfinite(center).all() and np.isfinite(parameters).all()):
+        raise _not_finite(path)
     return _checked_matrix(_matrix(kind, center, parameters), path)
 
 
@@ -244,6 +246,8 @@ def read_parts(
         if kind.split("_")[0] == _FIELD_KIND:
             parts.append(_itk_field(path, fixed, parameters))
             continue
+        if not (np.isfinite(fixed).all() and np.isfinite(parameters).all()):
+            raise _not_finite(path)
         matrix = _matrix(kind, fixed, parameters)
         if matrix is None:
             got = f"{kind[:60]} of {parameters.size} and {fixed.size} numbers"
@@ -420,8 +424,8 @@ def read_itk_image(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
             "write one displacement field",
         )
     told = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
-    space = told.get("NRRD_space", "left-posterior-superior")
-    if space != "left-posterior-superior":
+    space = _nrrd_space(path)
+    if space not in ("left-posterior-superior", "lps"):
         raise _not_field(path, "vectors in LPS", space)
     if told.get(_NRRD_RESAMPLING, "resampling") != "resampling":
         raise _not_field(path, "a resampling field", told[_NRRD_RESAMPLING])
@@ -792,13 +796,7 @@ def _rotation(angle: float, axis: int) -> np.ndarray:
 
 
 def _checked_matrix(matrix: np.ndarray, path: str | os.PathLike) -> np.ndarray:
-    """A matrix from a file must be finite and invertible."""
-    if not np.isfinite(matrix).all():
-        raise UserError(
-            "affine_nonfinite",
-            f"{shown(path)}: affine_nonfinite: expected finite parameters, got NaN or "
-            "infinity; register again",
-        )
+    """A matrix from a file must be invertible."""
     if abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
         raise UserError(
             "affine_singular",
@@ -806,6 +804,14 @@ def _checked_matrix(matrix: np.ndarray, path: str | os.PathLike) -> np.ndarray:
             f"determinant {np.linalg.det(matrix[:3, :3]):.2g}; register again",
         )
     return matrix
+
+
+def _not_finite(path: str | os.PathLike) -> UserError:
+    return UserError(
+        "affine_nonfinite",
+        f"{shown(path)}: affine_nonfinite: expected finite parameters, got NaN or "
+        "infinity; register again",
+    )
 
 
 def _ends(path: str | os.PathLike, endings: str | tuple[str, ...]) -> bool:
@@ -845,6 +851,17 @@ def _not_itk(path: str | os.PathLike, got: str) -> UserError:
         f"{shown(path)}: schema: expected one 3-D affine as ITK text, got {got}; "
         "convert it with ITK or ANTs",
     )
+
+
+def _nrrd_space(path: str | os.PathLike) -> str:
+    """As the header has it: ITK turns the grid to LPS, but not the vectors."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).split(b"\n\n")[0].decode("ascii", "replace")
+    for line in head.splitlines():
+        key, _, value = line.partition(":")
+        if key == "space" and head.startswith("NRRD"):
+            return value.strip().lower()
+    return "lps"  # MetaImage, or the file does not tell
 
 
 def _not_parts(path: str | os.PathLike, got: str) -> UserError:
