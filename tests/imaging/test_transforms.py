@@ -471,3 +471,294 @@ def test_read_l2r_refuses(tmp_path):
         with pytest.raises(UserError, match=match) as caught:
             transforms.read_l2r(tmp_path / name, oblique())
         assert caught.value.reason == reason
+
+
+# --- transform files of any parts ---------------------------------------------------
+
+CENTRE = [10.0, -20.0, 35.5]
+
+
+def peers():
+    """SimpleITK's linear transforms, none of them trivial."""
+    euler = sitk.Euler3DTransform(CENTRE, 0.2, -0.3, 0.5, (4.0, 5.0, -6.0))
+    zyx = sitk.Euler3DTransform(CENTRE, 0.2, -0.3, 0.5, (4.0, 5.0, -6.0))
+    zyx.SetComputeZYX(True)
+    versor = sitk.VersorRigid3DTransform()
+    versor.SetCenter(CENTRE)
+    versor.SetRotation((0.6, 0.0, 0.8), 0.7)
+    versor.SetTranslation((1.0, 2.0, 3.0))
+    similar = sitk.Similarity3DTransform()
+    similar.SetCenter(CENTRE)
+    similar.SetRotation((0.0, 0.6, -0.8), 0.5)
+    similar.SetTranslation((1.0, 2.0, 3.0))
+    similar.SetScale(1.3)
+    turn = sitk.VersorTransform((0.0, 0.6, 0.8), 0.4, CENTRE)
+    scale = sitk.ScaleTransform(3, (1.1, 0.9, 1.4))
+    scale.SetCenter(CENTRE)
+    return {
+        "translation": sitk.TranslationTransform(3, (1.0, -2.0, 3.0)),
+        "scale": scale,
+        "euler": euler,
+        "euler_zyx": zyx,
+        "versor": turn,
+        "rigid": versor,
+        "similarity": similar,
+        "identity": sitk.Transform(3, sitk.sitkIdentity),
+    }
+
+
+@pytest.mark.parametrize("ending", ["tfm", "txt", "h5"])
+@pytest.mark.parametrize("name", peers())
+def test_read_parts_turns_linear_kinds_into_affines(tmp_path, name, ending):
+    path = tmp_path / f"a.{ending}"
+    sitk.WriteTransform(peers()[name], str(path))
+    assert transforms.spelling(path) == "itk"
+    (matrix,) = transforms.read_parts(path)
+    for point in inner_points(5):
+        expected = peers()[name].TransformPoint(point.tolist())
+        moved = matrix[:3, :3] @ point + matrix[:3, 3]
+        np.testing.assert_allclose(moved, expected, atol=1e-9)  # float64
+
+
+@pytest.mark.parametrize("ending", ["tfm", "h5"])
+def test_read_parts_of_a_composite_gives_the_order_of_action(tmp_path, ending):
+    known = [peers()[name] for name in ("similarity", "euler", "translation")]
+    whole = sitk.CompositeTransform(3)
+    for peer in known:  # the last one added acts first
+        whole.AddTransform(peer)
+    sitk.WriteTransform(whole, str(tmp_path / f"a.{ending}"))
+    point = inner_points(1)[0]
+    expected = np.array(whole.TransformPoint(point.tolist()))
+    for matrix in transforms.read_parts(tmp_path / f"a.{ending}"):
+        point = matrix[:3, :3] @ point + matrix[:3, 3]
+    np.testing.assert_allclose(point, expected, atol=1e-9)
+
+
+def test_read_parts_of_a_field_file_of_simpleitk(tmp_path):
+    vectors = displacement(world(oblique()))
+    image = sitk.GetImageFromArray(vectors.transpose(2, 1, 0, 3), isVector=True)
+    image.SetSpacing(SPACING)
+    image.SetOrigin(oblique()[:3, 3].tolist())
+    image.SetDirection((oblique()[:3, :3] / np.array(SPACING)).ravel().tolist())
+    peer = sitk.DisplacementFieldTransform(image)
+    sitk.WriteTransform(peer, str(tmp_path / "a.h5"))
+    ((disp_mm, vox2world),) = transforms.read_parts(tmp_path / "a.h5")
+    assert disp_mm.dtype == np.float32
+    np.testing.assert_allclose(disp_mm, vectors, atol=1e-5)  # float32
+    np.testing.assert_allclose(vox2world, oblique(), atol=1e-9)
+
+
+def mat(name, numbers, kind=0):
+    """A matrix as MATLAB 4 wrote it, one column."""
+    head = struct.pack("<5i", kind, len(numbers), 1, 0, len(name) + 1)
+    values = np.array(numbers, "<f8" if kind == 0 else "<f4").tobytes()
+    return head + name.encode() + b"\0" + values
+
+
+@pytest.mark.parametrize("kind", [0, 10])
+def test_read_parts_of_ants_mat(tmp_path, kind):
+    path = tmp_path / "a_0GenericAffine.mat"
+    numbers = [*affine()[:3, :3].ravel(), 1.0, 2.0, 3.0]
+    content = mat("AffineTransform_double_3_3", numbers, kind)
+    path.write_bytes(content + mat("fixed", CENTRE, kind))
+    (matrix,) = transforms.read_parts(path)
+    peer = sitk.ReadTransform(str(path))
+    for point in inner_points(5):
+        expected = peer.TransformPoint(point.tolist())
+        moved = matrix[:3, :3] @ point + matrix[:3, 3]
+        # float32 numbers, as SimpleITK reads them too
+        np.testing.assert_allclose(moved, expected, atol=1e-9 if kind == 0 else 1e-4)
+
+
+def bspline():
+    return sitk.BSplineTransformInitializer(
+        sitk.Image(20, 20, 20, sitk.sitkUInt8), [3] * 3
+    )
+
+
+@pytest.mark.parametrize(
+    "make, reason, match",
+    [
+        (
+            lambda p: sitk.WriteTransform(bspline(), str(p)),
+            "schema",
+            "BSplineTransform_double_3_3 of 648 .* sample other kinds",
+        ),
+        (
+            lambda p: sitk.WriteTransform(sitk.AffineTransform(2), str(p)),
+            "schema",
+            "AffineTransform_double_2_2",
+        ),
+        (
+            lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n torn"),
+            "schema",
+            "expected an ITK",
+        ),
+        (lambda p: h5py.File(p, "w").close(), "schema", "TransformGroup"),
+    ],
+)
+def test_read_parts_refuses_what_is_no_map(tmp_path, make, reason, match):
+    make(tmp_path / "a.h5")
+    with pytest.raises(UserError, match=match) as caught:
+        transforms.read_parts(tmp_path / "a.h5")
+    assert (caught.value.reason, caught.value.exit_code) == (reason, errors.FAILED)
+
+
+@pytest.mark.parametrize(
+    "number, name, value, reason",
+    [
+        (2, "TransformParameters", np.nan, "field_nonfinite"),
+        (2, "TransformParameters", 2000.0, "field_range"),
+        (1, "TransformParameters", np.inf, "affine_nonfinite"),
+        (1, "TransformParameters", 0.0, "affine_singular"),
+        (2, "TransformFixedParameters", 7.0, "schema"),
+        (2, "TransformFixedParameters", np.nan, "schema"),
+        (2, "TransformFixedParameters", -1.0, "schema"),
+    ],
+)
+def test_read_parts_refuses_bad_numbers(tmp_path, number, name, value, reason):
+    path = tmp_path / "a.h5"
+    transforms.write_composite(
+        path, affine(), displacement(world(oblique())), oblique()
+    )
+    with h5py.File(path, "r+") as file:
+        numbers = file[f"TransformGroup/{number}/{name}"]
+        numbers[: 9 if value == 0 else 3] = value
+    with pytest.raises(UserError) as caught:
+        transforms.read_parts(path)
+    assert caught.value.reason == reason
+
+
+def test_write_parts_rejects():
+    with pytest.raises(ValueError, match="one or more, got none"):
+        transforms.write_parts("a.h5", [])
+
+
+# --- NRRD ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP"])
+def test_write_nrrd_is_read_by_itk(tmp_path, codes):
+    fixed = source(tmp_path, codes)
+    disp_mm = displacement(world(fixed.vox2world)).astype(np.float32)
+    path = tmp_path / "a.nrrd"
+    transforms.write_nrrd(path, disp_mm, fixed.vox2world, like=fixed)
+    peer = sitk_field(path)
+    for point in inner_points():
+        moved = np.array(peer.TransformPoint(point.tolist()))
+        np.testing.assert_allclose(moved, point + displacement(point), atol=1e-4)
+    image = sitk.ReadImage(str(path))
+    # The word by which Slicer knows that the field leads from fixed to moving.
+    assert image.GetMetaData("displacement field type") == "resampling"
+    assert image.GetSize() == fixed.native.shape
+    assert transforms.spelling(path) == "itk_image"
+    again, vox2world = transforms.read_itk_image(path)
+    np.testing.assert_array_equal(again, disp_mm)
+    np.testing.assert_allclose(vox2world, fixed.vox2world, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_read_itk_image_of_simpleitk_file(tmp_path, name):
+    vectors = displacement(world(oblique()))
+    image = sitk.GetImageFromArray(vectors.transpose(2, 1, 0, 3), isVector=True)
+    image.SetSpacing(SPACING)
+    image.SetOrigin(oblique()[:3, 3].tolist())
+    image.SetDirection((oblique()[:3, :3] / np.array(SPACING)).ravel().tolist())
+    sitk.WriteImage(image, str(tmp_path / name))
+    assert transforms.spelling(tmp_path / name) == "itk_image"
+    disp_mm, vox2world = transforms.read_itk_image(tmp_path / name)
+    np.testing.assert_allclose(disp_mm, vectors, atol=1e-5)  # float32
+    np.testing.assert_allclose(vox2world, oblique(), atol=1e-9)
+
+
+def test_read_itk_image_refuses(tmp_path):
+    disp_mm = displacement(world(oblique()))
+    transforms.write_nrrd(tmp_path / "a.nrrd", disp_mm, oblique())
+    content = (tmp_path / "a.nrrd").read_bytes()
+    sitk.WriteImage(sitk.Image(5, 6, 7, sitk.sitkInt16), str(tmp_path / "i.nrrd"))
+    for change, reason, match in (
+        ((b":=resampling", b":=modelling"), "schema", "a resampling field, got mod"),
+        ((b"left-posterior", b"right-anterior"), "schema", "vectors in LPS, got right"),
+        (
+            (b"encoding: gzip", b"encoding: raw!"),
+            "truncated",
+            "an image that ITK reads",
+        ),
+    ):
+        (tmp_path / "b.nrrd").write_bytes(content.replace(*change))
+        with pytest.raises(UserError, match=match) as caught:
+            transforms.read_itk_image(tmp_path / "b.nrrd")
+        assert caught.value.reason == reason
+    with pytest.raises(UserError, match="3-D of 1") as caught:
+        transforms.read_itk_image(tmp_path / "i.nrrd")
+    assert caught.value.reason == "ndim"
+
+
+def test_read_itk_image_names_its_extra(tmp_path, monkeypatch):
+    transforms.write_nrrd(tmp_path / "a.nrrd", np.zeros((*SHAPE, 3)), oblique())
+    monkeypatch.setattr(transforms.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"unireg-jax\[itk\]") as caught:
+        transforms.read_itk_image(tmp_path / "a.nrrd")
+    assert (caught.value.reason, caught.value.exit_code) == ("not_installed", 2)
+
+
+# --- telling them apart -------------------------------------------------------------
+
+
+def test_spelling_goes_by_content_not_by_name(tmp_path):
+    disp_mm = displacement(world(oblique()))
+    transforms.write_field(tmp_path / "a.nii.gz", disp_mm, oblique())
+    transforms.write_l2r(tmp_path / "b.nii.gz", disp_mm, oblique())
+    transforms.write_l2r(tmp_path / "b.nii", disp_mm, oblique())
+    transforms.write_l2r(tmp_path / "c.npz", disp_mm, oblique())
+    big = nib.Nifti2Image(disp_mm, orientation.ras_from_lps(oblique()))
+    nib.save(big, tmp_path / "d.nii")
+    transforms.write_composite(tmp_path / "e.h5", affine(), disp_mm, oblique())
+    (tmp_path / "e.h5").rename(tmp_path / "e.transform")
+    for name, kind in (
+        ("a.nii.gz", "nifti"),
+        ("b.nii.gz", "l2r"),
+        ("b.nii", "l2r"),
+        ("c.npz", "l2r"),
+        ("d.nii", "l2r"),
+        ("e.transform", "itk"),
+    ):
+        assert transforms.spelling(tmp_path / name) == kind, name
+    assert len(transforms.read_parts(tmp_path / "e.transform")) == 2
+    (tmp_path / "torn.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:60])
+    assert transforms.spelling(tmp_path / "torn.nii.gz") == "nifti"  # its reader says
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"1 0 0 0\n0 1 0 0\n", "got text"),
+        (b"\x89PNG\r\n", "got a PNG picture"),
+        (b"<html>", "an HTML page"),
+        (b"\0\1\2\3", "unknown binary data"),
+    ],
+)
+def test_spelling_refuses_what_is_no_transform(tmp_path, content, match):
+    (tmp_path / "a.h5").write_bytes(content)
+    with pytest.raises(UserError, match=match) as caught:
+        transforms.spelling(tmp_path / "a.h5")
+    assert (caught.value.reason, caught.value.exit_code) == ("schema", errors.FAILED)
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP"])
+def test_write_field_1006_is_turned_by_itk(tmp_path, codes):
+    fixed = source(tmp_path, codes)
+    disp_mm = displacement(world(fixed.vox2world)).astype(np.float32)
+    path = tmp_path / "a.nii.gz"
+    transforms.write_field(path, disp_mm, fixed.vox2world, like=fixed, intent=1006)
+    assert nib.load(path).header["intent_code"] == 1006
+    stored = nib.load(path).get_fdata()[2, 3, 4, 0]
+    here = fixed.native.vox2world @ (2, 3, 4, 1)
+    np.testing.assert_allclose(stored, displacement(here[:3]) * (-1, -1, 1), atol=1e-4)
+    peer = sitk_field(path)
+    for point in inner_points(5):
+        moved = np.array(peer.TransformPoint(point.tolist()))
+        np.testing.assert_allclose(moved, point + displacement(point), atol=1e-4)
+    np.testing.assert_array_equal(transforms.read_field(path)[0], disp_mm)
+    with pytest.raises(ValueError, match="1007 .* or 1006"):
+        transforms.write_field(path, disp_mm, fixed.vox2world, intent=0)
