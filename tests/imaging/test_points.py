@@ -102,3 +102,123 @@ def test_read_table_refuses_what_is_no_point(tmp_path, text, reason):
     with pytest.raises(UserError) as caught:
         points.read_table(tmp_path / "p.csv", "voxel_from_0", volume)
     assert caught.value.reason == reason
+
+
+# --- point files --------------------------------------------------------------------
+
+
+def scan():
+    """Stored with its first axis towards the right."""
+    stored = np.diag([-2.0, 4.0, 3.0, 1.0])
+    stored[:3, 3] = 12, 22.5, -10
+    turned = np.diag([2.0, 4.0, 3.0, 1.0])
+    return nifti.Volume(
+        np.zeros((3, 4, 5), np.int16), turned, native=nifti.Native((3, 4, 5), stored)
+    )
+
+
+LPS = np.array([[12, 30.5, -7], [10, 30.5, -4]])
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "text"),
+    [
+        ("p.csv", "lps", "name,x,y,z\na,12,30.5,-7\nb,10,30.5,-4\n"),
+        (
+            "p.csv",
+            "lps",
+            "score, Z_mm ,Y_mm,X_mm,label\n1,-7,30.5,12,a\n2,-4,30.5,10,b\n",
+        ),
+        (
+            "p.csv",
+            "ras",
+            "\ufeffname,x,y,z\r\na,-12,-30.5,-7\r\n\r\nb,-10,-30.5,-4\r\n",
+        ),
+        ("p.csv", "voxel", "name,x,y,z\na,0,2,1\nb,1,2,2\n"),
+        (
+            "p.fcsv",
+            None,
+            "# Markups fiducial file version = 4.11\n# CoordinateSystem = LPS\n"
+            "# columns = id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc\n"
+            "1,12,30.5,-7,0,0,0,1,1,1,0,a,\n2,10,30.5,-4,0,0,0,1,1,1,0,b,\n",
+        ),
+        (
+            "p.fcsv",
+            "ras",
+            "# Markups fiducial file version = 4.6\n# CoordinateSystem = 0\n"
+            "1,-12,-30.5,-7,0,0,0,1,1,1,0,a,\n2,-10,-30.5,-4,0,0,0,1,1,1,0,b,\n",
+        ),
+        (
+            "p.mrk.json",
+            None,
+            '{"markups": [{"type": "Fiducial", "coordinateSystem": "RAS", '
+            '"controlPoints": [{"label": "a", "position": [-12, -30.5, -7]}, '
+            '{"label": "?", "position": [], "positionStatus": "undefined"}]}, '
+            '{"coordinateSystem": "RAS", "controlPoints": '
+            '[{"label": "b", "position": [-10, -30.5, -4.0]}]}]}',
+        ),
+    ],
+)
+def test_read_file_gives_lps_mm(tmp_path, name, space, text):
+    (tmp_path / name).write_bytes(text.encode())
+    found = points.read_file(tmp_path / name, space, scan())
+    np.testing.assert_allclose(found.xyz, LPS)
+    assert found.names == ["a", "b"]
+    # Written as read, all else in the file is as it was.
+    points.write_file(tmp_path / f"again_{name}", found, None, scan())
+    again = points.read_file(tmp_path / f"again_{name}", space, scan())
+    np.testing.assert_allclose(again.xyz, LPS, atol=1e-6)
+    written = (tmp_path / f"again_{name}").read_text()
+    for word in ("score", "undefined", "4.11", "4.6", "desc"):
+        assert (word in written) == (word in text)
+
+
+@pytest.mark.parametrize("name", ["q.csv", "q.fcsv", "q.mrk.json"])
+@pytest.mark.parametrize("space", ["lps", "ras"])
+def test_write_file_as_another_kind(tmp_path, name, space):
+    (tmp_path / "p.csv").write_text("12,30.5,-7\n10,30.5,-4\n")
+    given = points.read_file(tmp_path / "p.csv", "lps")
+    assert given.names == ["1", "2"]
+    given = given._replace(kind="other")
+    points.write_file(tmp_path / name, given, space)
+    told = space if name == "q.csv" else None
+    found = points.read_file(tmp_path / name, told)
+    np.testing.assert_allclose(found.xyz, LPS, atol=1e-6)
+    assert found.names == ["1", "2"] and found.space == space
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "space", "reason", "code", "match"),
+    [
+        ("p.csv", "x,y,z\n1,2,3\n", None, "schema", 2, "a table does not tell"),
+        ("p.csv", "x,y,z\n1,2,3\n", "voxel", "schema", 2, "name the scan"),
+        ("p.csv", "a,b,c\n1,2,3\n", "lps", "schema", 4, "columns x, y, z"),
+        ("p.csv", "x,y,z\n1,2\n", "lps", "schema", 4, "'1,2' in point 1"),
+        ("p.csv", "x,y,z\n1,2,nan\n", "lps", "schema", 4, "finite"),
+        ("p.csv", "x,y,z\n", "lps", "empty", 4, "one point or more"),
+        ("p.txt", "1 2 3", "lps", "schema", 2, "a name in .csv, .fcsv"),
+        ("p.fcsv", "# CoordinateSystem = LPS\n", None, "empty", 4, "mark some"),
+        ("p.fcsv", "# CoordinateSystem = XYZ\n1,2\n", None, "schema", 4, "LPS or RAS"),
+        ("p.fcsv", "# CoordinateSystem = LPS\n1,2,3,4\n", "ras", "schema", 2, "leave"),
+        ("p.json", "{", None, "schema", 4, "markups in JSON"),
+        ("p.json", "[1]", None, "schema", 4, "markups in JSON"),
+        ("p.json", '{"markups": []}', None, "schema", 4, "one coordinateSystem"),
+    ],
+)
+def test_read_file_refuses(tmp_path, name, text, space, reason, code, match):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=match) as caught:
+        points.read_file(tmp_path / name, space)
+    assert (caught.value.reason, caught.value.exit_code) == (reason, code)
+
+
+def test_write_file_refuses(tmp_path):
+    given = points.PointFile(LPS, ["a", "b"], "csv", "lps", None)
+    with pytest.raises(UserError, match="in a file of Slicer, got voxel"):
+        points.write_file(tmp_path / "p.fcsv", given, "voxel", scan())
+    with pytest.raises(ValueError, match=r"xyz must be \(2, 3\)"):
+        points.write_file(tmp_path / "p.csv", given._replace(xyz=LPS[:1]))
+    for call in (points.read_file, lambda p, s: points.write_file(p, given, s)):
+        with pytest.raises(ValueError, match="space must be one of"):
+            call(tmp_path / "p.csv", "mni")
+    assert list(tmp_path.iterdir()) == []
