@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Determinant of the Jacobian of the whole map, affines included, by central "
         "differences: volume in the moving scan over volume in the fixed one; 0 or "
         "less where the map folds. Statistics go to stdout, the map to --out. Voxels "
-        "at or beyond the border of the displacements, where the map jumps, are left out "
+        "at or beyond the border of the displacements, where it jumps, are left out "
         "of the statistics."
     )
     parser.epilog = (

@@ -1,0 +1,582 @@
+"""The verbs that apply and change transforms: files, refusals, and no JAX."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from tests import oracles
+from unireg_jax import __main__ as cli
+from unireg_jax.imaging import mapping, nifti, orientation, transforms
+from unireg_jax.imaging.mapping import Grid, Mapping
+
+VERBS = (
+    "warp",
+    "warp-points",
+    "invert",
+    "compose",
+    "convert",
+    "check-transform",
+    "jacobian",
+)
+CENTER = np.array([8.0, -160.0, 710.0])
+
+
+def grid(shape, spacing, codes, angle):
+    place = np.eye(4)
+    turn = nib.eulerangles.euler2mat(angle, 0.05, -angle / 2)
+    place[:3, :3] = turn @ orientation.direction(codes) @ np.diag(spacing)
+    place[:3, 3] = CENTER - place[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return Grid(shape, place)
+
+
+FIXED = grid((24, 30, 19), (5.0, 4.0, 6.5), "RAI", 0.1)
+MOVING = grid((20, 26, 33), (5.5, 4.8, 4.1), "SPL", -0.08)
+
+
+def positions(g):
+    index = np.stack(np.meshgrid(*map(np.arange, g.shape), indexing="ij"), -1)
+    return index @ g.vox2world[:3, :3].T + g.vox2world[:3, 3]
+
+
+def hu(xyz):
+    s = xyz - CENTER
+    spot = 300 * np.exp(-np.square((s - [15, -10, 20]) / 18).sum(-1))
+    radius = np.square(s / [48, 45, 55]).sum(-1)
+    return -1000 + 1040 / (1 + np.exp((radius - 1) * 5)) + spot
+
+
+def shift(xyz):
+    s = (xyz - CENTER) / 18
+    return 5.0 * np.stack(
+        [np.sin(s[..., 1]) + 0.5, np.cos(s[..., 2]), np.sin(s[..., 0])], axis=-1
+    )
+
+
+def matrix():
+    out = np.eye(4)
+    out[:3, :3] = nib.eulerangles.euler2mat(0.06, -0.04, 0.08) * 1.03
+    out[:3, 3] = CENTER - out[:3, :3] @ CENTER + (4.0, -3.0, 2.0)
+    return out
+
+
+def save(path, array, place, **fields):
+    """NIfTI by nibabel, whose world is RAS."""
+    image = nib.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ place)
+    image.header.set_xyzt_units("mm")
+    for name, value in fields.items():
+        image.header[name] = value
+    nib.save(image, path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Scans, labels, points and transforms of one made pair."""
+    out = tmp_path_factory.mktemp("pair")
+    whole = Mapping((mapping.Field(shift(positions(FIXED)), FIXED.vox2world), matrix()))
+    there = mapping.points(whole, positions(FIXED))
+    for name, values, g in (
+        ("fixed", hu(there), FIXED),
+        ("moving", hu(positions(MOVING)), MOVING),
+    ):
+        save(out / f"{name}.nii.gz", np.rint(values).astype(np.int16), g.vox2world)
+        labels = (values > -300).astype(np.uint8) + 2 * (values > 150).astype(np.uint8)
+        save(out / f"{name}_seg.nii.gz", labels, g.vox2world)
+    disp_mm, vox2world = orientation.reorient(
+        shift(positions(FIXED)).astype(np.float32), FIXED.vox2world
+    )
+    transforms.write_field(out / "w.nii.gz", disp_mm, vox2world)
+    transforms.write_composite(out / "c.h5", matrix(), disp_mm, vox2world)
+    transforms.write_affine_txt(out / "a.txt", matrix())
+    (out / "p.csv").write_text("name,x,y,z\na,8,-160,710\nb,20,-140,700\n")
+    broken = disp_mm.copy()
+    broken[4, 5, 6] = np.nan
+    place = orientation.ras_from_lps(vox2world)
+    image = nib.Nifti1Image(broken[:, :, :, None], place)
+    image.header["intent_code"] = 1007
+    image.header.set_xyzt_units("mm")
+    nib.save(image, out / "nan.nii.gz")
+    return out
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Calls a verb within the folder; code, stdout, stderr."""
+    monkeypatch.chdir(folder)
+
+    def call(*words):
+        code = cli.main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def peer(name="c.h5"):
+    return sitk.ReadTransform(name)
+
+
+# --- warp ---------------------------------------------------------------------------
+
+
+def test_warp_agrees_with_simpleitk_on_the_files(run, tmp_path):
+    out = tmp_path / "warped.nii.gz"
+    words = ("warp", "-m", "moving.nii.gz", "-f", "fixed.nii.gz", "-o", out)
+    code, stdout, stderr = run(*words, "-t", "c.h5")
+    assert (code, stdout) == (0, "") and "unireg: done" in stderr
+    fixed = sitk.ReadImage("fixed.nii.gz")
+    moving = sitk.ReadImage("moving.nii.gz", sitk.sitkFloat64)
+    expected = sitk.Resample(moving, fixed, peer(), sitk.sitkLinear, -1000.0)
+    found = sitk.ReadImage(str(out))
+    # Whole HU are rounded.
+    difference = oracles.itk_array(found) - oracles.itk_array(expected)
+    assert np.abs(difference).max() < 0.5 + 1e-3
+    # The fixed file's geometry, codes and axes, the moving file's type.
+    for name in ("srow_x", "srow_y", "srow_z", "qform_code", "sform_code", "dim"):
+        theirs = nib.load("fixed.nii.gz").header[name]
+        assert nib.load(out).header[name].tobytes() == theirs.tobytes()
+    assert nib.load(out).get_data_dtype() == np.int16
+    target = nib.load("fixed.nii.gz").get_fdata()
+    before = nib.load("moving.nii.gz").get_fdata()
+    assert np.ptp(before) > 1000
+    # Made as a pair: it is the fixed scan again, but for two interpolations.
+    inner = (slice(4, -4),) * 3
+    off = np.abs(nib.load(out).get_fdata() - target)[inner]
+    assert off.mean() < 15
+
+
+def test_warp_takes_parts_in_the_order_of_ants(run, tmp_path):
+    common = ("warp", "-m", "moving.nii.gz", "-f", "fixed.nii.gz")
+    for n, chain in enumerate(
+        (("c.h5",), ("w.nii.gz", "a.txt"), ("a.txt", "w.nii.gz"))
+    ):
+        words = [word for name in chain for word in ("-t", name)]
+        assert run(*common, *words, "-o", tmp_path / f"{n}.nii")[0] == 0
+    whole, chained, swapped = (
+        nib.load(tmp_path / f"{n}.nii").get_fdata() for n in range(3)
+    )
+    np.testing.assert_allclose(chained, whole, atol=1)  # rounded HU, float32 geometry
+    assert np.abs(swapped - whole).max() > 50
+
+
+@pytest.mark.parametrize("interp", ["label", "nearest"])
+def test_warp_of_labels_keeps_ids_and_type(run, tmp_path, interp):
+    out = tmp_path / "seg.nii.gz"
+    words = ("-m", "moving_seg.nii.gz", "--reference", "fixed.nii.gz", "-t", "c.h5")
+    code, stdout, _ = run("warp", *words, "-o", out, "--interp", interp, "--json")
+    report = json.loads(stdout)
+    assert code == 0 and report["interp"] == interp and report["fill"] == 0
+    assert report["out"]["name"] == "seg.nii.gz" and report["dtype"] == "uint8"
+    labels = nib.load(out).get_fdata()
+    target = nib.load("fixed_seg.nii.gz").get_fdata()
+    assert set(np.unique(labels)) == {0, 1, 3}
+    assert nib.load(out).get_data_dtype() == np.uint8
+    dsc = (
+        2
+        * ((labels > 0) & (target > 0)).sum()
+        / ((labels > 0).sum() + (target > 0).sum())
+    )
+    assert dsc > 0.95
+
+
+def test_warp_warns_of_labels_warped_as_an_image(run, tmp_path):
+    words = ("-m", "moving_seg.nii.gz", "-f", "fixed.nii.gz", "-t", "c.h5")
+    code, _, stderr = run("warp", *words, "-o", tmp_path / "s.nii")
+    assert code == 0 and "--interp label keeps its ids" in stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "fields", "fill", "dtype", "outside"),
+    [
+        (lambda v: v.astype("f8") + 0.25, {}, None, "float64", -1000),
+        (lambda v: (v + 1000).clip(0).astype("u1"), {}, None, "uint8", 0),
+        (lambda v: (v + 1000).clip(0).astype("u1"), {}, "-5", "int16", -5),
+        (lambda v: (v + 1024).astype("u2"), {"scl_inter": -1024}, None, "int16", -1000),
+        (lambda v: v.astype("i2"), {}, "0.5", "float32", 0.5),
+    ],
+)
+def test_warp_keeps_the_type_and_fills(
+    run, tmp_path, values, fields, fill, dtype, outside
+):
+    scan = nib.load("moving.nii.gz")
+    stored = values(np.asarray(scan.dataobj))
+    image = nib.Nifti1Image(stored, scan.affine)
+    image.header.set_xyzt_units("mm")
+    raw = tmp_path / "m.nii"
+    nib.save(image, raw)
+    if fields:
+        content = bytearray(raw.read_bytes())
+        content[112:120] = np.array([1, fields["scl_inter"]], "<f4").tobytes()
+        raw.write_bytes(content)
+    # A field of view beyond the moving scan.
+    place = FIXED.vox2world.copy()
+    place[0, 3] += 40
+    save(tmp_path / "f.nii", np.zeros(FIXED.shape, np.int16), place)
+    words = ["warp", "-m", raw, "-f", tmp_path / "f.nii", "-t", "a.txt"]
+    words += ["--fill-value", fill] if fill else []
+    code, _, stderr = run(*words, "-o", tmp_path / "o.nii")
+    assert code == 0, stderr
+    out = nib.load(tmp_path / "o.nii")
+    assert out.get_data_dtype() == np.dtype(dtype)
+    assert (out.get_fdata() == outside).mean() > 0.05
+
+
+# --- points -------------------------------------------------------------------------
+
+
+def test_warp_points_goes_the_way_that_images_do_not(run, tmp_path):
+    words = ("warp-points", "-p", "p.csv", "--space", "lps", "-t", "c.h5")
+    code, stdout, _ = run(*words, "-o", tmp_path / "q.csv", "--json")
+    rows = (tmp_path / "q.csv").read_text().splitlines()
+    assert code == 0 and rows[0] == "name,x,y,z" and rows[1].startswith("a,")
+    for row, point in zip(rows[1:], ((8, -160, 710), (20, -140, 700)), strict=True):
+        expected = peer().TransformPoint(point)
+        moved = np.array([float(cell) for cell in row.split(",")[1:]])
+        np.testing.assert_allclose(moved, expected, atol=1e-3)
+    report = json.loads(stdout)
+    assert report["count"] == 2 and report["beyond"] == 0 and report["max_mm"] > 3
+
+
+def test_warp_points_in_voxels_of_both_scans(run, tmp_path):
+    (tmp_path / "p.csv").write_text("x,y,z\n12,14,9\n")
+    words = ("-p", tmp_path / "p.csv", "--space", "voxel", "-t", "c.h5")
+    scans = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz")
+    assert run("warp-points", *words, *scans, "-o", tmp_path / "q.csv")[0] == 0
+    fixed, moving = (sitk.ReadImage(name) for name in scans[1::2])
+    point = fixed.TransformContinuousIndexToPhysicalPoint((12.0, 14.0, 9.0))
+    expected = moving.TransformPhysicalPointToContinuousIndex(
+        peer().TransformPoint(point)
+    )
+    row = (tmp_path / "q.csv").read_text().splitlines()[1]
+    moved = [float(cell) for cell in row.split(",")]
+    np.testing.assert_allclose(moved, expected, atol=1e-3)
+
+
+def test_warp_points_warns_beyond_the_field(run, tmp_path):
+    (tmp_path / "p.csv").write_text("x,y,z\n8,-160,2000\n8,-160,710\n")
+    words = ("-p", tmp_path / "p.csv", "--space", "lps", "-t", "w.nii.gz")
+    code, _, stderr = run("warp-points", *words, "-o", tmp_path / "q.csv")
+    assert code == 0 and "1 of 2 points lie beyond" in stderr
+    assert (tmp_path / "q.csv").read_text().splitlines()[1].endswith("2000.000000")
+
+
+# --- invert, compose, convert -------------------------------------------------------
+
+
+def test_invert_leads_moving_points_back(run, tmp_path):
+    out, residual = tmp_path / "inv.nii.gz", tmp_path / "res.nii"
+    words = ("-t", "c.h5", "-m", "moving.nii.gz", "-o", out, "--residual-out", residual)
+    code, stdout, _ = run("invert", *words, "--json")
+    report = json.loads(stdout)
+    assert code == 0 and report["unsolved_percent"] == 0
+    assert report["residual_max_mm"] < 0.01 and report["covered_percent"] > 50
+    back = transforms.read_field(out)
+    assert nib.load(out).shape == (*MOVING.shape, 1, 3)
+    index = np.argwhere(nib.load(residual).get_fdata() >= 0)[::97]
+    y = index @ MOVING.vox2world[:3, :3].T + MOVING.vox2world[:3, 3]
+    x = mapping.points(mapping.field(*back), y)
+    there = [peer().TransformPoint(point.tolist()) for point in x]
+    # Voxels of the grid, float32 geometry
+    np.testing.assert_allclose(there, y, atol=0.012)
+    assert nib.load(residual).get_fdata().min() == -1
+
+
+def test_invert_of_an_affine_needs_no_scan(run, tmp_path):
+    assert run("invert", "-t", "a.txt", "-o", tmp_path / "b.txt")[0] == 0
+    back = transforms.read_affine_txt(tmp_path / "b.txt")
+    np.testing.assert_allclose(back @ matrix(), np.eye(4), atol=1e-9)
+    code, _, stderr = run("invert", "-t", "c.h5", "-o", tmp_path / "c.h5")
+    assert code == 2 and "--moving" in stderr
+
+
+def test_invert_of_a_fold_ends_in_8_and_writes_nothing(run, tmp_path):
+    disp_mm, vox2world = transforms.read_field("w.nii.gz")
+    transforms.write_field(tmp_path / "fold.nii", disp_mm * 6, vox2world)
+    words = ("-t", tmp_path / "fold.nii", "-m", "moving.nii.gz")
+    code, stdout, stderr = run("invert", *words, "-o", tmp_path / "i.nii")
+    assert code == 8 and "folding" in stderr and stdout == ""
+    assert os.listdir(tmp_path) == ["fold.nii"]
+    words += ("--max-unsolved", "100")
+    code, _, stderr = run("invert", *words, "-o", tmp_path / "i.nii")
+    assert code == 0 and "warning: folding" in stderr
+
+
+def test_compose_keeps_parts_or_samples_them(run, tmp_path):
+    words = ("compose", "-t", "w.nii.gz", "-t", "a.txt")
+    assert run(*words, "-o", tmp_path / "c.h5", "--json")[0] == 0
+    sampled = tmp_path / "c.nii.gz"
+    assert run(*words, "-f", "fixed.nii.gz", "-o", sampled)[0] == 0
+    assert nib.load(sampled).shape == (*FIXED.shape, 1, 3)
+    point = (10.0, -150.0, 720.0)
+    expected = peer().TransformPoint(point)
+    found = sitk.ReadTransform(str(tmp_path / "c.h5")).TransformPoint(point)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    flat = mapping.points(mapping.read(sampled), np.array(point))
+    np.testing.assert_allclose(flat, expected, atol=1e-3)
+    assert (
+        run("compose", "-t", "a.txt", "-t", "a.txt", "-o", tmp_path / "a.txt")[0] == 0
+    )
+    twice = transforms.read_affine_txt(tmp_path / "a.txt")
+    np.testing.assert_allclose(twice, matrix() @ matrix(), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [
+        ("itk", "a.h5"),
+        ("ants", "a.nii.gz"),
+        ("nifti1007", "a.nii"),
+        ("nifti1006", "a.nii.gz"),
+        ("l2r", "disp.nii.gz"),
+        ("l2r", "disp.npz"),
+        ("slicer", "a.nrrd"),
+        ("bids", "from-mov_to-fix_mode-image_xfm.h5"),
+    ],
+)
+def test_convert_spells_the_same_map(run, tmp_path, to, name):
+    scans = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz")
+    words = ("convert", "-t", "c.h5", "--to", to, *scans, "-o", tmp_path / name)
+    code, stdout, _ = run(*words, "--json")
+    assert code == 0 and json.loads(stdout)["to"] == to
+    fixed, moving = (nifti.read_image(path) for path in scans[1::2])
+    found = mapping.read(tmp_path / name, fixed=fixed, moving=moving)
+    for point in ((10.0, -150.0, 720.0), (0.0, -170.0, 690.0)):
+        expected = peer().TransformPoint(point)
+        moved = mapping.points(found, np.array(point))
+        np.testing.assert_allclose(moved, expected, atol=2e-3)  # between voxels
+
+
+def test_convert_of_learn2reg_needs_the_scans(run, tmp_path):
+    scans = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz")
+    disp = tmp_path / "disp.npz"
+    assert run("convert", "-t", "c.h5", "--to", "l2r", *scans, "-o", disp)[0] == 0
+    words = ("convert", "-t", disp, "--to", "itk", "-o", tmp_path / "b.h5")
+    code, _, stderr = run(*words)
+    assert code == 2 and "name the fixed and the moving scan" in stderr
+    assert run(*words, *scans)[0] == 0
+    code, _, stderr = run("compose", "-t", disp, "-t", "a.txt", "-o", tmp_path / "c.h5")
+    assert code == 2 and "stands alone" in stderr
+
+
+# --- check-transform, jacobian ------------------------------------------------------
+
+
+def test_check_transform_describes_parts(run):
+    code, stdout, stderr = run("check-transform", "c.h5", "--json")
+    found = json.loads(stdout)
+    assert (code, stderr, found["verdict"]) == (0, "", "ok")
+    field, affine = found["parts"]
+    lengths = np.linalg.norm(transforms.read_field("w.nii.gz")[0], axis=-1)
+    assert field["max_mm"] == pytest.approx(lengths.max(), rel=1e-5)
+    assert field["fold_percent"] == 0 and field["axes"] == "LPS"
+    np.testing.assert_allclose(affine["matrix"], matrix(), atol=1e-9)
+    text = run("check-transform", "c.h5")[1]
+    assert "part 2       affine" in text and "verdict      ok" in text
+
+
+def test_check_transform_ends_in_8_for_nan(run):
+    code, stdout, stderr = run("check-transform", "nan.nii.gz", "--json")
+    assert code == 8 and "field_nonfinite" in stderr
+    assert json.loads(stdout)["verdict"] == "bad"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda d, p: d * (-1, -1, 1), "mirrored in x and y (RAS for LPS)"),
+        (lambda d, p: -d, "turned round (moving to fixed)"),
+        (lambda d, p: d @ np.linalg.inv(p[:3, :3]).T, "in voxels"),
+    ],
+)
+def test_check_transform_finds_how_a_field_is_meant(run, tmp_path, change, name):
+    # The pair of w alone.
+    disp_mm, vox2world = transforms.read_field("w.nii.gz")
+    target = mapping.points(mapping.read("w.nii.gz"), positions(FIXED))
+    save(tmp_path / "f.nii", np.rint(hu(target)).astype(np.int16), FIXED.vox2world)
+    words = ("-f", tmp_path / "f.nii", "-m", "moving.nii.gz")
+    assert run("check-transform", "w.nii.gz", *words)[1].count("verdict      ok") == 1
+    meant = change(disp_mm, vox2world).astype(np.float32)
+    transforms.write_field(tmp_path / "x.nii", meant, vox2world)
+    code, stdout, _ = run("check-transform", tmp_path / "x.nii", *words, "--json")
+    found = json.loads(stdout)
+    assert code == 0 and found["verdict"] == "warn"
+    assert any(f"'{name}'" in line for line in found["findings"]), found["findings"]
+    scores = found["similarity"]
+    assert max(scores, key=scores.get) == name and found["fixed_grid"] == "the same"
+
+
+def test_check_transform_warns_of_folds_and_length(run, tmp_path):
+    disp_mm, vox2world = transforms.read_field("w.nii.gz")
+    for name, factor, word in (
+        ("fold.nii", 6.0, "folding: "),
+        ("far.nii", 60.0, "longer than 300 mm"),
+        ("unit.nii", 0.02, "normalised coordinates"),
+        ("still.nii", 0.0, "zero everywhere"),
+    ):
+        transforms.write_field(tmp_path / name, disp_mm * factor, vox2world)
+        code, stdout, _ = run("check-transform", tmp_path / name)
+        assert code == 0 and word in stdout and "verdict      warn" in stdout, name
+
+
+def test_jacobian_writes_a_map_and_prints_statistics(run, tmp_path):
+    out = tmp_path / "j.nii.gz"
+    code, stdout, _ = run("jacobian", "-t", "c.h5", "-f", "fixed.nii.gz", "-o", out)
+    assert code == 0 and "fold_percent     0\n" in stdout
+    detj = nib.load(out).get_fdata()
+    assert detj.shape == FIXED.shape and nib.load(out).get_data_dtype() == np.float32
+    code, stdout, _ = run(
+        *("jacobian", "-t", "c.h5", "-f", "fixed.nii.gz", "--json"),
+        *("-o", tmp_path / "l.nii", "--log", "--mask", "fixed_seg.nii.gz"),
+    )
+    stats = json.loads(stdout)
+    mask = nib.load("fixed_seg.nii.gz").get_fdata() > 0
+    mask[[0, -1]] = mask[:, [0, -1]] = mask[:, :, [0, -1]] = False
+    assert stats["voxels"] >= mask.sum() > 0
+    assert stats["mean"] == pytest.approx(detj[mask].mean(), rel=1e-2)
+    logs = nib.load(tmp_path / "l.nii").get_fdata()
+    np.testing.assert_allclose(logs, np.log(detj), atol=1e-6)
+    code, _, stderr = run("jacobian", "-t", "a.txt")
+    assert code == 2 and "--fixed" in stderr
+
+
+# --- refusals common to all ---------------------------------------------------------
+
+CALLS = {
+    "warp": ("-m", "moving.nii.gz", "-f", "fixed.nii.gz", "-t", "c.h5"),
+    "warp-points": ("-p", "p.csv", "--space", "lps", "-t", "c.h5"),
+    "invert": ("-m", "moving.nii.gz", "-t", "c.h5"),
+    "compose": ("-t", "c.h5", "-f", "fixed.nii.gz"),
+    "convert": ("-t", "c.h5", "--to", "ants"),
+    "jacobian": (
+        "-t",
+        "c.h5",
+    ),
+}
+ENDING = {"warp-points": ".csv"}
+
+
+@pytest.mark.parametrize("verb", CALLS)
+def test_output_is_refused_before_any_work(run, tmp_path, verb):
+    out = tmp_path / f"o{ENDING.get(verb, '.nii.gz')}"
+    words = (verb, *CALLS[verb])
+    out.write_text("mine")
+    code, stdout, stderr = run(*words, "-o", out)
+    assert code == 2 and "--overwrite" in stderr and stdout == ""
+    assert out.read_text() == "mine" and len(stderr.splitlines()) == 1
+    code, _, stderr = run(*words, "-o", tmp_path / "o.xyz")
+    assert code == 2 and "name_mismatch" in stderr
+    code, _, stderr = run(*words, "-o", tmp_path / "none" / out.name)
+    assert code == 6 and "storage" in stderr
+    assert not (tmp_path / "none").exists()
+    (tmp_path / f"d{out.name}").mkdir()
+    code, _, stderr = run(*words, "--overwrite", "-o", tmp_path / f"d{out.name}")
+    assert code == 2 and "is a folder" in stderr
+    code, _, stderr = run(*words, "--overwrite", "--quiet", "-o", out)
+    assert (code, stderr) == (0, "")
+    assert out.read_bytes() != b"mine"
+    assert sorted(os.listdir(tmp_path)) == sorted([out.name, f"d{out.name}"])
+
+
+def test_an_input_is_never_replaced(run, folder):
+    before = (folder / "w.nii.gz").read_bytes()
+    words = ("compose", "-t", "w.nii.gz", "-o", "./w.nii.gz", "--overwrite")
+    code, _, stderr = run(*words)
+    assert code == 2 and "is one of the inputs" in stderr
+    assert (folder / "w.nii.gz").read_bytes() == before
+
+
+def test_a_full_disk_leaves_no_short_file(folder, tmp_path):
+    calls = [(v, *CALLS[v], "-o") for v in ("warp", "invert", "compose", "convert")]
+    code = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+from unireg_jax import __main__ as cli
+for words in {calls!r}:
+    code = cli.main([*words, sys.argv[1] + "/o.nii.gz"])
+    assert code == 6, (words, code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, tmp_path],
+        cwd=folder,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_ours_makes_no_folder_of_the_file(run, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(mapping, "resample", fail)
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path / "logs"))
+    code, _, stderr = run("warp", *CALLS["warp"], "-o", tmp_path / "o.nii.gz")
+    assert code == 1 and "internal" in stderr
+    assert os.listdir(tmp_path) == ["logs"]
+
+
+@pytest.mark.parametrize(
+    "name", ["two words.nii.gz", "{x}%s$(y).nii", "d.o.t.s.nii.gz"]
+)
+def test_odd_names_are_only_names(run, tmp_path, name):
+    out = tmp_path / name
+    assert run("warp", *CALLS["warp"], "-o", out)[0] == 0
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_inverse_and_empty_results_name_the_remedy(run, tmp_path):
+    code, _, stderr = run("warp", *CALLS["warp"], "-o", tmp_path / "o.nii", "--inverse")
+    assert code == 2 and "unireg invert" in stderr
+    away = np.eye(4)
+    away[0, 3] = 900
+    transforms.write_affine_txt(tmp_path / "away.txt", away)
+    words = ("-m", "moving.nii.gz", "-f", "fixed.nii.gz", "-t", tmp_path / "away.txt")
+    code, _, stderr = run("warp", *words, "-o", tmp_path / "o.nii")
+    assert code == 4 and "no_overlap" in stderr
+    assert os.listdir(tmp_path) == ["away.txt"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"example: unireg {verb} " in " ".join(text.split())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_of_help_are_accepted(verb, capsys):
+    module = importlib.import_module(f"unireg_jax.verbs.{verb.replace('-', '_')}")
+    parser = cli.argparse.ArgumentParser()
+    module.add_arguments(parser)
+    words = parser.epilog.removeprefix("example: unireg ").split()
+    assert words[0] == verb
+    parser.parse_args(words[1:])
+
+
+def test_verbs_import_no_jax(folder, tmp_path):
+    calls = [(verb, *CALLS[verb]) for verb in CALLS]
+    code = f"""
+import sys
+from unireg_jax import __main__ as cli
+for n, words in enumerate({calls!r}):
+    ending = ".csv" if words[0] == "warp-points" else ".nii.gz"
+    assert cli.main([*words, "--quiet", "-o", sys.argv[1] + f"/{{n}}" + ending]) == 0
+assert cli.main(["check-transform", "c.h5"]) == 0
+loaded = [m for m in ("jax", "flax", "SimpleITK", "matplotlib") if m in sys.modules]
+assert not loaded, loaded
+"""
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, tmp_path],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
