@@ -1,11 +1,30 @@
-"""Scalars of a run: one JSON object per line, and TensorBoard beside it."""
+"""Log of a run: one JSON object per line, and TensorBoard beside it.
+
+A log that cannot be written never ends a run: what has happened is said once, lines
+wait in memory, and the run goes on.
+"""
 
 import json
 import math
+import os
+import socket
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import tensorboardX
+import numpy as np
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import text as text_summary
+
+from unireg_jax.errors import STORAGE, UserError, shown
+from unireg_jax.training import images, manifest
+
+NAME = "metrics.jsonl"
+TIMES = "time/"  # prefix of what differs between two runs that are otherwise the same
+_BOARD_S = 30.0  # seconds after which what TensorBoard reads is flushed
 
 
 class Log:
@@ -14,49 +33,227 @@ class Log:
     Lines past `resume_step` are dropped on opening: a restarted run repeats them. From
     step 0 a run repeats everything. `silent` writes nothing: of several processes one
     keeps the log.
+
+    Attributes:
+        workdir: the run's folder.
+        silent: whether it writes nothing.
+        times: the last `time/` numbers of the lines that were kept.
     """
 
     def __init__(
         self, workdir: Path | str, *, resume_step: int = 0, silent: bool = False
     ):
-        self._silent = silent
+        """Opens the log.
+
+        Raises:
+            UserError: `storage`, exit code 6.
+        """
+        self.workdir = Path(workdir)
+        self.times: dict[str, float] = {}
+        self.silent = silent
         if silent:
             return
-        self._path = Path(workdir) / "metrics.jsonl"
-        if self._path.exists():
-            lines = self._path.read_text().splitlines()
-            kept = [x for x in lines if resume_step and _step_of(x) <= resume_step]
-            self._path.write_text("".join(line + "\n" for line in kept))
-        self._file = open(self._path, "a")  # noqa: SIM115  closed in close()
-        # TensorBoard hides what it has from purge_step on.
-        self._board = tensorboardX.SummaryWriter(
-            str(Path(workdir) / "tb"), purge_step=resume_step and resume_step + 1
-        )
+        try:
+            self._lines = _Lines(self.workdir / NAME, self._keep(resume_step))
+            self._board = _Board(self.workdir / "tb", resume_step)
+        except OSError as error:
+            raise UserError(
+                "storage",
+                f"{shown(self.workdir)}: the log of the run cannot be written: "
+                f"{error.strerror}; free space, or give another --workdir",
+                STORAGE,
+            ) from error
+
+    def _keep(self, resume_step: int) -> str | None:
+        """The lines that stay, or None where all do."""
+        path = self.workdir / NAME
+        if not path.exists():
+            return None
+        text = path.read_text(encoding="utf-8", errors="replace")
+        kept = ""
+        for line in text.splitlines():
+            found = _parse(line)
+            if resume_step and found is not None and found["step"] <= resume_step:
+                kept += line + "\n"
+                times = {k: v for k, v in found.items() if k.startswith(TIMES)}
+                self.times = times or self.times
+        return None if kept == text else kept
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line; NaN becomes null, for strict readers."""
-        if self._silent:
+        if self.silent:
             return
         clean = {
             k: float(v) if math.isfinite(float(v)) else None for k, v in scalars.items()
         }
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
-        for name, value in clean.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        self._lines.add({"step": step, **clean})
+        values = [
+            Summary.Value(tag=k, simple_value=v)
+            for k, v in clean.items()
+            if v is not None
+        ]
+        self._board.add(step, Summary(value=values))
+
+    def warn(self, step: int, message: str) -> None:
+        """Writes a line with the key `warning`."""
+        if self.silent:
+            return
+        self._lines.add({"step": step, "warning": message})
+        self._board.add(step, text_summary("warning", message))
+
+    def draw(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Gives TensorBoard pictures [H, W, 3] uint8."""
+        if self.silent:
+            return
+        values = []
+        for name, rgb in pictures.items():
+            image = Summary.Image(
+                height=rgb.shape[0],
+                width=rgb.shape[1],
+                colorspace=3,
+                encoded_image_string=images.encode_png(rgb),
+            )
+            values.append(Summary.Value(tag=name, image=image))
+        self._board.add(step, Summary(value=values))
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk, as far as it takes them."""
+        if not self.silent:
+            self._lines.sync()
+            self._board.flush()
 
     def close(self) -> None:
         """Flushes both."""
-        if self._silent:
+        if not self.silent:
+            self._lines.close()
+            self._board.close()
+
+
+class _Lines:
+    """Appends whole lines to a file; those that cannot be written wait."""
+
+    def __init__(self, path: Path, instead: str | None):
+        self._path = path
+        if instead is not None:
+            manifest.write_file(path, instead)
+        self._waiting: list[bytes] = []
+        self._failed = False
+        self._file = self._open()
+
+    def _open(self):
+        return open(self._path, "ab", buffering=0)
+
+    def add(self, line: Mapping) -> None:
+        self._waiting.append((json.dumps(line, allow_nan=False) + "\n").encode())
+        try:
+            self._append()
+        except OSError as error:
+            if not self._failed:
+                _warn(f"{NAME} cannot be written ({error.strerror}); its lines wait")
+            self._failed = True
             return
+        self._waiting.clear()
+        if self._failed:
+            _warn(f"{NAME} can be written again; nothing of it was lost")
+        self._failed = False
+
+    def _append(self) -> None:
+        if not self._is_ours():  # moved away by log rotation, or deleted
+            self._file.close()
+            self._file = self._open()
+        size = os.fstat(self._file.fileno()).st_size
+        content = b"".join(self._waiting)
+        try:
+            written = self._file.write(content)
+        except OSError:
+            written = 0
+            raise
+        finally:
+            if written < len(content):  # no half line is left behind
+                os.ftruncate(self._file.fileno(), size)
+        if written < len(content):
+            raise OSError(28, "No space left on device")
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            _warn(f"{NAME} cannot be flushed ({error.strerror})")
+
+    def close(self) -> None:
+        self.sync()
         self._file.close()
-        self._board.close()
 
 
-def _step_of(line: str) -> float:
-    """Step of a line; a torn last line counts as past any step."""
+class _Board:
+    """TensorBoard's file.
+
+    Not tensorboardX's writer: its thread dies of a full disk, and the run then waits
+    for it forever.
+    """
+
+    def __init__(self, folder: Path, resume_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        # A name of its own for every start, and for two within a second.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self._file: RecordWriter | None = RecordWriter(str(folder / name))
+        self._flushed = -math.inf
+        version = "brain.Event:2"
+        self._write(Event(wall_time=time.time(), file_version=version))
+        if resume_step:  # TensorBoard hides what it has from this step on
+            purge, status = resume_step + 1, SessionLog.START
+            for event in (
+                Event(step=purge, file_version=version),
+                Event(step=purge, session_log=SessionLog(status=status)),
+            ):
+                self._write(event)
+        self.flush()
+
+    def add(self, step: int, summary: Summary) -> None:
+        self._try(
+            lambda: self._write(
+                Event(wall_time=time.time(), step=step, summary=summary)
+            )
+        )
+        if time.monotonic() - self._flushed > _BOARD_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self._flushed = time.monotonic()
+        self._try(lambda: self._file.flush())
+
+    def close(self) -> None:
+        self.flush()
+        self._try(lambda: self._file.close())
+
+    def _write(self, event: Event) -> None:
+        self._file.write(event.SerializeToString())
+
+    def _try(self, do) -> None:
+        """After the first failure nothing more: a reader stops at a torn record."""
+        if self._file is None:
+            return
+        try:
+            do()
+        except OSError as error:
+            _warn(f"tb cannot be written ({error.strerror}); it ends here")
+            self._file = None
+
+
+def _warn(what: str) -> None:
+    print(f"warning: storage: {what}; the run goes on", file=sys.stderr, flush=True)
+
+
+def _parse(line: str) -> dict | None:
+    """A line of the log; None for one that is torn."""
     try:
-        return json.loads(line)["step"]
+        found = json.loads(line)
+        return found if isinstance(found["step"], int) else None
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return None
