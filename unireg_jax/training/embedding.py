@@ -14,6 +14,7 @@ from unireg_jax.tasks import ViewBatch
 from unireg_jax.training import contrastive
 from unireg_jax.training.mesh import batch_sharding, replicated
 from unireg_jax.training.state import TrainState
+from unireg_jax.training.step import keep_finite
 
 
 def make_state(
@@ -43,6 +44,7 @@ def make_train_step(
     *,
     recipe: contrastive.Recipe,
     mesh: Mesh,
+    skip_nonfinite: bool = False,
 ) -> Callable:
     """Compiles step(state, batch) -> (state, scalars); the state is donated.
 
@@ -53,6 +55,7 @@ def make_train_step(
         tx: gradient transformation of the parameters.
         recipe: of the objective.
         mesh: from `step.make_mesh`; the batch size is a multiple of its data axis.
+        skip_nonfinite: see `step.keep_finite`.
 
     Returns:
         The jitted step; `scalars` as of `contrastive.loss`, grad_norm and param_norm.
@@ -75,7 +78,10 @@ def make_train_step(
         variables = {"params": params, "batch_stats": stats}
         scalars["grad_norm"] = optax.tree.norm(grads)
         scalars["param_norm"] = optax.tree.norm(variables)
-        return TrainState(state.step + 1, variables, opt_state, state.key), scalars
+        after = TrainState(state.step + 1, variables, opt_state, state.key)
+        if skip_nonfinite:
+            return keep_finite(state, after, scalars)
+        return after, scalars
 
     keep, split = replicated(mesh), batch_sharding(mesh)
     return jax.jit(

@@ -29,21 +29,29 @@ def evaluate(
     Returns:
         One dict per pair: task, fixed, moving (positions in the index), the numbers
         of PER_PAIR, dsc and dsc_before as lists over labels (NaN where undefined), and
-        their means mean_dsc, mean_dsc_before.
+        their means mean_dsc, mean_dsc_before; the first pair of a task also has
+        `planes`, if eval_step gives them.
     """
-    rows = []
-    for pair, result in _results(eval_step, params, extractor, batches, at_once):
+    rows, seen = [], set()
+    for pair, result, planes, i in _results(
+        eval_step, params, extractor, batches, at_once
+    ):
         row = {"task": pair.task, "fixed": pair.fixed, "moving": pair.moving}
         row |= {k: float(result[k]) for k in PER_PAIR}
         for name in ("dsc", "dsc_before"):
             row[name] = [float(x) for x in result[name]]
             row[f"mean_{name}"] = nanmean(row[name])
+        if planes and pair.task not in seen:
+            row["planes"] = {
+                k: [np.asarray(p)[i] for p in v] for k, v in planes.items()
+            }
+        seen.add(pair.task)
         rows.append(row)
     return rows
 
 
 def _results(eval_step, params, extractor, batches, at_once):
-    """(pair, its numbers) of every pair, in order."""
+    """(pair, its numbers, planes of its batch, its place there) of every pair."""
     batches = iter(batches)
     while group := list(itertools.islice(batches, at_once)):
         examples = [batch for _, batch in group]
@@ -52,9 +60,10 @@ def _results(eval_step, params, extractor, batches, at_once):
         if at_once > 1:
             batch = type(batch)(*map(np.concatenate, zip(*examples, strict=True)))
         scores = eval_step(params, batch, extractor)
+        planes = scores.pop("planes", None)  # most stay on the device
         scores = {k: np.asarray(v) for k, v in scores.items()}
         for i, (pair, _) in enumerate(group):
-            yield pair, {k: v[i] for k, v in scores.items()}
+            yield pair, {k: v[i] for k, v in scores.items()}, planes, i
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

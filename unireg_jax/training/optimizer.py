@@ -43,7 +43,7 @@ def make_optimizer(
     """
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
-    schedule = _schedule(lr, warmup_steps, decay_steps)
+    schedule = make_schedule(lr, warmup_steps, decay_steps)
     if name == "sgd":
         rule = optax.sgd(schedule, momentum=momentum)
         if weight_decay:
@@ -69,7 +69,10 @@ def _head_mask(params):
     }
 
 
-def _schedule(lr: float, warmup_steps: int, decay_steps: int) -> optax.Schedule:
+def make_schedule(
+    lr: float, warmup_steps: int = 0, decay_steps: int = 0
+) -> optax.Schedule:
+    """The learning rate as a function of the steps done; see `make_optimizer`."""
     if decay_steps:
         return optax.warmup_cosine_decay_schedule(
             0.0 if warmup_steps else lr, lr, warmup_steps, decay_steps, 0.02 * lr

@@ -24,6 +24,7 @@ def make_train_step(
     accumulate: int = 1,
     ema: float = 0.0,
     precision: str = "default",
+    skip_nonfinite: bool = False,
 ) -> Callable:
     """Compiles step(state, batch, extractor) -> (state, scalars); donates the state.
 
@@ -42,11 +43,13 @@ def make_train_step(
             ema <- e ema + (1 - e) params, e = min(d, (1 + n) / (10 + n)) after n steps,
             so that the first parameters are soon forgotten. 0: none.
         precision: see `mesh.traced_on`.
+        skip_nonfinite: see `keep_finite`.
 
     Returns:
         The jitted step. `scalars` adds to those of the loss grad_norm and param_norm,
         of the parameters after the step: finite if and only if they can be used. Of an
-        accumulated batch they are means over its parts, without those that are NaN.
+        accumulated batch they are means over its parts, all but the loss without those
+        that are NaN.
     """
 
     def step(state: TrainState, batch: PairBatch, extractor: Extractor):
@@ -59,7 +62,10 @@ def make_train_step(
         scalars["grad_norm"] = optax.tree.norm(grads)
         scalars["param_norm"] = optax.tree.norm(params)
         mean = _running_mean(state, params, ema) if ema else None
-        return TrainState(state.step + 1, params, opt_state, state.key, mean), scalars
+        after = TrainState(state.step + 1, params, opt_state, state.key, mean)
+        if skip_nonfinite:
+            return keep_finite(state, after, scalars)
+        return after, scalars
 
     keep = replicated(mesh)
     return jax.jit(
@@ -68,6 +74,26 @@ def make_train_step(
         out_shardings=(keep, keep),
         donate_argnums=0,
     )
+
+
+def keep_finite(
+    before: TrainState, after: TrainState, scalars: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes a step only if all its numbers are finite; else its count alone goes on.
+
+    Args:
+        before: state before the step.
+        after: state after it.
+        scalars: with loss, grad_norm and param_norm.
+
+    Returns:
+        The state, and the scalars with skipped, 1 or 0.
+    """
+    norms = jnp.stack([scalars[k] for k in ("loss", "grad_norm", "param_norm")])
+    finite = jnp.isfinite(norms).all()
+    kept = before._replace(step=after.step)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, kept)
+    return state, {**scalars, "skipped": 1 - finite.astype(jnp.float32)}
 
 
 def _gradient(loss_fn, params, batch, extractor, mesh, accumulate):
@@ -94,7 +120,9 @@ def _gradient(loss_fn, params, batch, extractor, mesh, accumulate):
     zeros = jax.tree.map(jnp.zeros_like, params)
     total, scalars = jax.lax.scan(add, zeros, parts)
     grads = jax.tree.map(lambda g: g / accumulate, total)
-    return grads, {k: jnp.nanmean(v) for k, v in scalars.items()}
+    # A part without labels has no overlap; one without a loss is a fault.
+    means = {k: (jnp.mean if k == "loss" else jnp.nanmean) for k in scalars}
+    return grads, {k: means[k](v) for k, v in scalars.items()}
 
 
 def _running_mean(state: TrainState, params: Any, decay: float) -> Any:
@@ -110,6 +138,7 @@ def make_eval_step(
     num_labels: int,
     mesh: Mesh | None = None,
     precision: str = "default",
+    planes: bool = False,
 ) -> Callable:
     """Compiles evaluate(params, batch, extractor) -> dict of arrays per sample.
 
@@ -121,6 +150,7 @@ def make_eval_step(
         num_labels: label ids including background.
         mesh: devices that share a batch, as in training; None: wherever it lies.
         precision: see `mesh.traced_on`.
+        planes: whether the result also holds `planes`, see `mid_planes`.
 
     Returns:
         A jitted function; its result holds dsc and dsc_before [B, K - 1] (NaN where a
@@ -133,7 +163,8 @@ def make_eval_step(
         disp = apply_fn(
             params, pair.fixed, pair.moving, pair.corr, pair.region, pair.pair_type
         )
-        return judge(disp, batch, pair, num_labels=num_labels)
+        result = judge(disp, batch, pair, num_labels=num_labels)
+        return result | {"planes": mid_planes(disp, pair)} if planes else result
 
     if mesh is None:
         return jax.jit(evaluate)
@@ -177,6 +208,42 @@ def judge(
         "sdlogj_l2r": jacobian.sdlogj_l2r(disp, mask=body),
         "folding_fraction": jacobian.folding_fraction(disp, mask=body),
     }
+
+
+def mid_planes(disp: jax.Array, pair: objective.Pair) -> dict[str, list[jax.Array]]:
+    """The planes through the middle of a pair, for pictures; a field costs far more.
+
+    Args:
+        disp: [B, X, Y, Z, 3] voxels.
+        pair: from `objective.prepare`.
+
+    Returns:
+        fixed, moving, warped [B, n, m]; fixed_labels, moving_labels, warped_labels
+        [B, n, m]; disp [B, n, m, 3]: each a list of the planes across X, Y and Z.
+    """
+    identity = warp.identity_coords(disp.shape[1:4])
+    coords = jnp.broadcast_to(identity, disp.shape) + disp
+    labels = pair.moving_labels[..., None]
+    whole = {
+        "fixed": pair.fixed[..., 0],
+        "moving": pair.moving[..., 0],
+        "fixed_labels": pair.fixed_labels,
+        "moving_labels": pair.moving_labels,
+        "disp": disp,
+    }
+    planes: dict[str, list] = {k: [] for k in (*whole, "warped", "warped_labels")}
+    for axis in (1, 2, 3):
+        middle = disp.shape[axis] // 2
+        for name, volume in whole.items():
+            planes[name].append(volume.take(middle, axis))
+        places = jax.lax.slice_in_dim(coords, middle, middle + 1, axis=axis)
+        for name, volume, order in (
+            ("warped", pair.moving, 1),
+            ("warped_labels", labels, 0),
+        ):
+            found = warp.sample(volume, places, order=order)
+            planes[name].append(found.squeeze(axis)[..., 0])
+    return planes
 
 
 def _moving_labels(disp: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
