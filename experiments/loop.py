@@ -1,22 +1,23 @@
 """The loop that every training shares: steps, log lines, validation, checkpoints.
 
-A signal ends it at the next step's end, with a checkpoint.
+A signal ends it at the next step's end, with a checkpoint. Nothing in it waits for the
+device but what needs its numbers: a log line, a validation, a checkpoint.
 """
 
-import collections
 import contextlib
-import signal
+import datetime
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import launch
-from unireg_jax.errors import NUMERICAL, PREEMPTED, USAGE, UserError
+from experiments import clock, launch, signals
+from experiments.recent import Followed, Recent, Row
+from unireg_jax.errors import PREEMPTED, USAGE, UserError
 from unireg_jax.training import checkpoint, log
 from unireg_jax.training.state import TrainState
 
@@ -30,44 +31,82 @@ class Every(NamedTuple):
         evaluate: between two validations; one more before the first step and after the
             last.
         save: between two checkpoints; one more at the end.
+        draw: between two sets of pictures, from before the first step on; 0: none.
     """
 
     steps: int
     log: int
     evaluate: int
     save: int
+    draw: int = 0
 
 
 def every(train: Any) -> Every:
     """Reads it from the section `train` of a config."""
-    return Every(train.steps, train.log_every, train.eval_every, train.checkpoint_every)
+    return Every(
+        train.steps,
+        train.log_every,
+        train.eval_every,
+        train.checkpoint_every,
+        train.get("image_every", 0),
+    )
+
+
+def saved(workdir: Path | str) -> Callable[[], bool]:
+    """Whether a run has a checkpoint, asked of the disk alone, at any moment."""
+    folder = Path(workdir) / checkpoint.FOLDER
+    return lambda: any(path.name.isdigit() for path in folder.glob("*"))
+
+
+class Judged(NamedTuple):
+    """A validation.
+
+    Attributes:
+        scalars: for the log.
+        pictures: name -> [H, W, 3] uint8, if it can draw.
+    """
+
+    scalars: Mapping[str, float]
+    pictures: Mapping[str, np.ndarray]
+
+
+class _StoppedError(Exception):
+    """A signal came within a validation."""
 
 
 def run(
     step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
-    stream: Any,
+    stream: Followed,
     *,
     every: Every,
-    names: Callable[[Any], Sequence[tuple[str, str]]],
-    validate: Callable[[Any], dict[str, float]],
+    names: Callable[[Any], Sequence[Row]],
+    judge: Callable[..., Judged],
     checkpoints: checkpoint.Checkpoints,
     writer: log.Log,
     shown: Sequence[str] = ("loss",),
+    skip_nonfinite: int = 0,
+    rate: Callable[[int], float] | None = None,
+    stop: signals.Stop | None = None,
 ) -> TrainState:
     """Steps from where `state` is to the end, or to a signal.
 
     Args:
         step_fn: step(state, batch) -> (state, scalars); among the scalars loss,
-            grad_norm and param_norm.
+            grad_norm and param_norm, and skipped where it may skip.
         state: where to start, on its devices.
-        stream: Grain iterator, at the state's step.
+        stream: at the state's step.
         every: how many steps, and when to do what.
-        names: batch -> what it holds, as (name, task), for messages and means.
-        validate: validate(params) -> scalars.
+        names: batch -> a Row for each of its rows.
+        judge: judge(params, border, brief) -> Judged. It calls border() between two
+            pieces of work, which may end it. If brief, pictures are enough.
         checkpoints: where state and stream are saved.
-        writer: takes the scalars.
+        writer: takes scalars, warnings and pictures.
         shown: scalars for the person who watches.
+        skip_nonfinite: steps of the run that may be skipped, by `step_fn`.
+        rate: step -> learning rate, for the dump of one that is not finite.
+        stop: of the command that does nothing else; None: signals are heard from here
+            on.
 
     Returns:
         The state at the end.
@@ -75,7 +114,8 @@ def run(
     Raises:
         UserError: `field_nonfinite`, exit code 8: nothing of that step was saved;
             `schema`, exit code 2: the state is beyond the last step.
-        SystemExit: 75 after a signal; the state is saved.
+        SystemExit: 75 after a signal; the state is saved. 128 + its number before the
+            first step.
     """
     start = int(state.step)
     if start > every.steps:
@@ -85,123 +125,146 @@ def run(
             f"done, got {every.steps}; raise it, or give another --workdir",
             USAGE,
         )
-    with _stop_on_signal() as stop:
-        state = _steps(
+    began = clock.process_began() if stop else None
+    with contextlib.ExitStack() as stack:
+        if stop is None:
+            stop = stack.enter_context(signals.listening())
+        stop.listen()
+        recent = Recent(
+            stream,
+            writer,
+            names=names,
+            every=every.log,
+            start=start,
+            skip=skip_nonfinite,
+            rate=rate,
+        )
+        times = stack.enter_context(
+            contextlib.closing(clock.Clock(writer, began=began))
+        )
+        loop = _Loop(
             step_fn,
-            state,
             stream,
             every,
-            _Recent(names),
-            validate,
+            recent,
+            judge,
             checkpoints,
             writer,
             shown,
             stop,
+            times,
         )
-    if (n := int(state.step)) < every.steps and n >= start:
-        print(f"stopped at step {n}; run again to go on", file=sys.stderr)
-        sys.exit(PREEMPTED)
+        state, stopped = loop.steps(state)
+    if stopped:
+        text = f"stopped at step {int(state.step)}; run again to go on"
+        print(text, file=sys.stderr)
+        sys.exit(PREEMPTED if int(state.step) else 128 + stop.number)
     return state
 
 
-def _steps(
-    step_fn, state, stream, every, recent, validate, checkpoints, writer, shown, stop
-):
-    start, total = int(state.step), every.steps
-    stop = launch.Stop(stop)
-    if start == 0:  # what the run starts from
-        writer.write(0, validate(state.weights))
-    with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
-        for n in range(start + 1, total + 1):
-            batch = next(stream)
-            state, scalars = step_fn(state, batch)
-            recent.add(n, batch, scalars)
-            last = n == total or stop.agreed()
-            logs = n % every.log == 0 or last
-            validates = n % every.evaluate == 0 or n == total
-            saves = n % every.save == 0 or last
-            # The previous step's numbers are fetched while this step runs; this
-            # step's too before anything of it is written.
-            recent.check(behind=0 if logs or validates or saves else 1)
-            if logs:
-                means = recent.flush()
-                writer.write(n, means)
-                _report(bar, n, total, {k: means.get(f"train/{k}") for k in shown})
-            bar.update()
-            if validates:
-                writer.write(n, validate(state.weights))
-            if saves:
-                checkpoints.save(state, stream)
-            if last:
-                break
-    return state
+class _Loop(NamedTuple):
+    """What the steps need; see `run`."""
+
+    step_fn: Callable
+    stream: Followed
+    every: Every
+    recent: Recent
+    judge: Callable
+    checkpoints: checkpoint.Checkpoints
+    writer: log.Log
+    shown: Sequence[str]
+    stop: signals.Stop
+    times: clock.Clock
+
+    def steps(self, state: TrainState) -> tuple[TrainState, bool]:
+        """The state at the end, and whether a signal ended it before."""
+        every, recent, times = self.every, self.recent, self.times
+        start, total = int(state.step), every.steps
+        stop = launch.Stop(self.stop)
+        times.lap("startup")
+        # What the run starts from, or what a signal kept it from.
+        missing = self._judges(start) and recent.judged < start
+        if missing and not self._judge(start, state):
+            return state, True
+        with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
+            for n in range(start + 1, total + 1):
+                batch = next(self.stream)
+                # Data that came while the device was busy cost nothing.
+                waited = 0.0 if recent.busy() else times.lap("data")
+                state, scalars = self.step_fn(state, batch)
+                rows = recent.add(n, batch, scalars)
+                logs = n % every.log == 0 or n == total
+                # The previous step's numbers are fetched while this step runs; this
+                # step's too before anything of it is written.
+                recent.check(behind=0 if logs or self._judges(n) else 1)
+                self.checkpoints.check()
+                if n == start + 1:
+                    recent.check(behind=0)
+                    times.lap("startup")  # it was compiled
+                    self.stop.started()
+                else:
+                    times.step(rows * jax.process_count(), waited=waited)
+                if logs:
+                    self._log(bar, n, recent.flush())
+                bar.update()
+                finished = self._judge(n, state)
+                last = stop.agreed() or n == total
+                if last or n % every.save == 0:
+                    recent.check(behind=0)
+                    self.writer.sync()  # a checkpoint has all lines up to it
+                    self.checkpoints.save(state, self.stream)
+                    times.lap("save")
+                if last:
+                    return state, n < total or not finished
+        return state, False
+
+    def _judges(self, n: int) -> bool:
+        return n % self.every.evaluate == 0 or n in (0, self.every.steps)
+
+    def _judge(self, n: int, state: TrainState) -> bool:
+        """Validates and draws, if it is time; False: a signal came before the end."""
+        judges = self._judges(n)
+        draws = self.every.draw > 0 and n % self.every.draw == 0
+        if not judges and not draws:
+            return True
+        try:
+            judged = self.judge(state.weights, self._border, brief=not judges)
+        except _StoppedError:
+            return False
+        if judges:
+            self.writer.write(n, judged.scalars)
+            self.recent.judged = n
+        if draws:
+            self.writer.draw(n, judged.pictures)
+        self.times.lap("validation")
+        return True
+
+    def _border(self) -> None:
+        # Several processes judge together: none leaves the others.
+        if self.stop.is_set() and jax.process_count() == 1:
+            raise _StoppedError
+
+    def _log(self, bar: tqdm, n: int, means: dict[str, float]) -> None:
+        numbers = self.times.scalars()
+        self.writer.write(n, means | numbers)
+        shown = {k: means.get(f"train/{k}") for k in self.shown}
+        prefix = "train/loss/"
+        shown |= {k.removeprefix(prefix): v for k, v in means.items() if prefix in k}
+        shown["pairs/s"] = numbers.get(f"{log.TIMES}pairs_per_s")
+        shown["left"] = self.times.left(self.every.steps - n)
+        _report(bar, n, self.every.steps, shown)
 
 
-class _Recent:
-    """Means over the steps since the last line, overall and per task."""
-
-    def __init__(self, names: Callable[[Any], Sequence[tuple[str, str]]]):
-        self._names = names
-        self._waiting: collections.deque = collections.deque()
-        self._values: dict[str, list[float]] = {}
-
-    def add(self, n, batch, scalars) -> None:
-        """Takes a step's scalars, which may still be computed."""
-        self._waiting.append((n, self._names(batch), scalars))
-
-    def check(self, *, behind: int) -> None:
-        """Fetches all but the last `behind` steps and refuses what is not finite."""
-        while len(self._waiting) > behind:
-            self._fetch(*self._waiting.popleft())
-
-    def _fetch(self, n, names, scalars) -> None:
-        scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
-        loss, gradient, size = (scalars[k] for k in ("loss", "grad_norm", "param_norm"))
-        if not np.isfinite([loss, gradient, size]).all():
-            where = ", ".join(f"{name} ({task})" for name, task in names)
-            raise UserError(
-                "field_nonfinite",
-                f"step {n}: loss {loss}, norm of the gradient {gradient}, of the "
-                f"parameters {size} on {where}; nothing of it was saved: lower "
-                "optim.lr or set optim.clip_norm, with another --workdir",
-                NUMERICAL,
-            )
-        for name, value in scalars.items():
-            if not np.isnan(value):
-                self._values.setdefault(f"train/{name}", []).append(value)
-        for task in {task for _, task in names}:
-            self._values.setdefault(f"train/loss/{task}", []).append(scalars["loss"])
-
-    def flush(self) -> dict[str, float]:
-        means = {k: float(np.mean(v)) for k, v in self._values.items()}
-        self._values.clear()
-        return means
-
-
-@contextlib.contextmanager
-def _stop_on_signal():
-    """An Event that SIGTERM or SIGINT sets: the loop saves at the next step's end."""
-    stop = threading.Event()
-    before = {}
-
-    def handle(number, frame):
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)  # a second signal acts at once
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _report(bar: tqdm, n: int, total: int, scalars: dict[str, float | None]) -> None:
+def _report(bar: tqdm, n: int, total: int, shown: dict[str, float | None]) -> None:
     """On the bar of a terminal, a log line elsewhere."""
-    shown = {k: f"{v:.4f}" for k, v in scalars.items() if v is not None}
+    texts = {k: f"{v:.4f}" for k, v in shown.items() if v is not None}
+    if shown.get("pairs/s") is not None:
+        texts["pairs/s"] = f"{shown['pairs/s']:.3g}"
+    if shown.get("left") is not None:
+        texts["left"] = str(datetime.timedelta(seconds=round(shown["left"])))
     if bar.disable:
-        text = " ".join(f"{k} {v}" for k, v in shown.items())
+        text = " ".join(f"{k} {v}" for k, v in texts.items())
         print(f"step {n}/{total} {text}", file=sys.stderr, flush=True)
     else:
-        bar.set_postfix(shown)
+        texts.pop("left", None)  # the bar's own
+        bar.set_postfix(texts)

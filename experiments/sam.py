@@ -83,6 +83,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.train.eval_every = 1_000
     config.train.eval_batches = 8
     config.train.checkpoint_every = 500
+    config.train.skip_nonfinite = 0  # see unireg.py
+    config.train.change = ""  # see unireg.py
 
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")

@@ -16,48 +16,67 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_pipeline import loader, store
-from experiments import build, cli, launch, loop
+from experiments import build, cli, launch, loop, recent, signals
 from unireg_jax.registration import weights as released
-from unireg_jax.training import checkpoint, evaluate, log
+from unireg_jax.tasks import TASKS
+from unireg_jax.training import checkpoint, evaluate, images, log, optimizer
 from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
 
 
-def train(config, workdir: Path) -> Path:
+def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
     """Trains to config.train.steps and returns the path of the weights.
+
+    Args:
+        config: from experiments/unireg.py.
+        workdir: the run's folder.
+        stop: of the command that does nothing else; None: signals are heard once the
+            steps begin.
 
     Raises:
         UserError: exit code 2, 3, 8, 9 or 10; SystemExit 75 after a signal.
     """
     workdir = Path(workdir)
-    checkpoint.check_config(workdir, config.to_dict())
+    changes = checkpoint.check_config(workdir, config.to_dict())
     with launch.first_alone("data"):  # which may have to be made
         experiment = build.build(config, workdir)
     mesh, rows = build.devices(config, experiment)
     launch.compare(config, experiment.dataset.digest)
+    loader.make_eval_batches(experiment.dataset, "val")  # refuses a split without pairs
     state = train_state.make_state(
         experiment.model,
         experiment.tx,
         seed=config.seed,
         averaged=config.train.ema > 0,
     )
-    stream = loader.make_iterator(
-        experiment.dataset,
-        "train",
-        batch_size=rows,
-        shard=(jax.process_index(), jax.process_count()),
-        seed=config.seed,
-        weights=experiment.weights,
-        augment=experiment.augment,
-        on_fault=config.data.on_fault,
-        streams=experiment.streams,
+    stream = recent.Followed(
+        loader.make_iterator(
+            experiment.dataset,
+            "train",
+            batch_size=rows,
+            shard=(jax.process_index(), jax.process_count()),
+            seed=config.seed,
+            weights=experiment.weights,
+            augment=experiment.augment,
+            on_fault=config.data.on_fault,
+            streams=experiment.streams,
+        )
     )
     with contextlib.ExitStack() as stack:
         if launch.is_first():
             stack.enter_context(store.lock(store.make_folders(workdir)))
         checkpoints = stack.enter_context(
-            contextlib.closing(checkpoint.Checkpoints(workdir))
+            contextlib.closing(
+                checkpoint.Checkpoints(
+                    workdir,
+                    run=launch.facts(
+                        config,
+                        data=experiment.dataset.digest,
+                        features=experiment.extractor.digest,
+                    ),
+                )
+            )
         )
         if continued := checkpoints.latest() is not None:
             origin = checkpoint.started_from(workdir)
@@ -65,10 +84,11 @@ def train(config, workdir: Path) -> Path:
             state, origin = _init_from(config.train.init_from, state)
         state = train_mesh.put_same(state, train_mesh.replicated(mesh))
         if continued:
-            state = checkpoints.restore(state, stream)
+            state = checkpoints.restore(state, stream, changes=changes)
+        changes = [f"step {int(state.step)}: {line}" for line in changes]
         launch.wait("restored")  # all have read the config before it is written
         if launch.is_first():
-            checkpoint.write_config(workdir, config.to_dict(), origin)
+            checkpoint.write_config(workdir, config.to_dict(), origin, changes)
         writer = stack.enter_context(
             contextlib.closing(
                 log.Log(
@@ -84,18 +104,19 @@ def train(config, workdir: Path) -> Path:
                 experiment.extractor, train_mesh.replicated(mesh)
             )
         )
-        tasks = [pair.task for pair in experiment.dataset.pairs("train")]
-        tasks += [stream.name for stream in experiment.streams]
         state = loop.run(
             _step(config, experiment, mesh),
             state,
             stream,
             every=loop.every(config.train),
-            names=lambda batch: [(f"pair {p}", tasks[p]) for p in batch.pair],
-            validate=_validator(config, experiment, mesh),
+            names=_names(experiment),
+            judge=_judge(config, experiment, mesh),
             checkpoints=checkpoints,
             writer=writer,
             shown=("loss", "ncc", "dice"),
+            skip_nonfinite=config.train.skip_nonfinite,
+            rate=_rate(config.optim),
+            stop=stop,
         )
     path = workdir / "weights.safetensors"
     if not launch.is_first():
@@ -134,6 +155,7 @@ def _step(config, experiment: build.Experiment, mesh):
         accumulate=config.train.accumulate,
         ema=config.train.ema,
         precision=config.model.precision,
+        skip_nonfinite=config.train.skip_nonfinite > 0,
     )
     split = train_mesh.pair_sharding(mesh)
 
@@ -143,10 +165,43 @@ def _step(config, experiment: build.Experiment, mesh):
     return step
 
 
-def _validator(config, experiment: build.Experiment, mesh):
-    """validate(params) -> scalars per task, over pairs spread over those of `val`.
+def _names(experiment: build.Experiment):
+    """names(batch) -> a Row for each of its rows, checked against its pair's task."""
+    volumes = experiment.dataset.index["volumes"]
+    pairs = experiment.dataset.pairs("train")
+    made = [stream.name for stream in experiment.streams]
 
-    The devices of training share the pairs; every process reads all of them.
+    def row(position, region, pair_type):
+        if position >= len(pairs):
+            task = made[position - len(pairs)]
+            return recent.Row(f"pair {position}", task)
+        pair = pairs[position]
+        if TASKS[pair.task] != (region, pair_type):
+            raise ValueError(
+                f"pair {position}: region and pair type of {pair.task} expected, got "
+                f"{region} and {pair_type}"
+            )
+        ends = tuple(volumes[i]["id"] for i in (pair.fixed, pair.moving))
+        return recent.Row(f"pair {position}", pair.task, ends)
+
+    def names(batch):
+        parts = (batch.pair, batch.region, batch.pair_type)
+        return [row(*map(int, x)) for x in zip(*parts, strict=True)]
+
+    return names
+
+
+def _rate(optim):
+    """rate(step) -> learning rate of the step."""
+    schedule = optimizer.make_schedule(optim.lr, optim.warmup_steps, optim.decay_steps)
+    return lambda n: float(schedule(n - 1))
+
+
+def _judge(config, experiment: build.Experiment, mesh):
+    """judge(params, border, brief) over pairs spread over those of `val`.
+
+    The devices of training share the pairs; every process reads all of them. Pictures
+    are of the first pair of each task.
     """
     dataset = experiment.dataset
     eval_step = train_step.make_eval_step(
@@ -154,20 +209,23 @@ def _validator(config, experiment: build.Experiment, mesh):
         num_labels=experiment.num_labels,
         mesh=mesh,
         precision=config.model.precision,
+        planes=config.train.image_every > 0,
     )
     split = train_mesh.pair_sharding(mesh)
 
-    def validate(params):
-        batches = loader.make_eval_batches(
-            dataset, "val", pairs_per_task=config.train.eval_pairs
-        )
+    def batches(border, count):
+        for example in loader.make_eval_batches(dataset, "val", pairs_per_task=count):
+            border()
+            yield example
+
+    def judge(params, border, *, brief):
         rows = evaluate.evaluate(
             lambda params, batch, extractor: eval_step(
                 params, train_mesh.put_same(batch, split), extractor
             ),
             params,
             experiment.extractor,
-            batches,
+            batches(border, 1 if brief else config.train.eval_pairs),
             at_once=mesh.shape["data"],
         )
         scalars = {
@@ -177,18 +235,25 @@ def _validator(config, experiment: build.Experiment, mesh):
         }
         for task, values in evaluate.per_label(rows, dataset.label_names).items():
             scalars |= {f"val/dsc/{task}/{label}": v for label, v in values.items()}
-        return scalars
+        drawn = [row for row in rows if "planes" in row]
+        return loop.Judged(
+            scalars,
+            {f"pair/{row['task']}": images.draw_pair(row["planes"]) for row in drawn},
+        )
 
-    return validate
+    return judge
 
 
 def main(argv) -> None:
     del argv
     cli.setup()
     config = flags.FLAGS.config
-    launch.begin(watchdog_s=config.train.watchdog_s)
-    with launch.watched(config.train.watchdog_s):
-        print(train(config, Path(flags.FLAGS.workdir)))
+    workdir = Path(flags.FLAGS.workdir)
+    with signals.listening(loop.saved(workdir)) as stop:
+        launch.begin(watchdog_s=config.train.watchdog_s)
+        stop.listen()  # JAX has a handler of its own for several processes
+        with launch.watched(config.train.watchdog_s):
+            print(train(config, workdir, stop=stop))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_pipeline import loader, store, views
-from experiments import cli, loop, settings
+from experiments import cli, launch, loop, recent, settings, signals
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models.features import sam
 from unireg_jax.registration import weights as released
@@ -29,14 +29,20 @@ from unireg_jax.training import checkpoint, contrastive, embedding, log, optimiz
 from unireg_jax.training import mesh as train_mesh
 
 
-def train(config, workdir: Path) -> Path:
+def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
     """Trains to config.train.steps and returns the path of the weights.
+
+    Args:
+        config: from experiments/sam.py.
+        workdir: the run's folder.
+        stop: of the command that does nothing else; None: signals are heard once the
+            steps begin.
 
     Raises:
         UserError: exit code 2, 3, 8, 9 or 10; SystemExit 75 after a signal.
     """
     workdir = Path(workdir)
-    checkpoint.check_config(workdir, config.to_dict())
+    changes = checkpoint.check_config(workdir, config.to_dict())
     _check(config)
     dataset = _dataset(config)
     try:
@@ -53,38 +59,54 @@ def train(config, workdir: Path) -> Path:
         "spec": spec,
         "weights": config.data.weights.to_dict(),
     }
-    stream = views.make_view_iterator(
-        dataset, "train", seed=config.seed, **stream_settings
+    stream = recent.Followed(
+        views.make_view_iterator(dataset, "train", seed=config.seed, **stream_settings)
     )
-    step_fn = embedding.make_train_step(network, tx, recipe=recipe, mesh=mesh)
+    step_fn = embedding.make_train_step(
+        network,
+        tx,
+        recipe=recipe,
+        mesh=mesh,
+        skip_nonfinite=config.train.skip_nonfinite > 0,
+    )
     state = embedding.make_state(network, tx, seed=config.seed)
     state = jax.device_put(state, keep)
     with contextlib.ExitStack() as stack:
         stack.enter_context(store.lock(store.make_folders(workdir)))
         checkpoints = stack.enter_context(
-            contextlib.closing(checkpoint.Checkpoints(workdir))
+            contextlib.closing(
+                checkpoint.Checkpoints(
+                    workdir, run=launch.facts(config, data=dataset.digest)
+                )
+            )
         )
         if checkpoints.latest() is not None:
-            state = checkpoints.restore(state, stream)
-        checkpoint.write_config(workdir, config.to_dict())
+            state = checkpoints.restore(state, stream, changes=changes)
+        changes = [f"step {int(state.step)}: {line}" for line in changes]
+        checkpoint.write_config(workdir, config.to_dict(), changes=changes)
         writer = stack.enter_context(
             contextlib.closing(log.Log(workdir, resume_step=int(state.step)))
         )
         volumes = dataset.index["volumes"]
+        optim = config.optim
+        schedule = optimizer.make_schedule(
+            optim.lr, optim.warmup_steps, optim.decay_steps
+        )
         state = loop.run(
             lambda state, batch: step_fn(state, train_mesh.put(batch, split)),
             state,
             stream,
             every=loop.every(config.train),
             names=lambda batch: [
-                (volumes[v]["id"], volumes[v]["task"]) for v in batch.volume
+                recent.Row(volumes[v]["id"], volumes[v]["task"]) for v in batch.volume
             ],
-            validate=_validator(
-                config, dataset, network, recipe, stream_settings, split
-            ),
+            judge=_judge(config, dataset, network, recipe, stream_settings, split),
             checkpoints=checkpoints,
             writer=writer,
             shown=("loss", "fine_hit", "coarse_hit"),
+            skip_nonfinite=config.train.skip_nonfinite,
+            rate=lambda n: float(schedule(n - 1)),
+            stop=stop,
         )
     path = workdir / "weights.safetensors"
     released.save_weights(path, state.params, _card(config, dataset))
@@ -108,6 +130,7 @@ _LEAST = {
     "train.eval_every": 1,
     "train.eval_batches": 1,
     "train.checkpoint_every": 1,
+    "train.skip_nonfinite": 0,
 }
 _POSITIVE = ("views.spacing_mm", "loss.temperature", "loss.positive_mm")
 
@@ -164,8 +187,11 @@ def _dataset(config) -> loader.Dataset:
     return loader.Dataset(config.data.root)
 
 
-def _validator(config, dataset, network, recipe, stream_settings, split):
-    """validate(variables) -> means over the same views of `val` every time."""
+def _judge(config, dataset, network, recipe, stream_settings, split):
+    """judge(variables, border, brief): means over the same views of `val` every time.
+
+    It draws nothing.
+    """
     evaluate = embedding.make_eval_step(network, recipe=recipe)
 
     @functools.cache
@@ -175,14 +201,17 @@ def _validator(config, dataset, network, recipe, stream_settings, split):
         )
         return list(itertools.islice(stream, config.train.eval_batches))
 
-    def validate(variables):
-        rows = [
-            evaluate(variables, train_mesh.put(batch, split), jax.random.key(n))
-            for n, batch in enumerate(batches())
-        ]
-        return {f"val/{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
+    def judge(variables, border, *, brief):
+        del brief
+        rows = []
+        for n, batch in enumerate(batches()):
+            border()
+            views_there = train_mesh.put(batch, split)
+            rows.append(evaluate(variables, views_there, jax.random.key(n)))
+        means = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
+        return loop.Judged({f"val/{k}": v for k, v in means.items()}, {})
 
-    return validate
+    return judge
 
 
 def _card(config, dataset) -> dict:
@@ -214,7 +243,9 @@ def _card(config, dataset) -> dict:
 def main(argv) -> None:
     del argv
     cli.setup()
-    print(train(flags.FLAGS.config, Path(flags.FLAGS.workdir)))
+    workdir = Path(flags.FLAGS.workdir)
+    with signals.listening(loop.saved(workdir)) as stop:
+        print(train(flags.FLAGS.config, workdir, stop=stop))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,11 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.train.log_every = 50
     config.train.eval_every = 5_000  # and before the first step and after the last
     config.train.eval_pairs = 20  # per task, spread over those of the split `val`
+    config.train.image_every = 5_000  # pictures for TensorBoard, one per task; 0: none
     config.train.checkpoint_every = 1_000
+    # Steps of a run that may be skipped because a number is not finite; the first one
+    # more ends it.
+    config.train.skip_nonfinite = 0
     # Parts of a batch that come one after another, in the memory of one; 1: none.
     config.train.accumulate = 1
     # Decay of a running mean of the parameters, then judged and released; 0: none.
@@ -104,6 +108,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.train.space_devices = 1  # devices that share a volume, split along X
     # Of several processes, one not heard of for so many seconds ends the others.
     config.train.watchdog_s = 60
+    # Fields, with commas between, that are to differ from here on when a run is
+    # continued; config.json keeps a line for each.
+    config.train.change = ""
 
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
@@ -141,6 +148,7 @@ _REAL_SMALL = {
         "steps": 1000,
         "log_every": 10,
         "eval_every": 200,
+        "image_every": 200,
         "eval_pairs": 6,
         "checkpoint_every": 100,
     },
@@ -159,7 +167,12 @@ PRESETS = {
         **_REAL_SMALL,
         "loss": {**_REAL_SMALL["loss"], "smoothness": (3.0, 3.0, 3.0, 8.0)},
         "optim": {**_REAL_SMALL["optim"], "lr": 6e-4, "decay_steps": 700},
-        "train": {**_REAL_SMALL["train"], "steps": 700, "eval_every": 140},
+        "train": {
+            **_REAL_SMALL["train"],
+            "steps": 700,
+            "eval_every": 140,
+            "image_every": 140,
+        },
     },
     # Not in paper: an example of made pairs beside prepared scans; not trained to its
     # end, so there is no figure of what it gains.
@@ -196,6 +209,7 @@ PRESETS = {
             "steps": 60,
             "log_every": 5,
             "eval_every": 60,
+            "image_every": 60,
             "eval_pairs": 2,
             "checkpoint_every": 20,
         },
