@@ -99,6 +99,7 @@ class UniReg(nn.Module):
         pair_type: jax.Array,
         *,
         train: bool = False,
+        unit_shape: tuple[int, int, int] | None = None,
     ) -> jax.Array:
         """Runs the head and turns its field into voxels (sections 3.1.2 and 3.1.3).
 
@@ -107,6 +108,8 @@ class UniReg(nn.Module):
             region: [B] int32, tasks.Region.
             pair_type: [B] int32, tasks.PairType.
             train: passed to the head.
+            unit_shape: (X, Y, Z) voxels that the field's units span, those of the
+                grid the network was trained on; None for this grid's own.
 
         Returns:
             [B, X, Y, Z, 3] float32, voxels, as `__call__`.
@@ -116,7 +119,7 @@ class UniReg(nn.Module):
         # [-1, 1] units are the same on every grid, so up-sampling rescales nothing;
         # 1 unit is (n - 1) / 2 voxels (align-corners).
         field = resample.resize_volume(field, shape)
-        voxels_per_unit = (jnp.array(shape, jnp.float32) - 1) / 2
+        voxels_per_unit = (jnp.array(unit_shape or shape, jnp.float32) - 1) / 2
         disp = field * jnp.broadcast_to(voxels_per_unit, field.shape)
         if self.svf_steps:
             disp = integrate.integrate(disp, steps=self.svf_steps)

@@ -145,6 +145,7 @@ def compile_register(
     conditions: int = 1,
     dtype: Any = np.int16,
     network: bool = True,
+    unit_shape: tuple[int, int, int] | None = None,
 ) -> Compiled:
     """Compiles a network for one grid, for the default device.
 
@@ -155,6 +156,9 @@ def compile_register(
             once for all of them.
         dtype: of the HU volumes, int16 or float32.
         network: False leaves the displacement out; features and quality stay.
+        unit_shape: (X, Y, Z) voxels of the grid that the network was trained on, where
+            `shape` is a larger window of the same voxels, so that a vector keeps its
+            length; None for `shape` itself.
 
     Returns:
         Compiled.
@@ -176,7 +180,7 @@ def compile_register(
         hu, jax.tree.map(lambda s: of(s.shape, s.dtype), describe.out_info)
     )
     codes = of((conditions,), jnp.int32)
-    statics = ("module", "window", "combine")
+    statics = ("module", "window", "combine", "unit_shape")
     predict = jax.jit(_predict, static_argnames=statics).lower(
         model.params,
         scan,
@@ -186,6 +190,7 @@ def compile_register(
         module=model.module,
         window=window,
         combine=model.extractor.combine,
+        unit_shape=unit_shape,
     )
     body, disp = of((1, *shape), bool), of((conditions, *shape, 3), jnp.float32)
     judge = jax.jit(_judge, static_argnames="window").lower(
@@ -194,6 +199,31 @@ def compile_register(
     lowered = (describe, predict if network else None, judge)
     programs = (program and program.compile() for program in lowered)
     return Compiled(shape, dtype, conditions, model.params, model.extractor, *programs)
+
+
+def judge_field(
+    fixed_hu: np.ndarray,
+    moving_hu: np.ndarray,
+    body: np.ndarray,
+    disp: np.ndarray,
+    *,
+    window: tuple[float, float],
+) -> dict[str, jax.Array]:
+    """Measures one displacement on a grid of any size; see `Compiled.judge`.
+
+    Args:
+        fixed_hu: [X, Y, Z], HU; OUTSIDE_HU beyond the scan.
+        moving_hu: the same, pre-aligned on the fixed grid.
+        body: [X, Y, Z] bool, where to compare.
+        disp: [X, Y, Z, 3] float32, voxels.
+        window: lowest and highest HU.
+
+    Returns:
+        [1] float32 each, on the device: names as `Compiled.judge`.
+    """
+    scans = (jax.device_put(hu[None, ..., None]) for hu in (fixed_hu, moving_hu))
+    judge = jax.jit(_judge, static_argnames="window")
+    return judge(*scans, jax.device_put(body[None]), disp[None], window=window)
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -237,7 +267,9 @@ def encode_described(
     return module.apply({"params": params}, *images, corr, method="encode")
 
 
-def _predict(params, fixed, moving, region, pair_type, *, module, window, combine):
+def _predict(
+    params, fixed, moving, region, pair_type, *, module, window, combine, unit_shape
+):
     """Displacements of one pair, [N, X, Y, Z, 3]; every task shares the program."""
     encoded = encode_described(
         params, fixed, moving, module=module, window=window, combine=combine
@@ -245,7 +277,12 @@ def _predict(params, fixed, moving, region, pair_type, *, module, window, combin
 
     def decode(region, pair_type):
         fields = module.apply(
-            {"params": params}, encoded, region[None], pair_type[None], method="decode"
+            {"params": params},
+            encoded,
+            region[None],
+            pair_type[None],
+            unit_shape=unit_shape,
+            method="decode",
         )
         return fields[0]
 

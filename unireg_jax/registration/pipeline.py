@@ -23,14 +23,21 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.ops import intensity, warp
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import feature_affine, matcher
-from unireg_jax.registration.compiled import Described, compile_register
+from unireg_jax.registration import feature_affine, matcher, tiles
+from unireg_jax.registration import region as regions
+from unireg_jax.registration.compiled import (
+    Compiled,
+    Described,
+    compile_register,
+    judge_field,
+)
 from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.refine import Plan, Refiner, compile_refine
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 NO_TASK = "none"
+AUTO_TASK = "auto"
 AFFINES = ("auto", *prealign.KINDS, "features", "coarse")
 _AIR_HU = -1000
 _FOLDS_PERCENT = 1.0  # more is worth a look
@@ -49,11 +56,13 @@ class Registration(NamedTuple):
         affine: [4, 4] float64, fixed world -> moving world, LPS mm: the pre-alignment.
         network_disp: [x, y, z, 3] float32, voxels of `network_grid`: the part of the
             network, of "coarse" and of `refine`, which acts before `affine`.
-        network_grid: shape and vox2world of the network's grid.
+        network_grid: shape and vox2world of the network's grid; of all its windows,
+            where there are several.
         warped: [X, Y, Z], moving on the grid of `fixed`, in moving's dtype; air (or the
             smallest value, where that is not air) beyond the moving scan.
-        settings: task, region, pair_type, affine: asked and used; with `refine` its
-            plan.
+        settings: task, region, pair_type, affine: asked and used; fov asked and used,
+            windows, body_covered, the share of the fixed body on network_grid, and
+            seen, the body region that each scan shows; with `refine` its plan.
         qc: of network_disp: finite; max_mm and p99_mm, length; fold_percent, sdlogj
             (see ops/jacobian.py); and ncc_before, ncc_after (global, signed, windowed
             intensities, after the pre-alignment and after network_disp); over the fixed
@@ -89,6 +98,7 @@ def register(
     fixed_vox2world: np.ndarray | None = None,
     moving_vox2world: np.ndarray | None = None,
     refine: Plan | None = None,
+    fov: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> Registration:
     """Registers two CT scans of any orientation, spacing and size.
@@ -101,7 +111,8 @@ def register(
         moving: the same; shape and spacing may differ.
         task: name in tasks.TASKS: anatomical prior, and the usual pair type; "none"
             leaves the network out: pre-alignment, and `refine` from there, on the grid
-            and with the features of the weights.
+            and with the features of the weights. "auto": by the body region that both
+            scans show, see registration/region.py.
         pair_type: "inter" or "intra"; None for the task's own.
         weights: Model for many pairs; or as in `load_model`.
         affine: "auto", "none", "com", "rigid", "affine", "features", or a [4, 4]
@@ -116,6 +127,8 @@ def register(
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         moving_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         refine: instance optimisation of the network's field; None for none.
+        fov: what the network looks at where the fixed body is larger than its window:
+            "crop", "tiles", "whole" or "auto", see `tiles.lay_out`.
         progress: called with one line per stage.
 
     Returns:
@@ -125,8 +138,9 @@ def register(
     Raises:
         ValueError: shapes or names that do not fit.
         UserError: a file that cannot be read, scans without common space (exit code
-            4), weights that cannot be used (exit code 9), a field that is not finite or
-            longer than 1 km (exit code 8).
+            4), task "auto" and scans that do not tell it (exit code 2), weights that
+            cannot be used (exit code 9), a field that is not finite or longer than
+            1 km (exit code 8).
     """
     say = progress or (lambda line: None)
     clock = Clock()
@@ -141,7 +155,7 @@ def register(
     model = weights if isinstance(weights, Model) else load_model(weights)
     clock.lap("weights")
 
-    session = Session(model, refine=refine, network=task != NO_TASK)
+    session = Session(model, refine=refine, network=task != NO_TASK, fov=fov)
     clock.lap("compile")
     result = session.run(
         target, source, settings, affine=affine, mask=mask, say=say, clock=clock
@@ -170,6 +184,7 @@ class Session:
         keep: int = 4,
         refine: Plan | None = None,
         network: bool = True,
+        fov: str = "auto",
     ):
         """Compiles the model for its own grid.
 
@@ -178,19 +193,24 @@ class Session:
             keep: scans remembered: their voxels, their image and its features.
             refine: instance optimisation of every pair; None for none.
             network: False for pairs of task "none" only.
+            fov: see `register`.
 
         Raises:
-            ValueError: see `refine.check_plan`.
+            ValueError: see `refine.check_plan`; an unknown fov.
         """
+        if fov not in tiles.FOVS:
+            raise ValueError(f"fov must be one of {tiles.FOVS}, got {fov!r}")
         self.model = model
+        self._plan, self._network, self._fov = refine, network, fov
         self.refiner: Refiner | None = None
         if refine is not None and refine.iterations:
             self.refiner = compile_refine(model, refine)
         self.programs = compile_register(model, network=network)
         self._device = threading.Lock()
-        self._grids, self._bodies, self._described, self._read = (
-            Kept(keep) for _ in range(4)
+        self._grids, self._bodies, self._described, self._read, self._seen = (
+            Kept(keep) for _ in range(5)
         )
+        self._larger = Kept(1)
         self._matcher = matcher.Matcher(
             model, self._device, keep=keep, describe=self._describe
         )
@@ -244,7 +264,16 @@ class Session:
         if mask is not None:
             _check_mask(mask, target.data.shape)
         spec = self.model.preprocess
-        grid, fixed_hu = self._on_own_grid(target)
+        settings, warnings = self._resolve(target, source, settings, say)
+        clock.lap("region")
+        layout, fixed_hu = self._on_own_grid(target)
+        grid = layout.grid
+        settings |= {
+            "fov": self._fov,
+            "fov_used": layout.fov,
+            "windows": len(layout.starts),
+            "body_covered": round(layout.covered, 4),
+        }
         body = self._bodies.get(
             (id(target), id(mask)),
             lambda: matcher.body(mask, target, grid, fixed_hu),
@@ -252,7 +281,7 @@ class Session:
         )
         clock.lap("preprocess")
         matrix, used, why = _choose(target, source, settings, affine)
-        warnings, coarse = [], None
+        coarse = None
         if used in ("features", "coarse"):
             found, matched_by = self._matcher.align(target, source, mask)
             settings = settings | {"matched_by": matched_by}
@@ -276,7 +305,7 @@ class Session:
                     fixed_hu,
                     image,
                     fixed_vox2world=grid.vox2world,
-                    moving_vox2world=other.vox2world,
+                    moving_vox2world=other.grid.vox2world,
                     kind=used,
                     fixed_mask=None if mask is None else body,
                 )
@@ -292,32 +321,28 @@ class Session:
                 "fixed and moving: scans that share some space expected, none shared "
                 f"after pre-alignment {used!r}; use --affine com or affine",
             )
-        size = "x".join(map(str, grid.shape))
+        size = "x".join(map(str, layout.window))
         what = "none" if settings["region"] is None else settings["region"]
-        say(f"network: {what}, {size}, {settings['pair_type']}-patient")
-        with self._device:
-            scans, disp = self._predict(target, fixed_hu, moving_hu, coarse, settings)
-            clock.lap("network")
-            costs = {}
-            if self.refiner:
-                settings = settings | {"refine": self.refiner.plan._asdict()}
-                if self.refiner.plan.features != "image":
-                    settings |= {"refined_by": self.refiner.extractor.label}
-                    known = self.refiner.extractor.spacing_mm
-                    if known not in (None, spec.spacing_mm):
-                        warnings.append(
-                            f"refinement: voxels of {known} mm expected, as the "
-                            f"embedding was trained on, the grid has {spec.spacing_mm}"
-                        )
-                say(f"refinement: {self.refiner.plan.iterations} iterations")
-                disp, *costs = self.refiner(*scans, body, disp)
-                costs = dict(zip(("refine_before", "refine_after"), costs, strict=True))
-                jax.block_until_ready(disp)
-                clock.lap("refine")
-            scores = self.programs.judge(*scans, body, disp) | costs
-            disp, scores = jax.device_get((disp, scores))
-        disp, qc = disp[0], {name: float(value[0]) for name, value in scores.items()}
-        qc = _quality(disp, qc, orientation.spacing_mm(grid.vox2world))
+        count = f"{len(layout.starts)} windows of " if len(layout.starts) > 1 else ""
+        say(f"network: {what}, {count}{size}, {settings['pair_type']}-patient")
+        if self.refiner:
+            plan = self.refiner.plan
+            settings = settings | {"refine": plan._asdict()}
+            if plan.features != "image":
+                settings |= {"refined_by": self.refiner.extractor.label}
+                known = self.refiner.extractor.spacing_mm
+                if known not in (None, spec.spacing_mm):
+                    warnings.append(
+                        f"refinement: voxels of {known} mm expected, as the embedding "
+                        f"was trained on, the grid has {spec.spacing_mm}"
+                    )
+            say(f"refinement: {plan.iterations} iterations")
+        scans = _Prepared(target, fixed_hu, moving_hu, body, coarse, settings)
+        if len(layout.starts) == 1:
+            disp, scores = self._one_window(layout, scans, clock)
+        else:
+            disp, scores = self._windows(layout, scans, clock, say)
+        qc = _quality(disp, scores, orientation.spacing_mm(grid.vox2world))
         clock.lap("quality")
 
         size = "x".join(map(str, target.data.shape))
@@ -338,39 +363,181 @@ class Session:
             tuple(warnings),
         )
 
+    def _resolve(self, target, source, settings, say) -> tuple[dict, list[str]]:
+        """The task, where it is to be found, and whether the scans agree with it."""
+        settings = dict(settings)
+        if settings["task"] == NO_TASK:
+            return settings, []
+        scans = {"fixed": target, "moving": source}
+        seen = {
+            name: self._seen.get(
+                id(volume), functools.partial(regions.estimate_region, volume), volume
+            )
+            for name, volume in scans.items()
+        }
+        settings["seen"] = {
+            name: {
+                "region": one.place,
+                "shares": {k: round(v, 3) for k, v in one.shares.items()},
+            }
+            for name, one in seen.items()
+        }
+        if settings["task"] == AUTO_TASK:
+            given = settings["pair_type"]
+            task = regions.choose_task(list(seen.values()), given)
+            settings |= check_settings(task, given, settings["affine"])
+            settings["task_asked"] = AUTO_TASK
+            why = "; ".join(f"{name} {one.why}" for name, one in seen.items())
+            say(f"task: auto: {task}, {settings['pair_type']}-patient ({why})")
+            return settings, []
+        told = (
+            (name, regions.mismatch(one, settings["region"]))
+            for name, one in seen.items()
+        )
+        return settings, [f"task: {name}: {line}" for name, line in told if line]
+
     def _describe(self, volume, hu) -> Described:
         """Features of a scan on its own grid, kept while it comes back."""
         return self._described.get(
             id(volume), lambda: self.programs.describe(hu), volume
         )
 
-    def _on_own_grid(self, volume: Volume) -> tuple[Grid, np.ndarray]:
-        """The network grid over a scan, and the scan's image on it."""
+    def _on_own_grid(self, volume: Volume) -> tuple[tiles.Layout, np.ndarray]:
+        """The network's windows over a scan, and the scan's image on their grid."""
 
         def lay():
-            grid = preprocess.network_grid(volume, self.model.preprocess)
-            return grid, preprocess.prepare_image(volume, grid, self.model.preprocess)
+            spec = self.model.preprocess
+            layout = tiles.lay_out(volume, spec, self._fov)
+            return layout, preprocess.prepare_image(volume, layout.grid, spec)
 
         return self._grids.get(id(volume), lay, volume)
 
-    def _predict(self, target, fixed_hu, moving_hu, coarse, settings):
-        """Both scans described, and the displacement before refinement."""
-        fixed = self._describe(target, fixed_hu)
-        moving = self.programs.describe(moving_hu)
-        if settings["region"] is None:
-            still = jnp.zeros((1, *self.programs.shape, 3), jnp.float32)
-            return (fixed, moving), still if coarse is None else coarse
-        codes = [
-            Region[settings["region"].upper()],
-            PairType[settings["pair_type"].upper()],
-        ]
-        seen = moving
-        if coarse is not None:  # what the network sees is warped already
-            seen = self.programs.describe(_prewarp(moving_hu, coarse))
-        disp = self.programs(fixed, seen, *codes)
-        if coarse is not None:
-            disp = jax.jit(warp.compose)(disp, coarse)
-        return (fixed, moving), jax.block_until_ready(disp)
+    def _programs_for(self, shape) -> tuple[Compiled, Refiner | None]:
+        """Programs for one window; a larger one than usual is compiled now."""
+        if shape == self.programs.shape:
+            return self.programs, self.refiner
+
+        def build():
+            programs = compile_register(
+                self.model,
+                shape,
+                network=self._network,
+                unit_shape=self.model.preprocess.shape,
+            )
+            refiner = None
+            if self.refiner:
+                refiner = compile_refine(self.model, self._plan, shape)
+            return programs, refiner
+
+        return self._larger.get(shape, build)
+
+    def _one_window(self, layout, scans, clock) -> tuple[np.ndarray, dict[str, float]]:
+        """Displacement and its scores where one window holds all."""
+        programs, refiner = self._programs_for(layout.window)
+        seen = None
+        with self._device:
+            if programs is self.programs:
+                fixed = self._describe(scans.target, scans.fixed_hu)
+            else:
+                fixed = programs.describe(scans.fixed_hu)
+            moving = programs.describe(scans.moving_hu)
+            if scans.coarse is not None and scans.settings["region"] is not None:
+                # What the network sees is warped already.
+                seen = programs.describe(_prewarp(scans.moving_hu, scans.coarse))
+            disp = _predict(programs, fixed, moving, seen, scans.coarse, scans.settings)
+            clock.lap("network")
+            costs = {}
+            if refiner:
+                disp, *costs = refiner(fixed, moving, scans.body, disp)
+                costs = dict(zip(("refine_before", "refine_after"), costs, strict=True))
+                jax.block_until_ready(disp)
+                clock.lap("refine")
+            scores = programs.judge(fixed, moving, scans.body, disp) | costs
+            disp, scores = jax.device_get((disp, scores))
+        return disp[0], {name: float(value[0]) for name, value in scores.items()}
+
+    def _windows(
+        self, layout, scans, clock, say
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Displacement blended from overlapping windows, and its scores.
+
+        The device holds one window at a time, the host one field on the whole grid.
+        """
+        blend, costs = tiles.Blend(layout), []
+        with self._device:
+            seen_hu = None
+            if scans.coarse is not None and scans.settings["region"] is not None:
+                seen_hu = _prewarp(scans.moving_hu, scans.coarse)
+            for number, start in enumerate(layout.starts, 1):
+                say(f"window {number} of {len(layout.starts)}")
+                part = layout.part(start)
+                fixed, moving = (
+                    self.programs.describe(np.ascontiguousarray(hu[part]))
+                    for hu in (scans.fixed_hu, scans.moving_hu)
+                )
+                seen = coarse = None
+                if scans.coarse is not None:
+                    coarse = scans.coarse[(slice(None), *part)]
+                if seen_hu is not None:
+                    seen = self.programs.describe(np.ascontiguousarray(seen_hu[part]))
+                disp = _predict(
+                    self.programs, fixed, moving, seen, coarse, scans.settings
+                )
+                clock.lap("network")
+                body = np.ascontiguousarray(scans.body[part])
+                if self.refiner and body.any():
+                    disp, *cost = self.refiner(fixed, moving, body, disp)
+                    costs.append([float(c[0]) for c in cost] + [float(body.sum())])
+                    clock.lap("refine")
+                blend.add(start, np.asarray(disp[0]))
+            spec = self.model.preprocess
+            scores = judge_field(
+                scans.fixed_hu,
+                scans.moving_hu,
+                scans.body,
+                blend.disp,
+                window=(spec.hu_low, spec.hu_high),
+            )
+            scores = {k: float(v[0]) for k, v in jax.device_get(scores).items()}
+        if costs:  # mean over the windows, by how much body each holds
+            before, after, weight = np.array(costs).T
+            scores["refine_before"] = float((before * weight).sum() / weight.sum())
+            scores["refine_after"] = float((after * weight).sum() / weight.sum())
+        return blend.disp, scores
+
+
+class _Prepared(NamedTuple):
+    """A pair on the network's grid.
+
+    Attributes:
+        target: fixed Volume.
+        fixed_hu, moving_hu: [X, Y, Z] int16, moving pre-aligned.
+        body: [X, Y, Z] bool, where to compare.
+        coarse: [1, X, Y, Z, 3] displacement found by matching, or None.
+        settings: see `check_settings`.
+    """
+
+    target: Volume
+    fixed_hu: np.ndarray
+    moving_hu: np.ndarray
+    body: np.ndarray
+    coarse: Any
+    settings: dict[str, Any]
+
+
+def _predict(programs, fixed, moving, seen, coarse, settings) -> jax.Array:
+    """The displacement before refinement; `seen` is moving warped by `coarse`."""
+    if settings["region"] is None:
+        still = jnp.zeros((1, *programs.shape, 3), jnp.float32)
+        return still if coarse is None else coarse
+    codes = [
+        Region[settings["region"].upper()],
+        PairType[settings["pair_type"].upper()],
+    ]
+    disp = programs(fixed, moving if seen is None else seen, *codes)
+    if coarse is not None:
+        disp = jax.jit(warp.compose)(disp, coarse)
+    return jax.block_until_ready(disp)
 
 
 def _prewarp(hu: np.ndarray, disp: jax.Array) -> np.ndarray:
@@ -462,16 +629,18 @@ def check_settings(
         task, pair_type, affine: see `register`.
 
     Returns:
-        task, region (None without a network), pair_type, affine ("given" for a matrix).
+        task, region (None without a network, and with "auto" until the scans are seen),
+        pair_type, affine ("given" for a matrix).
 
     Raises:
         UserError: unknown task or pair type, exit code 2.
         ValueError: unknown name of a pre-alignment.
     """
-    if task not in (*TASKS, NO_TASK):
+    if task not in (*TASKS, NO_TASK, AUTO_TASK):
         raise UserError(
             "task_unknown",
-            f"task must be one of {sorted(TASKS)} or {NO_TASK!r}, got {task!r}",
+            f"task must be one of {sorted(TASKS)}, {AUTO_TASK!r} or {NO_TASK!r}, got "
+            f"{task!r}",
             USAGE,
         )
     kinds = [kind.name.lower() for kind in PairType]
@@ -483,10 +652,12 @@ def check_settings(
         raise ValueError(f"affine must be one of {AFFINES} or (4, 4), got {affine!r}")
     named = TASKS.get(task)
     usual = PairType.INTER if named is None else named.pair_type
+    if task != AUTO_TASK:  # which says it with the task
+        pair_type = pair_type or usual.name.lower()
     return {
         "task": task,
         "region": None if named is None else named.region.name.lower(),
-        "pair_type": pair_type or usual.name.lower(),
+        "pair_type": pair_type,
         "affine": affine if isinstance(affine, str) else "given",
     }
 
