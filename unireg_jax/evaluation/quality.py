@@ -1,0 +1,565 @@
+"""Judges a registration without ground truth: numbers, limits, findings.
+
+The map is judged as it was written, on a grid of 4 mm over the fixed scan: a whole CT
+takes seconds, and differences between scanners' noise do not count. Limits were chosen
+on real pairs, see docs/quality.md.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from unireg_jax.evaluation import regularity
+from unireg_jax.imaging import preprocess
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.imaging.preprocess import Grid
+
+STEP_MM = 4.0  # of the judging grid, or the scan's own spacing where that is coarser
+_AIR_HU = -1000.0
+_WINDOW_HU = (-300.0, 300.0)  # what is compared: soft tissue and the edges of the rest
+_WINDOW_VOXELS = 9  # of the local correlation: 36 mm, as in training
+_FLAT = 1e-3  # variance of windowed intensity, 0 to 1, below which nothing is compared
+_BLUR_VOXELS = 2.0  # of the judging grid, while a mirror image settles
+_EVERY = 2  # voxel of it is compared meanwhile, along each axis
+_SETTLING = 12  # steps
+_LEAST_POINTS = 200
+_SIDES = ("left and right", "front and back", "head and feet")
+
+
+class Check(NamedTuple):
+    """A number that can be out of bounds.
+
+    Attributes:
+        reason: code of docs/errors.md.
+        inter: limit between patients; None for no limit.
+        intra: limit within one patient.
+        least: whether the limit is the smallest good value, not the largest.
+        unit: after the number; empty for none.
+        meaning: one line.
+        advice: what to do.
+    """
+
+    reason: str
+    inter: float | None
+    intra: float | None
+    least: bool
+    unit: str
+    meaning: str
+    advice: str
+
+
+# Name -> check, in the order in which they are reported. Chosen: docs/quality.md.
+CHECKS = {
+    "coverage": Check(
+        *("no_overlap", 0.6, 0.6, True, ""),
+        "share of the fixed body that the map reads inside the moving scan",
+        "are both scans of the same region, and pre-aligned?",
+    ),
+    "local_ncc": Check(
+        *("similarity", 0.3, 0.6, True, ""),
+        "correlation in windows of 36 mm over the fixed body, after registration",
+        "are both scans of the same region, and pre-aligned?",
+    ),
+    "local_ncc_gain": Check(
+        *("similarity", -0.02, -0.02, True, ""),
+        "what the displacement added to local_ncc of the pre-alignment",
+        "the pre-alignment alone may serve better",
+    ),
+    "dsc_gain": Check(
+        *("similarity", -0.02, -0.02, True, ""),
+        "what the displacement added to the mean DSC of the pre-alignment",
+        "the pre-alignment alone may serve better",
+    ),
+    "mirror_gain": Check(
+        *("mirrored", 0.03, 0.03, False, ""),
+        "by how much the pre-aligned moving scan, mirrored, has a higher local_ncc",
+        "look at the moving scan: an axis of its file may be turned",
+    ),
+    "fold_percent": Check(
+        *("folding", 2.0, 1.0, False, "%"),
+        "share of the fixed body where the map turns over (J <= 0)",
+        "look at the grid; try another pre-alignment or task",
+    ),
+    "sdlogj": Check(
+        *("folding", 3.5, 2.0, False, ""),
+        "standard deviation of log max(J, 1e-9) over the fixed body",
+        "look at the Jacobian; try another pre-alignment or task",
+    ),
+    "p99_mm": Check(
+        *("field_range", 60.0, 40.0, False, "mm"),
+        "99th percentile of the length of the displacement after the pre-alignment",
+        "try another pre-alignment",
+    ),
+    "max_mm": Check(
+        *("field_range", 300.0, 300.0, False, "mm"),
+        "longest displacement after the pre-alignment, over the fixed body",
+        "try another pre-alignment",
+    ),
+    "inverse_mm": Check(
+        *("inverse_consistency", 20.0, 8.0, False, "mm"),
+        "mean distance from a point of the fixed body to where both registrations, "
+        "there and back, bring it",
+        "one of the two directions is wrong: look at the pictures",
+    ),
+    "volume_factor": Check(
+        *("volume_change", 4.0, 2.5, False, ""),
+        "largest factor by which the map grows or shrinks a label's volume",
+        "look at that label and at the Jacobian",
+    ),
+}
+
+
+class Finding(NamedTuple):
+    """A number out of bounds.
+
+    Attributes:
+        reason: code of docs/errors.md.
+        name: of the number; "constant" when a scan shows nothing.
+        line: what was expected and got, and advice; begins with the reason.
+    """
+
+    reason: str
+    name: str
+    line: str
+
+
+# --- numbers ------------------------------------------------------------------------
+
+
+def measure(
+    fixed: Volume,
+    moving: Volume,
+    disp_mm: np.ndarray,
+    affine: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Measures a registration from its scans and its map.
+
+    moving is read at x + disp_mm(x), x in LPS mm.
+
+    Args:
+        fixed: scan on LPS+ axes.
+        moving: scan on LPS+ axes.
+        disp_mm: [X, Y, Z, 3] float32, LPS mm, on the grid of `fixed`, the whole map.
+        affine: [4, 4], fixed world -> moving world, LPS mm: the pre-alignment in it.
+        mask: [X, Y, Z] bool on the grid of `fixed`; the body by default.
+
+    Returns:
+        coverage, local_ncc_before, local_ncc_affine, local_ncc, local_ncc_gain,
+        mirror_gain, mirror_axis (0, 1, 2 of LPS), fold_percent, sdlogj, p99_mm, max_mm,
+        constant (1 where a scan shows nothing); see CHECKS. NaN where undefined.
+
+    Raises:
+        ValueError: disp_mm or mask is not on the grid of fixed.
+    """
+    shape = fixed.data.shape
+    if disp_mm.shape != (*shape, 3):
+        raise ValueError(
+            f"disp_mm must be {(*shape, 3)} in mm on fixed's LPS+ axes, got "
+            f"{disp_mm.shape}"
+        )
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"mask must be {shape} like fixed, got {mask.shape}")
+    grid = judging_grid(fixed)
+    target = _on(fixed, grid)
+    source = judging_grid(moving)
+    source = Volume(_on(moving, source), source.vox2world)
+    body = _body(fixed, target, grid, mask)
+    disp = _field(disp_mm, fixed, grid)
+    points = _positions(grid)
+    placed = _through(affine, points)
+    window = _window(fixed.data), _window(moving.data)
+
+    def similarity(volume, xyz, of=body):
+        image, inside = _read(volume, xyz)
+        seen = _windowed(target, window[0]), _windowed(image, window[1])
+        return _local_ncc(*seen, of & inside)
+
+    _, reached = _read(source, points + disp)
+    out = {"coverage": float(reached[body].mean()) if body.any() else math.nan}
+    out["local_ncc_before"] = similarity(source, points)
+    out["local_ncc_affine"] = similarity(source, placed)
+    out["local_ncc"] = similarity(source, points + disp)
+    out["local_ncc_gain"] = out["local_ncc"] - out["local_ncc_affine"]
+    flat = [
+        np.ptp(_windowed(data, w)[where]) == 0 if where.any() else True
+        for data, w, where in (
+            (target, window[0], body),
+            (source.data, window[1], np.ones(source.data.shape, bool)),
+        )
+    ]
+    out["constant"] = float(any(flat))
+    out |= _mirrored(source, target, window, body, grid, affine, similarity)
+    out |= _shape(disp, affine, points, placed, body, grid)
+    return out
+
+
+def inverse_consistency(
+    fixed: Volume,
+    disp_fm_mm: np.ndarray,
+    moving: Volume,
+    disp_mf_mm: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Measures how far registering there and back leads away.
+
+    e(x) = | d_fm(x) + d_mf(x + d_fm(x)) |
+
+    Args:
+        fixed: scan on LPS+ axes.
+        disp_fm_mm: [X, Y, Z, 3] LPS mm, on fixed, points into moving.
+        moving: scan on LPS+ axes.
+        disp_mf_mm: [X', Y', Z', 3] LPS mm, on moving, points into fixed: of a second
+            registration, not an inverse of the first.
+        mask: [X, Y, Z] bool on the grid of `fixed`; the body by default.
+
+    Returns:
+        inverse_mm and inverse_p95_mm, mean and 95th percentile over the fixed body
+        that falls into the moving scan; NaN where none does.
+    """
+    grid = judging_grid(fixed)
+    body = _body(fixed, _on(fixed, grid), grid, mask)
+    there = _field(disp_fm_mm, fixed, grid)
+    xyz = _positions(grid) + there
+    other = judging_grid(moving)
+    field = _field(disp_mf_mm, moving, other)
+    back = [_read(Volume(part, other.vox2world), xyz) for part in field]
+    inside = back[0][1] & body
+    gap = np.sqrt(sum((a + b[0]) ** 2 for a, b in zip(there, back, strict=True)))
+    some = bool(inside.any())
+    return {
+        "inverse_mm": float(gap[inside].mean()) if some else math.nan,
+        "inverse_p95_mm": float(np.percentile(gap[inside], 95)) if some else math.nan,
+    }
+
+
+def volume_changes(
+    disp_mm: np.ndarray, vox2world: np.ndarray, labels: np.ndarray
+) -> dict[int, float]:
+    """Measures how the map changes the volume of every label.
+
+    change = mean of J over the label = volume in moving / volume in fixed
+
+    Args:
+        disp_mm: [X, Y, Z, 3] LPS mm, the whole map, pre-alignment included.
+        vox2world: [4, 4], voxel -> LPS mm.
+        labels: [X, Y, Z] whole numbers on the same grid, 0 background.
+
+    Returns:
+        id -> factor, no unit; NaN for a label on the outermost voxels only.
+    """
+    detj = regularity.jacobian_determinant(disp_mm, vox2world)
+    inner = labels[1:-1, 1:-1, 1:-1]
+    ids = [int(i) for i in np.unique(labels) if i != 0]
+    if not inner.size:
+        return dict.fromkeys(ids, math.nan)
+    means = ndimage.mean(detj, inner, ids) if ids else []
+    return {i: float(mean) for i, mean in zip(ids, means, strict=True)}
+
+
+def volume_factor(changes: Mapping[Any, float]) -> float:
+    """Largest growth or shrinkage among labels, at least 1; see `volume_changes`.
+
+    Args:
+        changes: label -> factor.
+
+    Returns:
+        Factor, no unit; infinity for a volume turned over; NaN without labels.
+    """
+    known = [c for c in changes.values() if c is not None and c == c]
+    factors = [max(c, 1 / c) if c > 0 else math.inf for c in known]
+    return max(factors, default=math.nan)
+
+
+# --- judgement ----------------------------------------------------------------------
+
+
+def judge(numbers: Mapping[str, Any], pair_type: str) -> list[Finding]:
+    """Says which numbers are out of bounds.
+
+    Args:
+        numbers: of `measure`, `inverse_consistency`, volume_factor, dsc_gain; None or
+            absent where unknown.
+        pair_type: "inter" or "intra".
+
+    Returns:
+        Findings, in the order of CHECKS.
+    """
+    if numbers.get("constant"):
+        line = "constant: a scan shows no anatomy; nothing can be compared"
+        return [Finding("constant", "constant", line)]
+    found = []
+    for name, check in CHECKS.items():
+        limit, value = limit_of(check, pair_type), numbers.get(name)
+        undefined = name == "local_ncc" and name in numbers and not _known(value)
+        if undefined or (_known(value) and _beyond(value, limit, check)):
+            found.append(Finding(check.reason, name, _line(name, numbers, limit)))
+    return found
+
+
+def badness(numbers: Mapping[str, Any], pair_type: str) -> float:
+    """How far the worst number is from good, to sort many pairs.
+
+    Args:
+        numbers: see `judge`.
+        pair_type: "inter" or "intra".
+
+    Returns:
+        0 best; over 1 exactly when `judge` finds something, but for rounding. Of a
+        number with a least value v and a limit l: (1 - v) / (1 - l); else v / l.
+    """
+    if numbers.get("constant") or not _known(numbers.get("local_ncc")):
+        return math.inf
+    worst = 0.0
+    for name, check in CHECKS.items():
+        value, limit = numbers.get(name), limit_of(check, pair_type)
+        if limit is None or not _known(value):
+            continue
+        part = (1 - value) / (1 - limit) if check.least else value / limit
+        worst = max(worst, float(part))
+    return worst
+
+
+def limit_of(check: Check, pair_type: str) -> float | None:
+    """The limit of a check for a pair type.
+
+    Args:
+        check: of CHECKS.
+        pair_type: "inter" or "intra".
+
+    Returns:
+        Limit, or None.
+    """
+    return check.intra if pair_type == "intra" else check.inter
+
+
+def expected(check: Check, pair_type: str) -> str:
+    """The limit in words.
+
+    Args:
+        check: of CHECKS.
+        pair_type: "inter" or "intra".
+
+    Returns:
+        Such as "at most 2 %".
+    """
+    limit = limit_of(check, pair_type)
+    if limit is None:
+        return ""
+    value = f"{limit:g} {check.unit}".rstrip()
+    return f"{value} or more" if check.least else f"at most {value}"
+
+
+def _known(value) -> bool:
+    """A number, infinity included."""
+    return isinstance(value, int | float) and value == value
+
+
+def _beyond(value, limit, check) -> bool:
+    if limit is None:
+        return False
+    return value < limit if check.least else value > limit
+
+
+def _line(name: str, numbers, limit) -> str:
+    """One finding in words."""
+    check, value = CHECKS[name], numbers.get(name)
+    unit = f" {check.unit}" if check.unit else ""
+    got = f"{value:.3g}{unit}" if _known(value) else "none"
+    side = "or more" if check.least else "or less"
+    where = ""
+    if name == "mirror_gain" and _known(axis := numbers.get("mirror_axis")):
+        where = f" with {_SIDES[int(axis)]} exchanged"
+    return (
+        f"{check.reason}: {name} of {limit:g}{unit} {side} expected, got {got}{where}; "
+        f"{check.advice}"
+    )
+
+
+# --- parts of measure ---------------------------------------------------------------
+
+
+def judging_grid(volume: Volume) -> Grid:
+    """A grid along a scan's axes, 4 mm or its own spacing where that is coarser.
+
+    Args:
+        volume: scan.
+
+    Returns:
+        Grid over the same extent.
+    """
+    shape = np.array(volume.data.shape)
+    ratio = np.maximum(1.0, STEP_MM / np.array(volume.spacing_mm))
+    counts = np.maximum(1, np.ceil(shape / ratio)).astype(int)
+    vox2world = volume.vox2world.copy()
+    vox2world[:3, :3] = volume.vox2world[:3, :3] * ratio
+    first = (shape - 1) / 2 - (counts - 1) / 2 * ratio
+    vox2world[:3, 3] += volume.vox2world[:3, :3] @ first
+    return Grid(tuple(int(n) for n in counts), vox2world)
+
+
+def _on(volume: Volume, grid: Grid) -> np.ndarray:
+    return preprocess.resample(volume, grid, fill=_AIR_HU)
+
+
+def _field(disp_mm, volume: Volume, grid: Grid) -> np.ndarray:
+    """[3, X, Y, Z] mm, a field of the volume's grid on the judging grid."""
+    parts = [np.ascontiguousarray(disp_mm[..., i]) for i in range(3)]
+    return np.stack(
+        [preprocess.resample(volume._replace(data=p), grid, fill=0.0) for p in parts]
+    )
+
+
+def _body(volume, target, grid, mask) -> np.ndarray:
+    """Where scans are compared, on the judging grid."""
+    if mask is not None:
+        part = volume._replace(data=mask.astype(np.float32))
+        return preprocess.resample(part, grid, fill=0.0) >= 0.5
+    if volume.data.min() >= -500:  # no air: no CT, or one cut out
+        low, high = _window(volume.data)
+        return target > low + 0.05 * (high - low)
+    return preprocess.body_mask(Volume(target, grid.vox2world))
+
+
+def _window(data: np.ndarray) -> tuple[float, float]:
+    """Values compared: a soft-tissue window; percentiles where there is no air."""
+    if data.min() < -500:
+        return _WINDOW_HU
+    some = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
+    low, high = (float(v) for v in np.percentile(some, (1, 99)))
+    return low, max(high, low + 1e-3)
+
+
+def _windowed(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    low, high = window
+    return ((np.clip(image, low, high) - low) / (high - low)).astype(np.float32)
+
+
+def _positions(grid: Grid) -> np.ndarray:
+    """[3, X, Y, Z] float64, LPS mm of every voxel."""
+    i, j, k = np.ogrid[: grid.shape[0], : grid.shape[1], : grid.shape[2]]
+    return np.stack([r[0] * i + r[1] * j + r[2] * k + r[3] for r in grid.vox2world[:3]])
+
+
+def _through(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points [3, ...] through [4, 4]."""
+    shift = matrix[:3, 3].reshape(3, *(1,) * (points.ndim - 1))
+    return np.tensordot(matrix[:3, :3], points, 1) + shift
+
+
+def _read(volume: Volume, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values at world points [3, ...], linear, and which lie in the volume."""
+    coords = _through(np.linalg.inv(volume.vox2world), points)
+    limit = np.array(volume.data.shape).reshape(3, *(1,) * (points.ndim - 1))
+    inside = ((coords >= -0.5) & (coords <= limit - 0.5)).all(axis=0)
+    return ndimage.map_coordinates(volume.data, coords, order=1, mode="nearest"), inside
+
+
+def _local_ncc(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    """Mean over the mask of the signed correlation in windows cut by the mask."""
+    if not mask.any():
+        return math.nan
+    weight = mask.astype(np.float64)
+
+    def mean(values):
+        return ndimage.uniform_filter(values, _WINDOW_VOXELS, mode="constant")
+
+    count = mean(weight)
+    share = np.maximum(count, 1e-9)
+    mean_a, mean_b = mean(a * weight) / share, mean(b * weight) / share
+    var_a = mean(a * a * weight) / share - mean_a**2
+    var_b = mean(b * b * weight) / share - mean_b**2
+    cov = mean(a * b * weight) / share - mean_a * mean_b
+    # A window with little in it, or flat in the fixed scan, says nothing; one that is
+    # flat in the moving scan alone does not match.
+    told = mask & (var_a > _FLAT) & (count > 0.3)
+    if not told.any():
+        return math.nan
+    ratio = cov / np.sqrt(np.maximum(var_a, _FLAT) * np.maximum(var_b, _FLAT / 10))
+    return float(np.clip(ratio[told], -1, 1).mean())
+
+
+def _mirrored(source, target, windows, body, grid, affine, similarity):
+    """Whether the pre-aligned moving scan fits better with an axis turned round.
+
+    The plain scan and its three mirror images settle anew from the pre-alignment, each
+    by an affine map of its own: one that was found for a turned scan serves no other.
+    """
+    image = ndimage.gaussian_filter(_windowed(source.data, windows[1]), _BLUR_VOXELS)
+    ground = ndimage.gaussian_filter(_windowed(target, windows[0]), _BLUR_VOXELS)
+    some = np.zeros(grid.shape, bool)
+    some[::_EVERY, ::_EVERY, ::_EVERY] = True
+    some &= body
+    points, seen = _positions(grid), ground[some]
+    center = source.vox2world[:3, :3] @ (np.array(image.shape) - 1) / 2
+    center += source.vox2world[:3, 3]
+
+    def fit(axis):
+        turn = np.eye(4)
+        if axis is not None:
+            turn[axis, axis], turn[axis, 3] = -1.0, 2 * center[axis]
+        place = turn @ source.vox2world
+        settled = _settle(Volume(image, place), seen, points[:, some], affine)
+        return similarity(Volume(source.data, place), _through(settled, points))
+
+    if not some.any():
+        return {"mirror_gain": math.nan, "mirror_axis": math.nan}
+    gains = np.array([fit(axis) for axis in range(3)]) - fit(None)
+    if np.isnan(gains).all():
+        return {"mirror_gain": math.nan, "mirror_axis": math.nan}
+    axis = int(np.nanargmax(gains))
+    return {"mirror_gain": float(gains[axis]), "mirror_axis": float(axis)}
+
+
+def _settle(image: Volume, seen: np.ndarray, points: np.ndarray, matrix) -> np.ndarray:
+    """Affine map nearby that makes image(matrix @ points) most like `seen`.
+
+    Gauss-Newton on the squared difference (Lucas and Kanade), points [3, N].
+    """
+    to_world = np.linalg.inv(image.vox2world[:3, :3])
+    slopes = [Volume(g, image.vox2world) for g in np.gradient(image.data)]
+    center, scale = points.mean(axis=1, keepdims=True), 100.0  # mm: well conditioned
+    basis = np.vstack([(points - center) / scale, np.ones(points.shape[1])])
+    unscale = np.eye(4)
+    unscale[:3, :3] /= scale
+    unscale[:3, 3] = -center[:, 0] / scale
+    matrix = matrix.copy()
+    for _ in range(_SETTLING):
+        xyz = _through(matrix, points)
+        value, inside = _read(image, xyz)
+        if inside.sum() < _LEAST_POINTS:
+            break
+        slope = to_world.T @ np.stack([_read(part, xyz)[0] for part in slopes])
+        jacobian = (slope[:, None] * basis[None])[:, :, inside].reshape(12, -1)
+        normal = jacobian @ jacobian.T
+        normal[np.diag_indices(12)] *= 1.01
+        normal[np.diag_indices(12)] += 1e-9
+        step = np.linalg.solve(normal, jacobian @ (value - seen)[inside])
+        matrix[:3] -= step.reshape(3, 4) @ unscale
+    return matrix
+
+
+def _shape(disp, affine, points, placed, body, grid) -> dict[str, float]:
+    """Regularity of the map, and length of what it adds to the pre-alignment."""
+    names = ("fold_percent", "sdlogj", "p99_mm", "max_mm")
+    if not body.any():
+        return dict.fromkeys(names, math.nan)
+    out = {}
+    field = np.ascontiguousarray(np.moveaxis(disp, 0, -1), np.float32)
+    detj = regularity.jacobian_determinant(field, grid.vox2world)
+    inner = detj[body[1:-1, 1:-1, 1:-1]]
+    some = inner.size > 0
+    out["fold_percent"] = 100 * float((inner <= 0).mean()) if some else math.nan
+    logs = np.log(np.maximum(inner, 1e-9), dtype=np.float64)
+    out["sdlogj"] = float(np.std(logs)) if some else math.nan
+    turn = np.linalg.inv(affine[:3, :3])
+    residual = np.tensordot(turn, points + disp - placed, 1)
+    length = np.sqrt(np.square(residual).sum(axis=0))[body]
+    out["p99_mm"] = float(np.percentile(length, 99))
+    out["max_mm"] = float(length.max())
+    return out
