@@ -254,12 +254,12 @@ def volume_changes(
         id -> factor, no unit; NaN for a label on the outermost voxels only.
     """
     detj = regularity.jacobian_determinant(disp_mm, vox2world)
-    inner = labels[1:-1, 1:-1, 1:-1]
+    inner = labels[1:-1, 1:-1, 1:-1].ravel()
     ids = [int(i) for i in np.unique(labels) if i != 0]
-    if not inner.size:
-        return dict.fromkeys(ids, math.nan)
-    means = ndimage.mean(detj, inner, ids) if ids else []
-    return {i: float(mean) for i, mean in zip(ids, means, strict=True)}
+    least = max(ids, default=0) + 1
+    counts = np.bincount(inner, minlength=least)
+    sums = np.bincount(inner, weights=detj.ravel(), minlength=least)
+    return {i: float(sums[i] / counts[i]) if counts[i] else math.nan for i in ids}
 
 
 def volume_factor(changes: Mapping[Any, float]) -> float:

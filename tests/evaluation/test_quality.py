@@ -1,0 +1,220 @@
+"""Judgement without ground truth: exact numbers, seeded faults, limits."""
+
+import math
+
+import numpy as np
+import pytest
+
+from unireg_jax.evaluation import quality
+from unireg_jax.imaging.nifti import Volume
+
+SHAPE, SPACING = (50, 40, 44), (5.3, 6.5, 6.0)
+BOUNDS = [(name, kind) for name in quality.CHECKS for kind in ("inter", "intra")]
+
+
+def place(*, center=(12.0, -40.0, 300.0), spacing=SPACING, shape=SHAPE):
+    out = np.diag([*spacing, 1.0])
+    out[:3, 3] = center - out[:3, :3] @ (np.array(shape) - 1) / 2
+    return out
+
+
+def torso(*, turned=None, shift=(0.0, 0.0, 0.0)):
+    """A body without symmetry: lungs of two sizes, a liver, vessels, int16 HU."""
+    index = np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij")
+    x = np.stack(index, -1) * SPACING
+    x = x - (np.array(SHAPE) - 1) / 2 * SPACING - shift
+    hu = np.full(SHAPE, -1000.0)
+
+    def fill(center, radii, value):
+        hu[np.square((x - center) / radii).sum(-1) < 1] = value
+
+    fill((0, 0, 0), (105, 80, 150), 20)
+    fill((-48, -5, 60), (38, 52, 60), -800)
+    fill((50, 8, 75), (32, 44, 46), -780)
+    fill((20, -30, 40), (34, 28, 30), 110)
+    fill((-45, -10, -50), (50, 42, 38), 180)
+    fill((60, 25, -45), (22, 20, 30), 240)
+    fill((5, 45, 0), (14, 14, 150), 600)
+    wave = np.sin(x[..., 0] / 9) * np.sin(x[..., 1] / 11) * np.sin(x[..., 2] / 10)
+    hu[hu > -900] += 60 * wave[hu > -900]
+    hu = np.rint(hu).astype(np.int16)
+    return hu if turned is None else np.ascontiguousarray(np.flip(hu, turned))
+
+
+def scan(data=None, vox2world=None):
+    data = torso() if data is None else data
+    return Volume(data, place() if vox2world is None else vox2world)
+
+
+def still(shape=SHAPE):
+    return np.zeros((*shape, 3), np.float32)
+
+
+def moved(offset):
+    out = np.eye(4)
+    out[:3, 3] = offset
+    return out
+
+
+@pytest.fixture(scope="module")
+def same():
+    return quality.measure(scan(), scan(), still(), np.eye(4))
+
+
+def test_measure_identity_is_perfect(same):
+    assert same["coverage"] == 1
+    assert same["local_ncc"] == pytest.approx(1, abs=1e-3)  # float32 windows
+    assert same["fold_percent"] == same["max_mm"] == same["p99_mm"] == 0
+    assert same["sdlogj"] == pytest.approx(0, abs=1e-6)
+    assert same["constant"] == 0
+    assert not quality.judge(same, "intra")
+    assert quality.badness(same, "intra") < 1
+
+
+def test_measure_takes_the_pre_alignment_off():
+    """A header 60 mm off, put right by the affine: nothing is left to displace."""
+    far = scan(vox2world=moved((60, -35, 40)) @ place())
+    disp = np.broadcast_to(np.float32([60, -35, 40]), (*SHAPE, 3))
+    found = quality.measure(scan(), far, disp, moved((60, -35, 40)))
+    assert found["max_mm"] == pytest.approx(0, abs=1e-3)  # float32 at 60 mm
+    assert found["coverage"] == 1
+    assert found["local_ncc"] == pytest.approx(found["local_ncc_affine"], abs=1e-3)
+    assert found["local_ncc_before"] < 0.3 < found["local_ncc"]
+
+
+def test_coverage_is_the_share_that_falls_into_the_moving_scan():
+    mask = np.ones(SHAPE, bool)
+    disp = still()
+    disp[..., 2] = SHAPE[2] * SPACING[2] / 4
+    found = quality.measure(scan(), scan(), disp, np.eye(4), mask=mask)
+    # The judging grid has 44 voxels along z: whole slices leave.
+    assert found["coverage"] == pytest.approx(0.75, abs=1 / 44)
+
+
+def test_measure_folds_and_spread_of_a_known_map():
+    """x + disp = -0.5 x along x: the determinant is -0.5 everywhere."""
+    disp = still()
+    x = np.arange(SHAPE[0]) * SPACING[0]
+    disp[..., 0] = (-1.5 * (x - x.mean()))[:, None, None]
+    found = quality.measure(scan(), scan(), disp, np.eye(4))
+    assert found["fold_percent"] == 100
+    names = [f.name for f in quality.judge(found, "inter")]
+    assert "fold_percent" in names and "p99_mm" in names
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_turned_axis_is_found(axis):
+    found = quality.measure(scan(), scan(torso(turned=axis)), still(), np.eye(4))
+    assert found["mirror_axis"] == axis
+    lines = {f.reason: f.line for f in quality.judge(found, "inter")}
+    side = ("left and right", "front and back", "head and feet")[axis]
+    assert side in lines["mirrored"]
+
+
+def test_turned_axis_is_found_beside_a_tilted_start():
+    """The mirror settles anew: 6 degrees and 10 mm that suit the turned scan alone."""
+    angle = np.deg2rad(6)
+    tilt = moved((10, 4, -6))
+    tilt[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    center = moved((12.0, -40.0, 300.0))
+    tilt = center @ tilt @ np.linalg.inv(center)
+    world = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
+    world = world @ place()[:3, :3].T + place()[:3, 3]
+    disp = (world @ (tilt[:3, :3] - np.eye(3)).T + tilt[:3, 3]).astype(np.float32)
+    found = quality.measure(scan(), scan(torso(turned=0)), disp, tilt)
+    assert found["mirror_axis"] == 0
+    assert found["mirror_gain"] > quality.CHECKS["mirror_gain"].inter
+
+
+@pytest.mark.parametrize("which", ["fixed", "moving"])
+def test_constant_scan_is_found(which):
+    flat = scan(np.full(SHAPE, 40, np.int16))
+    pair = (flat, scan()) if which == "fixed" else (scan(), flat)
+    found = quality.measure(*pair, still(), np.eye(4))
+    assert [f.reason for f in quality.judge(found, "intra")] == ["constant"]
+    assert quality.badness(found, "intra") == math.inf
+
+
+def test_scans_apart_are_found():
+    far = scan(vox2world=moved((5000, 0, 0)) @ place())
+    found = quality.measure(scan(), far, still(), np.eye(4))
+    assert found["coverage"] == 0
+    reasons = [f.reason for f in quality.judge(found, "inter")]
+    assert "no_overlap" in reasons and "similarity" in reasons
+
+
+def test_scan_without_air_is_judged_by_its_own_range():
+    data = np.clip(torso(), 0, 255).astype(np.uint8)  # an MR has no HU
+    found = quality.measure(scan(data), scan(data), still(), np.eye(4))
+    assert found["local_ncc"] == pytest.approx(1, abs=1e-3)
+
+
+def test_inverse_consistency_is_the_gap():
+    there, back = still(), still()
+    there += np.float32([6, -3, 2])
+    back += np.float32([-6, 3 + 4, -2 + 3])
+    found = quality.inverse_consistency(scan(), there, scan(), back)
+    assert found["inverse_mm"] == pytest.approx(5, abs=1e-4)
+    assert found["inverse_p95_mm"] == pytest.approx(5, abs=1e-4)
+
+
+def test_inverse_consistency_of_scans_apart_is_undefined():
+    far = scan(vox2world=moved((5000, 0, 0)) @ place())
+    found = quality.inverse_consistency(scan(), still(), far, still())
+    assert math.isnan(found["inverse_mm"])
+
+
+def test_volume_change_is_the_determinant():
+    disp = still()
+    x = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1) * SPACING
+    disp[:] = x * [0.2, -0.1, 0.5]
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[10:30, 10:30, 10:30], labels[0, 0, 0] = 3, 9
+    found = quality.volume_changes(disp, place(), labels)
+    assert found[3] == pytest.approx(1.2 * 0.9 * 1.5, rel=1e-4)
+    assert math.isnan(found[9])  # on the border: no neighbours
+    assert quality.volume_factor(found) == pytest.approx(1.62, rel=1e-4)
+    assert quality.volume_factor({1: 0.25, 2: 2.0}) == 4
+    assert quality.volume_factor({1: -0.1}) == math.inf
+
+
+@pytest.mark.parametrize(("name", "kind"), BOUNDS)
+def test_judge_keeps_each_limit(name, kind, same):
+    check = quality.CHECKS[name]
+    limit = quality.limit_of(check, kind)
+    worse = -1e-6 if check.least else 1e-6
+    assert not quality.judge(same | {name: limit}, kind)
+    found = quality.judge(same | {name: limit + worse}, kind)
+    assert [(f.name, f.reason) for f in found] == [(name, check.reason)]
+    assert found[0].line.startswith(f"{check.reason}: ")
+
+
+@pytest.mark.parametrize(("name", "kind"), BOUNDS)
+def test_badness_passes_one_where_judge_finds(name, kind, same):
+    check = quality.CHECKS[name]
+    limit = quality.limit_of(check, kind)
+    step = 0.05 * max(abs(limit), 0.1) * (-1 if check.least else 1)
+    assert quality.badness(same | {name: limit - step}, kind) <= 1
+    assert quality.badness(same | {name: limit + step}, kind) > 1
+
+
+def test_unknown_numbers_are_no_findings(same):
+    unknown = dict.fromkeys(quality.CHECKS) | {"local_ncc": same["local_ncc"]}
+    assert not quality.judge(unknown, "inter")
+    assert [f.name for f in quality.judge({"local_ncc": None}, "inter")] == [
+        "local_ncc"
+    ]
+
+
+def test_limits_are_stricter_within_a_patient():
+    for check in quality.CHECKS.values():
+        gap = check.intra - check.inter
+        assert gap >= 0 if check.least else gap <= 0
+
+
+def test_measure_refuses_other_grids():
+    with pytest.raises(ValueError, match="disp_mm must be"):
+        quality.measure(scan(), scan(), still((4, 5, 6)), np.eye(4))
+    with pytest.raises(ValueError, match="mask must be"):
+        mask = np.ones((4, 5, 6), bool)
+        quality.measure(scan(), scan(), still(), np.eye(4), mask=mask)
