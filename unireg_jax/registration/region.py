@@ -39,12 +39,12 @@ _LEAST_BONE = 2e-3  # share of the body; less is no CT of a person
 # See `slice_features`. Means, deviations, and per place a bias and weights, fitted by
 # experiments/benchmark_region.py --fit.
 FEATURES = ("area", "shape", "air", "bone", "dense")
-_MEAN = (10.39, 1.011, 0.08095, 0.1669, 0.09208)
-_SCALE = (0.5264, 0.5759, 0.08428, 0.09584, 0.09263)
+_MEAN = (10.39, 1.011, 0.08276, 0.1666, 0.09196)
+_SCALE = (0.5237, 0.5759, 0.08418, 0.09583, 0.09257)
 _WEIGHTS = (
-    (-0.543, 1.550, -1.314, -1.342, -1.101, -0.618),
-    (1.059, -0.104, 0.393, 1.883, 0.413, -0.445),
-    (-0.516, -1.446, 0.921, -0.541, 0.688, 1.063),
+    (-0.527, 1.492, -1.298, -1.378, -1.052, -0.659),
+    (1.029, -0.064, 0.407, 1.933, 0.364, -0.374),
+    (-0.502, -1.428, 0.891, -0.556, 0.688, 1.033),
 )
 
 
@@ -173,7 +173,7 @@ def slice_features(volume: Volume) -> tuple[np.ndarray, np.ndarray, float]:
         ValueError: data is not 3-D.
     """
     coarse = _strided(volume)
-    body = preprocess.body_mask(coarse, coarse_mm=_COARSE_MM)
+    body = _closed(preprocess.body_mask(coarse, coarse_mm=_COARSE_MM))
     x, y, z = coarse.spacing_mm
     count = body.sum(axis=(0, 1))
     keep = count * x * y >= _LEAST_SLICE_MM2
@@ -203,6 +203,13 @@ def _strided(volume: Volume) -> Volume:
     steps = [max(1, round(_COARSE_MM / s)) for s in volume.spacing_mm]
     vox2world = volume.vox2world @ np.diag([*steps, 1.0])
     return Volume(volume.data[tuple(slice(None, None, n) for n in steps)], vox2world)
+
+
+def _closed(body: np.ndarray) -> np.ndarray:
+    """Fills from front to back: a lung that the field of view cuts open is body too."""
+    before = np.maximum.accumulate(body, axis=1)
+    behind = np.maximum.accumulate(body[:, ::-1], axis=1)[:, ::-1]
+    return before & behind
 
 
 def _extent(marked: np.ndarray) -> np.ndarray:
