@@ -215,7 +215,8 @@ class Recent:
             what += f", and {self._skip} steps were skipped already"
         raise UserError(
             "field_nonfinite",
-            f"{what} ({where}): lower optim.lr or set optim.clip_norm, with another "
+            f"{what} ({where}): go on past it with --config.train.skip_nonfinite="
+            f"{self._skip + 1}, or lower optim.lr or set optim.clip_norm, with another "
             "--workdir",
             NUMERICAL,
         )

@@ -253,8 +253,8 @@ def _other(folder: Path, what: str) -> UserError:
     )
 
 
-# Fields that may differ when a run is continued: they change no parameter, or (on_fault,
-# skip_nonfinite) only where the run would have stopped. data.root is only a path: the
+# Fields that may differ when a run is continued: they change no parameter, or (on_fault
+# and skip_nonfinite) only where it would have stopped. data.root is only a path: the
 # data iterator refuses a folder of other content.
 _FREE = (
     "data.root",
@@ -264,7 +264,6 @@ _FREE = (
     "train.eval_every",
     "train.eval_pairs",
     "train.eval_batches",
-    "train.image_every",
     "train.image_every",
     "train.checkpoint_every",
     "train.skip_nonfinite",
