@@ -4,10 +4,13 @@ A log that cannot be written never ends a run: what has happened is said once, l
 wait in memory, and the run goes on.
 """
 
+import errno
+import io
 import json
 import math
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -16,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
+from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import text as text_summary
 
 from unireg_jax.errors import STORAGE, UserError, shown
@@ -24,7 +27,6 @@ from unireg_jax.training import images, manifest
 
 NAME = "metrics.jsonl"
 TIMES = "time/"  # prefix of what differs between two runs that are otherwise the same
-_BOARD_S = 30.0  # seconds after which what TensorBoard reads is flushed
 
 
 class Log:
@@ -120,7 +122,7 @@ class Log:
         """Returns when all lines are on the disk, as far as it takes them."""
         if not self.silent:
             self._lines.sync()
-            self._board.flush()
+            self._board.sync()
 
     def close(self) -> None:
         """Flushes both."""
@@ -140,13 +142,16 @@ class _Lines:
         self._failed = False
         self._file = self._open()
 
-    def _open(self):
+    def _open(self) -> io.FileIO:
         return open(self._path, "ab", buffering=0)
 
     def add(self, line: Mapping) -> None:
         self._waiting.append((json.dumps(line, allow_nan=False) + "\n").encode())
         try:
-            self._append()
+            if not self._is_there():  # moved away by log rotation, or deleted
+                self._file.close()
+                self._file = self._open()
+            _append(self._file, b"".join(self._waiting))
         except OSError as error:
             if not self._failed:
                 _warn(f"{NAME} cannot be written ({error.strerror}); its lines wait")
@@ -157,34 +162,14 @@ class _Lines:
             _warn(f"{NAME} can be written again; nothing of it was lost")
         self._failed = False
 
-    def _append(self) -> None:
-        if not self._is_ours():  # moved away by log rotation, or deleted
-            self._file.close()
-            self._file = self._open()
-        size = os.fstat(self._file.fileno()).st_size
-        content = b"".join(self._waiting)
-        try:
-            written = self._file.write(content)
-        except OSError:
-            written = 0
-            raise
-        finally:
-            if written < len(content):  # no half line is left behind
-                os.ftruncate(self._file.fileno(), size)
-        if written < len(content):
-            raise OSError(28, "No space left on device")
-
-    def _is_ours(self) -> bool:
+    def _is_there(self) -> bool:
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return False
 
     def sync(self) -> None:
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            _warn(f"{NAME} cannot be flushed ({error.strerror})")
+        _sync(self._file, NAME)
 
     def close(self) -> None:
         self.sync()
@@ -192,7 +177,7 @@ class _Lines:
 
 
 class _Board:
-    """TensorBoard's file.
+    """TensorBoard's file, in the record format that tensorboardX writes.
 
     Not tensorboardX's writer: its thread dies of a full disk, and the run then waits
     for it forever.
@@ -202,48 +187,57 @@ class _Board:
         folder.mkdir(parents=True, exist_ok=True)
         # A name of its own for every start, and for two within a second.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-        self._file: RecordWriter | None = RecordWriter(str(folder / name))
-        self._flushed = -math.inf
+        self._file = open(folder / name, "xb", buffering=0)
+        self._failed = False
         version = "brain.Event:2"
         self._write(Event(wall_time=time.time(), file_version=version))
         if resume_step:  # TensorBoard hides what it has from this step on
             purge, status = resume_step + 1, SessionLog.START
-            for event in (
-                Event(step=purge, file_version=version),
-                Event(step=purge, session_log=SessionLog(status=status)),
-            ):
-                self._write(event)
-        self.flush()
+            self._write(Event(step=purge, file_version=version))
+            self._write(Event(step=purge, session_log=SessionLog(status=status)))
 
     def add(self, step: int, summary: Summary) -> None:
-        self._try(
-            lambda: self._write(
-                Event(wall_time=time.time(), step=step, summary=summary)
-            )
-        )
-        if time.monotonic() - self._flushed > _BOARD_S:
-            self.flush()
-
-    def flush(self) -> None:
-        self._flushed = time.monotonic()
-        self._try(lambda: self._file.flush())
-
-    def close(self) -> None:
-        self.flush()
-        self._try(lambda: self._file.close())
+        """Writes an event; it is lost where that fails."""
+        try:
+            self._write(Event(wall_time=time.time(), step=step, summary=summary))
+        except OSError as error:
+            if not self._failed:
+                _warn(f"tb cannot be written ({error.strerror}); steps are missing")
+            self._failed = True
 
     def _write(self, event: Event) -> None:
-        self._file.write(event.SerializeToString())
+        content = event.SerializeToString()
+        size = struct.pack("<Q", len(content))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
+        _append(self._file, size + sums[0] + content + sums[1])
 
-    def _try(self, do) -> None:
-        """After the first failure nothing more: a reader stops at a torn record."""
-        if self._file is None:
-            return
-        try:
-            do()
-        except OSError as error:
-            _warn(f"tb cannot be written ({error.strerror}); it ends here")
-            self._file = None
+    def sync(self) -> None:
+        _sync(self._file, "tb")
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def _append(file: io.FileIO, content: bytes) -> None:
+    """Writes all or nothing: a reader finds no half line or record."""
+    size = os.fstat(file.fileno()).st_size
+    written = 0
+    try:
+        written = file.write(content)
+    finally:
+        if written < len(content):
+            os.ftruncate(file.fileno(), size)
+            file.seek(size)
+    if written < len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _sync(file: io.FileIO, name: str) -> None:
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        _warn(f"{name} cannot be flushed ({error.strerror})")
 
 
 def _warn(what: str) -> None:
