@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from experiments.faults import scans
 from tests import oracles
 from unireg_jax import errors
 from unireg_jax.errors import UserError
@@ -47,26 +48,9 @@ def scan(shape=SHAPE):
     return np.linspace(-1000, 800, int(np.prod(shape))).round().reshape(shape)
 
 
-def encode(array, vox2world=None, *, order="<", kind=nib.Nifti1Header, **fields):
+def encode(array, vox2world=None, **fields):
     """Bytes of a NIfTI file, made without the writer under test."""
-    header = kind(endianness=order)
-    header.set_data_shape(array.shape)
-    header.set_data_dtype(array.dtype)
-    affine = orientation.ras_from_lps(straight() if vox2world is None else vox2world)
-    header.set_sform(affine, 1)
-    header.set_qform(affine, 1)
-    header.set_xyzt_units("mm")
-    header["magic"] = header.single_magic
-    header["vox_offset"] = header.sizeof_hdr + 4
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    for name, value in fields.items():
-        if isinstance(value, tuple):
-            index, value = value
-            header[name][index] = value
-        else:
-            header[name] = value
-    data = array.astype(array.dtype.newbyteorder(order)).tobytes(order="F")
-    return header.binaryblock + b"\0\0\0\0" + data
+    return scans.encode(array, straight() if vox2world is None else vox2world, **fields)
 
 
 def put(folder, content, name="scan.nii"):

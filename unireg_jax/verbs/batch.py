@@ -153,7 +153,7 @@ def _run(args, cases, digest, book, stop) -> int:
 
         waiting = (case for case in cases if not stop.is_set())
         ends = in_threads(waiting, work, workers=args.workers, timeout_s=args.timeout)
-    show = _Progress(len(cases), args.quiet)
+    show, broken = _Progress(len(cases), args.quiet), False
     with contextlib.closing(ends), contextlib.closing(show):
         for end in ends:
             item = _timed_out(args, end, digest) if end.timed_out else end.value
@@ -164,13 +164,14 @@ def _run(args, cases, digest, book, stop) -> int:
                 book.add(item)
             counts["skipped" if kept else item["status"]] += 1
             show(item, kept)
-            if args.fail_fast and item["status"] == "failed":
+            if args.fail_fast and item["status"] == "failed" and not stop.is_set():
+                broken = True
                 stop.set()
     counts["left"] = len(cases) - sum(counts.values())
     seconds = round(time.perf_counter() - started, 3)
     summary = _summarize(args, cases, book, counts, digest, seconds)
     _tell(args, summary)
-    return _exit_code(counts, preempted=stop.is_set() and not args.fail_fast)
+    return _exit_code(counts, preempted=stop.is_set() and not broken)
 
 
 def _exit_code(counts: collections.Counter, preempted: bool) -> int:

@@ -66,10 +66,15 @@ class Journal:
         self._lines: dict[str, tuple[int, int]] = {}  # id -> offset, bytes
         try:
             self._file = open(path, "a+b")
+        except OSError as error:
+            raise outputs.storage_fault(path, error) from error
+        try:
             self._size = self._scan()
             self._file.truncate(self._size)
+            outputs.sync(path.parent)
         except OSError as error:
-            raise outputs.storage_fault(self._path, error) from error
+            self._file.close()
+            raise outputs.storage_fault(path, error) from error
 
     def _scan(self) -> int:
         """Bytes of the whole lines."""

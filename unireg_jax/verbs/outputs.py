@@ -87,7 +87,7 @@ def sweep(out: Path, tag: str) -> None:
 def _publish(temp: Path, final: Path, case: str) -> None:
     """Moves results to their final names; the record goes first and comes last."""
     if not final.exists():
-        _sync(temp)
+        sync(temp)
         os.rename(temp, final)
     else:
         for name in reversed(OUTPUTS):
@@ -95,11 +95,11 @@ def _publish(temp: Path, final: Path, case: str) -> None:
         for name in OUTPUTS:
             if (new := temp / f"{case}_{name}").exists():
                 os.replace(new, final / new.name)
-        _sync(final)
-    _sync(final.parent)
+        sync(final)
+    sync(final.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Flushes a folder, and the record in it, to disk."""
     for path in (*folder.glob("*_run.json"), folder):
         descriptor = os.open(path, os.O_RDONLY)

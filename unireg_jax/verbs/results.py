@@ -5,6 +5,7 @@ the bytes that were read and written.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -121,15 +122,16 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
     }
     if args.affine in ("features", "coarse") or args.io_features == "sam":
         # What describes the scans then is chosen by the environment.
-        asked["embedding"] = _embedding_sha256()
+        named = os.environ.get("UNIREG_SAM")
+        found = Path(named) if named else weights.PACKAGE / "sam_lite.safetensors"
+        asked["embedding"] = _sha256(found) if found.is_file() else None
     text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _embedding_sha256() -> str | None:
-    named = os.environ.get("UNIREG_SAM")
-    found = Path(named) if named else weights.PACKAGE / "sam_lite.safetensors"
-    return outputs.digest(found)["sha256"] if found.is_file() else None
+@functools.lru_cache(maxsize=1)
+def _sha256(path: Path) -> str:
+    return outputs.digest(path)["sha256"]
 
 
 # --- files in -----------------------------------------------------------------------

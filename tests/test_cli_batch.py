@@ -1,0 +1,630 @@
+"""Many pairs: each good one there once, each bad one with its reason, nothing else."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.faults import batch as proof
+from experiments.faults import scans
+from unireg_jax import __main__ as cli
+from unireg_jax import errors
+from unireg_jax.imaging import transforms
+from unireg_jax.registration import pipeline
+from unireg_jax.verbs import batch, journal, outputs, results
+
+REPO = Path(__file__).resolve().parents[1]
+SHIFTS = ((0.0, 0.0, 0.0), (8.0, 0.0, -5.0), (-6.0, 9.0, 4.0), (3.0, -7.0, 10.0))
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return str(proof.make_network(tmp_path_factory.mktemp("net") / "tiny.safetensors"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Scans s0 ... s3, label maps l0 ... l3, and list.csv: s0 to each of the others."""
+    for i, shift in enumerate(SHIFTS):
+        array, place = proof.body(np.array(shift))
+        (tmp_path / f"s{i}.nii").write_bytes(scans.encode(array, place))
+        labels = (array > -200).astype("u1")
+        (tmp_path / f"l{i}.nii").write_bytes(scans.encode(labels, place))
+    put(tmp_path, rows())
+    return tmp_path
+
+
+def rows(**more):
+    return [
+        {"id": f"a{i}", "fixed": "s0.nii", "moving": f"s{i}.nii"} | more
+        for i in (1, 2, 3)
+    ]
+
+
+def put(folder, rows, name="list.csv"):
+    proof.write_list(folder / name, rows)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, network):
+    """A folder as `folder`, its pairs registered into out."""
+    home = tmp_path_factory.mktemp("finished")
+    folder.__wrapped__(home)
+    assert run(home, network) == 0
+    return home
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "d")
+    return tmp_path / "d"
+
+
+def words(folder, network, *more, name="list.csv"):
+    return [
+        *("batch", str(folder / name), "--out", str(folder / "out")),
+        *("--task", "lung", "--affine", "none", "--weights", network, "--quiet"),
+        *more,
+    ]
+
+
+def run(folder, network, *more, **options):
+    return cli.main(words(folder, network, *more, **options))
+
+
+def told(folder, name="batch"):
+    """id -> its last line in the journal; and the number of lines."""
+    text = (folder / "out" / f"{name}.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return {line["id"]: line for line in lines}, len(lines)
+
+
+def times(folder):
+    """When each result was written."""
+    out = folder / "out"
+    return {p: p.stat().st_mtime_ns for p in out.glob("a?/*") if p.is_file()}
+
+
+def wraps(monkeypatch, owner, name, before):
+    """Calls before(*args) first."""
+    real = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        before(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+# --- what is written ----------------------------------------------------------------
+
+
+def test_batch_gives_what_register_gives(done, network, tmp_path):
+    for i in (1, 2, 3):
+        pair = ["--fixed", str(done / "s0.nii"), "--moving", str(done / f"s{i}.nii")]
+        where = ["--out", str(tmp_path / "one"), "--case", f"a{i}", "--quiet"]
+        how = ["--task", "lung", "--affine", "none", "--weights", network]
+        if i == 1:  # one of them is enough
+            assert cli.main(["register", *pair, *where, *how]) == 0
+            ours, theirs = (p / "a1" for p in (done / "out", tmp_path / "one"))
+            assert set(os.listdir(ours)) == set(os.listdir(theirs))
+            for name in os.listdir(ours):
+                if not name.endswith("run.json"):
+                    assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    assert set(os.listdir(done / "out")) == {
+        *("a1", "a2", "a3", ".unireg-batch.lock"),
+        *("batch.jsonl", "batch.json", "batch.csv", "failed.csv"),
+    }
+
+
+def test_lines_and_tables_say_what_was_done(done, network):
+    lines, count = told(done)
+    assert count == 3 and list(lines) == ["a1", "a2", "a3"]
+    text = (done / "out" / "batch.jsonl").read_text()
+    assert str(done.parent) not in text and "NaN" not in text
+    line = lines["a2"]
+    assert line["status"] == "ok" and line["reason"] is None
+    assert set(line["inputs"]) == {"fixed", "moving"}
+    assert line["inputs"]["moving"] == outputs.digest(done / "s2.nii")
+    assert line["weights"] == outputs.digest(Path(network))["sha256"]
+    for name, digest in line["outputs"].items():
+        assert name.startswith("a2/") and outputs.digest(done / "out" / name) == digest
+    assert set(os.listdir(done / "out" / "a2")) == {
+        Path(name).name for name in line["outputs"]
+    }
+    with open(done / "out" / "batch.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["id"] for row in table] == ["a1", "a2", "a3"]
+    assert float(table[1]["ncc_after"]) == line["qc"]["ncc_after"]
+    summary = json.loads((done / "out" / "batch.json").read_text())
+    assert (summary["pairs"], summary["done"], summary["failed"]) == (3, 3, 0)
+    record = json.loads((done / "out" / "a2" / "a2_run.json").read_text())
+    assert record["settings_sha256"] == line["settings"]
+
+
+def test_labels_points_masks_and_a_start_of_the_list_are_used(folder, network):
+    shift = np.eye(4)
+    shift[:3, 3] = SHIFTS[1]
+    transforms.write_affine_txt(folder / "init.txt", shift)
+    points = np.array([[0.0, 10.0, 400.0], [20.0, -5.0, 420.0]])
+    for name, table in (("pf", points), ("pm", points + SHIFTS[1])):
+        np.savetxt(folder / f"{name}.csv", table, delimiter=",")
+    array, place = proof.body(np.array(SHIFTS[1]))
+    more = (array > -200).astype("u1")
+    more[2:4, 2:4, 2:4] = 7  # a structure that the fixed scan lacks
+    (folder / "more.nii").write_bytes(scans.encode(more, place))
+    row = rows()[0] | {
+        **{"init": "init.txt", "fixed_points": "pf.csv", "moving_points": "pm.csv"},
+        **{"fixed_label": "l0.nii", "moving_label": "more.nii"},
+        **{"fixed_mask": "l0.nii", "moving_mask": "l1.nii"},
+        **{"fixed_subject": "p1", "moving_subject": "p2"},
+    }
+    put(folder, [row])
+    assert run(folder, network) == 0
+    line = told(folder)[0]["a1"]
+    record = json.loads((folder / "out" / "a1" / "a1_run.json").read_text())
+    np.testing.assert_allclose(record["affine"], shift)
+    # The start brings every point to its own; the network hardly moves.
+    assert line["qc"]["tre_mm_before"] == pytest.approx(np.linalg.norm(SHIFTS[1]))
+    assert line["qc"]["tre_mm"] < 1.0
+    assert line["qc"]["dsc_affine"] > line["qc"]["dsc_before"]
+    assert line["status"] == "warn"
+    kinds = {warning.partition(":")[0] for warning in line["warnings"]}
+    assert kinds == {"label_set", "subjects", "moving_mask"}
+    assert set(line["inputs"]) == {
+        *("fixed", "moving", "fixed_label", "moving_label", "fixed_mask"),
+        *("fixed_points", "moving_points", "init"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("subjects", "kind", "warned"),
+    [
+        (("p1", "p2"), "intra", True),
+        (("p1", "p1"), "intra", False),
+        (("p1", "p1"), "inter", True),
+        (("p1", "p2"), "inter", False),
+        (("p1", None), "intra", False),
+    ],
+)
+def test_pair_whose_subjects_contradict_its_type_is_warned_of(subjects, kind, warned):
+    fixed, moving = subjects
+    case = results.Case("a", "f", "m", fixed_subject=fixed, moving_subject=moving)
+    assert bool(results._case_warnings(case, kind)) == warned
+
+
+# --- every kind of bad pair ---------------------------------------------------------
+
+
+def test_every_kind_of_damage_fails_alone_with_its_reason(tmp_path, network):
+    expected = proof.make_list(
+        tmp_path, good=3, kinds=[*scans.KINDS, *scans.KINDS[:3]], seed=1
+    )
+    assert len({kind.name for kind in scans.KINDS}) >= 40
+    assert run(tmp_path, network) == errors.PARTLY
+    assert proof.judge(tmp_path / "out", expected, None) == []
+    with open(tmp_path / "out" / "failed.csv", newline="") as file:
+        failed = {row["id"]: row["reason"] for row in csv.DictReader(file)}
+    assert failed == {name: reason for name, reason in expected.items() if reason}
+    text = (tmp_path / "out" / "batch.jsonl").read_text()
+    assert str(tmp_path) not in text
+
+
+def test_nothing_but_bad_pairs(folder, network):
+    put(folder, rows(moving="absent.nii"))
+    assert run(folder, network) == errors.FAILED
+    assert told(folder)[0]["a1"]["reason"] == "not_found"
+    # A mended pair is done by the same command.
+    put(folder, rows())
+    assert run(folder, network) == 0
+    assert told(folder)[0]["a1"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "out_of_memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of device memory"), "out_of_memory"),
+        (errors.UserError("field_nonfinite", "odd", 8), "field_nonfinite"),
+        (RuntimeError("odd"), "internal"),
+    ],
+)
+def test_fault_in_one_pair_leaves_its_mates_as_they_are(
+    error, reason, done, network, monkeypatch
+):
+    clean = {p.name: p.read_bytes() for p in (done / "out").glob("a?/*1Warp*")}
+    shutil.rmtree(done / "out")
+
+    def fail(folder, inputs, *args):
+        if inputs.case.id == "a2":
+            raise error
+
+    wraps(monkeypatch, results, "write", fail)
+    assert run(done, network) == errors.PARTLY
+    lines, _ = told(done)
+    assert lines["a2"]["reason"] == reason
+    assert [lines[name]["status"] for name in ("a1", "a3")] == ["ok", "ok"]
+    assert not (done / "out" / "a2").exists()
+    for name in ("a1", "a3"):
+        field = (done / "out" / name / f"{name}_1Warp.nii.gz").read_bytes()
+        assert field == clean[f"{name}_1Warp.nii.gz"]
+    log = done / "out" / "batch.log"
+    assert log.exists() == (reason == "internal")
+    if reason == "internal":
+        assert "odd" in log.read_text() and "odd" not in lines["a2"]["message"]
+
+
+def test_full_disk_is_the_pairs_own_fault_or_ends_the_run(
+    folder, network, monkeypatch, capsys
+):
+    real = os.replace
+
+    def replace(source, target, **kwargs):
+        if str(target).endswith("a2_1Warp.nii.gz"):
+            raise OSError(28, "No space left on device")
+        return real(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert run(folder, network) == errors.PARTLY
+    assert told(folder)[0]["a2"]["reason"] == "storage"
+    assert not (folder / "out" / "a2").exists()
+    monkeypatch.undo()
+
+    def full(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
+
+    # The pairs that are there stay there, only their lines cannot be written.
+    (folder / "out" / "batch.jsonl").unlink()
+    monkeypatch.setattr(journal.os, "fsync", full)
+    assert run(folder, network) == errors.STORAGE
+    assert "batch.jsonl: cannot be written: No space left" in capsys.readouterr().err
+
+
+def test_pair_that_hangs_is_given_up_and_leaves_nothing(done, network, monkeypatch):
+    shutil.rmtree(done / "out" / "a2")
+    release = threading.Event()
+
+    def hang(files, case):
+        assert case.id == "a2"
+        release.wait(60)  # seconds, of a test that hangs
+
+    wraps(monkeypatch, results.Files, "read", hang)
+    code = run(done, network, "--workers", "1", "--timeout", "5")
+    lines, _ = told(done)
+    assert code == errors.PARTLY
+    assert lines["a2"]["reason"] == "timeout"
+    # Another thread took its place.
+    summary = json.loads((done / "out" / "batch.json").read_text())
+    assert summary["this_run"]["skipped"] == 2
+    release.set()  # it ends its work after all
+    limit = time.monotonic() + 60
+    while any(t.name == "unireg-pair" for t in threading.enumerate()):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    assert not (done / "out" / "a2").exists()
+    assert not list((done / "out").glob("*.tmp"))
+
+
+# --- going on -----------------------------------------------------------------------
+
+
+def test_same_command_again_does_nothing_and_imports_no_jax(done, network):
+    before, (_, count) = times(done), told(done)
+    code = (
+        "import sys; from unireg_jax.__main__ import main; "
+        "code = main(sys.argv[1:]); assert 'jax' not in sys.modules; sys.exit(code)"
+    )
+    for more in ((), ("--skip-existing",), ("--dry-run",)):
+        process = [sys.executable, "-c", code, *words(done, network, *more)]
+        subprocess.run(process, cwd=REPO, check=True, stdout=subprocess.DEVNULL)
+    assert times(done) == before and told(done)[1] == count
+    summary = json.loads((done / "out" / "batch.json").read_text())
+    assert summary["this_run"]["skipped"] == 3 and summary["done"] == 3
+
+
+def test_results_without_a_line_are_told_and_not_made_again(done, network):
+    """As after a kill between the results and their line, or within the line."""
+    path = done / "out" / "batch.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:100])
+    before = times(done)
+    assert run(done, network) == 0
+    assert path.read_bytes() == b"".join(lines)
+    assert times(done) == before
+
+
+def _replace_moving(done):
+    shutil.copy(done / "s1.nii", done / "s2.nii")
+
+
+def _damage_result(done):
+    path = done / "out" / "a2" / "a2_warped.nii.gz"
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+
+
+def _lose_result(done):
+    (done / "out" / "a2" / "a2_1Warp.nii.gz").unlink()
+
+
+def _lose_record(done):
+    (done / "out" / "a2" / "a2_run.json").unlink()
+
+
+def _spoil_record(done):
+    (done / "out" / "a2" / "a2_run.json").write_text('{"inputs": []}')
+
+
+def _other_task(done):
+    put(done, [row | {"task": "chest"} if row["id"] == "a2" else row for row in rows()])
+
+
+def _add_labels(done):
+    put(
+        done,
+        [
+            row
+            | (
+                {"fixed_label": "l0.nii", "moving_label": "l2.nii"}
+                if row["id"] == "a2"
+                else {}
+            )
+            for row in rows()
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_replace_moving, "another moving"),
+        (_damage_result, "a2_warped.nii.gz is not what was written"),
+        (_lose_result, "a2_1Warp.nii.gz is not what was written"),
+        (_lose_record, "no whole record"),
+        (_spoil_record, "no whole record"),
+        (_other_task, "other settings"),
+        (_add_labels, "other kinds of inputs"),
+    ],
+)
+def test_results_that_do_not_agree_are_replaced_only_when_asked(
+    change, why, done, network, capsys
+):
+    change(done)
+    before = times(done)
+    assert run(done, network) == errors.PARTLY
+    line = told(done)[0]["a2"]
+    assert line["reason"] == "id_duplicate" and why in line["message"]
+    assert times(done) == before
+    assert run(done, network, "--dry-run", "--skip-existing") == 0
+    assert f"a2  replace  {why}" in capsys.readouterr().out
+    assert run(done, network, "--skip-existing") == 0
+    after = times(done)
+    redone = {p.parent.name for p in after if after[p] != before.get(p)}
+    assert redone == {"a2"}
+    assert told(done)[0]["a2"]["status"] in batch.DONE
+    assert run(done, network) == 0  # and now they agree
+
+
+def test_other_weights_and_settings_make_all_disagree(done, network, tmp_path):
+    other = proof.make_network(tmp_path / "other.safetensors", key=1)
+    assert run(done, str(other)) == errors.FAILED
+    assert "other weights" in told(done)[0]["a1"]["message"]
+    assert run(done, network, "--affine", "com") == errors.FAILED
+    assert "other settings" in told(done)[0]["a1"]["message"]
+    before = times(done)
+    assert run(done, network, "--overwrite") == 0
+    assert all(before[p] != t for p, t in times(done).items())
+
+
+def test_signal_finishes_pairs_in_work_and_the_same_command_goes_on(
+    folder, network, monkeypatch
+):
+    def stop(folder, inputs, *args):
+        if inputs.case.id == "a1":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # the main thread sees it; a3 is not begun yet
+
+    with monkeypatch.context() as patch:
+        wraps(patch, results, "write", stop)
+        before = signal.getsignal(signal.SIGTERM)
+        assert run(folder, network, "--workers", "1") == errors.PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) == before
+    lines, _ = told(folder)
+    assert lines["a1"]["status"] == "ok" and "a3" not in lines
+    summary = json.loads((folder / "out" / "batch.json").read_text())
+    assert summary["left"] >= 1
+    kept = times(folder)
+    assert run(folder, network) == 0
+    assert times(folder).items() >= kept.items()
+    assert told(folder)[1] == 3
+
+
+def test_killed_again_and_again_every_pair_is_there_once(tmp_path, network):
+    kinds = [scans.KINDS[i] for i in (3, 40, 66)]
+    expected = proof.make_list(tmp_path, good=9, kinds=kinds, seed=2)
+    shutil.copy(network, tmp_path / "tiny.safetensors")
+    card = Path(network).with_suffix(".json")
+    shutil.copy(card, tmp_path / "tiny.json")
+    command = proof.command(tmp_path, "list.csv", tmp_path / "out")
+    env = {**os.environ, "UNIREG_CACHE": str(REPO / ".cache" / "batch")}
+    killed = proof.kill_often(
+        command, tmp_path / "out", pairs=12, kills=1, seed=3, env=env
+    )
+    final = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True)
+    assert final.returncode == errors.PARTLY, final.stderr
+    assert len(killed) == 1
+    assert proof.judge(tmp_path / "out", expected, None) == []
+
+
+def test_proof_sees_what_it_looks_for(done, network):
+    expected = dict.fromkeys(("a1", "a2", "a3"))
+    out = done / "out"
+    assert proof.judge(out, expected, None) == []
+    assert proof.judge(out, expected | {"a2": "empty"}, None)
+    path = out / "batch.jsonl"
+    lines = path.read_bytes()
+    path.write_bytes(lines + lines.splitlines(keepends=True)[0])
+    assert "one good line expected, got 2" in proof.judge(out, expected, None)[0]
+    path.write_bytes(lines)
+    (out / ".unireg-batch-x.tmp").mkdir()
+    assert "lies about" in proof.judge(out, expected, None)[0]
+    (out / ".unireg-batch-x.tmp").rmdir()
+    _damage_result(done)
+    assert "not what the journal says" in proof.judge(out, expected, None)[0]
+
+
+# --- sharing ------------------------------------------------------------------------
+
+
+def test_second_run_on_one_folder_leaves_at_once(folder, network, capsys):
+    with journal.lock(folder / "out", ".unireg-batch.lock"):
+        assert run(folder, network) == errors.USAGE
+        assert run(folder, network, "--num-parts", "2") == errors.USAGE
+    assert "another run is writing" in capsys.readouterr().err
+    with journal.lock(folder / "out", ".unireg-batch.lock", shared=True):
+        assert run(folder, network) == errors.USAGE
+    with journal.lock(folder / "out", ".unireg-batch-1-of-2.lock"):
+        again = run(folder, network, "--num-parts", "2", "--part-id", "1")
+    assert again == errors.USAGE
+    assert not list((folder / "out").glob("a*"))
+
+
+def test_parts_share_the_list_and_a_whole_run_sums_them_up(folder, network):
+    parts = [batch._part(row["id"], 2) for row in rows()]
+    assert set(parts) == {0, 1}
+    (folder / "out").mkdir()
+    litter = [".unireg-batch-0-of-2-" + "0" * 32, ".unireg-batch-1-of-2-" + "0" * 32]
+    for name in litter:  # of killed runs
+        (folder / "out" / f"{name}.tmp").mkdir()
+    for part in (0, 1):
+        assert run(folder, network, "--num-parts", "2", "--part-id", str(part)) == 0
+        lines, _ = told(folder, f"batch-{part}-of-2")
+        assert set(lines) == {
+            row["id"] for row, p in zip(rows(), parts, strict=True) if p == part
+        }
+        left = [name for name in litter if (folder / "out" / f"{name}.tmp").exists()]
+        assert left == litter[part + 1 :]  # each sweeps its own
+    before = times(folder)
+    assert run(folder, network) == 0
+    assert times(folder) == before
+    assert list(told(folder)[0]) == ["a1", "a2", "a3"]
+
+
+def test_part_of_an_id_is_the_same_everywhere():
+    assert [batch._part(name, 7) for name in ("a", "b", "p00042")] == [4, 0, 3]
+
+
+# --- other options ------------------------------------------------------------------
+
+
+def test_fail_fast_begins_no_further_pair(folder, network):
+    put(folder, [rows(moving="absent.nii")[0], *rows()[1:]])
+    code = run(folder, network, "--fail-fast", "--workers", "1")
+    assert code in (errors.FAILED, errors.PARTLY)  # a2 may have been begun
+    lines, _ = told(folder)
+    assert lines["a1"]["status"] == "failed" and "a3" not in lines
+
+
+def test_dry_run_says_all_and_writes_nothing(folder, network, capsys):
+    put(folder, [rows(moving="absent.nii")[0], *rows()[1:]])
+    assert run(folder, network, "--dry-run", "--json") == errors.PARTLY
+    told = json.loads(capsys.readouterr().out)
+    assert [row["action"] for row in told] == ["refuse", "register", "register"]
+    assert told[0]["reason"] == "not_found"
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "match"),
+    [
+        (["--part-id", "1"], errors.USAGE, "--num-parts minus 1"),
+        (["--num-parts", "0"], errors.USAGE, "--num-parts minus 1"),
+        (["--workers", "0"], errors.USAGE, "at least 1"),
+        (["--timeout", "0"], errors.USAGE, "above 0"),
+        (["--io-smoothness", "3"], errors.USAGE, "--io-iterations"),
+        (["--skip-existing", "--overwrite"], errors.USAGE, "not allowed with"),
+        (["--weights", "absent.safetensors"], errors.CHECKPOINT, "--weights"),
+        (["--num-parts", "999999", "--part-id", "7"], errors.NOTHING, "no pair falls"),
+    ],
+)
+def test_mistake_is_one_line_and_makes_nothing(
+    more, code, match, folder, network, capsys
+):
+    try:
+        got = run(folder, network, *more)
+    except SystemExit as stop:
+        got = stop.code
+    captured = capsys.readouterr()
+    assert got == code and match in captured.err and captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert not (folder / "out").exists()
+
+
+def test_mistakes_of_the_list_are_found_before_any_work(folder, network, capsys):
+    put(folder, rows(taks="lung"))
+    assert run(folder, network) == errors.USAGE
+    assert "did you mean 'task'" in capsys.readouterr().err
+    put(folder, rows(moving="absent.nii"))
+    assert run(folder, network, "--strict") == errors.USAGE
+    (folder / "list.csv").write_text("id,fixed,moving\n")
+    assert run(folder, network) == errors.NOTHING
+    put(folder, rows())
+    without = [
+        word for word in words(folder, network) if word not in ("--task", "lung")
+    ]
+    assert cli.main(without) == errors.USAGE
+    assert "a task for every pair expected" in capsys.readouterr().err
+    (folder / "out").write_text("a file")
+    assert run(folder, network) == errors.USAGE
+    assert (folder / "out").read_text() == "a file"
+
+
+def test_weights_of_another_network_end_the_run(folder, network, monkeypatch, capsys):
+    def other(path):
+        raise errors.UserError("checkpoint_other", "another network", 9)
+
+    monkeypatch.setattr("unireg_jax.registration.network.load_model", other)
+    monkeypatch.setattr("unireg_jax.registration.load_model", other, raising=False)
+    assert run(folder, network) == errors.CHECKPOINT
+    assert "another network" in capsys.readouterr().err
+    assert not list((folder / "out").glob("a*"))
+
+
+def test_one_network_is_compiled_for_all_shapes(folder, network, monkeypatch):
+    array, place = proof.body(np.zeros(3))
+    (folder / "s2.nii").write_bytes(scans.encode(array[1:, :, 2:], place))
+    made = []
+    wraps(monkeypatch, pipeline, "compile_register", lambda *a, **k: made.append(a))
+    assert run(folder, network) == 0
+    assert len(made) == 1
+
+
+@pytest.mark.slow
+def test_ray_actors_do_the_same(done, network, tmp_path):
+    pytest.importorskip("ray")
+    clean = {p.name: p.read_bytes() for p in (done / "out").glob("a?/*1Warp*")}
+    shutil.rmtree(done / "out")
+    put(done, [*rows(), rows()[0] | {"id": "bad", "moving": "absent.nii"}])
+    # In a process of its own: Ray's threads and warnings stay there.
+    command = [sys.executable, "-m", "unireg_jax", *words(done, network, "--ray", "2")]
+    final = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert final.returncode == errors.PARTLY, final.stderr
+    lines, _ = told(done)
+    assert lines["bad"]["reason"] == "not_found"
+    for name in ("a1", "a2", "a3"):
+        field = (done / "out" / name / f"{name}_1Warp.nii.gz").read_bytes()
+        assert field == clean[f"{name}_1Warp.nii.gz"]
+    assert run(done, network) == errors.PARTLY  # goes on without Ray
+    assert told(done)[1] == 5
