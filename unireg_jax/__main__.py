@@ -25,6 +25,8 @@ from unireg_jax.verbs.messages import complain, one_line, with_reason
 VERBS = {
     "register": "one pair of scans -> transform and warped image",
     "batch": "a list of pairs -> transforms and warped images",
+    "report": "a page to look at, for a case or for a batch",
+    "sweep": "one pair under every task and pair type: similarity against folding",
     "evaluate": "metrics of any transform",
     "warp": "a scan or labels through a transform",
     "warp-points": "points through a transform",

@@ -1,0 +1,335 @@
+"""`unireg report`: a page to look at, for a case or for a batch."""
+
+import argparse
+import csv
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unireg_jax import manifest
+from unireg_jax.errors import DATA_CHANGED, NOTHING, USAGE, UserError, shown
+from unireg_jax.evaluation import quality
+from unireg_jax.imaging import nifti, transforms
+from unireg_jax.reports import case as told
+from unireg_jax.reports import index, pictures
+from unireg_jax.verbs import judging, options, outputs
+from unireg_jax.verbs.messages import progress, with_reason
+
+HELP = "a page to look at, for a case or for a batch"
+INDEX = "index.html"
+_RECORD_BYTES = 1 << 26
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this verb."""
+    parser.description = (
+        f"Of the folder of a case: {judging.PAGE}, pictures of the scans in three "
+        "planes with sliders, numbers and what is wrong with them. Of the folder of a "
+        f"batch: {INDEX}, all cases, the worst first, and with --list their pages. "
+        "Each is one file that works offline and asks for nothing."
+    )
+    parser.epilog = (
+        "example: unireg report results/a__b --fixed a.nii.gz --moving b.nii.gz; "
+        "unireg report results --list pairs.csv"
+    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="OUT/CASE, or OUT of a batch")
+    add("-f", "--fixed", metavar="FILE", help="of a case: the scans are not in DIR")
+    add("-m", "--moving", metavar="FILE", help="with --fixed")
+    add("--list", metavar="LIST", help="of a batch: the list that names the scans")
+    add(
+        "--data-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that scans may lie in besides the list's; may be repeated",
+    )
+    add(
+        "--pages",
+        type=options.count,
+        default=200,
+        metavar="N",
+        help="of a batch: pages and small pictures of the N worst, default 200",
+    )
+    add("-o", "--out", dest="file", metavar="FILE", help="default in DIR")
+    options.add_overwrite(parser, "the pages")
+    options.add_messages(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code."""
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise UserError("not_found", f"{shown(folder)}: a folder expected", USAGE)
+    if bool(args.fixed) != bool(args.moving):
+        raise UserError(
+            "schema", "--fixed and --moving belong together, got one; name both", USAGE
+        )
+    say = progress(args.quiet)
+    done = _case(args, folder, say) if _records(folder) else _batch(args, folder, say)
+    if args.json:
+        print(json.dumps(done, indent=2))
+    return 0
+
+
+class _Case(NamedTuple):
+    """A case on disk."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.record["case"])
+
+
+# --- one case -----------------------------------------------------------------------
+
+
+def _case(args, folder: Path, say) -> dict[str, Any]:
+    """Writes the page of a case."""
+    if args.list:
+        raise UserError(
+            "schema", f"--list is for a batch, {shown(folder)} holds one case", USAGE
+        )
+    if not args.fixed:
+        raise UserError(
+            "not_found",
+            f"{shown(folder)}: holds results and no scans; pass --fixed and --moving",
+            USAGE,
+        )
+    target = _target(args, folder / judging.PAGE)
+    case = _read(folder)
+    case, drawn = _look(case, args.fixed, args.moving)
+    with nifti.atomic_path(target) as temp:
+        judging.write_page(temp, case.record, drawn)
+    say(f"{told.status(case.record)}: {shown(target)}")
+    return _line(case) | {"page": target.name}
+
+
+def _look(case: _Case, fixed: str, moving: str) -> tuple[_Case, pictures.Scene]:
+    """Reads scans and results; measures what the record does not say yet."""
+    scans = []
+    for name, path in (("fixed", fixed), ("moving", moving)):
+        known = _dict(_dict(case.record.get("inputs")).get(name)).get("sha256")
+        nifti.check_file(path)
+        if known != outputs.digest(Path(path))["sha256"]:
+            raise UserError(
+                "checksum",
+                f"{shown(path)}: the file that was registered as {name} expected, its "
+                "digest is another; name that one, or register again",
+                DATA_CHANGED,
+            )
+        scans.append(nifti.read_image(path))
+    prefix = case.folder / case.name
+    warped = nifti.read_image(f"{prefix}_warped.nii.gz")
+    disp_mm, vox2world = transforms.read_field(f"{prefix}_1Warp.nii.gz")
+    nifti.check_same_grid(scans[0], warped)
+    nifti.check_same_grid(scans[0], warped._replace(vox2world=vox2world))
+    if disp_mm.shape[:3] != warped.data.shape:
+        raise _broken(case.folder, "a field on the grid of the warped image")
+    affine = _affine(case)
+    if not told.numbers(case.record):
+        found = judging.assess(
+            *scans, disp_mm, affine, scores=_dict(case.record.get("scores"))
+        )
+        case = case._replace(record=case.record | {"quality": found})
+        lines = [finding.line for finding in judging.findings(case.record)]
+        if lines:
+            warnings = [*told.warnings(case.record), *lines]
+            case.record.update(warnings=warnings, status="warn")
+    return case, pictures.scene(*scans, warped.data, disp_mm, affine)
+
+
+def _affine(case: _Case) -> np.ndarray:
+    """The pre-alignment of a record."""
+    try:
+        matrix = np.asarray(case.record["affine"], np.float64)
+        good = matrix.shape == (4, 4) and np.isfinite(matrix).all()
+        good = good and abs(np.linalg.det(matrix)) > 1e-9
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise _broken(case.folder, "an affine of 4 x 4 numbers")
+    return matrix
+
+
+# --- many cases ---------------------------------------------------------------------
+
+
+def _batch(args, folder: Path, say) -> dict[str, Any]:
+    """Writes the index of a batch, and the pages of its worst cases."""
+    if args.fixed:
+        raise UserError(
+            "schema",
+            f"{shown(folder)}: --fixed and --moving are for one case, and no "
+            "CASE_run.json is here; pass --list for a batch",
+            USAGE,
+        )
+    target = _target(args, folder / INDEX)
+    scans = {}
+    if args.list:
+        listed = manifest.read_cases(args.list, roots=args.data_root)
+        scans = {case.id: case for case in listed}
+    entries, cases = [], []
+    for parent in (folder, folder / judging.REJECTED):
+        for record in sorted(parent.glob("*/*_run.json")):
+            try:
+                cases.append(_read(record.parent))
+            except UserError as error:
+                name = record.parent.name
+                entries.append(_failed(name, [str(error)]))
+    known = {entry.case for entry in entries} | {case.name for case in cases}
+    entries += [_failed(n, [m]) for n, m in _failures(folder).items() if n not in known]
+    if not entries and not cases:
+        raise UserError(
+            "empty",
+            f"{shown(folder)}: no CASE/CASE_run.json; name the --out of `unireg batch` "
+            "or one of its cases",
+            NOTHING,
+        )
+    cases.sort(key=_badness, reverse=True)
+    for i, case in enumerate(cases):
+        thumbs = ()
+        page = case.folder / judging.PAGE
+        if (row := scans.get(case.name)) and i < args.pages:
+            say(f"{i + 1} of {min(len(cases), args.pages)}: {case.name}")
+            try:
+                case, drawn = _look(case, row.fixed, row.moving)
+            except UserError as error:
+                say(f"warning: {case.name}: no page: {with_reason(error)}")
+            else:
+                thumbs = _thumbs(drawn)
+                if args.overwrite or not page.exists():
+                    with nifti.atomic_path(page) as temp:
+                        judging.write_page(temp, case.record, drawn)
+        entries.append(_entry(case, target, page if page.is_file() else None, thumbs))
+    with nifti.atomic_path(target) as temp:
+        text = index.index_page(folder.resolve().name, entries)
+        temp.write_text(text, encoding="utf-8")
+    say(f"{len(entries)} cases: {shown(target)}")
+    return {
+        "index": target.name,
+        "cases": [
+            {"case": e.case, "status": e.status, "reasons": list(e.reasons)}
+            for e in index.worst_first(entries)
+        ],
+    }
+
+
+def _entry(case: _Case, target: Path, page: Path | None, thumbs) -> index.Entry:
+    """The row of a case that has results."""
+    values = told.numbers(case.record)
+    mean = _dict(_dict(case.record.get("scores")).get("mean"))
+    if isinstance(dsc := mean.get("dsc"), int | float):
+        values["dsc"] = dsc
+    held = case.folder.parent.name == judging.REJECTED
+    reasons = [line.partition(":")[0] for line in told.warnings(case.record)]
+    status = "failed" if held else told.status(case.record)
+    link = None
+    if page is not None:
+        link = Path(os.path.relpath(page.resolve(), target.parent.resolve()))
+    return index.Entry(
+        case.name,
+        status,
+        _badness(case),
+        list(dict.fromkeys(reasons)),
+        values,
+        None if link is None else link.as_posix(),
+        thumbs,
+    )
+
+
+def _failed(name: str, why: list[str]) -> index.Entry:
+    return index.Entry(name, "failed", float("inf"), why, {})
+
+
+def _failures(folder: Path) -> dict[str, str]:
+    """Cases without results, and why: what `unireg batch` wrote of them."""
+    found = {}
+    for path in sorted(folder.glob("failed*.csv")):
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    name, message = row.get("id"), row.get("message")
+                    if name:
+                        found[name] = message or row.get("reason") or "failed"
+        except (OSError, ValueError, csv.Error):
+            continue
+    return found
+
+
+def _thumbs(drawn: pictures.Scene) -> tuple[bytes, ...]:
+    """Small overlays, axial and coronal."""
+    planes = ("axial", "coronal")
+    middles = [pictures.middle_slice(drawn, plane) for plane in planes]
+    return tuple(
+        pictures.picture(drawn, "overlay", plane, place)
+        for plane, place in zip(planes, middles, strict=True)
+    )
+
+
+def _badness(case: _Case) -> float:
+    values = told.numbers(case.record)
+    if not values:
+        return 0.0
+    return quality.badness(values, told.pair_type(case.record))
+
+
+# --- files --------------------------------------------------------------------------
+
+
+def _records(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*_run.json"))
+
+
+def _read(folder: Path) -> _Case:
+    """The record in a case's folder."""
+    (path,) = _records(folder)[:1] or [folder / "CASE_run.json"]
+    nifti.check_file(path)
+    try:
+        if path.stat().st_size > _RECORD_BYTES:
+            raise ValueError
+        record = json.loads(path.read_bytes())
+        name = record["case"]
+        good = isinstance(name, str) and path.name == f"{name}_run.json"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise _broken(folder, "a whole CASE_run.json that names its case")
+    return _Case(folder, record)
+
+
+def _broken(folder: Path, expected: str) -> UserError:
+    return UserError(
+        "schema", f"{shown(folder.name)}: schema: {expected} expected; register again"
+    )
+
+
+def _target(args, default: Path) -> Path:
+    """Where the page goes; refuses to replace one unasked."""
+    target = default if args.file is None else Path(args.file)
+    if target.exists() and not args.overwrite:
+        raise UserError(
+            "id_duplicate",
+            f"{shown(target)} exists; pass --overwrite to replace it, or --out",
+            USAGE,
+        )
+    return target
+
+
+def _line(case: _Case) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "status": told.status(case.record),
+        "quality": _dict(case.record.get("quality")),
+        "warnings": told.warnings(case.record),
+    }
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
