@@ -411,6 +411,21 @@ def test_inverse_leads_back_to_the_tolerance(parts):
     mapping.check_inverse(inverse, "a.h5", 0.0)
 
 
+def test_inverse_keeps_affines_apart_and_beyond_the_grid(tmp_path):
+    whole = Mapping((field(size=4.0), turn(), turn((2, 1, 0))))
+    inverse = mapping.invert(whole, MOVING_GRID).mapping
+    assert [mapping.kind_of(part) for part in inverse.parts] == ["field", "affine"]
+    far = CENTER + np.array([[900.0, 0.0, 0.0], [0.0, -700.0, 300.0]])
+    back = mapping.points(inverse, mapping.points(whole, far))
+    np.testing.assert_allclose(back, far, atol=1e-9)  # float64
+    mapping.write(tmp_path / "a.h5", inverse)
+    peer = sitk.ReadTransform(str(tmp_path / "a.h5"))
+    xyz = scattered()
+    np.testing.assert_allclose(
+        peer_points(peer, xyz), mapping.points(inverse, xyz), atol=1e-6
+    )
+
+
 def test_inverse_of_affines_is_exact():
     whole = Mapping((turn(), turn((5, 5, 5), (1.2, 0.4, 0.0))))
     inverse = mapping.invert(whole, MOVING_GRID)

@@ -99,7 +99,8 @@ class Inverse(NamedTuple):
     """A map back, and how well it leads back.
 
     Attributes:
-        mapping: one field on the grid asked for, or one affine.
+        mapping: one field on the grid asked for, then the inverse of the map's affines
+            if it has any, which acts beyond the grid too; or one affine.
         residual_mm: [X, Y, Z] float32 on that grid, |T(S(y)) - y| for the map T and its
             inverse S; NaN where no voxel of T's fields leads: there S is continued.
         stats: see `invert`.
@@ -584,6 +585,10 @@ def invert(
         zero = np.broadcast_to(np.float32(0), grid.shape)
         return Inverse(exact, zero, _residual_stats(zero, zero, tolerance_mm))
     nearest = np.linalg.inv(_nearest_affine(mapping))
+    affines = np.eye(4)
+    for matrix in (p for p in mapping.parts if not isinstance(p, Field)):
+        affines = matrix @ affines
+    after = np.linalg.inv(affines)
     disp_mm = np.empty((*grid.shape, 3), np.float32)
     residual = np.empty(grid.shape, np.float32)
 
@@ -591,14 +596,15 @@ def invert(
         y = _positions(grid, part)
         x = _solve(mapping.parts, y, nearest, tolerance_mm, iterations)
         # The residual of what is stored, float32.
-        stored = (x - y).astype(np.float32)
-        moved, covered = _through(mapping.parts, y + stored, edge=True)
+        stored = (_apply(affines, x) - y).astype(np.float32)
+        moved, covered = _through(mapping.parts, _apply(after, y + stored), edge=True)
         gap = np.where(covered, np.linalg.norm(moved - y, axis=0), np.nan)
         disp_mm[:, :, part] = stored.T.reshape(disp_mm[:, :, part].shape)
         residual[:, :, part] = gap.reshape(residual[:, :, part].shape)
 
     _slabs(work, grid.shape, threads)
-    inverse = Mapping((Field(disp_mm, grid.vox2world),))
+    back = (Field(disp_mm, grid.vox2world), after)
+    inverse = Mapping(back if len(mapping.parts) > len(mapping.fields) else back[:1])
     between = _between(mapping, inverse, grid, threads)
     return Inverse(inverse, residual, _residual_stats(residual, between, tolerance_mm))
 

@@ -17,8 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Writes the map from the moving scan back to the fixed one, found by fixed "
         "point iteration: one field on the grid of the moving scan, or the exact "
-        "inverse of affines. The residual |T(S(y)) - y| is reported in mm. Voxels that "
-        "nothing within the grid of the displacements leads to get the edge continued."
+        "inverse of affines. An .h5 keeps the affines apart from the field, so that "
+        "they act beyond its grid too. The residual |T(S(y)) - y| is reported in mm. "
+        "Voxels that nothing within the grid of the displacements leads to get the "
+        "edge continued."
     )
     parser.epilog = (
         "example: unireg invert -t c_1Warp.nii.gz -m moving.nii.gz "
@@ -87,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
             f"voxels are off by more than {args.tolerance:g} mm, at most "
             f"{number(stats['residual_max_mm'])} mm; see --residual-out"
         )
-    mapping.write(args.file, inverse.mapping, fixed=moving, moving=fixed)
+    parts = mapping.spelling_of(args.file) == "itk"  # which keeps them
+    target = None if parts else moving
+    mapping.write(args.file, inverse.mapping, fixed=target, moving=fixed)
     if args.residual_out and moving:
         residual = np.nan_to_num(inverse.residual_mm, nan=-1)
         nifti.write_like(args.residual_out, residual, moving)
