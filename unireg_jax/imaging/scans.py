@@ -1,0 +1,197 @@
+"""One way into the package for scans of every kind: NIfTI, NRRD, MetaImage, DICOM.
+
+NIfTI needs nothing more; NRRD and MetaImage need SimpleITK (the extra `itk`), a folder
+of DICOM slices pydicom (the extra `dicom`). Whatever it came from, a volume has LPS+
+axes, and its results go back to the grid that was stored.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from unireg_jax.errors import FAILED, LIMIT, USAGE, UserError, shown
+from unireg_jax.imaging import dicom, nifti, orientation
+from unireg_jax.imaging.nifti import Native, Volume
+
+ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+def read_scan(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
+    """Reads an intensity image, HU for a CT, on LPS+ axes.
+
+    Args:
+        path: `.nii`, `.nii.gz`; `.nrrd`, `.nhdr`, `.mha`, `.mhd`; or a folder with the
+            slices of one DICOM series.
+        max_voxels: refuse larger images before any voxel is read.
+
+    Returns:
+        Volume; data int16 when every value is a whole number that fits, else float32.
+        Its header is that of the NIfTI file, or one made for the stored grid.
+
+    Raises:
+        UserError: what `nifti.read_image` and `dicom.read_series` raise;
+            `not_installed`, exit code 2, without the package that reads the format.
+    """
+    if os.path.isdir(path):
+        return _with_header(dicom.read_series(path, max_voxels=max_voxels))
+    if not _is_itk(path):
+        return nifti.read_image(path, max_voxels=max_voxels)
+    array, vox2world = _read_itk(path, max_voxels)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        raise _fault(
+            "nonfinite",
+            path,
+            "finite voxels",
+            f"{count} NaN or infinite",
+            "replace them with air (-1000 HU)",
+        )
+    array = _narrowed(array)
+    return _volume(path, array, vox2world, nifti.intensity_warnings(array))
+
+
+def read_labels(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
+    """Reads a label map on LPS+ axes.
+
+    Args:
+        path: NIfTI, NRRD or MetaImage of whole numbers, 0 is background.
+        max_voxels: refuse larger images before any voxel is read.
+
+    Returns:
+        Volume; data uint8 when all ids are below 256, else uint16.
+
+    Raises:
+        UserError: as `read_scan`; `label_value` for halves, negatives, NaN or ids above
+            65535.
+    """
+    if not _is_itk(path):
+        return nifti.read_labels(path, max_voxels=max_voxels)
+    array, vox2world = _read_itk(path, max_voxels)
+    whole = bool((array == np.rint(array)).all())
+    low, high = (array.min(), array.max()) if whole else (np.nan, np.nan)
+    if not (whole and low >= 0 and high <= 65535):
+        raise _fault(
+            "label_value",
+            path,
+            "whole label ids from 0 to 65535",
+            f"{low:g} to {high:g}" if whole else "fractions or NaN",
+            "pass the label map, not an image or a probability map",
+        )
+    labels = array.astype(np.uint8 if high < 256 else np.uint16)
+    return _volume(path, labels, vox2world, [])
+
+
+def files_of(path: str | os.PathLike) -> list[Path]:
+    """Names the files that a scan is made of, for digests.
+
+    Args:
+        path: as `read_scan` takes it.
+
+    Returns:
+        The file itself; with a `.mhd` or `.nhdr` also the data file of its stem that
+        lies beside it; of a folder, its files that are not hidden, by name.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return sorted(
+            p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")
+        )
+    if path.suffix.lower() not in (".mhd", ".nhdr"):
+        return [path]
+    endings = (".raw", ".zraw", ".raw.gz", ".img")
+    data = (path.with_suffix(ending) for ending in endings)
+    return [path, *(p for p in data if p.is_file())]
+
+
+def _is_itk(path: str | os.PathLike) -> bool:
+    return os.fspath(path).lower().endswith(ITK_ENDINGS)
+
+
+def _with_header(volume: Volume) -> Volume:
+    """Adds a header for the stored grid, so that results are written on it."""
+    header = nib.Nifti1Header()
+    nifti.set_geometry(header, volume.native.vox2world)
+    return volume._replace(header=header)
+
+
+def _volume(path, array, vox2world, warnings) -> Volume:
+    data, turned = orientation.reorient(array, vox2world)
+    native = Native(array.shape, vox2world)
+    return _with_header(
+        Volume(data, turned, None, os.fspath(path), native, tuple(warnings))
+    )
+
+
+def _read_itk(path, max_voxels) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels [X, Y, Z] as stored, and voxel -> LPS mm."""
+    if importlib.util.find_spec("SimpleITK") is None:
+        raise UserError(
+            "not_installed",
+            f"{shown(path)}: NRRD and MetaImage are read by SimpleITK, got none; run "
+            "`pip install unireg-jax[itk]`, or convert the file to NIfTI",
+            USAGE,
+        )
+    import SimpleITK as sitk  # an extra: only who reads these formats needs it
+
+    nifti.check_file(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(os.fspath(path))
+    try:
+        reader.ReadImageInformation()
+        size = reader.GetSize()
+        _check_shape(path, size, reader.GetNumberOfComponents(), max_voxels)
+        image = reader.Execute()
+        array = sitk.GetArrayFromImage(image)
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1][:160]
+        raise _fault(
+            "not_nifti",
+            path,
+            "a whole NRRD or MetaImage file",
+            f"none that ITK reads: {last}",
+            "export it again, or convert it to NIfTI",
+        ) from error
+    array = array.T.reshape(size[:3])  # ITK's arrays begin with z
+    spacing = np.array(image.GetSpacing())
+    turn = np.array(image.GetDirection()).reshape(len(size), len(size))
+    vox2world = np.eye(4)
+    vox2world[:3, :3] = turn[:3, :3] @ np.diag(spacing[:3])
+    vox2world[:3, 3] = image.GetOrigin()[:3]
+    nifti.check_extent(path, array.shape, spacing[:3])
+    return np.ascontiguousarray(array), vox2world
+
+
+def _check_shape(path, size, components, max_voxels) -> None:
+    """One 3-D volume of numbers, not too many of them."""
+    if components != 1 or len(size) < 3 or any(n != 1 for n in size[3:]):
+        raise _fault(
+            "ndim",
+            path,
+            "one 3-D volume of numbers",
+            f"{'x'.join(map(str, size))} with {components} values per voxel",
+            "extract one frame",
+        )
+    if np.prod([float(n) for n in size]) > max_voxels:
+        raise _fault(
+            "too_large",
+            path,
+            f"at most {max_voxels} voxels",
+            "x".join(map(str, size)),
+            "crop or resample the volume",
+        )
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """int16 where that loses nothing, else float32."""
+    whole = array.dtype.kind in "iu" or bool((array == np.rint(array)).all())
+    if whole and array.min() >= -32768 and array.max() <= 32767:
+        return array.astype(np.int16)
+    return array.astype(np.float32)
+
+
+def _fault(reason, path, expected, got, remedy) -> UserError:
+    line = f"{shown(path)}: {reason}: expected {expected}, got {got}; {remedy}"
+    return UserError(reason, line, LIMIT if reason == "too_large" else FAILED)
