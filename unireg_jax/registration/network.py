@@ -15,6 +15,7 @@ from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import weights as released
+from unireg_jax.registration.devices import default_device
 from unireg_jax.registration.embedding import load_extractor
 
 
@@ -124,5 +125,5 @@ def initializer(module: UniReg) -> Callable[[jax.Array], Any]:
 
 def device() -> dict[str, str]:
     """Platform and kind of the device that is used, for records."""
-    first = jax.devices()[0]
-    return {"platform": first.platform, "kind": first.device_kind}
+    used = default_device()
+    return {"platform": used.platform, "kind": used.device_kind}

@@ -2,6 +2,7 @@
 
 import argparse
 
+from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
 
 
@@ -29,6 +30,28 @@ def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device and --allow-cpu."""
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="auto",
+        metavar="NAME",
+        help="auto (default: an accelerator where there is one), cpu, gpu or gpu:N",
+    )
+    parser.add_argument(
+        "--allow-cpu",
+        action="store_true",
+        help="with --device gpu: go on without one",
+    )
+
+
+def use_device(args: argparse.Namespace) -> None:
+    """Makes JAX compute where `add_device` was told; imports it."""
+    if args.device != "auto":
+        registration.use_device(args.device, allow_cpu=args.allow_cpu)
+
+
 def both_labels(args: argparse.Namespace) -> None:
     """Refuses one label map without the other."""
     if bool(args.fixed_label) != bool(args.moving_label):
@@ -48,6 +71,17 @@ def grid(text: str) -> tuple[int, ...]:
             f"three multiples of 16 such as 96,96,80 expected, got {text[:40]!r}"
         )
     return shape
+
+
+def device(text: str) -> str:
+    """Name of a device."""
+    kind, colon, number = text.partition(":")
+    right = text in ("auto", "cpu") or kind == "gpu"
+    if not right or (colon and not (number.isascii() and number.isdecimal())):
+        raise argparse.ArgumentTypeError(
+            f"auto, cpu, gpu or gpu:N expected, got {text[:40]!r}"
+        )
+    return text
 
 
 def count(text: str) -> int:

@@ -1,0 +1,62 @@
+"""Which device computes, as the user asked; never another one in silence."""
+
+import jax
+
+from unireg_jax.errors import USAGE, UserError
+
+
+def use_device(name: str = "auto", *, allow_cpu: bool = False) -> str:
+    """Makes JAX compute on a device; called by `main` functions, before any work.
+
+    Args:
+        name: "auto" for JAX's own choice, an accelerator where there is one; "cpu";
+            "gpu"; or "gpu:N", the N-th of them from 0.
+        allow_cpu: take the CPU where the GPU asked for is not there.
+
+    Returns:
+        What is used: "cpu:0", "gpu:1".
+
+    Raises:
+        ValueError: another name.
+        UserError: `device`, exit code 2: the GPU is not there.
+    """
+    kind, _, number = name.partition(":")
+    known = kind == "gpu" or name in ("auto", "cpu")
+    if not known or (":" in name and not (number.isascii() and number.isdecimal())):
+        raise ValueError(f"device must be auto, cpu, gpu or gpu:N, got {name!r}")
+    if name == "auto":
+        return _named(default_device())
+    found, why = _devices(kind)
+    if int(number or 0) >= len(found) and kind == "gpu" and allow_cpu:
+        found, number = _devices("cpu")[0], ""
+    if int(number or 0) >= len(found):
+        there = sorted({d.platform for d in jax.devices()})
+        seen = f"{len(found)} of them" if found else f"only {', '.join(there)}{why}"
+        raise UserError(
+            "device",
+            f"--device {name}: that GPU expected, got {seen}; install "
+            "unireg-jax[cuda12] and a driver, or pass --allow-cpu or --device auto",
+            USAGE,
+        )
+    chosen = found[int(number or 0)]
+    jax.config.update("jax_default_device", chosen)
+    return _named(chosen)
+
+
+def default_device() -> jax.Device:
+    """The device that JAX computes on by default."""
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+
+
+def _devices(kind: str) -> tuple[list[jax.Device], str]:
+    """Devices of one kind, and why there are none."""
+    try:
+        return jax.devices(kind), ""
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:120]
+        return [], f" ({line})"
+
+
+def _named(device: jax.Device) -> str:
+    return f"{device.platform}:{device.id}"
