@@ -6,6 +6,8 @@ _HOME = {
     "Model": "network",
     "load_model": "network",
     "device": "network",
+    "use_device": "devices",
+    "default_device": "devices",
     "load_extractor": "embedding",
     "compile_register": "compiled",
     "Outcome": "batch",
@@ -20,6 +22,12 @@ _HOME = {
     "register": "pipeline",
     "residual_mm": "pipeline",
     "quality_warnings": "pipeline",
+    "Sweep": "sweeps",
+    "sweep": "sweeps",
+    "Seen": "region",
+    "estimate_region": "region",
+    "mismatch": "region",
+    "choose_task": "region",
     "use_compilation_cache": "compilation_cache",
 }
 

@@ -144,8 +144,8 @@ def register(
     """
     say = progress or (lambda line: None)
     clock = Clock()
-    target = _volume(fixed, fixed_vox2world, "fixed")
-    source = _volume(moving, moving_vox2world, "moving")
+    target = as_volume(fixed, fixed_vox2world, "fixed")
+    source = as_volume(moving, moving_vox2world, "moving")
     settings = check_settings(task, pair_type, affine)
     mask = fixed_mask
     if mask is not None and isinstance(fixed, np.ndarray):
@@ -261,6 +261,76 @@ class Session:
         Raises:
             ValueError, UserError: see `register`.
         """
+        pair = self.prepare(
+            target, source, settings, affine=affine, mask=mask, clock=clock, say=say
+        )
+        layout, settings, warnings = pair.layout, pair.settings, list(pair.warnings)
+        size = "x".join(map(str, layout.window))
+        what = "none" if settings["region"] is None else settings["region"]
+        count = f"{len(layout.starts)} windows of " if len(layout.starts) > 1 else ""
+        say(f"network: {what}, {count}{size}, {settings['pair_type']}-patient")
+        if self.refiner:
+            plan = self.refiner.plan
+            settings = settings | {"refine": plan._asdict()}
+            if plan.features != "image":
+                settings |= {"refined_by": self.refiner.extractor.label}
+                known = self.refiner.extractor.spacing_mm
+                if known not in (None, self.model.preprocess.spacing_mm):
+                    warnings.append(
+                        f"refinement: voxels of {known} mm expected, as the embedding "
+                        "was trained on, the grid has "
+                        f"{self.model.preprocess.spacing_mm}"
+                    )
+            say(f"refinement: {plan.iterations} iterations")
+        pair = pair._replace(settings=settings)
+        if len(layout.starts) == 1:
+            disp, scores = self._one_window(layout, pair, clock)
+        else:
+            disp, scores = self._windows(layout, pair, clock, say)
+        grid, matrix = layout.grid, pair.matrix
+        qc = _quality(disp, scores, orientation.spacing_mm(grid.vox2world))
+        clock.lap("quality")
+
+        size = "x".join(map(str, target.data.shape))
+        say(f"field and warped image on the fixed grid: {size}")
+        with self._device:
+            disp_mm, warped = _to_native(target, source, matrix, disp, grid)
+        clock.lap("native")
+        return Registration(
+            disp_mm,
+            target.vox2world,
+            matrix,
+            disp,
+            grid,
+            warped,
+            settings,
+            qc,
+            clock.seconds(),
+            tuple(warnings),
+        )
+
+    def prepare(
+        self,
+        target: Volume,
+        source: Volume,
+        settings: dict[str, str],
+        *,
+        affine: str | np.ndarray = "auto",
+        mask: np.ndarray | None = None,
+        clock: "Clock",
+        say: Callable[[str], None] = lambda line: None,
+    ) -> "Prepared":
+        """Brings two volumes onto the network's grid, pre-aligned.
+
+        Args:
+            target, source, settings, affine, mask, clock, say: see `run`.
+
+        Returns:
+            Prepared.
+
+        Raises:
+            ValueError, UserError: see `register`.
+        """
         if mask is not None:
             _check_mask(mask, target.data.shape)
         spec = self.model.preprocess
@@ -321,45 +391,15 @@ class Session:
                 "fixed and moving: scans that share some space expected, none shared "
                 f"after pre-alignment {used!r}; use --affine com or affine",
             )
-        size = "x".join(map(str, layout.window))
-        what = "none" if settings["region"] is None else settings["region"]
-        count = f"{len(layout.starts)} windows of " if len(layout.starts) > 1 else ""
-        say(f"network: {what}, {count}{size}, {settings['pair_type']}-patient")
-        if self.refiner:
-            plan = self.refiner.plan
-            settings = settings | {"refine": plan._asdict()}
-            if plan.features != "image":
-                settings |= {"refined_by": self.refiner.extractor.label}
-                known = self.refiner.extractor.spacing_mm
-                if known not in (None, spec.spacing_mm):
-                    warnings.append(
-                        f"refinement: voxels of {known} mm expected, as the embedding "
-                        f"was trained on, the grid has {spec.spacing_mm}"
-                    )
-            say(f"refinement: {plan.iterations} iterations")
-        scans = _Prepared(target, fixed_hu, moving_hu, body, coarse, settings)
-        if len(layout.starts) == 1:
-            disp, scores = self._one_window(layout, scans, clock)
-        else:
-            disp, scores = self._windows(layout, scans, clock, say)
-        qc = _quality(disp, scores, orientation.spacing_mm(grid.vox2world))
-        clock.lap("quality")
-
-        size = "x".join(map(str, target.data.shape))
-        say(f"field and warped image on the fixed grid: {size}")
-        with self._device:
-            disp_mm, warped = _to_native(target, source, matrix, disp, grid)
-        clock.lap("native")
-        return Registration(
-            disp_mm,
-            target.vox2world,
+        return Prepared(
+            target,
+            layout,
+            fixed_hu,
+            moving_hu,
+            body,
             matrix,
-            disp,
-            grid,
-            warped,
+            coarse,
             settings,
-            qc,
-            clock.seconds(),
             tuple(warnings),
         )
 
@@ -369,19 +409,8 @@ class Session:
         if settings["task"] == NO_TASK:
             return settings, []
         scans = {"fixed": target, "moving": source}
-        seen = {
-            name: self._seen.get(
-                id(volume), functools.partial(regions.estimate_region, volume), volume
-            )
-            for name, volume in scans.items()
-        }
-        settings["seen"] = {
-            name: {
-                "region": one.place,
-                "shares": {k: round(v, 3) for k, v in one.shares.items()},
-            }
-            for name, one in seen.items()
-        }
+        seen = {name: self.seen(volume) for name, volume in scans.items()}
+        settings["seen"] = {name: one.record() for name, one in seen.items()}
         if settings["task"] == AUTO_TASK:
             given = settings["pair_type"]
             task = regions.choose_task(list(seen.values()), given)
@@ -395,6 +424,19 @@ class Session:
             for name, one in seen.items()
         )
         return settings, [f"task: {name}: {line}" for name, line in told if line]
+
+    def seen(self, volume: Volume) -> regions.Seen:
+        """Says which part of the body a scan shows.
+
+        Args:
+            volume: on LPS+ axes.
+
+        Returns:
+            Seen, kept while the scan comes back.
+        """
+        return self._seen.get(
+            id(volume), lambda: regions.estimate_region(volume), volume
+        )
 
     def _describe(self, volume, hu) -> Described:
         """Features of a scan on its own grid, kept while it comes back."""
@@ -506,23 +548,29 @@ class Session:
         return blend.disp, scores
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """A pair on the network's grid.
 
     Attributes:
         target: fixed Volume.
+        layout: windows of the network, and the grid of what follows.
         fixed_hu, moving_hu: [X, Y, Z] int16, moving pre-aligned.
         body: [X, Y, Z] bool, where to compare.
-        coarse: [1, X, Y, Z, 3] displacement found by matching, or None.
-        settings: see `check_settings`.
+        matrix: [4, 4] float64, fixed world -> moving world, LPS mm.
+        coarse: [1, X, Y, Z, 3] displacement in voxels found by matching, or None.
+        settings: see `check_settings`; what was used.
+        warnings: one line each.
     """
 
     target: Volume
+    layout: tiles.Layout
     fixed_hu: np.ndarray
     moving_hu: np.ndarray
     body: np.ndarray
+    matrix: np.ndarray
     coarse: Any
     settings: dict[str, Any]
+    warnings: tuple[str, ...]
 
 
 def _predict(programs, fixed, moving, seen, coarse, settings) -> jax.Array:
@@ -595,8 +643,21 @@ class Clock:
         return {k: round(v, 3) for k, v in (self._stages | total).items()}
 
 
-def _volume(scan, vox2world, name) -> Volume:
-    """A Volume on LPS+ axes from whatever the caller has."""
+def as_volume(scan, vox2world, name) -> Volume:
+    """Makes a Volume on LPS+ axes of whatever the caller has.
+
+    Args:
+        scan: path, Volume, or array [X, Y, Z] in HU.
+        vox2world: [4, 4], voxel -> LPS mm, of an array; else None.
+        name: for messages.
+
+    Returns:
+        Volume.
+
+    Raises:
+        ValueError: an array without grid, not 3-D or not finite; a grid with a file.
+        UserError: the file cannot be read.
+    """
     if isinstance(scan, np.ndarray):
         if vox2world is None or np.shape(vox2world) != (4, 4):
             raise ValueError(

@@ -11,7 +11,7 @@ docs/control.md (experiments/benchmark_region.py).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,11 @@ class Seen(NamedTuple):
     place: str | None
     shares: dict[str, float]
     why: str
+
+    def record(self) -> dict[str, Any]:
+        """Place and shares for a JSON record."""
+        shares = {name: round(share, 3) for name, share in self.shares.items()}
+        return {"region": self.place, "shares": shares}
 
 
 def estimate_region(volume: Volume, *, model: Model | None = None) -> Seen:
