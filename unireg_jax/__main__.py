@@ -37,6 +37,7 @@ VERBS = {
     "jacobian": "map and statistics of local volume change",
     "export": "the network as a StableHLO file",
     "weights": "convert, list and verify weights",
+    "doctor": "checks versions, devices and weights, and registers a test pair",
     "info": "version, tasks and weights",
 }
 _INTERNAL = 1

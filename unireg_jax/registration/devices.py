@@ -60,3 +60,24 @@ def _devices(kind: str) -> tuple[list[jax.Device], str]:
 
 def _named(device: jax.Device) -> str:
     return f"{device.platform}:{device.id}"
+
+
+def describe_devices() -> list[dict[str, object]]:
+    """Lists the devices that JAX sees.
+
+    Returns:
+        platform, id, kind, and memory_gib where the device says it.
+    """
+    found = []
+    for device in jax.devices():
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        found.append(
+            {
+                "platform": device.platform,
+                "id": device.id,
+                "kind": device.device_kind,
+                "memory_gib": None if limit is None else round(limit / 2**30, 1),
+            }
+        )
+    return found
