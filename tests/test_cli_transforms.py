@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tests import oracles
+from tests import oracles, test_cli
 from unireg_jax import __main__ as cli
 from unireg_jax.imaging import mapping, nifti, orientation, transforms
 from unireg_jax.imaging.mapping import Grid, Mapping
@@ -580,3 +580,79 @@ assert not loaded, loaded
         check=True,
         stdout=subprocess.DEVNULL,
     )
+
+
+# --- register, however scans are stored ---------------------------------------------
+
+STORED = {  # axis order, type, byte order, intercept
+    "LPS": ("i2", "<", 0),
+    "RAI": ("f4", ">", 0),
+    "SLA": ("u2", ">", -1024),
+    "PIR": ("f8", "<", 0),
+}
+
+
+def store(path, data, vox2world, codes):
+    """NIfTI-1 bytes of a scan in one of the ways of STORED."""
+    kind, order, inter = STORED[codes]
+    data, vox2world = orientation.reorient(data, vox2world, codes)
+    header = nib.Nifti1Header(endianness=order)
+    header.set_data_shape(data.shape)
+    header.set_data_dtype(np.dtype(order + kind))
+    header.set_sform(orientation.ras_from_lps(vox2world), 1)
+    header.set_xyzt_units("mm")
+    header["scl_slope"], header["scl_inter"] = 1, inter
+    header["pixdim"][1:4] = orientation.spacing_mm(vox2world)
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    raw = (data.astype(np.int64) - inter).astype(order + kind).tobytes(order="F")
+    path.write_bytes(header.binaryblock + b"\0\0\0\0" + raw)
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("affine", "turned", "tolerance_mm"),
+    [
+        ("none", False, 1e-4),
+        ("com", False, 1e-4),
+        # Files hold geometry in float32: a grid off by 1e-4 mm, read by a steep map.
+        ("none", True, 5e-4),
+    ],
+)
+def test_register_gives_one_map_however_scans_are_stored(
+    tmp_path, affine, turned, tolerance_mm
+):
+    network = test_cli.save_network(tmp_path / "tiny.safetensors")
+    shape, spacing, axes, angle = test_cli.GRIDS["oblique"]
+    places = [
+        test_cli.vox2world(shape, spacing, axes, angle * turned),
+        test_cli.vox2world((36, 28, 41), (8.5, 9.5, 7.5), "LPS", -5.0 * turned),
+    ]
+    scans = [
+        test_cli.body(size, place, shift=shift)[0]
+        for size, place, shift in zip(
+            (shape, (36, 28, 41)), places, ((0, 0, 0), (12, 5, -9)), strict=True
+        )
+    ]
+    index = np.random.default_rng(0).uniform(0.1, np.array(shape) - 1.1, (500, 3))
+    xyz = index @ places[0][:3, :3].T + places[0][:3, 3]
+    maps = []
+    for codes, other in zip(STORED, list(STORED)[::-1], strict=True):
+        paths = [
+            store(tmp_path / f"{name}_{codes}.nii", data, place, way)
+            for name, data, place, way in zip(
+                ("fixed", "moving"), scans, places, (codes, other), strict=True
+            )
+        ]
+        words = ("register", "-f", paths[0], "-m", paths[1], "-o", tmp_path / "out")
+        words += ("--task", "liver", "--affine", affine, "--weights", network)
+        assert cli.main([*map(str, words), "--case", codes, "--quiet"]) == 0
+        case = tmp_path / "out" / codes / codes
+        maps.append(mapping.points(mapping.read(f"{case}_1Warp.nii.gz"), xyz))
+        peer_image = sitk.ReadImage(f"{case}_1Warp.nii.gz", sitk.sitkVectorFloat64)
+        by_itk = sitk.DisplacementFieldTransform(peer_image)
+        found = [by_itk.TransformPoint(point.tolist()) for point in xyz]
+        np.testing.assert_allclose(maps[-1], found, rtol=0, atol=1e-3)
+    assert np.abs(maps[0] - xyz).max() > 2
+    for other in maps[1:]:
+        np.testing.assert_allclose(other, maps[0], rtol=0, atol=tolerance_mm)
