@@ -179,3 +179,36 @@ def test_compiled_rejects_other_inputs(model, volumes):
     scans = [program.describe(hu) for hu in volumes]
     with pytest.raises(ValueError, match="bool"):
         program.judge(*scans, volumes[0], jnp.zeros((1, *SHAPE, 3)))
+
+
+def test_compiled_larger_window_keeps_the_length_of_a_vector(model, volumes):
+    # The same weights through a window of twice the height.
+    tall = np.full((32, 16, 96), OUTSIDE_HU, np.int16)
+    tall[..., 24:72] = volumes[0]
+    codes = Region.LIVER, PairType.INTRA
+    own = compile_register(model, (32, 16, 96))(tall, tall, *codes)
+    kept = compile_register(model, (32, 16, 96), unit_shape=SHAPE)(tall, tall, *codes)
+    assert float(jnp.abs(own).max()) > 0.1
+    # Units of (n - 1) / 2 voxels: 95 against 47 along the third axis alone.
+    scaled = np.asarray(own) * np.array([1, 1, 47 / 95])
+    np.testing.assert_allclose(kept, scaled, atol=1e-5)  # float32
+    svf = model._replace(module=model.module.clone(svf_steps=3))
+    moved = compile_register(svf, (32, 16, 96), unit_shape=SHAPE)(tall, tall, *codes)
+    # A velocity of the right length, integrated: near the plain one where it is small.
+    assert float(jnp.abs(moved - kept).max()) < 0.5 * float(jnp.abs(kept).max())
+
+
+def test_judge_field_measures_as_the_program_of_a_grid(model, volumes):
+    program = compile_register(model)
+    scans = [program.describe(hu) for hu in volumes]
+    body = np.zeros(SHAPE, bool)
+    body[4:28, 3:14, 5:40] = True
+    disp = program(*scans, Region.CHEST, PairType.INTER)
+    spec = model.preprocess
+    got = compiled.judge_field(
+        *volumes, body, np.asarray(disp[0]), window=(spec.hu_low, spec.hu_high)
+    )
+    expected = program.judge(*scans, body, disp)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5)

@@ -10,6 +10,7 @@ from data_pipeline import synthetic
 from unireg_jax import errors
 from unireg_jax.errors import UserError
 from unireg_jax.evaluation import metrics
+from unireg_jax.imaging import preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 from unireg_jax.models import features
@@ -20,6 +21,7 @@ from unireg_jax.registration import compiled, pipeline, weights
 from unireg_jax.registration import matcher as matching_scans
 from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register
+from unireg_jax.registration.refine import Plan
 from unireg_jax.tasks import OUTSIDE_HU, Region
 
 SPEC = PreprocessSpec(shape=(48, 32, 48), spacing_mm=(8.0, 9.0, 8.0))
@@ -652,3 +654,156 @@ def test_quality_warnings_name_folds_and_lost_similarity():
     ):
         (line,) = pipeline.quality_warnings(good | change)
         assert match in line
+
+
+# --- windows, and what the scans show ------------------------------------------------
+
+
+def long_pair():
+    """Scans 700 mm high, nearly two windows of 384 mm."""
+    shape, moving_shape = (33, 30, 80), (30, 27, 75)
+    grids = (
+        oblique(shape, (9.0, 8.0, 9.0), angle_deg=0.0),
+        oblique(moving_shape, (10.0, 9.0, 9.6), angle_deg=4.0),
+    )
+    return (
+        tall_body(shape, grids[0]),
+        tall_body(moving_shape, grids[1], shift=(9.0, 4.0, -8.0)),
+    ), grids
+
+
+def tall_body(shape, vox2world, *, shift=(0.0, 0.0, 0.0)):
+    """An elliptic column with a bright spot every 100 mm, int16."""
+    x = world(shape, vox2world) - np.array([10.0, -220.0, 900.0]) - shift
+    body = 1 / (1 + np.exp((np.square(x[..., :2] / [120, 95]).sum(-1) - 1) * 6))
+    ends = 1 / (1 + np.exp((np.abs(x[..., 2]) - 340) / 6))
+    spots = np.cos(x[..., 2] / 100 * 2 * np.pi) * np.exp(
+        -np.square((x[..., :2] - [30, -20]) / 50).sum(-1)
+    )
+    return np.rint(-1000 + 1040 * body * ends + 250 * spots * ends).astype(np.int16)
+
+
+def test_register_looks_through_one_window_where_the_body_fits(model):
+    images, grids = pair()
+    common = dict(task="chest", weights=model, affine=MATRIX)
+    first = run(images, grids, fov="crop", **common)
+    for fov in ("auto", "tiles", "whole"):
+        other = run(images, grids, fov=fov, **common)
+        np.testing.assert_array_equal(other.disp_mm, first.disp_mm)
+        assert other.settings["windows"] == 1
+        assert other.settings["fov"] == fov
+    assert first.settings["body_covered"] == 1.0
+
+
+def test_register_tiles_are_the_network_in_each_window(model):
+    images, grids = long_pair()
+    lines = []
+    result = run(
+        images,
+        grids,
+        task="chest",
+        weights=model,
+        affine="none",
+        progress=lines.append,
+    )
+    settings = result.settings
+    assert settings["fov_used"] == "tiles" and settings["body_covered"] == 1.0
+    assert settings["windows"] == sum("window " in line for line in lines) == 3
+    assert result.network_grid.shape[2] == 96 and result.network_grid.shape[:2] == (
+        *SPEC.shape[:2],
+    )
+    assert result.disp_mm.shape == (*images[0].shape, 3)
+    # Where one window alone has weight, its field is the network's, bit for bit.
+    volumes = [
+        pipeline.as_volume(*scan, "scan") for scan in zip(images, grids, strict=True)
+    ]
+    hu = [preprocess.prepare_image(v, result.network_grid, SPEC) for v in volumes]
+    program = compiled.compile_register(model)
+    for start, alone in ((0, slice(0, 12)), (48, slice(36, 48))):
+        part = [np.ascontiguousarray(h[..., start : start + 48]) for h in hu]
+        disp = np.asarray(program(*part, Region.CHEST, 0)[0])
+        got = result.network_disp[:, :, start : start + 48]
+        np.testing.assert_array_equal(got[:, :, alone], disp[:, :, alone])
+    # No seam: along the column the field changes no faster than within a window.
+    steps = np.abs(np.diff(result.network_disp, axis=2)).max(axis=(0, 1, 3))
+    inner = np.r_[steps[2:10], steps[-10:-2]].max()
+    assert steps.max() < 3 * inner
+
+
+def test_register_tiles_refine_every_window(calm):
+    images, grids = long_pair()
+    common = dict(task="lung", weights=calm, affine="none")
+    plain = run(images, grids, **common)
+    plan = Plan(iterations=8, lr=0.5)
+    result = run(images, grids, refine=plan, **common)
+    assert result.qc["refine_after"] < result.qc["refine_before"]
+    assert result.qc["ncc_after"] > plain.qc["ncc_after"] + 0.005
+    moved = np.abs(result.network_disp).max(axis=(0, 1, 3))
+    assert (moved[10:86] > 0.1).all()  # in every window
+
+
+def test_register_one_larger_window_holds_the_whole_body(model):
+    images, grids = long_pair()
+    common = dict(task="chest", weights=model, affine="none")
+    result = run(images, grids, fov="whole", **common)
+    assert result.settings["windows"] == 1
+    assert result.settings["fov_used"] == "whole"
+    assert result.network_grid.shape == (48, 32, 96)
+    crop = run(images, grids, fov="crop", **common)
+    assert crop.settings["body_covered"] < 0.6
+    assert crop.network_grid.shape == SPEC.shape
+    # Millimetres stay millimetres in the larger window.
+    ratio = result.qc["p99_mm"] / crop.qc["p99_mm"]
+    assert 0.5 < ratio < 1.5
+
+
+@pytest.fixture(scope="module")
+def bodies():
+    """One chest and one abdomen, on the network's grid."""
+    return {
+        task: synthetic.phantom(task, shape=(48, 36, 40), spacing_mm=(8, 8, 8), seed=1)
+        for task in ("chest", "abdomen")
+    }
+
+
+def scans_of(bodies, fixed, moving):
+    found = bodies[fixed], bodies[moving]
+    return [b.hu for b in found], [b.vox2world for b in found]
+
+
+def test_register_finds_the_task_by_itself(calm, bodies):
+    lines = []
+    common = dict(task="auto", weights=calm, affine="none", progress=lines.append)
+    result = run(*scans_of(bodies, "chest", "chest"), **common)
+    settings = result.settings
+    assert (settings["task"], settings["task_asked"]) == ("chest", "auto")
+    assert (settings["region"], settings["pair_type"]) == ("chest", "inter")
+    assert settings["seen"]["fixed"]["region"] == "chest"
+    assert any(line.startswith("task: auto: chest, inter-patient") for line in lines)
+    named = run(
+        *scans_of(bodies, "chest", "chest"), task="chest", weights=calm, affine="none"
+    )
+    np.testing.assert_array_equal(result.disp_mm, named.disp_mm)
+    liver = run(*scans_of(bodies, "abdomen", "abdomen"), pair_type="intra", **common)
+    assert (liver.settings["task"], liver.settings["region"]) == ("liver", "liver")
+    with pytest.raises(UserError, match="fixed: .*chest.*; moving: .*abdomen") as error:
+        run(*scans_of(bodies, "chest", "abdomen"), **common)
+    assert error.value.exit_code == errors.USAGE
+
+
+def test_register_warns_where_a_scan_shows_another_region(calm, bodies):
+    common = dict(weights=calm, affine="none")
+    result = run(*scans_of(bodies, "chest", "chest"), task="headneck", **common)
+    assert len(result.warnings) == 2
+    assert result.warnings[0].startswith(
+        "task: fixed: headneck expected, looks like chest"
+    )
+    for task in ("chest", "lung", "none"):
+        result = run(*scans_of(bodies, "chest", "chest"), task=task, **common)
+        assert not result.warnings
+    assert "seen" not in result.settings  # nobody asked
+
+
+def test_register_rejects_an_unknown_fov(calm):
+    with pytest.raises(ValueError, match="fov must be one of"):
+        run(*pair(), task="chest", weights=calm, fov="patches")
