@@ -1,4 +1,4 @@
-"""Options of the training step: running mean, accumulation, precision, remat."""
+"""Options of the training step: mean, accumulation, precision, remat, skipping."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,10 @@ from jax.sharding import AbstractMesh
 
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import backbone
+from unireg_jax.ops import warp
 from unireg_jax.tasks import PairBatch
 from unireg_jax.training import mesh as train_mesh
+from unireg_jax.training import objective
 from unireg_jax.training import step as train_step
 from unireg_jax.training.state import TrainState
 
@@ -158,3 +160,81 @@ def test_devices_that_cannot_share_a_volume_are_refused():
     with pytest.raises(UserError, match="a divisor of the 1 devices") as error:
         train_mesh.make_mesh(jax.devices()[:1], space=2)
     assert error.value.exit_code == USAGE
+
+
+def _poisoned(params, batch, extractor):
+    """As `_loss`; infinite where the batch holds region 3."""
+    loss, scalars = _loss(params, batch, extractor)
+    value = loss * jnp.where((batch.region == 3).any(), jnp.inf, 1.0)
+    return value, scalars | {"loss": value}
+
+
+def test_step_that_is_not_finite_changes_its_count_alone():
+    tx = optax.adam(0.5)
+    mesh = train_mesh.make_mesh(jax.devices()[:1])
+    options = {"mesh": mesh, "ema": 0.5, "skip_nonfinite": True}
+    step = train_step.make_train_step(_poisoned, tx, **options)
+    state, scalars = step(_state(tx, 8.0, True), _batch([0, 2]), None)
+    assert float(scalars["skipped"]) == 0
+    before = jax.device_get(state)
+    state, scalars = step(state, _batch([0, 3]), None)
+    assert float(scalars["skipped"]) == 1 and not np.isfinite(scalars["loss"])
+    after = jax.device_get(state)
+    assert int(after.step) == int(before.step) + 1
+    jax.tree.map(
+        np.testing.assert_array_equal, after._replace(step=0), before._replace(step=0)
+    )
+
+
+def test_steps_that_may_be_skipped_are_those_of_a_plain_run():
+    results = []
+    for skip in (False, True):
+        tx, step = _make(skip_nonfinite=skip)
+        state = _state(tx, 8.0, False)
+        for values in ([0, 2], [1, 3], [2, 2]):
+            state, scalars = step(state, _batch(values), None)
+        results.append(float(state.params["w"]))
+        assert ("skipped" in scalars) == skip
+    assert results[0] == results[1]
+
+
+def test_part_of_a_batch_without_a_loss_is_not_averaged_away():
+    def loss(params, batch, extractor):
+        value, scalars = _loss(params, batch, extractor)
+        gone = jnp.where((batch.region == 3).any(), jnp.nan, value)
+        return value, scalars | {"loss": gone}
+
+    tx = optax.sgd(0.5)
+    mesh = train_mesh.make_mesh(jax.devices()[:1])
+    step = train_step.make_train_step(loss, tx, mesh=mesh, accumulate=2)
+    _, scalars = step(_state(tx, 2.0, False), _batch([0, 2, 3, 1]), None)
+    assert np.isnan(scalars["loss"]) and float(scalars["odd"]) == 1.0
+
+
+def test_mid_planes_are_those_of_the_volumes(key):
+    shape = (2, 6, 4, 8)
+    keys = jax.random.split(key, 4)
+    labels = jax.random.randint(keys[0], (2, *shape), 0, 5).astype(jnp.uint8)
+    more = jnp.zeros((2, 0, *shape[1:]), jnp.uint8)
+    images = jax.random.normal(keys[1], (2, *shape, 1))
+    disp = jax.random.normal(keys[2], (*shape, 3))
+    valid = jnp.ones((*shape, 1))
+    one = jnp.zeros(2, jnp.int32)
+    pair = objective.Pair(
+        *images, jnp.zeros(2), valid, valid, *labels, more, more, one, one
+    )
+    planes = jax.jit(train_step.mid_planes)(disp, pair)
+    whole = {
+        "fixed": images[0, ..., 0],
+        "moving": images[1, ..., 0],
+        "warped": warp.warp(images[1], disp)[..., 0],
+        "fixed_labels": labels[0],
+        "moving_labels": labels[1],
+        "warped_labels": warp.warp(labels[1][..., None], disp, order=0)[..., 0],
+        "disp": disp,
+    }
+    assert planes.keys() == whole.keys()
+    for name, volume in whole.items():
+        expected = volume[:, 3], volume[:, :, 2], volume[:, :, :, 4]
+        for found, one in zip(planes[name], expected, strict=True):
+            np.testing.assert_allclose(found, one, atol=1e-6, err_msg=name)
