@@ -36,7 +36,7 @@ from unireg_jax.manifest import PATHS, Case
 from unireg_jax.registration import weights
 from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.threads import End, GivenUp, in_threads
-from unireg_jax.verbs import journal, options, outputs, results, versions
+from unireg_jax.verbs import journal, judging, options, outputs, results, versions
 from unireg_jax.verbs.messages import one_line, progress
 
 HELP = "a list of pairs -> transforms and warped images"
@@ -46,6 +46,7 @@ KEEP = 4  # scans remembered
 DONE = ("ok", "warn")
 _QC = (
     *("max_mm", "p99_mm", "fold_percent", "sdlogj", "ncc_before", "ncc_after"),
+    *judging.COLUMNS,
     *("dsc_before", "dsc_affine", "dsc", "tre_mm_before", "tre_mm"),
 )
 _COLUMNS = ("id", "status", "reason", "message", "seconds", *_QC, "warnings")
@@ -113,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds for one pair, until it is written; default no limit",
     )
     add("--ray", type=_whole, metavar="N", help="N actors of a Ray cluster do the work")
+    judging.add_arguments(parser)
     options.add_messages(parser)
 
 
@@ -362,6 +364,7 @@ class Worker:
         settings = results.settings_sha256(args, case)
         why, record = standing(args, case, self._files, self._weights, settings)
         if why is None and record is not None:
+            judging.check_kept(args, record)
             return record, True
         if why is not None and not (args.skip_existing or args.overwrite):
             raise _in_the_way(self._out / case.id, why)
@@ -386,7 +389,9 @@ class Worker:
             record = results.write(folder, inputs, result, session.model, settings)
             total = time.perf_counter() - started
             record["timings"]["total"] = round(total, 3)
+            judging.finish(args, folder, record, inputs.fixed, inputs.moving, result)
             results.seal(folder, record)
+            judging.hold_back(args, folder, record)
         return record, False
 
     def _load(self):
@@ -534,6 +539,7 @@ def _line(record: dict[str, Any], out: Path) -> dict[str, Any]:
     run = outputs.digest(out / case / f"{case}_run.json")
     made = {**record["outputs"], f"{case}_run.json": run}
     qc = dict(record["qc"])
+    qc |= {name: record["quality"].get(name) for name in judging.COLUMNS}
     if record.get("scores"):
         qc |= record["scores"]["mean"]
         rows = record["scores"]["labels"].values()

@@ -14,7 +14,7 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.reports import case, page, pictures
 from unireg_jax.verbs import outputs
 
-PAGE = "qc.html"
+COLUMNS = ("coverage", "local_ncc", "local_ncc_gain", "mirror_gain")  # of a table
 REJECTED = "rejected"  # folder in OUT of cases that the gate holds back
 
 
@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: of the verb.
     """
     add = parser.add_argument
-    add("--html", action="store_true", help=f"also CASE/{PAGE}, a page to look at")
+    add(
+        "--html",
+        action="store_true",
+        help=f"also CASE/{outputs.PAGE}, a page to look at",
+    )
     add(
         "--qc-gate",
         action="store_true",
@@ -109,24 +113,67 @@ def write_page(
     Path(path).write_text(text, encoding="utf-8")
 
 
-def reject(folder: Path, out: Path, record: Mapping[str, Any]) -> None:
-    """Keeps the results of a case apart and refuses it.
+def finish(
+    args: argparse.Namespace,
+    folder: Path,
+    record: dict[str, Any],
+    fixed: Volume,
+    moving: Volume,
+    result: Any,
+) -> None:
+    """Writes the page and lets the gate set the record's status; before it is sealed.
 
     Args:
-        folder: that holds the results; they are moved.
-        out: OUT.
-        record: with `findings`.
+        args: of `add_arguments`.
+        folder: from `outputs.case_folder`.
+        record: from `results.write`; changed in place.
+        fixed, moving: scans.
+        result: Registration.
+    """
+    if args.qc_gate and (found := findings(record)):
+        record["status"], record["reason"] = "failed", found[0].reason
+    if args.html:
+        drawn = pictures.scene(
+            fixed, moving, result.warped, result.disp_mm, result.affine
+        )
+        write_page(folder / outputs.PAGE, record, drawn)
+
+
+def hold_back(args: argparse.Namespace, folder: Path, record: Mapping) -> None:
+    """Keeps the results of a case that the gate refuses apart; after it is sealed.
+
+    Args:
+        args: of `add_arguments`, with `out`.
+        folder: from `outputs.case_folder`; emptied if the case is refused.
+        record: from `finish`.
 
     Raises:
-        UserError: always: the first finding, exit code 4.
+        UserError: the first finding, exit code 4, if the gate refuses the case.
     """
+    if not args.qc_gate or record["status"] != "failed":
+        return
     name = str(record["case"])
-    with outputs.case_folder(out / REJECTED, name, True) as apart:
+    with outputs.case_folder(Path(args.out) / REJECTED, name, True) as apart:
         for file in folder.iterdir():
             os.replace(file, apart / file.name)
+    _refuse(record, f"results are kept in {REJECTED}/{shown(name)}")
+
+
+def check_kept(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Refuses results of an earlier run that the gate does not let pass.
+
+    Args:
+        args: of `add_arguments`.
+        record: of the results that are there.
+
+    Raises:
+        UserError: the first finding, exit code 4.
+    """
+    if args.qc_gate and findings(record):
+        _refuse(record, "these results are of a run without --qc-gate; --overwrite")
+
+
+def _refuse(record: Mapping[str, Any], note: str) -> None:
     found = findings(record)
-    where = shown(Path(REJECTED) / name)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    raise UserError(
-        found[0].reason, f"{found[0].line}{more}; results kept in {where}", FAILED
-    )
+    raise UserError(found[0].reason, f"{found[0].line}{more}; {note}", FAILED)

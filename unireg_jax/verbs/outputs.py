@@ -20,6 +20,7 @@ OUTPUTS = (  # the record comes last: it says that a case is whole
     "warped_label.nii.gz",
     "run.json",
 )
+PAGE = "qc.html"  # of a case, a view of the rest
 
 
 @contextlib.contextmanager
@@ -90,11 +91,12 @@ def _publish(temp: Path, final: Path, case: str) -> None:
         sync(temp)
         os.rename(temp, final)
     else:
-        for name in reversed(OUTPUTS):
-            (final / f"{case}_{name}").unlink(missing_ok=True)
-        for name in OUTPUTS:
-            if (new := temp / f"{case}_{name}").exists():
-                os.replace(new, final / new.name)
+        names = (PAGE, *(f"{case}_{name}" for name in OUTPUTS))
+        for name in reversed(names):
+            (final / name).unlink(missing_ok=True)
+        for name in names:
+            if (temp / name).exists():
+                os.replace(temp / name, final / name)
         sync(final)
     sync(final.parent)
 

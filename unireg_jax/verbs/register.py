@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unireg_jax import registration
 from unireg_jax.errors import shown
 from unireg_jax.manifest import Case
-from unireg_jax.verbs import options, outputs, results
+from unireg_jax.verbs import judging, options, outputs, results
 from unireg_jax.verbs.messages import number, progress
 
 HELP = "one pair of scans -> transform and warped image"
@@ -35,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--moving-label", metavar="FILE", help="labels to be warped too")
     add("--fixed-mask", metavar="FILE", help="where scans are compared, default body")
     add("--case", metavar="NAME", help="default: FIXED__MOVING")
+    add(
+        "--inverse-consistency",
+        action="store_true",
+        help="also register fixed to moving, which takes as long again, and measure "
+        "how far there and back leads away",
+    )
+    judging.add_arguments(parser)
     options.add_overwrite(parser, "the results of the case")
     options.add_messages(parser)
 
@@ -75,17 +84,35 @@ def run(args: argparse.Namespace) -> int:
             refine=results.plan(args),
             progress=say,
         )
+        back = _back(args, inputs, model, say) if args.inverse_consistency else None
         say("writing")
         settings = results.settings_sha256(args, case)
-        record = results.write(folder, inputs, result, model, settings)
+        record = results.write(folder, inputs, result, model, settings, back_mm=back)
+        judging.finish(args, folder, record, inputs.fixed, inputs.moving, result)
         total = time.perf_counter() - started
         record["timings"] |= {"read": round(read, 3), "total": round(total, 3)}
         text = results.seal(folder, record)
+        judging.hold_back(args, folder, record)
     _summarize(say, record, Path(args.out) / name)
     if args.json:
         sys.stdout.write(text)
         sys.stdout.flush()
     return 0
+
+
+def _back(args, inputs, model, say) -> np.ndarray:
+    """The map of the opposite registration, [X, Y, Z, 3] mm on moving."""
+    say("fixed to moving")
+    return registration.register(
+        inputs.moving,
+        inputs.fixed,
+        task=args.task,
+        pair_type=args.type,
+        weights=model,
+        affine=args.affine,
+        refine=results.plan(args),
+        progress=say,
+    ).disp_mm
 
 
 def _summarize(say: Callable[[str], None], record: dict[str, Any], where: Path) -> None:

@@ -27,7 +27,7 @@ _RECORD_BYTES = 1 << 26
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this verb."""
     parser.description = (
-        f"Of the folder of a case: {judging.PAGE}, pictures of the scans in three "
+        f"Of the folder of a case: {outputs.PAGE}, pictures of the scans in three "
         "planes with sliders, numbers and what is wrong with them. Of the folder of a "
         f"batch: {INDEX}, all cases, the worst first, and with --list their pages. "
         "Each is one file that works offline and asks for nothing."
@@ -102,7 +102,7 @@ def _case(args, folder: Path, say) -> dict[str, Any]:
             f"{shown(folder)}: holds results and no scans; pass --fixed and --moving",
             USAGE,
         )
-    target = _target(args, folder / judging.PAGE)
+    target = _target(args, folder / outputs.PAGE)
     case = _read(folder)
     case, drawn = _look(case, args.fixed, args.moving)
     with nifti.atomic_path(target) as temp:
@@ -195,7 +195,7 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
     cases.sort(key=_badness, reverse=True)
     for i, case in enumerate(cases):
         thumbs = ()
-        page = case.folder / judging.PAGE
+        page = case.folder / outputs.PAGE
         if (row := scans.get(case.name)) and i < args.pages:
             say(f"{i + 1} of {min(len(cases), args.pages)}: {case.name}")
             try:

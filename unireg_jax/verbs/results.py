@@ -18,14 +18,14 @@ import numpy as np
 
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError, shown
-from unireg_jax.evaluation import metrics
+from unireg_jax.evaluation import metrics, quality
 from unireg_jax.imaging import nifti, orientation, points, transforms
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.manifest import NO_TASK, PATHS, TYPES, Case
 from unireg_jax.registration import weights
 from unireg_jax.registration.kept import Kept
 from unireg_jax.tasks import TASKS
-from unireg_jax.verbs import options, outputs, versions
+from unireg_jax.verbs import judging, options, outputs, versions
 
 SCHEMA = 1  # of <case>_run.json
 # Spelled here so that --help imports no JAX; a test compares them.
@@ -271,6 +271,8 @@ def write(
     result: Any,
     model: Any,
     settings: str,
+    *,
+    back_mm: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Writes a pair's results into its folder; `seal` adds the record.
 
@@ -280,6 +282,7 @@ def write(
         result: Registration.
         model: of the registration.
         settings: from `settings_sha256`.
+        back_mm: [X', Y', Z', 3] LPS mm on moving, of the opposite registration.
 
     Returns:
         The record, without the time that writing takes.
@@ -294,7 +297,20 @@ def write(
     if inputs.labels:
         scores = _score(prefix, result, inputs.labels, inputs.fixed)
         warnings += _label_warnings(inputs.labels)
+    numbers = judging.assess(
+        inputs.fixed,
+        inputs.moving,
+        result.disp_mm,
+        result.affine,
+        mask=inputs.mask,
+        fixed_labels=inputs.labels and inputs.labels[0].data,
+        scores=scores,
+        back_mm=back_mm,
+    )
+    found = quality.judge(numbers, result.settings["pair_type"])
+    warnings += [finding.line for finding in found]
     record = _record(inputs, result, model, warnings)
+    record["quality"] = numbers
     record["scores"] = scores
     if inputs.points:
         errors = metrics.landmark_errors(
@@ -390,7 +406,7 @@ def _record(inputs: Inputs, result, model, warnings: list[str]) -> dict[str, Any
         for name, volume in volumes.items()
         for line in volume.warnings
     ]
-    lines += [*result.warnings, *registration.quality_warnings(result.qc), *warnings]
+    lines += [*result.warnings, *warnings]
     lines += _case_warnings(case, result.settings["pair_type"])
     return metrics.as_json(
         {
