@@ -1,0 +1,152 @@
+"""One reader for every kind of scan: the same voxels in the same places."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from tests import dicom_files
+from unireg_jax import errors
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import nifti, scans
+
+SHAPE = (13, 11, 9)
+SPACING = (2.5, 2.0, 3.0)
+# Columns are the directions of the stored axes: oblique, and L and S reversed.
+TURN = np.array([[-0.96, 0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, -1.0]])
+
+
+@pytest.fixture
+def image():
+    """An ITK image and its voxels [X, Y, Z]."""
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1000, 300, SHAPE).astype(np.int16)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(hu.T))
+    image.SetSpacing(SPACING)
+    image.SetOrigin((12.5, -40.0, 300.0))
+    image.SetDirection(TURN.ravel())
+    return image, hu
+
+
+def save(image, path):
+    sitk.WriteImage(image, str(path), useCompression="nrrd" in path.name)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".nhdr", ".mha", ".mhd", ".nii.gz"])
+def test_every_format_gives_the_same_volume(tmp_path, image, ending):
+    image, hu = image
+    volume = scans.read_scan(save(image, tmp_path / f"scan{ending}"))
+    assert volume.data.dtype == np.int16
+    assert volume.native.shape == SHAPE
+    # The point of a stored voxel, as ITK says, holds its value.
+    for voxel in ((0, 0, 0), (3, 7, 2), (12, 10, 8)):
+        point = image.TransformIndexToPhysicalPoint(voxel)
+        at = np.linalg.inv(volume.vox2world) @ [*point, 1.0]
+        # NIfTI keeps its geometry in float32.
+        np.testing.assert_allclose(at, np.rint(at), atol=1e-4)
+        assert volume.data[tuple(np.rint(at[:3]).astype(int))] == hu[voxel]
+    np.testing.assert_allclose(volume.spacing_mm, SPACING, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_results_go_back_to_the_stored_grid(tmp_path, image, ending):
+    image, hu = image
+    volume = scans.read_scan(save(image, tmp_path / f"scan{ending}"))
+    nifti.write_like(tmp_path / "out.nii.gz", volume.data, volume)
+    back = sitk.ReadImage(str(tmp_path / "out.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(back).T, hu)
+    np.testing.assert_allclose(back.GetDirection(), image.GetDirection(), atol=1e-6)
+    np.testing.assert_allclose(back.GetOrigin(), image.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(back.GetSpacing(), SPACING, rtol=1e-6)
+
+
+def test_dicom_series_is_a_scan_like_any_other(tmp_path, image):
+    _, hu = image
+    dicom_files.write_series(tmp_path / "series", hu)
+    volume = scans.read_scan(tmp_path / "series")
+    nifti.write_like(tmp_path / "out.nii.gz", volume.data, volume)
+    back = scans.read_scan(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(back.data, volume.data)
+    np.testing.assert_allclose(back.vox2world, volume.vox2world, atol=1e-4)
+    assert [p.suffix for p in scans.files_of(tmp_path / "series")] == [".dcm"] * 9
+
+
+def test_files_of_a_header_include_its_voxels(tmp_path, image):
+    path = save(image[0], tmp_path / "scan.mhd")
+    assert [p.name for p in scans.files_of(path)] == ["scan.mhd", "scan.raw"]
+    assert scans.files_of("scan.nii.gz")[0].name == "scan.nii.gz"
+
+
+def test_values_keep_their_meaning(tmp_path, image):
+    halves = sitk.Cast(image[0], sitk.sitkFloat64) + 0.5
+    volume = scans.read_scan(save(halves, tmp_path / "halves.mha"))
+    assert volume.data.dtype == np.float32
+    whole = sitk.Cast(image[0], sitk.sitkFloat32)
+    assert scans.read_scan(save(whole, tmp_path / "w.mha")).data.dtype == np.int16
+    labels = sitk.GetImageFromArray(np.arange(9 * 11 * 13).reshape(9, 11, 13) % 300)
+    labels.SetSpacing(SPACING)
+    found = scans.read_labels(save(labels, tmp_path / "labels.nrrd"))
+    assert found.data.dtype == np.uint16 and found.data.max() == 299
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda i: sitk.Cast(i, sitk.sitkFloat32) / 0.0, "nonfinite"),
+        (lambda i: sitk.Compose(i, i, i), "ndim"),
+        (lambda i: i[:, :, 3], "ndim"),
+        (lambda i: i[:, :, 3:4], "fov"),
+    ],
+)
+def test_read_scan_refuses(tmp_path, image, spoil, reason):
+    path = save(spoil(image[0]), tmp_path / "scan.mha")
+    with pytest.raises(UserError) as error:
+        scans.read_scan(path)
+    assert error.value.reason == reason
+    assert str(path) in str(error.value)
+
+
+def test_read_scan_refuses_more_voxels_than_allowed(tmp_path, image):
+    path = save(image[0], tmp_path / "scan.nrrd")
+    with pytest.raises(UserError, match="at most 1000 voxels") as error:
+        scans.read_scan(path, max_voxels=1000)
+    assert error.value.exit_code == errors.LIMIT
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_read_scan_refuses_a_file_that_is_cut_short(tmp_path, image, ending):
+    path = tmp_path / f"scan{ending}"
+    sitk.WriteImage(image[0], str(path))
+    path.write_bytes(path.read_bytes()[:-700])
+    with pytest.raises(UserError) as error:
+        scans.read_scan(path)
+    assert error.value.reason in ("not_nifti", "truncated")
+    path.write_bytes(b"no image at all\n" * 9)
+    with pytest.raises(UserError, match="whole NRRD or MetaImage"):
+        scans.read_scan(path)
+
+
+def test_labels_of_halves_are_refused(tmp_path, image):
+    halves = sitk.Cast(image[0], sitk.sitkFloat32) + 0.5
+    with pytest.raises(UserError, match="fractions"):
+        scans.read_labels(save(halves, tmp_path / "l.mha"))
+
+
+def test_without_simpleitk_one_line_names_the_extra(tmp_path, image, monkeypatch):
+    path = save(image[0], tmp_path / "scan.nrrd")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n: None if n == "SimpleITK" else find(n)
+    )
+    with pytest.raises(UserError, match=r"unireg-jax\[itk\]") as error:
+        scans.read_scan(path)
+    assert (error.value.reason, error.value.exit_code) == ("not_installed", 2)
+
+
+def test_absent_files_are_named(tmp_path):
+    for name in ("a.nrrd", "a.mha", "a.nii.gz"):
+        with pytest.raises(UserError) as error:
+            scans.read_scan(tmp_path / name)
+        assert error.value.reason == "not_found"
