@@ -25,6 +25,8 @@ SHORT = {
     "nifti": "imaging/test_nifti.py",
     "manifest": "data_pipeline/test_manifest.py",
     "check": "data_pipeline/test_check.py",
+    "pairs": "test_manifest.py",
+    "batch": "test_cli_batch.py",
     "cli": "test_cli.py",
     "training": "training/test_training.py",
     "here": "test_malformed_inputs.py",
