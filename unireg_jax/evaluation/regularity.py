@@ -11,14 +11,18 @@ edges at the voxel, and the ones between face diagonals of the cubes above and b
 Together the tetrahedra of all voxels fill each cube twice.
 """
 
+import concurrent.futures
 import itertools
 import math
+import os
+from collections.abc import Callable
 
 import numpy as np
 
 LEAST_VOXELS = 3  # along each axis, for a determinant
 LEAST_VOXELS_L2R = 5
-_SLAB_VOXELS = 2**19  # of one slab: its arrays stay in the cache
+_SLAB_VOXELS = 2**18  # of one slab: its arrays stay near the cache
+_THREADS = 8  # at most: each holds some 50 MiB
 _FLOOR = 1e-9  # of a determinant, before the logarithm
 
 
@@ -56,8 +60,7 @@ def field_scores(
                 f"{name} must be {disp_mm.shape[:3]} on the field's grid, got "
                 f"{given.shape}; resample it"
             )
-    slabs = range(disp_mm.shape[2])
-    longest = max(float(np.square(disp_mm[:, :, k]).sum(-1).max()) for k in slabs)
+    longest = max(float(np.square(plane).sum(axis=-1).max()) for plane in disp_mm)
     scores = {"max_mm": math.sqrt(longest)}
     detj = jacobian_determinant(disp_mm, vox2world)
     folded, volume = digital_folds(disp_mm, vox2world)
@@ -100,9 +103,12 @@ def jacobian_determinant(disp_mm: np.ndarray, vox2world: np.ndarray) -> np.ndarr
         grid of fewer than 3 voxels along an axis.
     """
     out = np.empty(_interior(disp_mm.shape), np.float32)
-    for slab, disp in _slabs(disp_mm, vox2world):
+
+    def work(slab: slice, disp: np.ndarray) -> None:
         rows = [_central(disp, axis) for axis in range(3)]
-        out[:, :, slab] = _dot(rows[0], _cross(rows[1], rows[2]))
+        out[slab] = _dot(rows[0], _cross(rows[1], rows[2]))
+
+    _slabs(work, disp_mm, vox2world)
     return out
 
 
@@ -126,10 +132,13 @@ def digital_folds(
     """
     shape = _interior(disp_mm.shape)
     folded, volume = np.empty(shape, bool), np.empty(shape, np.float32)
-    for slab, disp in _slabs(disp_mm, vox2world):
+
+    def work(slab: slice, disp: np.ndarray) -> None:
         lowest, negative = _tetrahedra(disp)
-        folded[:, :, slab] = lowest <= 0
-        volume[:, :, slab] = negative / np.float32(-12)
+        folded[slab] = lowest <= 0
+        volume[slab] = negative / np.float32(-12)
+
+    _slabs(work, disp_mm, vox2world)
     return folded, volume
 
 
@@ -161,20 +170,31 @@ def _interior(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(max(0, n - 2) for n in shape[:3])
 
 
-def _slabs(disp_mm: np.ndarray, vox2world: np.ndarray):
-    """Slices of the interior along Z, and the displacement there in voxels.
+def _slabs(
+    work: Callable[[slice, np.ndarray], None],
+    disp_mm: np.ndarray,
+    vox2world: np.ndarray,
+) -> None:
+    """Calls `work` for slices of the interior along X, several at a time.
 
-    With one voxel more on either side, components first: [3, X, Y, depth + 2].
+    With their displacement in voxels, one voxel more on either side, components first:
+    [3, depth + 2, Y, Z].
     """
     x, y, z = disp_mm.shape[:3]
     if min(x, y, z) < LEAST_VOXELS:
         return
     to_voxel = np.linalg.inv(vox2world[:3, :3]).astype(np.float32)
-    depth = max(1, _SLAB_VOXELS // (x * y))
-    for k in range(0, z - 2, depth):
-        mm = disp_mm[:, :, k : min(k + depth, z - 2) + 2]
-        disp = np.ascontiguousarray(np.moveaxis(mm @ to_voxel.T, -1, 0))
-        yield slice(k, k + depth), disp
+    depth = max(1, _SLAB_VOXELS // (y * z))
+
+    def convert(i: int) -> None:
+        mm = disp_mm[i : min(i + depth, x - 2) + 2]
+        disp = to_voxel @ np.moveaxis(mm, -1, 0).reshape(3, -1)
+        work(slice(i, i + depth), disp.reshape(3, *mm.shape[:3]))
+
+    threads = len(os.sched_getaffinity(0))
+    with concurrent.futures.ThreadPoolExecutor(min(threads, _THREADS)) as pool:
+        for _ in pool.map(convert, range(0, x - 2, depth)):
+            pass  # raises what a worker raised
 
 
 def _central(disp: np.ndarray, axis: int) -> list[np.ndarray]:
