@@ -226,6 +226,23 @@ def test_warp_keeps_the_type_and_fills(
     assert (out.get_fdata() == outside).mean() > 0.05
 
 
+@pytest.mark.parametrize("ending", ["nrrd", "mha"])
+def test_warp_takes_scans_of_itk(run, tmp_path, ending):
+    for name in ("fixed", "moving"):
+        image = sitk.ReadImage(f"{name}.nii.gz")
+        sitk.WriteImage(image, str(tmp_path / f"{name}.{ending}"))
+    words = ("warp", "-t", "c.h5", "--json")
+    pairs = [("fixed.nii.gz", "moving.nii.gz", tmp_path / "a.nii")]
+    names = [tmp_path / f"{name}.{ending}" for name in ("fixed", "moving")]
+    pairs.append((*names, tmp_path / "b.nii"))
+    for fixed, moving, out in pairs:
+        code, stdout, _ = run(*words, "-f", fixed, "-m", moving, "-o", out)
+        assert code == 0 and json.loads(stdout)["dtype"] == "int16"
+    first, second = (nib.load(out) for *_, out in pairs)
+    np.testing.assert_allclose(first.affine, second.affine, atol=1e-4)
+    assert np.abs(first.get_fdata() - second.get_fdata()).max() <= 1  # rounded HU
+
+
 # --- points -------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from unireg_jax.errors import NUMERICAL, UserError, shown
-from unireg_jax.imaging import mapping, nifti, orientation, transforms
+from unireg_jax.imaging import mapping, orientation, scans, transforms
 from unireg_jax.imaging.mapping import Field, Grid, Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code."""
-    fixed = nifti.read_image(args.fixed) if args.fixed else None
-    moving = nifti.read_image(args.moving) if args.moving else None
+    fixed = scans.read_scan(args.fixed) if args.fixed else None
+    moving = scans.read_scan(args.moving) if args.moving else None
     found: dict[str, Any] = {"schema": 1, "verb": "check-transform"}
     broken = None
     try:

@@ -1,6 +1,7 @@
 """Files of the verbs that read transforms: arguments, checks, reading, writing."""
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unireg_jax.errors import STORAGE, USAGE, UserError, shown
-from unireg_jax.imaging import mapping, nifti, transforms
+from unireg_jax.imaging import mapping, scans, transforms
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
@@ -139,7 +140,7 @@ def read_grid(path: str | None) -> Volume | None:
     """Geometry and header of a scan, without its voxels."""
     if path is None:
         return None
-    volume = nifti.read_image(path)
+    volume = scans.read_scan(path)
     none = np.broadcast_to(np.uint8(0), volume.data.shape)
     return volume._replace(data=none)
 
@@ -161,7 +162,17 @@ def report(args: argparse.Namespace, verb: str, **content: Any) -> None:
 
 
 def _file(path: str) -> dict[str, Any]:
-    return {"name": Path(path).name, **outputs.digest(Path(path))}
+    """Name and digest; of a folder of slices, the digest of their digests."""
+    found = [outputs.digest(one) for one in scans.files_of(path)]
+    if len(found) == 1:
+        return {"name": Path(path).name, **found[0]}
+    joined = "".join(one["sha256"] for one in found).encode()
+    return {
+        "name": Path(path).name,
+        "files": len(found),
+        "sha256": hashlib.sha256(joined).hexdigest(),
+        "bytes": sum(one["bytes"] for one in found),
+    }
 
 
 def plain(values: dict[str, float]) -> dict[str, float | None]:

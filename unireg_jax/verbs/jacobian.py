@@ -7,7 +7,7 @@ import numpy as np
 from scipy import ndimage
 
 from unireg_jax.errors import USAGE, UserError, shown
-from unireg_jax.imaging import mapping, nifti
+from unireg_jax.imaging import mapping, nifti, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     target = fixed or _own_grid(whole)
     mask = None
     if args.mask:
-        volume = nifti.read_labels(args.mask)
+        volume = scans.read_labels(args.mask)
         nifti.check_same_grid(target, volume)
         mask = volume.data > 0
     say("measuring")

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from unireg_jax.errors import USAGE, UserError, shown
-from unireg_jax.imaging import mapping, nifti
+from unireg_jax.imaging import mapping, nifti, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     say("reading")
     fixed = files.read_grid(args.fixed)
     label = args.interp == "label"
-    moving = (nifti.read_labels if label else nifti.read_image)(args.moving)
+    moving = (scans.read_labels if label else scans.read_scan)(args.moving)
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     if args.interp == "linear" and _like_labels(moving.data):
         say(
@@ -113,6 +113,8 @@ def _stored(moving: Volume, fill: float) -> tuple[Volume, np.dtype]:
         data = data.astype(np.float32)
     dtype = data.dtype
     header = moving.header
+    if tuple(header.get_data_shape()[:3]) != moving.native.shape:
+        return moving._replace(data=data), dtype  # made for another format
     scaled = float(header["scl_slope"]) not in (0, 1) or float(header["scl_inter"])
     own = np.dtype(header.get_data_dtype()).newbyteorder("=")
     if data.dtype == moving.data.dtype and not scaled:
