@@ -21,7 +21,7 @@ from unireg_jax.imaging import mapping, transforms
 from unireg_jax.imaging.mapping import Mapping
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("transforms.md",)
+PAGES = ("transforms.md", "evaluation.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -47,6 +47,10 @@ def pair(tmp_path, monkeypatch):
     mapping.write(tmp_path / "case_1Warp.nii.gz", whole)
     (tmp_path / "points.csv").write_text("name,x,y,z\na,8,-160,710\nb,20,-140,700\n")
     (tmp_path / "voxels.csv").write_text("x,y,z\n12,14,9\n3,20,11\n")
+    (tmp_path / "cases.csv").write_text(
+        "id,transform,fixed_label,moving_label\n"
+        "a,case_1Warp.nii.gz,fixed_seg.nii.gz,moving_seg.nii.gz\n"
+    )
     monkeypatch.chdir(tmp_path)
 
 
