@@ -9,10 +9,11 @@ import struct
 import matplotlib.image
 import numpy as np
 import pytest
+from tensorboardX import record_writer, summary
 from tensorboardX.proto.event_pb2 import Event
 
 from unireg_jax.errors import STORAGE, UserError
-from unireg_jax.training import images, log
+from unireg_jax.training import events, images, log
 
 
 def _lines(folder):
@@ -21,14 +22,14 @@ def _lines(folder):
 
 def _events(folder):
     """Every event of TensorBoard's files, in order of their names."""
-    events = []
+    found = []
     for path in sorted((folder / "tb").iterdir()):
         content, at = path.read_bytes(), 0
         while at < len(content):
             (size,) = struct.unpack_from("<Q", content, at)
-            events.append(Event.FromString(content[at + 12 : at + 12 + size]))
+            found.append(Event.FromString(content[at + 12 : at + 12 + size]))
             at += 12 + size + 4
-    return events
+    return found
 
 
 @pytest.fixture
@@ -123,23 +124,49 @@ def test_tensorboard_finds_scalars_warnings_and_pictures(tmp_path):
     writer.draw(4, {"pair/lung": rgb})
     writer.close()
     log.Log(tmp_path, resume_step=3).close()
-    first, *events = _events(tmp_path)
+    first, *later = _events(tmp_path)
     assert first.file_version == "brain.Event:2"
-    values = {(e.step, v.tag): v for e in events for v in e.summary.value}
+    values = {(e.step, v.tag): v for e in later for v in e.summary.value}
     assert list(values) == [
         (3, "train/loss"),
-        (4, "warning/text_summary"),
+        (4, "warning"),
         (4, "pair/lung"),
     ]
     assert values[3, "train/loss"].simple_value == 0.25
-    assert values[4, "warning/text_summary"].tensor.string_val == [b"loss of lung"]
+    assert values[4, "warning"].tensor.string_val == [b"loss of lung"]
     image = values[4, "pair/lung"].image
     assert (image.height, image.width, image.colorspace) == (5, 7, 3)
     decoded = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))
     np.testing.assert_array_equal((decoded * 255).round().astype(np.uint8), rgb)
     # The run goes on from step 3: what there is from step 4 on is hidden.
-    assert events[-1].session_log.status == 1 and events[-1].step == 4
+    assert later[-1].session_log.status == 1 and later[-1].step == 4
     assert _lines(tmp_path)[-1] == {"step": 3, "train/loss": 0.25, "train/dice": None}
+
+
+def test_events_are_those_of_the_usual_writer():
+    """Of a negative zero, a name that is not ASCII, sizes of one and three bytes."""
+    values = {"train/loss": 0.5, "größe": -0.0}
+    png = images.encode_png(np.full((300, 200, 3), 7, np.uint8))
+    for name, found, expected in (
+        ("scalars", events.scalars(2.5, 300, values), None),
+        ("text", events.text(2.5, 300, "warning", "é"), summary.text("warning", "é")),
+        ("image", events.image(2.5, 300, "pair", png), None),
+    ):
+        event = Event.FromString(found)
+        assert (event.wall_time, event.step) == (2.5, 300), name
+        if expected is not None:
+            expected.value[0].tag = "warning"
+            assert event.summary == expected
+    event = Event.FromString(events.scalars(2.5, 300, values))
+    assert {v.tag: v.simple_value for v in event.summary.value} == values
+    picture = Event.FromString(events.image(2.5, 300, "pair", png)).summary.value[0]
+    assert (picture.image.height, picture.image.width) == (300, 200)
+    assert picture.image.encoded_image_string == png
+    for content in (b"", b"123456789", png):
+        record = events.record(content)
+        sums = record[8:12], record[-4:]
+        for part, crc in zip((record[:8], content), sums, strict=True):
+            assert struct.unpack("<I", crc)[0] == record_writer.masked_crc32c(part)
 
 
 def test_png_rejects_other_arrays():

@@ -10,20 +10,15 @@ import json
 import math
 import os
 import socket
-import struct
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import text as text_summary
 
 from unireg_jax.errors import STORAGE, UserError, shown
-from unireg_jax.training import images, manifest
+from unireg_jax.training import events, images, manifest
 
 NAME = "metrics.jsonl"
 TIMES = "time/"  # prefix of what differs between two runs that are otherwise the same
@@ -89,34 +84,23 @@ class Log:
             k: float(v) if math.isfinite(float(v)) else None for k, v in scalars.items()
         }
         self._lines.add({"step": step, **clean})
-        values = [
-            Summary.Value(tag=k, simple_value=v)
-            for k, v in clean.items()
-            if v is not None
-        ]
-        self._board.add(step, Summary(value=values))
+        known = {k: v for k, v in clean.items() if v is not None}
+        self._board.add(events.scalars(time.time(), step, known))
 
     def warn(self, step: int, message: str) -> None:
         """Writes a line with the key `warning`."""
         if self.silent:
             return
         self._lines.add({"step": step, "warning": message})
-        self._board.add(step, text_summary("warning", message))
+        self._board.add(events.text(time.time(), step, "warning", message))
 
     def draw(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Gives TensorBoard pictures [H, W, 3] uint8."""
         if self.silent:
             return
-        values = []
         for name, rgb in pictures.items():
-            image = Summary.Image(
-                height=rgb.shape[0],
-                width=rgb.shape[1],
-                colorspace=3,
-                encoded_image_string=images.encode_png(rgb),
-            )
-            values.append(Summary.Value(tag=name, image=image))
-        self._board.add(step, Summary(value=values))
+            png = images.encode_png(rgb)
+            self._board.add(events.image(time.time(), step, name, png))
 
     def sync(self) -> None:
         """Returns when all lines are on the disk, as far as it takes them."""
@@ -177,11 +161,7 @@ class _Lines:
 
 
 class _Board:
-    """TensorBoard's file, in the record format that tensorboardX writes.
-
-    Not tensorboardX's writer: its thread dies of a full disk, and the run then waits
-    for it forever.
-    """
+    """TensorBoard's file."""
 
     def __init__(self, folder: Path, resume_step: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,27 +169,20 @@ class _Board:
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
         self._file = open(folder / name, "xb", buffering=0)
         self._failed = False
-        version = "brain.Event:2"
-        self._write(Event(wall_time=time.time(), file_version=version))
-        if resume_step:  # TensorBoard hides what it has from this step on
-            purge, status = resume_step + 1, SessionLog.START
-            self._write(Event(step=purge, file_version=version))
-            self._write(Event(step=purge, session_log=SessionLog(status=status)))
+        now, after = time.time(), resume_step + 1
+        first = [events.version(now)]
+        if resume_step:
+            first += [events.version(now, step=after), events.restart(now, step=after)]
+        _append(self._file, b"".join(map(events.record, first)))
 
-    def add(self, step: int, summary: Summary) -> None:
+    def add(self, event: bytes) -> None:
         """Writes an event; it is lost where that fails."""
         try:
-            self._write(Event(wall_time=time.time(), step=step, summary=summary))
+            _append(self._file, events.record(event))
         except OSError as error:
             if not self._failed:
                 _warn(f"tb cannot be written ({error.strerror}); steps are missing")
             self._failed = True
-
-    def _write(self, event: Event) -> None:
-        content = event.SerializeToString()
-        size = struct.pack("<Q", len(content))
-        sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, content)]
-        _append(self._file, size + sums[0] + content + sums[1])
 
     def sync(self) -> None:
         _sync(self._file, "tb")
