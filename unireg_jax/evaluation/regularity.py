@@ -21,8 +21,8 @@ import numpy as np
 
 LEAST_VOXELS = 3  # along each axis, for a determinant
 LEAST_VOXELS_L2R = 5
-_SLAB_VOXELS = 2**18  # of one slab: its arrays stay near the cache
-_THREADS = 8  # at most: each holds some 50 MiB
+_SLAB_VOXELS = 2**19  # of one slab: its arrays stay near the cache
+_THREADS = 8  # at most: each holds some 100 MiB
 _FLOOR = 1e-9  # of a determinant, before the logarithm
 
 
