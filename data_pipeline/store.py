@@ -16,17 +16,15 @@ and, where the source has them, for evaluation (the loader does not read them):
 Every file appears whole or not at all: temporary file beside it, fsync, rename.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unireg_jax import locks
 from unireg_jax.errors import (
     CHECKPOINT,
     DATA_CHANGED,
@@ -43,6 +41,8 @@ INDEX_NAME = "index.json"
 ALIGN_NAME = "align.json"
 VOLUMES_NAME = "volumes"
 POINTS_NAME = "points"
+
+lock = locks.lock  # of a prepared folder or a work folder
 
 
 def file_sha256(path: Path | str) -> str:
@@ -77,36 +77,6 @@ def make_folders(root: Path | str, *names: str) -> Path:
             "storage", f"{root.name}: {error.strerror}; give another --out", STORAGE
         ) from error
     return root
-
-
-@contextlib.contextmanager
-def lock(folder: Path | str) -> Iterator[None]:
-    """One run per folder. The kernel holds the lock: it cannot be left behind.
-
-    Args:
-        folder: it must exist; `.lock` stays in it.
-
-    Raises:
-        UserError: `storage`, exit code 2 at once when another run holds it; 6 when it
-            cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(
-            "storage", f"{folder.name}: {error.strerror}; give another folder", STORAGE
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                "storage",
-                f"{folder.name}: another run is writing to it; wait for it",
-                USAGE,
-            ) from error
-        yield
 
 
 def write_atomic(path: Path | str, content: bytes) -> None:

@@ -20,6 +20,7 @@ from experiments.faults import scans
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.imaging import transforms
+from unireg_jax.locks import lock
 from unireg_jax.registration import pipeline
 from unireg_jax.verbs import batch, journal, outputs, results
 
@@ -489,13 +490,14 @@ def test_proof_sees_what_it_looks_for(done, network):
 
 
 def test_second_run_on_one_folder_leaves_at_once(folder, network, capsys):
-    with journal.lock(folder / "out", ".unireg-batch.lock"):
+    (folder / "out").mkdir()
+    with lock(folder / "out", ".unireg-batch.lock"):
         assert run(folder, network) == errors.USAGE
         assert run(folder, network, "--num-parts", "2") == errors.USAGE
     assert "another run is writing" in capsys.readouterr().err
-    with journal.lock(folder / "out", ".unireg-batch.lock", shared=True):
+    with lock(folder / "out", ".unireg-batch.lock", shared=True):
         assert run(folder, network) == errors.USAGE
-    with journal.lock(folder / "out", ".unireg-batch-1-of-2.lock"):
+    with lock(folder / "out", ".unireg-batch-1-of-2.lock"):
         again = run(folder, network, "--num-parts", "2", "--part-id", "1")
     assert again == errors.USAGE
     assert not list((folder / "out").glob("a*"))

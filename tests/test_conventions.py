@@ -15,6 +15,7 @@ PACKAGE = "unireg_jax"
 ALLOWED = {
     "unireg_jax.tasks": set(),
     "unireg_jax.errors": set(),
+    "unireg_jax.locks": set(),
     "unireg_jax.manifest": set(),
     "unireg_jax.ops": set(),
     "unireg_jax.imaging": set(),
@@ -32,6 +33,7 @@ ALLOWED = {
         "unireg_jax.registration",
     },
     "unireg_jax.verbs": {
+        "unireg_jax.locks",
         "unireg_jax.manifest",
         "unireg_jax.imaging",
         "unireg_jax.evaluation",
@@ -42,7 +44,11 @@ ALLOWED = {
     "unireg_jax.__main__": {"unireg_jax.verbs"},
     "unireg_jax.__init__": set(),
     "unireg_jax.weights": set(),
-    "data_pipeline": {"unireg_jax.manifest", "unireg_jax.imaging"},
+    "data_pipeline": {
+        "unireg_jax.locks",
+        "unireg_jax.manifest",
+        "unireg_jax.imaging",
+    },
     "experiments": {
         "unireg_jax.manifest",
         "unireg_jax.ops",
@@ -61,6 +67,7 @@ HOST = {
     "unireg_jax.evaluation",
     "unireg_jax.reports",
     "unireg_jax.verbs",
+    "unireg_jax.locks",
     "unireg_jax.manifest",
     "unireg_jax.tasks",
     "unireg_jax.errors",
@@ -134,7 +141,7 @@ def test_rooms_have_no_import_cycles():
 def test_every_verb_has_a_module_and_its_line():
     modules = {p.stem for p in (ROOT / PACKAGE / "verbs").glob("*.py")}
     shared = {"__init__", "journal", "messages", "options", "outputs", "results"}
-    shared |= {"judging", "ray_job", "versions"}
+    shared |= {"files", "judging", "ray_job", "versions"}
     assert modules - shared == {name.replace("-", "_") for name in VERBS}
     for name, line in VERBS.items():
         module = importlib.import_module(f"unireg_jax.verbs.{name.replace('-', '_')}")

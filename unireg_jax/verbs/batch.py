@@ -32,6 +32,7 @@ from unireg_jax.errors import (
     shown,
 )
 from unireg_jax.imaging import nifti
+from unireg_jax.locks import lock
 from unireg_jax.manifest import PATHS, Case
 from unireg_jax.registration import weights
 from unireg_jax.registration.kept import Kept
@@ -262,12 +263,13 @@ def _tag(args: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def _alone(out: Path, args: argparse.Namespace) -> Iterator[None]:
     """No other run of the same pairs writes to OUT; parts may, side by side."""
+    outputs.make_out(out)
     whole = ".unireg-batch.lock"
     with contextlib.ExitStack() as stack:
         shared = args.num_parts > 1
-        stack.enter_context(journal.lock(out, whole, shared=shared))
+        stack.enter_context(lock(out, whole, shared=shared))
         if shared:
-            stack.enter_context(journal.lock(out, f".unireg-{_name(args)}.lock"))
+            stack.enter_context(lock(out, f".unireg-{_name(args)}.lock"))
         yield
 
 

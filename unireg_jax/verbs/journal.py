@@ -1,49 +1,12 @@
 """What became of every pair, one line of JSON each, on disk before the next is told."""
 
-import contextlib
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.verbs import outputs
-
-
-@contextlib.contextmanager
-def lock(folder: Path, name: str, *, shared: bool = False) -> Iterator[None]:
-    """One run per folder. The kernel holds the lock: it cannot be left behind.
-
-    Args:
-        folder: made if absent.
-        name: of the file, which stays in it.
-        shared: others that share may hold it, too.
-
-    Raises:
-        UserError: `storage`, exit code 2 at once when another run holds it, or when
-            folder is a file; 6 when it cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError("storage", f"--out {shown(folder)}: a folder expected", USAGE)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / name, "a")
-    except OSError as error:
-        raise outputs.storage_fault(folder, error) from error
-    with file:
-        try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                "storage",
-                f"{shown(folder)}: another run is writing to it; wait for it, or give "
-                "another --out",
-                USAGE,
-            ) from error
-        yield
 
 
 class Journal:

@@ -23,6 +23,28 @@ OUTPUTS = (  # the record comes last: it says that a case is whole
 PAGE = "qc.html"  # of a case, a view of the rest
 
 
+def check_out(out: Path) -> None:
+    """Refuses a file as --out."""
+    if out.exists() and not out.is_dir():
+        raise UserError("storage", f"--out {shown(out)}: a folder expected", USAGE)
+
+
+def make_out(out: Path) -> None:
+    """Makes the folder for results.
+
+    Args:
+        out: its parents are made too.
+
+    Raises:
+        UserError: `storage`, exit code 2 when it is a file, 6 when it cannot be made.
+    """
+    check_out(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_fault(out, error) from error
+
+
 @contextlib.contextmanager
 def case_folder(
     out: Path,
@@ -48,8 +70,7 @@ def case_folder(
         UserError: `id_duplicate`, exit code 2; `storage`, exit code 2 or 6.
     """
     final = out / case
-    if out.exists() and not out.is_dir():
-        raise UserError("storage", f"--out {shown(out)}: a folder expected", USAGE)
+    check_out(out)
     if os.path.lexists(final) and not (overwrite and final.is_dir()):
         raise UserError(
             "id_duplicate",
