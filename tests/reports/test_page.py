@@ -1,0 +1,219 @@
+"""The page of a case: nothing from outside, nothing unescaped, sliders that work."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests import browser
+from unireg_jax.evaluation import quality
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.reports import case, index, page, pictures
+
+SHAPE, SPACING = (36, 28, 24), (4.0, 5.0, 6.0)
+HOSTILE = '</script><script>alert(1)</script><img src="http://evil.example/x">\x1b[2J'
+needs_browser = pytest.mark.skipif(
+    browser.PATH is None, reason="needs Chromium (Debian: chromium)"
+)
+
+
+def scans():
+    """A body with a structure per octant, and the same 6 mm to the left."""
+    vox2world = np.diag([*SPACING, 1.0])
+    index = np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij")
+    x = np.stack(index, -1) - (np.array(SHAPE) - 1) / 2
+    body = np.square(x / (np.array(SHAPE) / 2.3)).sum(-1) < 1
+    hu = np.where(body, 40, -1000) + np.where(body, 90 * np.sin(x.sum(-1) / 2), 0)
+    fixed = Volume(np.rint(hu).astype(np.int16), vox2world)
+    moved = vox2world.copy()
+    moved[0, 3] = 6.0
+    return fixed, Volume(fixed.data, moved)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    fixed, moving = scans()
+    disp = np.zeros((*SHAPE, 3), np.float32)
+    disp[..., 0] = 6.0
+    scene = pictures.scene(fixed, moving, fixed.data, disp, np.eye(4))
+    return pictures.draw(scene, slices=9)
+
+
+def record(name="a__b", **more):
+    return {
+        "case": name,
+        "status": "warn",
+        "warnings": ["folding: 3 % folds"],
+        "settings": {"task": "liver", "pair_type": "intra", "affine_used": "none"},
+        "inputs": {
+            "fixed": {"name": "a.nii.gz", "shape": [3, 4, 5], "spacing_mm": [1, 2, 3]}
+        },
+        "quality": {"coverage": 0.9, "local_ncc": 0.8, "fold_percent": 3.0},
+        "versions": {"unireg": "1"},
+        "device": "cpu",
+        **more,
+    }
+
+
+def html(slices, found=None):
+    found = found or record()
+    kind, values = case.pair_type(found), case.numbers(found)
+    return page.case_page(
+        found["case"],
+        status=case.status(found),
+        findings=case.warnings(found),
+        rows=case.rows(values, kind),
+        slices=slices,
+        labels=case.labels(found),
+        facts=case.facts(found),
+    )
+
+
+def test_page_asks_for_nothing(drawn):
+    text = html(drawn)
+    assert "default-src 'none'" in text and "unsafe" not in text
+    plain = re.sub(r"[A-Za-z0-9+/=]{60,}", "", text)  # without the pictures
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|<iframe", plain)
+    sources = re.findall(r'src="([^"]{0,22})', text)
+    assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
+
+
+def test_page_is_the_same_twice(drawn):
+    assert html(drawn) == html(drawn)
+
+
+def test_page_escapes_whatever_a_record_holds(drawn):
+    found = record(
+        HOSTILE,
+        warnings=[HOSTILE],
+        settings={"task": HOSTILE, "affine_used": HOSTILE, "refine": {HOSTILE: 1}},
+        inputs={HOSTILE: {"name": f"/secret/place/{HOSTILE}", "shape": [HOSTILE]}},
+        versions={HOSTILE: HOSTILE},
+        scores={"labels": {HOSTILE: {"dsc": 0.5, HOSTILE: 1}}},
+        device={HOSTILE: HOSTILE},
+    )
+    text = html(drawn, found)
+    assert "<script>alert" not in text and '<img src="http' not in text
+    assert "\x1b" not in text and "/secret" not in text
+    assert text.count("<script") == 2
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"settings": None, "inputs": [1], "quality": "x", "versions": 3},
+        {"warnings": "none", "status": 7, "scores": [], "timings": {"total": "x"}},
+        {"quality": {"local_ncc": None, "coverage": "0.9"}, "device": None},
+    ],
+)
+def test_page_of_a_damaged_record_is_a_page(drawn, broken):
+    assert html(drawn, record(**broken)).endswith("</html>\n")
+
+
+def test_numbers_out_of_bounds_are_marked(drawn):
+    rows = {row.name: row for row in case.rows(record()["quality"], "intra")}
+    assert rows["fold_percent"].over and not rows["coverage"].over
+    assert rows["fold_percent"].limit == "at most 1 %"
+    assert set(rows) == {"coverage", "local_ncc", "fold_percent"}
+    assert html(drawn).count("class=over") == 1
+    assert "fold_percent" in quality.CHECKS
+
+
+def test_large_pages_are_thinned(drawn, monkeypatch):
+    small = html(drawn)
+    monkeypatch.setattr(page, "_LIMIT", len(small) // 2)
+    text = html(drawn)
+    assert len(text) < 0.75 * len(small)
+    # What the viewer begins with is still the middle.
+    assert f"{drawn.index['axial'][drawn.middle['axial']] + 1} of 24" in text
+
+
+@needs_browser
+def test_sliders_change_the_picture_and_nothing_is_asked_for(drawn, tmp_path):
+    file = tmp_path / "qc.html"
+    file.write_text(html(drawn, record(HOSTILE)), encoding="utf-8")
+    with browser.opened(file, tmp_path / "profile") as seen:
+        assert seen.evaluate("document.querySelectorAll('.mode').length") == 1
+        assert seen.evaluate("document.querySelectorAll('.modes button').length") == 9
+        images = "[...document.querySelectorAll('.frame img')]"
+        wide = seen.evaluate(
+            f"Promise.all({images}.map(i => i.decode().then(() => i.naturalWidth)))"
+        )
+        assert wide == [drawn.size[plane][0] for plane in pictures.PLANES]
+        first = seen.evaluate(f"{images}.map(i => i.src)")
+        assert len(set(first)) == 3
+        moved = seen.evaluate(
+            "(() => { const s = document.querySelectorAll('input[type=range]')[1];"
+            "s.value = 0; s.dispatchEvent(new Event('input'));"
+            f"return {images}.map(i => i.src); }})()"
+        )
+        assert [a == b for a, b in zip(first, moved, strict=True)] == [1, 0, 1]
+        number = "document.querySelectorAll('output')[1].textContent"
+        first_slice = drawn.index["coronal"][0] + 1
+        assert seen.evaluate(number) == f"{first_slice} of {SHAPE[1]}"
+        for key, (title, _) in enumerate(pictures.MODES.values(), 1):
+            seen.press(str(key))
+            pressed = "document.querySelector('[aria-pressed=true]').textContent"
+            assert seen.evaluate(pressed) == title
+            got = seen.evaluate(f"{images}[1].src")
+            mode = list(pictures.MODES)[key - 1]
+            assert got == pictures.data_uri(drawn.png[mode]["coronal"][0])
+        assert seen.requests == [file.as_uri()]
+        assert seen.complaints == []
+
+
+@needs_browser
+def test_page_without_scripts_shows_the_middle_of_every_mode(drawn, tmp_path):
+    file = tmp_path / "qc.html"
+    file.write_text(html(drawn), encoding="utf-8")
+    with browser.opened(file, tmp_path / "profile", scripts=False) as seen:
+        count = (
+            "[...document.querySelectorAll('.mode img')].filter(i => i.naturalWidth)"
+        )
+        assert seen.evaluate(f"{count}.length") == 3 * len(pictures.MODES)
+
+
+def entries(thumb=None):
+    thumbs = () if thumb is None else (thumb, thumb)
+    return [
+        index.Entry("fine", "ok", 0.4, [], {"coverage": 0.9, "dsc": None}, None),
+        index.Entry(
+            "bad & <b>", "warn", 2.5, ["folding"], {"coverage": 0.5}, "a b/q#.html"
+        ),
+        index.Entry(HOSTILE, "failed", float("inf"), [HOSTILE], {}, None, thumbs),
+        index.Entry("worse", "warn", 3.5, ["similarity"], {"coverage": 0.7}, None),
+    ]
+
+
+def test_index_lists_the_worst_first():
+    names = [e.case for e in index.worst_first(entries())]
+    assert names == [HOSTILE, "worse", "bad & <b>", "fine"]
+
+
+def test_index_escapes_and_links_beside_itself():
+    text = index.index_page(HOSTILE, entries())
+    assert "<script>alert" not in text and "\x1b" not in text and "<b>" not in text
+    assert re.findall(r'href="([^"]*)"', text) == ["a%20b/q%23.html"]
+    assert "4 cases: 1 ok · 2 to look at · 1 failed" in text
+    assert "default-src 'none'" in text and text.count("<script") == 1
+
+
+@needs_browser
+def test_index_sorts_by_the_column_that_is_clicked(drawn, tmp_path):
+    file = tmp_path / "index.html"
+    thumb = drawn.png["overlay"]["axial"][0]
+    file.write_text(index.index_page("batch", entries(thumb)), encoding="utf-8")
+    with browser.opened(file, tmp_path / "profile") as seen:
+        names = (
+            "[...document.querySelectorAll('tbody tr')].map(r => r.cells[2].innerText)"
+        )
+        heads = "[...document.querySelectorAll('thead button')]"
+        assert seen.evaluate(names)[1:] == ["worse", "bad & <b>", "fine"]
+        click = f"{heads}.find(b => b.textContent === 'coverage').click()"
+        seen.evaluate(click)
+        assert seen.evaluate(names)[:3] == ["bad & <b>", "worse", "fine"]
+        seen.evaluate(click)
+        # What has no number stays last.
+        assert seen.evaluate(names)[:3] == ["fine", "worse", "bad & <b>"]
+        assert seen.requests == [file.as_uri()]
+        assert seen.complaints == []
