@@ -99,7 +99,7 @@ CHECKS = {
         "try another pre-alignment",
     ),
     "inverse_mm": Check(
-        *("inverse_consistency", 20.0, 8.0, False, "mm"),
+        *("inverse_consistency", 12.0, 8.0, False, "mm"),
         "mean distance from a point of the fixed body to where both registrations, "
         "there and back, bring it",
         "one of the two directions is wrong: look at the pictures",

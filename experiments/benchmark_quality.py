@@ -1,0 +1,351 @@
+"""How many good pairs and how many seeded failures quality control flags.
+
+    python -m experiments.benchmark_quality --data=FOLDER --out=runs/quality
+
+Registers real pairs of one body region, phantoms, and pairs that must fail: another
+part of the body, a moving scan with one axis turned round, one 80 mm away without
+pre-alignment, and a scan of one value; judges each by `evaluation/quality.py` alone.
+Labels and landmarks are looked at only to say which of the real pairs succeeded:
+mean DSC of at least 0.3, or a mean landmark error of at most 10 mm. Writes quality.json
+after every pair and goes on where it stopped; prints the table of docs/quality.md.
+"""
+
+import collections
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from data_pipeline import synthetic
+from experiments import cli
+from experiments.real_results import LANDMARKS
+from unireg_jax import registration
+from unireg_jax.errors import UserError
+from unireg_jax.evaluation import metrics, quality
+from unireg_jax.imaging import nifti, points
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.tasks import TASKS
+
+SUCCESS_DSC, SUCCESS_TRE_MM = 0.3, 10.0
+_LIVER = "liver_multiphase/liver_hcc007_t1"
+_TOTALSEG = {i: i for i in (1, 2, 3, 5, 6, 7, 52, 63, 64)}  # organs of the abdomen
+_LUNGS = dict.fromkeys(range(10, 15), 10)  # lobes
+# Name -> task, image, labels and what their ids are called here.
+SCANS: dict[str, tuple[str, str, str | None, dict[int, int]]] = {
+    "liver_pre": ("liver", f"{_LIVER}/pre.nii.gz", None, {}),
+    "liver_art": ("liver", f"{_LIVER}/art.nii.gz", None, {}),
+    "liver_pvp": ("liver", f"{_LIVER}/pvp.nii.gz", None, {}),
+    "lung_baseline": ("lung", "lung_elastix/baseline.nii.gz", None, {}),
+    "lung_followup": ("lung", "lung_elastix/followup.nii.gz", None, {}),
+    "chest_lidc": (
+        *("chest", "chest_lidc0001/ct.nii.gz"),
+        *("chest_lidc0001/labels_totalseg.nii.gz", _LUNGS),
+    ),
+    "chest_nsclc": (
+        *("chest", "chest_nsclc_r01_001/ct.nii.gz"),
+        *("chest_nsclc_r01_001/labels_auto.nii.gz", {1: 10}),
+    ),
+    "abdomen_lidc": (
+        *("abdomen", "chest_lidc0001/ct.nii.gz"),
+        *("chest_lidc0001/labels_totalseg.nii.gz", _TOTALSEG),
+    ),
+    "abdomen_ts": (
+        *("abdomen", "abdomen_totalseg_example/ct.nii.gz"),
+        *("abdomen_totalseg_example/labels_totalseg.nii.gz", _TOTALSEG),
+    ),
+    "abdomen_chaos": (
+        *("abdomen", "abdomen_chaos/ct.nii.gz"),
+        *("abdomen_chaos/label_liver.nii.gz", {1: 5}),
+    ),
+}
+HEADNECK = (
+    *("0022", "0061", "0096", "0112", "0004", "0013", "0017", "0034"),
+    *("0059", "0060", "0082", "0083", "0087", "0095", "0099", "0109"),
+)
+for _case in HEADNECK:
+    SCANS[f"headneck_{_case}"] = (
+        *("headneck", f"headneck_openkbp/images/case_{_case}.nii.gz"),
+        f"headneck_openkbp/labels/case_{_case}.nii.gz",
+        {i: i for i in range(1, 8)},
+    )
+# No tissue of one is in the other, or next to none.
+WRONG = (
+    ("headneck_0022", "chest_nsclc"),
+    ("headneck_0112", "abdomen_ts"),
+    ("chest_nsclc", "headneck_0061"),
+    ("abdomen_ts", "headneck_0096"),
+    ("abdomen_chaos", "headneck_0082"),
+    ("liver_pvp", "headneck_0004"),
+    ("lung_baseline", "abdomen_ts"),
+    ("lung_followup", "headneck_0059"),
+)
+SEEDED = (
+    ("headneck_0061", "headneck_0096"),
+    ("headneck_0112", "headneck_0004"),
+    ("liver_pvp", "liver_art"),
+    ("lung_baseline", "lung_followup"),
+    ("chest_lidc", "chest_nsclc"),
+    ("chest_nsclc", "chest_lidc"),
+    ("abdomen_chaos", "abdomen_lidc"),
+)
+
+
+class Job(NamedTuple):
+    """One registration.
+
+    Attributes:
+        kind: "good", "phantom", or of a seeded failure.
+        fixed, moving: names of scans.
+        axis: of the fault, 0 to 2; None for none.
+    """
+
+    kind: str
+    fixed: str
+    moving: str
+    axis: int | None = None
+
+
+def jobs() -> list[Job]:
+    """All of them, in a mixed order, so that a part of the run is a fair sample."""
+    ring = [f"headneck_{case}" for case in HEADNECK]
+    good = list(zip(ring, ring[1:] + ring[:1], strict=True))
+    for task in ("liver", "lung", "chest", "abdomen"):
+        names = [name for name, scan in SCANS.items() if scan[0] == task]
+        good += itertools.permutations(names, 2)
+    out = [Job("good", *pair) for pair in good]
+    out += [Job("phantom", t, str(seed)) for t in sorted(TASKS) for seed in (1, 2)]
+    out += [Job("wrong", *pair) for pair in WRONG]
+    out += [Job("flip", *pair, axis) for pair in SEEDED for axis in range(3)]
+    out += [Job("shift", *pair, i % 3) for i, pair in enumerate(SEEDED)]
+    out += [Job("constant", *pair, i % 2) for i, pair in enumerate(SEEDED[:4])]
+    random.Random(0).shuffle(out)
+    return out
+
+
+class Scans:
+    """The collection's scans and labels, read when first asked for."""
+
+    def __init__(self, data: Path):
+        self._data, self._kept = data, {}
+
+    def path(self, name: str) -> Path:
+        """A file of the collection."""
+        return self._data / name
+
+    def __call__(self, name: str, *, labels: bool = False) -> Volume | None:
+        """Image or labels; None where there are no labels."""
+        _, image, label, names = SCANS[name]
+        if labels and label is None:
+            return None
+        key = name, labels
+        if key not in self._kept:
+            self._kept[key] = (
+                _renamed(nifti.read_labels(self._data / label), names)
+                if labels
+                else nifti.read_image(self._data / image)
+            )
+        return self._kept[key]
+
+
+def _renamed(volume: Volume, names: dict[int, int]) -> Volume:
+    data = np.zeros(volume.data.shape, np.uint8)
+    for old, new in names.items():
+        data[volume.data == old] = new
+    return volume._replace(data=data)
+
+
+def judge(job: Job, scans: Scans, session) -> dict[str, Any]:
+    """Registers one pair and judges it; labels and landmarks only for the truth."""
+    labels = (None, None)
+    if job.kind == "phantom":
+        pair = synthetic.pair(job.fixed, seed=int(job.moving))
+        task, fixed, moving = job.fixed, *map(_volume, pair[:2])
+        labels = tuple(
+            volume._replace(data=p.labels.astype(np.uint8))
+            for volume, p in zip((fixed, moving), pair[:2], strict=True)
+        )
+    else:
+        task = SCANS[job.fixed][0]
+        fixed, moving = scans(job.fixed), scans(job.moving)
+        if job.kind == "good":
+            labels = tuple(scans(n, labels=True) for n in (job.fixed, job.moving))
+    near = _near(fixed, moving)
+    moving = moving._replace(vox2world=near @ moving.vox2world)
+    fixed, moving = _broken(job, fixed, moving)
+    affine = "none" if job.kind == "shift" else "auto"
+    row: dict[str, Any] = {**job._asdict(), "type": TASKS[task].pair_type.name.lower()}
+    try:
+        result = session.run(
+            fixed,
+            moving,
+            registration.check_settings(task, None, affine),
+            affine=affine,
+            clock=registration.Clock(),
+        )
+    except UserError as error:
+        return row | {"refused": error.reason}
+    started = time.perf_counter()
+    row |= quality.measure(fixed, moving, result.disp_mm, result.affine)
+    row["seconds"] = time.perf_counter() - started
+    if all(labels):
+        other = labels[1]._replace(vox2world=moving.vox2world)
+        stages = metrics.warp_stages(
+            result.disp_mm, result.vox2world, result.affine, other, labels[0]
+        )
+        row["truth"] = {
+            name: _dsc(labels[0].data, warped, other.data)
+            for name, warped in stages.items()
+        }
+    elif job.kind == "good" and (errors := _landmarks(job, scans, result, near)):
+        row["truth"] = errors
+    return metrics.as_json(row)
+
+
+def _volume(phantom) -> Volume:
+    return Volume(phantom.hu, phantom.vox2world)
+
+
+def _near(fixed: Volume, moving: Volume) -> np.ndarray:
+    """Brings scans whose tables' zeros are far apart into one room."""
+
+    def center(volume):
+        middle = (np.array(volume.data.shape) - 1) / 2
+        return volume.vox2world[:3, :3] @ middle + volume.vox2world[:3, 3]
+
+    shift, out = center(fixed) - center(moving), np.eye(4)
+    if np.linalg.norm(shift) > 400:
+        out[:3, 3] = shift
+    return out
+
+
+def _broken(job: Job, fixed: Volume, moving: Volume) -> tuple[Volume, Volume]:
+    """The pair with the fault of its kind."""
+    if job.kind == "flip":
+        turned = np.ascontiguousarray(np.flip(moving.data, job.axis))
+        return fixed, moving._replace(data=turned)
+    if job.kind == "shift":
+        place = moving.vox2world.copy()
+        place[job.axis, 3] += 80
+        return fixed, moving._replace(vox2world=place)
+    if job.kind == "constant":
+        flat = [fixed, moving]
+        data = np.full_like(flat[job.axis].data, 40)
+        flat[job.axis] = flat[job.axis]._replace(data=data)
+        return tuple(flat)
+    return fixed, moving
+
+
+def _dsc(fixed, warped, moving) -> float:
+    """Mean over the labels that both scans have."""
+    shared = (set(np.unique(fixed)) & set(np.unique(moving))) - {0}
+    scores = []
+    for label in shared:
+        a, b = fixed == label, warped == label
+        scores.append(2 * (a & b).sum() / (a.sum() + b.sum()))
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def _landmarks(job: Job, scans: Scans, result, near) -> dict[str, float] | None:
+    """Mean landmark error where the collection has points, mm."""
+    for fixed, moving, csv in LANDMARKS.values():
+        if [SCANS[n][1] for n in (job.fixed, job.moving)] == [fixed, moving]:
+            pairs = points.read_points(scans.path(csv))
+            there = pairs.moving @ near[:3, :3].T + near[:3, 3]
+            before, after = metrics.landmark_errors(
+                result.disp_mm, result.vox2world, pairs.fixed, there
+            )
+            return {"tre_before": float(before.mean()), "tre": float(after.mean())}
+    return None
+
+
+# --- the table ----------------------------------------------------------------------
+
+
+def flags_of(row: dict[str, Any]) -> list[str]:
+    """Names of the numbers out of bounds; the reason of a pair that was refused."""
+    if "refused" in row:
+        return [f"refused: {row['refused']}"]
+    return [f.name for f in quality.judge(row, row["type"])]
+
+
+def succeeded(row: dict[str, Any]) -> bool | None:
+    """What labels or landmarks say; None without them."""
+    truth = row.get("truth") or {}
+    if truth.get("network") is not None:
+        return truth["network"] >= SUCCESS_DSC
+    return truth["tre"] <= SUCCESS_TRE_MM if "tre" in truth else None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: kinds, then every surprise."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        kind = row["kind"]
+        if kind == "good":
+            kind = {
+                True: "real, succeeded",
+                False: "real, failed",
+                None: "real, without truth",
+            }[succeeded(row)]
+        elif kind == "flip":
+            kind = f"axis turned: {'xyz'[row['axis']]}"
+        groups[kind].append(row)
+    lines = ["| pairs | count | flagged | by |", "|---|---|---|---|"]
+    for kind, members in sorted(groups.items()):
+        found = [flags_of(row) for row in members]
+        names = collections.Counter(name for each in found for name in each)
+        by = ", ".join(f"{name} {count}" for name, count in names.most_common())
+        lines.append(f"| {kind} | {len(members)} | {sum(map(bool, found))} | {by} |")
+    lines += ["", *_surprises(groups)]
+    return "\n".join(lines)
+
+
+def _surprises(groups) -> Iterator[str]:
+    """Good pairs that are flagged, and failures that are not."""
+    for kind, members in sorted(groups.items()):
+        expected = kind not in ("real, succeeded", "real, without truth", "phantom")
+        for row in members:
+            if bool(flags_of(row)) == expected:
+                continue
+            values = {k: row.get(k) for k in quality.CHECKS if row.get(k) is not None}
+            shown = ", ".join(f"{k} {v:.3g}" for k, v in values.items())
+            truth = {k: round(v, 3) for k, v in (row.get("truth") or {}).items() if v}
+            yield (
+                f"{kind}, {row['fixed']} <- {row['moving']}: "
+                f"{', '.join(flags_of(row)) or 'not flagged'}; {shown}; {truth}"
+            )
+
+
+def main(argv) -> None:
+    del argv
+    cli.setup()
+    out = Path(flags.FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "quality.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    done = {Job(**{k: row[k] for k in Job._fields}) for row in rows}
+    todo = [job for job in jobs() if job not in done]
+    scans = Scans(Path(flags.FLAGS.data))
+    session = registration.Session(registration.load_model(None))
+    for job in tqdm(todo, disable=not sys.stderr.isatty()):
+        rows.append(judge(job, scans, session))
+        path.write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+    seconds = [row["seconds"] for row in rows if "seconds" in row]
+    print(f"\n{len(rows)} pairs, judged in {np.median(seconds):.1f} s each (median)")
+
+
+if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_string("data", None, "Folder of the collection.")
+    flags.DEFINE_string("out", "runs/quality", "Where quality.json goes.")
+    flags.mark_flags_as_required(["data"])
+    cli.run(main)
