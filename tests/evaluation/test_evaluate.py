@@ -208,7 +208,7 @@ def test_evaluate_list_fails_the_bad_and_goes_on(folder, capsys):
     )
     assert "dsc" in text and len(err) == 6
     assert sorted(os.listdir(out)) == [
-        *("cases.csv", "labels.csv", "summary.json", "summary.tex")
+        *("cases.csv", "labels.csv", "reports.jsonl", "summary.json", "summary.tex")
     ]
     rows = {row["id"]: row for row in rows_of(out / "cases.csv")}
     assert [row["status"] for row in rows.values()] == ["ok"] * 3 + ["failed"] * 2
@@ -329,11 +329,51 @@ def test_evaluate_finds_a_learn2reg_submission(folder, capsys):
     assert found["metrics"]["dsc_l2r"]["quantile_l2r"] == 1.0
 
 
+def test_evaluate_list_goes_on_where_it_stopped(folder, capsys, monkeypatch):
+    arguments = ["--manifest", folder / "cases.csv", "-o", folder / "scores"]
+    judge = cases.score_case
+
+    def stop_at(name, files, **settings):
+        if name == "case2":
+            raise KeyboardInterrupt
+        return judge(name, files, **settings)
+
+    monkeypatch.setattr(cases, "score_case", stop_at)
+    evaluate(capsys, *arguments, code=130)
+    assert os.listdir(folder / "scores") == ["reports.jsonl"]
+    judged = []
+
+    def note(name, files, **settings):
+        judged.append(name)
+        return judge(name, files, **settings)
+
+    monkeypatch.setattr(cases, "score_case", note)
+    _, err = evaluate(capsys, *arguments, code=errors.PARTLY)
+    assert judged == ["case2", "bad", "gone"]
+    assert "judged before" in err[0] and "judged before" not in err[2]
+    before = (folder / "scores" / "cases.csv").read_text()
+    # Other files and other settings: all that they touch is judged again.
+    os.replace(folder / "u0.nii.gz", folder / "absent.nii.gz")
+    write_field(folder / "u0.nii.gz", (1, 0, 0))
+    judged.clear()
+    evaluate(capsys, *arguments, code=errors.PARTLY)
+    assert judged == ["case0", "bad", "gone"]
+    assert (folder / "scores" / "cases.csv").read_text() != before
+    judged.clear()
+    evaluate(capsys, *arguments, "--tolerance-mm", "1", code=errors.PARTLY)
+    evaluate(capsys, *arguments, "--overwrite", code=errors.PARTLY)
+    assert judged == ["case0", "case1", "case2", "bad", "gone"] * 2
+    monkeypatch.undo()
+    fresh = folder / "fresh"
+    evaluate(capsys, *arguments[:2], "-o", fresh, code=errors.PARTLY)
+    text = (folder / "scores" / "cases.csv").read_text()
+    assert text == (fresh / "cases.csv").read_text()
+
+
 def test_score_cases_says_which_are_done(folder):
-    told = []
     listed = {"a": Files(folder / "u0.nii.gz"), "b": Files(folder / "absent.nii.gz")}
-    done = cases.score_cases(listed, done=told.append)
-    assert done == told and [case.id for case in done] == ["a", "b"]
+    done = list(cases.score_cases(listed))
+    assert [case.id for case in done] == ["a", "b"]
     assert done[0].report is not None and done[1].exit_code == errors.FAILED
     assert cases.label_rows(Case("x", None)) == []
 

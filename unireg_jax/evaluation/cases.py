@@ -1,14 +1,14 @@
 """One pair judged from files, and many pairs one after another.
 
     report = score_files(Files("u.nii.gz", fixed_label="a.nii.gz", moving_label=...))
-    results = score_cases({"a01": Files(...), "a02": Files(...)})
+    for case in score_cases({"a01": Files(...), "a02": Files(...)}): ...
 
 A case that cannot be judged is failed with its reason, and the others go on.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,37 +177,52 @@ def score_files(
     )
 
 
+def score_case(
+    name: str,
+    files: Files,
+    *,
+    surface: bool = True,
+    tolerance_mm: float = metrics.TOLERANCE_MM,
+    l2r: bool = False,
+) -> Case:
+    """Judges one pair, or says why it cannot be judged.
+
+    Args:
+        name: of the case.
+        files: of the pair.
+        surface, tolerance_mm, l2r: as in `score`.
+
+    Returns:
+        Case.
+    """
+    try:
+        report = score_files(files, surface=surface, tolerance_mm=tolerance_mm, l2r=l2r)
+    except UserError as error:
+        message = " ".join(str(error).split())
+        return Case(name, None, error.reason, message, error.exit_code)
+    return Case(name, report)
+
+
 def score_cases(
     cases: Mapping[str, Files],
     *,
     surface: bool = True,
     tolerance_mm: float = metrics.TOLERANCE_MM,
     l2r: bool = False,
-    done: Callable[[Case], None] = lambda case: None,
-) -> list[Case]:
+) -> Iterator[Case]:
     """Judges many pairs; those that cannot be are failed, the others go on.
 
     Args:
         cases: id -> files.
         surface, tolerance_mm, l2r: as in `score`.
-        done: is called after each case.
 
-    Returns:
-        One Case per entry, in order.
+    Yields:
+        One Case per entry, in order, when it is judged.
     """
-    out = []
     for name, files in cases.items():
-        try:
-            report = score_files(
-                files, surface=surface, tolerance_mm=tolerance_mm, l2r=l2r
-            )
-            case = Case(name, report)
-        except UserError as error:
-            message = " ".join(str(error).split())
-            case = Case(name, None, error.reason, message, error.exit_code)
-        done(case)
-        out.append(case)
-    return out
+        yield score_case(
+            name, files, surface=surface, tolerance_mm=tolerance_mm, l2r=l2r
+        )
 
 
 def case_row(case: Case) -> dict[str, Any]:
@@ -276,7 +291,7 @@ def label_rows(case: Case) -> list[dict[str, Any]]:
     return rows
 
 
-def summarize_cases(cases: list[Case]) -> dict[str, Any]:
+def summarize_cases(cases: Iterable[Case]) -> dict[str, Any]:
     """Many cases in a few numbers.
 
     Args:
@@ -288,6 +303,7 @@ def summarize_cases(cases: list[Case]) -> dict[str, Any]:
         same over the cases that have the label; failed: id, reason and message of each.
         With Learn2Reg's scores also quantile_l2r, of all metrics. None where undefined.
     """
+    cases = list(cases)
     done = [case for case in cases if case.report is not None]
     compat = any("learn2reg" in case.report for case in done)
     per_case = [metric_row(case.report) for case in done]

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from unireg_jax import manifest
-from unireg_jax.errors import FAILED, NOTHING, PARTLY, STORAGE, USAGE, UserError, shown
+from unireg_jax.errors import FAILED, NOTHING, PARTLY, USAGE, UserError, shown
 from unireg_jax.evaluation import cases, comparison, metrics, results, tables
 from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import nifti
 from unireg_jax.verbs import options, outputs
+from unireg_jax.verbs.journal import Journal
 from unireg_jax.verbs.messages import number, progress
 
 HELP = "metrics of any transform"
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   unireg evaluate --compare ours=scores theirs=other/cases.csv --metric dsc hd95_mm
 """
 _SUMMARY = ("cases.csv", "labels.csv", "summary.json", "summary.tex")
+_JOURNAL = "reports.jsonl"
 _COMPARISON = ("comparison.csv", "comparison.json", "comparison.tex")
 _COLUMNS = ("transform", "landmarks")  # of a manifest, beside those of a pair
 _PATHS = (
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="further folder that paths of the list may lead into",
     )
     add("-o", "--out", metavar="DIR", help="folder of the tables")
-    options.add_overwrite(parser, "tables that are there")
+    options.add_overwrite(parser, "tables that are there, judge every case again")
     add(
         "--tolerance-mm",
         type=options.weight,
@@ -176,10 +178,22 @@ def _table(report: Mapping[str, Any]) -> str:
 
 
 def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
-    out = _folder(args, _SUMMARY)
+    out = Path(args.out)
+    # Where a journal is, the tables beside it are made of it, and may be made anew.
+    if not (out / _JOURNAL).is_file():
+        _refuse_existing(args, out, _SUMMARY)
     listed = read_list(args.manifest, args.transforms, roots=args.data_root)
+    _make_folder(out)
+    journal = Journal(out / _JOURNAL)
     say = progress(args.quiet)
-    done = cases.score_cases(listed, done=_teller(say, len(listed)), **settings)
+    done = []
+    try:
+        for count, (name, files) in enumerate(listed.items(), start=1):
+            case, known = _judge(name, files, journal, settings, args.overwrite)
+            done.append(case)
+            say(f"{count}/{len(listed)} {name}: {_outcome(case, known)}")
+    finally:
+        journal.close()
     summary = head | cases.summarize_cases(done)
     summary["definitions"] = cases.definitions(l2r=args.l2r_compat)
     texts = {
@@ -199,20 +213,36 @@ def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int
     return PARTLY if failed else 0
 
 
-def _teller(say: Callable[[str], None], total: int) -> Callable[[Case], None]:
-    """One line per case."""
-    count = iter(range(1, total + 1))
+def _judge(
+    name: str, files: Files, journal: Journal, settings: dict[str, Any], again: bool
+) -> tuple[Case, bool]:
+    """A case, and whether the journal knew it: same files, settings and schema."""
+    inputs = {key: _digest(path) for key, path in files._asdict().items() if path}
+    key = {"schema": SCHEMA, "settings": settings, "inputs": inputs}
+    known = journal.last(name)
+    if not again and known and known.get("report") and known.get("key") == key:
+        return Case(name, known["report"]), True
+    case = cases.score_case(name, files, **settings)
+    journal.add({"id": name, "reason": case.reason, "report": case.report, "key": key})
+    return case, False
 
-    def tell(case: Case) -> None:
-        place = f"{next(count)}/{total} {case.id}"
-        if case.report is None:
-            say(f"{place}: failed: {case.message}")
-            return
-        row = cases.metric_row(case.report)
-        names = [n for n in ("dsc", "tre_mm", "fold_percent_whole") if n in row]
-        say(f"{place}: " + ", ".join(f"{n} {number(row[n])}" for n in names))
 
-    return tell
+def _digest(path: str | os.PathLike) -> str | None:
+    """SHA-256 of a file; None for one that will fail at its turn."""
+    try:
+        return outputs.digest(Path(path))["sha256"]
+    except OSError:
+        return None
+
+
+def _outcome(case: Case, known: bool) -> str:
+    """What became of a case, in one line."""
+    if case.report is None:
+        return f"failed: {case.message}"
+    row = cases.metric_row(case.report)
+    names = [n for n in ("dsc", "tre_mm", "fold_percent_whole") if n in row]
+    text = ", ".join(f"{n} {number(row[n])}" for n in names)
+    return f"{text} (judged before)" if known else text
 
 
 def read_list(
@@ -311,7 +341,9 @@ def _find(folder: Path, pair: manifest.Case) -> Path:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    out = _folder(args, _COMPARISON) if args.out else None
+    out = Path(args.out) if args.out else None
+    if out is not None:
+        _refuse_existing(args, out, _COMPARISON)
     methods = _one_table(args) if args.columns else _many_tables(args)
     compared = [
         results.compare_scores(scores, metric) for metric, scores in methods.items()
@@ -330,6 +362,7 @@ def _compare(args: argparse.Namespace) -> int:
             "comparison.json": tables.json_text(report),
             "comparison.tex": results.comparison_latex(compared),
         }
+        _make_folder(out)
         _write(out, texts)
         progress(args.quiet)(f"done: {shown(out)}")
     _print(args, report, lambda found: results.comparison_text(found["comparisons"]))
@@ -395,9 +428,10 @@ def _many_tables(args: argparse.Namespace) -> dict[str, dict]:
 # --- output -------------------------------------------------------------------------
 
 
-def _folder(args: argparse.Namespace, names: tuple[str, ...]) -> Path:
-    """--out, made; refuses tables that are there."""
-    out = Path(args.out)
+def _refuse_existing(
+    args: argparse.Namespace, out: Path, names: tuple[str, ...]
+) -> None:
+    """Refuses an --out that is no folder or holds tables."""
     if out.exists() and not out.is_dir():
         raise UserError("storage", f"--out {shown(out)}: a folder expected", USAGE)
     there = [name for name in names if (out / name).exists()]
@@ -407,17 +441,17 @@ def _folder(args: argparse.Namespace, names: tuple[str, ...]) -> Path:
             f"{shown(out / there[0])}: exists; pass --overwrite or another --out",
             USAGE,
         )
-    return out
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise outputs.storage_fault(out, error) from error
 
 
 def _write(out: Path, texts: Mapping[str, str]) -> None:
     """Each file whole or not at all."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            "storage", f"{shown(out)}: cannot be made: {error.strerror}", STORAGE
-        ) from error
     for name, text in texts.items():
         with nifti.atomic_path(out / name) as temp:
             temp.write_text(text, encoding="utf-8", newline="")
