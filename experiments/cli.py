@@ -27,8 +27,10 @@ _STORAGE = (
 def setup() -> None:
     """Compilation cache in the user's own folder, quiet libraries."""
     use_compilation_cache()
-    for name in ("absl", "orbax", "jax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    # Orbax prints traces of errors that it then raises: those get one line from us.
+    for name in ("absl", "orbax"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def run(main: Callable[[list[str]], Any]) -> None:

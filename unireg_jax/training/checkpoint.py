@@ -63,7 +63,11 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
         self._saver = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler("state", "data")
+            ocp.CompositeCheckpointHandler("state", "data"),
+            # Else a folder that cannot be made holds up the save for 20 minutes.
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=False
+            ),
         )
         if tidies:
             with storage(workdir):
