@@ -153,6 +153,14 @@ def test_summarize_knows_which_end_is_bad():
     assert aggregate.quantile_l2r(values, metric="sdlogj_l2r") == pytest.approx(6.3)
 
 
+def test_summarize_does_not_guess_which_end_is_bad():
+    assert aggregate.better("Dice_liver") == "higher"
+    assert aggregate.better("fold_percent_whole") == "lower"
+    assert aggregate.better("score") is None
+    got = aggregate.summarize([1.0, 2.0], metric="score")
+    assert got.mean == 1.5 and math.isnan(got.worst30)
+
+
 def test_summarize_of_nothing_is_undefined():
     got = aggregate.summarize([None, math.nan], metric="dsc")
     assert math.isnan(got.mean) and math.isnan(got.worst30)

@@ -1,6 +1,7 @@
 """Pairs and lists of pairs from files: `unireg evaluate` and its functions."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -183,6 +184,19 @@ def test_evaluate_as_the_challenge(folder, capsys):
     assert set(mean) <= set(found["definitions"])
     out, _ = evaluate(capsys, *arguments)
     assert "hd95_voxel_l2r" in out
+
+
+def test_evaluate_as_the_challenge_names_the_extra(folder, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name: None if name == "surface_distance" else find(name),
+    )
+    arguments = ["--manifest", folder / "cases.csv", "--out", folder / "scores"]
+    _, err = evaluate(capsys, *arguments, "--l2r-compat", code=errors.USAGE)
+    assert "unireg-jax[eval]" in err[0] and not (folder / "scores").exists()
+    # Without labels nothing of it is needed.
+    evaluate(capsys, "-t", folder / "u0.nii.gz", "--l2r-compat")
 
 
 def test_evaluate_reads_a_learn2reg_field(folder, capsys):

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 WORST = 0.3  # share of the cases
-# Metrics that are better when higher; all others are better when lower.
-_HIGHER = ("dsc", "nsd")
+# First words of the metrics whose good end is known.
+_HIGHER = ("dsc", "nsd", "dice")
+_LOWER = ("hd95", "tre", "sdlogj", "fold", "folds", "nd", "ndv", "max")
 
 
 class Summary(NamedTuple):
@@ -17,7 +18,8 @@ class Summary(NamedTuple):
     Attributes:
         mean, median: NaN when none is defined.
         std: over n - 1; NaN for fewer than two.
-        worst30: mean over the worst 30 % of the cases, rounded up.
+        worst30: mean over the worst 30 % of the cases, rounded up; NaN also for a
+            metric whose bad end is not known.
         n: values that are defined.
         undefined: values that are not.
     """
@@ -30,16 +32,18 @@ class Summary(NamedTuple):
     undefined: int
 
 
-def higher_is_better(metric: str) -> bool:
+def better(metric: str) -> str | None:
     """Says which end of a metric is the good one.
 
     Args:
         metric: its name, with any ending such as `_before`.
 
     Returns:
-        True for overlaps, False for distances, folds and spreads.
+        "higher" for overlaps, "lower" for distances, folds and spreads, None for names
+        that this package does not know.
     """
-    return metric.split("_")[0] in _HIGHER
+    word = metric.lower().split("_")[0]
+    return "higher" if word in _HIGHER else "lower" if word in _LOWER else None
 
 
 def summarize(values: Iterable[float | None], *, metric: str) -> Summary:
@@ -64,14 +68,13 @@ def summarize(values: Iterable[float | None], *, metric: str) -> Summary:
     n = some.size
     if n == 0:
         return Summary(*[math.nan] * 4, 0, given.size)
-    if not higher_is_better(metric):
-        some = some[::-1]
-    worst = some[: math.ceil(WORST * n - 1e-9)]
+    good = better(metric)
+    worst = (some if good == "higher" else some[::-1])[: math.ceil(WORST * n - 1e-9)]
     return Summary(
         mean=float(some.mean()),
         std=float(some.std(ddof=1)) if n > 1 else math.nan,
         median=float(np.median(some)),
-        worst30=float(worst.mean()),
+        worst30=float(worst.mean()) if good else math.nan,
         n=n,
         undefined=given.size - n,
     )
@@ -89,5 +92,5 @@ def quantile_l2r(values: Iterable[float | None], *, metric: str) -> float:
     """
     given = np.array([math.nan if v is None else v for v in values], np.float64)
     some = given[~np.isnan(given)]
-    share = WORST if higher_is_better(metric) else 1 - WORST
+    share = WORST if better(metric) == "higher" else 1 - WORST
     return float(np.quantile(some, share)) if some.size else math.nan

@@ -15,7 +15,7 @@ import numpy as np
 
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.evaluation import learn2reg, metrics, regularity
-from unireg_jax.evaluation.aggregate import higher_is_better, quantile_l2r, summarize
+from unireg_jax.evaluation.aggregate import better, quantile_l2r, summarize
 from unireg_jax.evaluation.tables import as_json
 from unireg_jax.imaging import mapping, nifti, points
 from unireg_jax.imaging.nifti import Volume
@@ -348,7 +348,7 @@ def _columns(rows: list[dict[str, Any]], compat: bool) -> dict[str, dict[str, An
             continue
         values = [row[name] for row in rows if name in row]
         out[name] = summarize(values, metric=name)._asdict()
-        out[name]["better"] = "higher" if higher_is_better(name) else "lower"
+        out[name]["better"] = better(name)
         if compat:
             out[name]["quantile_l2r"] = quantile_l2r(values, metric=name)
     return out
@@ -407,14 +407,20 @@ def _overlap(
     tolerance_mm: float,
 ) -> dict[str, Any]:
     """Labels as they lie and warped."""
-    grid = mapping.grid_of(fixed)
-    warped = {
-        name: mapping.resample(by, moving, grid, interp="nearest")
-        for name, by in (("before", mapping.Mapping(())), ("", transform))
-    }
+    grid, still = mapping.grid_of(fixed), mapping.Mapping(())
+    before = moving.data
+    if not _on_grid(moving, grid):
+        before = mapping.resample(still, moving, grid, interp="nearest")
+    after = mapping.resample(transform, moving, grid, interp="nearest")
+    warped = {"before": before, "": after}
     return metrics.overlap(
         fixed, moving, warped, surface=surface, tolerance_mm=tolerance_mm
     )
+
+
+def _on_grid(volume: Volume, grid: mapping.Grid) -> bool:
+    gap = np.abs(volume.vox2world - grid.vox2world).max()
+    return volume.data.shape == tuple(grid.shape) and bool(gap < 1e-4)
 
 
 def _label_sets(fixed: Volume, moving: Volume) -> list[str]:
@@ -432,9 +438,7 @@ def _foreground(
 ) -> np.ndarray:
     """Labels above 0 on the field's grid."""
     data = (labels.data > 0).astype(np.uint8)
-    if data.shape == field.disp_mm.shape[:3] and np.allclose(
-        labels.vox2world, field.vox2world, rtol=0, atol=1e-4
-    ):
+    if _on_grid(labels, field.grid):
         return data > 0
     warnings.append(
         "grid_mismatch: the foreground, labels above 0, was brought onto the field's "

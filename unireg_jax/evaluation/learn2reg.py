@@ -34,6 +34,22 @@ DEFINITIONS = {
 _LOST = "lost by the warp: infinite in the challenge"
 
 
+def check_installed() -> None:
+    """Refuses to go on without the package whose surfaces the challenge measures.
+
+    Raises:
+        UserError: `not_installed`, exit code 2.
+    """
+    if importlib.util.find_spec("surface_distance") is None:
+        raise UserError(
+            "not_installed",
+            "not_installed: --l2r-compat with labels needs the package "
+            "surface-distance, as the challenge's script; `pip install "
+            "unireg-jax[eval]`",
+            USAGE,
+        )
+
+
 def scores(
     disp: np.ndarray,
     *,
@@ -151,14 +167,7 @@ def _label(
 
 def _hd95(a: np.ndarray, b: np.ndarray) -> float:
     """Of surface elements, unit spacing."""
-    if importlib.util.find_spec("surface_distance") is None:
-        raise UserError(
-            "not_installed",
-            "not_installed: --l2r-compat with labels needs the package "
-            "surface-distance, as the challenge's script; `pip install "
-            "unireg-jax[eval]`",
-            USAGE,
-        )
+    check_installed()
     package = importlib.import_module("surface_distance")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # names of old SciPy

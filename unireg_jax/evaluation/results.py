@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.evaluation import comparison, tables
-from unireg_jax.evaluation.aggregate import higher_is_better, summarize
+from unireg_jax.evaluation.aggregate import better, summarize
 from unireg_jax.imaging import nifti
 from unireg_jax.imaging.nifti import shown
 
@@ -93,7 +93,7 @@ def compare_scores(
         metric: its name.
 
     Returns:
-        metric; better: "higher" or "lower"; methods: one line per label and method,
+        metric; better: "higher", "lower" or None; methods: a line per label and method,
         label, method, mean, std, median, worst30, n, undefined; tests: one line per
         label and pair, label and the fields of comparison.Test.
 
@@ -116,7 +116,7 @@ def compare_scores(
     corrected = comparison.correct(tests)
     return {
         "metric": metric,
-        "better": "higher" if higher_is_better(metric) else "lower",
+        "better": better(metric),
         "methods": summaries,
         "tests": [
             {"label": label} | test._asdict()

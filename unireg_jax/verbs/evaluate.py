@@ -10,7 +10,14 @@ from typing import Any
 
 from unireg_jax import manifest
 from unireg_jax.errors import FAILED, NOTHING, PARTLY, USAGE, UserError, shown
-from unireg_jax.evaluation import cases, comparison, metrics, results, tables
+from unireg_jax.evaluation import (
+    cases,
+    comparison,
+    learn2reg,
+    metrics,
+    results,
+    tables,
+)
 from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import nifti
 from unireg_jax.verbs import options, outputs
@@ -183,6 +190,8 @@ def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int
     if not (out / _JOURNAL).is_file():
         _refuse_existing(args, out, _SUMMARY)
     listed = read_list(args.manifest, args.transforms, roots=args.data_root)
+    if args.l2r_compat and any(files.fixed_label for files in listed.values()):
+        learn2reg.check_installed()
     _make_folder(out)
     journal = Journal(out / _JOURNAL)
     say = progress(args.quiet)
