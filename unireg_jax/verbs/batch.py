@@ -13,16 +13,14 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tqdm
 
-from unireg_jax import manifest, registration
+from unireg_jax import manifest
 from unireg_jax.errors import (
-    CHECKPOINT,
     FAILED,
     NOTHING,
     PARTLY,
@@ -33,17 +31,23 @@ from unireg_jax.errors import (
 )
 from unireg_jax.imaging import nifti
 from unireg_jax.locks import lock
-from unireg_jax.manifest import PATHS, Case
+from unireg_jax.manifest import Case
 from unireg_jax.registration import weights
-from unireg_jax.registration.kept import Kept
-from unireg_jax.registration.threads import End, GivenUp, in_threads
-from unireg_jax.verbs import journal, judging, options, outputs, results, versions
+from unireg_jax.registration.threads import End, in_threads
+from unireg_jax.verbs import (
+    journal,
+    judging,
+    options,
+    outputs,
+    results,
+    versions,
+    worker,
+)
 from unireg_jax.verbs.messages import one_line, progress
 
 HELP = "a list of pairs -> transforms and warped images"
 
-SCHEMA = 1  # of a line of the journal
-KEEP = 4  # scans remembered
+SCHEMA = 1  # of batch.json
 DONE = ("ok", "warn")
 _QC = (
     *("max_mm", "p99_mm", "fold_percent", "sdlogj", "ncc_before", "ncc_after"),
@@ -134,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(args, cases, digest)
     out = Path(args.out)
     with _alone(out, args), _stop_on_signal(args.quiet) as stop:
-        outputs.sweep(out, _tag(args))
-        book = journal.Journal(out / f"{_name(args)}.jsonl")
+        outputs.sweep(out, worker.tag(args))
+        book = journal.Journal(out / f"{worker.run_name(args)}.jsonl")
         with contextlib.closing(book):
             return _run(args, cases, digest, book, stop)
 
@@ -149,10 +153,10 @@ def _run(args, cases, digest, book, stop) -> int:
         module = importlib.import_module("unireg_jax.verbs.ray_job")
         ends = module.run(args, cases, digest, network=network, stop=stop)
     else:
-        worker = Worker(args, digest, network=network)
+        register = worker.Worker(args, digest, network=network)
 
         def work(case, claim):
-            return None if stop.is_set() else worker(case, claim)
+            return None if stop.is_set() else register(case, claim)
 
         waiting = (case for case in cases if not stop.is_set())
         ends = in_threads(waiting, work, workers=args.workers, timeout_s=args.timeout)
@@ -249,17 +253,6 @@ def _weights_sha256(args: argparse.Namespace) -> str:
     return spec["sha256"]
 
 
-def _name(args: argparse.Namespace) -> str:
-    """What the files of this run are called in OUT."""
-    if args.num_parts == 1:
-        return "batch"
-    return f"batch-{args.part_id}-of-{args.num_parts}"
-
-
-def _tag(args: argparse.Namespace) -> str:
-    return f"{_name(args)}-"
-
-
 @contextlib.contextmanager
 def _alone(out: Path, args: argparse.Namespace) -> Iterator[None]:
     """No other run of the same pairs writes to OUT; parts may, side by side."""
@@ -269,7 +262,7 @@ def _alone(out: Path, args: argparse.Namespace) -> Iterator[None]:
         shared = args.num_parts > 1
         stack.enter_context(lock(out, whole, shared=shared))
         if shared:
-            stack.enter_context(lock(out, f".unireg-{_name(args)}.lock"))
+            stack.enter_context(lock(out, f".unireg-{worker.run_name(args)}.lock"))
         yield
 
 
@@ -297,182 +290,11 @@ def _stop_on_signal(quiet: bool) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# --- one pair -----------------------------------------------------------------------
-
-
-class Worker:
-    """Registers one pair after the other; for several threads of one process.
-
-    The network is loaded and compiled when the first pair needs it.
-    """
-
-    def __init__(
-        self, args: argparse.Namespace, weights_sha256: str, *, network: bool = True
-    ):
-        """Takes the arguments of the verb.
-
-        Args:
-            args: of `add_arguments`.
-            weights_sha256: of the network.
-            network: False if every pair's task is "none".
-        """
-        self._args, self._weights, self._network = args, weights_sha256, network
-        self._out = Path(args.out)
-        self._files, self._sessions = results.Files(KEEP), Kept(1)
-
-    def __call__(
-        self, case: Case, claim: Callable[[], None] = lambda: None
-    ) -> dict[str, Any] | None:
-        """Registers a pair, unless its results are there.
-
-        Args:
-            case: the pair.
-            claim: called before results appear.
-
-        Returns:
-            A line for the journal, with `kept` if the results were there; None when
-            `claim` raised GivenUp.
-
-        Raises:
-            UserError: weights that cannot be used, exit code 9.
-        """
-        started = time.perf_counter()
-        try:
-            record, kept = self._record(case, claim)
-        except GivenUp:
-            return None
-        except UserError as error:
-            if error.exit_code == CHECKPOINT:
-                raise
-            reason, message = error.reason, str(error)
-        except Exception as error:  # of one pair, which stops no other
-            reason, message = self._explain(case, error)
-        else:
-            return _line(record, self._out) | ({"kept": True} if kept else {})
-        settings = results.settings_sha256(self._args, case)
-        return failure(
-            self._args,
-            case,
-            reason,
-            message,
-            weights_sha256=self._weights,
-            settings=settings,
-            seconds=time.perf_counter() - started,
-        )
-
-    def _record(self, case: Case, claim) -> tuple[dict[str, Any], bool]:
-        """Of results that are there, or that are made now."""
-        args = self._args
-        settings = results.settings_sha256(args, case)
-        why, record = standing(args, case, self._files, self._weights, settings)
-        if why is None and record is not None:
-            judging.check_kept(args, record)
-            return record, True
-        if why is not None and not (args.skip_existing or args.overwrite):
-            raise _in_the_way(self._out / case.id, why)
-        started = time.perf_counter()
-        replace = args.skip_existing or args.overwrite
-        with outputs.case_folder(
-            self._out, case.id, replace, tag=_tag(args), claim=claim
-        ) as folder:
-            inputs = self._files.read(case)
-            session = self._sessions.get(0, self._load)
-            clock = registration.Clock()
-            affine = args.affine if inputs.init is None else inputs.init
-            asked = registration.check_settings(case.task, case.type, affine)
-            result = session.run(
-                inputs.fixed,
-                inputs.moving,
-                asked,
-                affine=affine,
-                mask=inputs.mask,
-                clock=clock,
-            )
-            record = results.write(folder, inputs, result, session.model, settings)
-            total = time.perf_counter() - started
-            record["timings"]["total"] = round(total, 3)
-            judging.finish(args, folder, record, inputs.fixed, inputs.moving, result)
-            results.seal(folder, record)
-            judging.hold_back(args, folder, record)
-        return record, False
-
-    def _load(self):
-        """JAX, the model and its compiled programs."""
-        if registration.use_compilation_cache() is None:
-            progress(self._args.quiet)(
-                "warning: no folder of yours for compiled programs: set UNIREG_CACHE"
-            )
-        return registration.Session(
-            registration.load_model(self._args.weights),
-            keep=KEEP,
-            refine=results.plan(self._args),
-            network=self._network,
-        )
-
-    def _explain(self, case: Case, error: Exception) -> tuple[str, str]:
-        """Reason and message of what is no UserError."""
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return "out_of_memory", (
-                "out_of_memory: more is needed than there is; crop the scans, take "
-                "fewer --workers or a larger machine"
-            )
-        trace = "".join(traceback.format_exception(error))
-        log = self._out / f"{_name(self._args)}.log"
-        with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
-            file.write(f"{case.id}\n{trace}\n")
-        if self._args.debug:
-            sys.stderr.write(trace)
-        return "internal", (
-            f"internal: {type(error).__name__}, a fault of this program; trace in "
-            f"{log.name}; please report it"
-        )
-
-
-def standing(
-    args: argparse.Namespace,
-    case: Case,
-    files: results.Files,
-    weights_sha256: str,
-    settings: str,
-) -> tuple[str | None, dict[str, Any] | None]:
-    """Says what is in a case's folder.
-
-    Args:
-        args: of the verb.
-        case: the pair.
-        files: to digest inputs.
-        weights_sha256: of the network.
-        settings: from `results.settings_sha256`.
-
-    Returns:
-        (None, None) when there is nothing; (None, record) of results that may stay;
-        (why, ...) of results that do not agree, or are to be done again.
-
-    Raises:
-        UserError: an input that cannot be read.
-    """
-    folder = Path(args.out) / case.id
-    if not (folder.is_symlink() or folder.exists()):
-        return None, None
-    if args.overwrite:
-        return "--overwrite", None
-    return results.disagreement(
-        folder, case, files, weights_sha256=weights_sha256, settings=settings
-    )
-
-
-def _in_the_way(folder: Path, why: str) -> UserError:
-    return UserError(
-        "id_duplicate",
-        f"{folder.name}: results that agree with what would be made now expected, or "
-        f"none, got {why}; pass --skip-existing to replace such results, or another "
-        "--out",
-        USAGE,
-    )
+# --- ends of pairs -----------------------------------------------------------------
 
 
 def _timed_out(args, end: End, weights_sha256: str) -> dict[str, Any]:
-    return failure(
+    return worker.failure(
         args,
         end.item,
         "timeout",
@@ -482,92 +304,6 @@ def _timed_out(args, end: End, weights_sha256: str) -> dict[str, Any]:
         settings=results.settings_sha256(args, end.item),
         seconds=args.timeout,
     )
-
-
-# --- lines of the journal -----------------------------------------------------------
-
-
-def failure(
-    args: argparse.Namespace,
-    case: Case,
-    reason: str,
-    message: str,
-    *,
-    weights_sha256: str,
-    settings: str,
-    seconds: float,
-) -> dict[str, Any]:
-    """Makes the line of a pair that failed.
-
-    Args:
-        args: of the verb.
-        case: the pair.
-        reason: code of docs/errors.md.
-        message: one line; folders in it are left out.
-        weights_sha256: of the network.
-        settings: from `results.settings_sha256`.
-        seconds: spent on it.
-
-    Returns:
-        A line for the journal.
-    """
-    for name in PATHS:
-        if path := getattr(case, name):
-            message = message.replace(shown(path), shown(Path(path).name))
-    message = message.replace(f"{shown(Path(args.out))}/", "")
-    return {
-        "schema": SCHEMA,
-        "id": case.id,
-        "status": "failed",
-        "reason": reason,
-        "message": one_line(message),
-        "warnings": [],
-        "inputs": {},
-        "weights": weights_sha256,
-        "settings": settings,
-        "version": versions.version(),
-        "device": None,
-        "seconds": round(seconds, 3),
-        "peak_mib": versions.peak_mib(),
-        "outputs": {},
-        "qc": None,
-    }
-
-
-def _line(record: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The line of a pair that was done, from its record."""
-    case = record["case"]
-    digests = ("sha256", "bytes")
-    run = outputs.digest(out / case / f"{case}_run.json")
-    made = {**record["outputs"], f"{case}_run.json": run}
-    qc = dict(record["qc"])
-    qc |= {name: record["quality"].get(name) for name in judging.COLUMNS}
-    if record.get("scores"):
-        qc |= record["scores"]["mean"]
-        rows = record["scores"]["labels"].values()
-        qc["dsc_undefined"] = sum(row.get("dsc") is None for row in rows)
-    if record.get("landmarks"):
-        qc |= {name: record["landmarks"][name] for name in ("tre_mm_before", "tre_mm")}
-    return {
-        "schema": SCHEMA,
-        "id": case,
-        "status": record["status"],
-        "reason": None,
-        "message": None,
-        "warnings": record["warnings"],
-        "inputs": {
-            name: {key: entry[key] for key in digests}
-            for name, entry in record["inputs"].items()
-        },
-        "weights": record["weights"]["sha256"],
-        "settings": record["settings_sha256"],
-        "version": record["versions"]["unireg"],
-        "device": record["device"],
-        "seconds": record["timings"]["total"],
-        "peak_mib": record["peak_mib"],
-        "outputs": {f"{case}/{name}": digest for name, digest in made.items()},
-        "qc": qc,
-    }
 
 
 def _same(known: dict[str, Any] | None, item: dict[str, Any]) -> bool:
@@ -625,7 +361,7 @@ def _summarize(args, cases, book, counts, digest, seconds) -> dict[str, Any]:
         if item["status"] == "failed":
             reasons[item["reason"]] += 1
             failed.append(row)
-    out, name = Path(args.out), _name(args)
+    out, name = Path(args.out), worker.run_name(args)
     suffix = name.removeprefix("batch")
     _write_table(out / f"{name}.csv", _COLUMNS, rows)
     _write_table(out / f"failed{suffix}.csv", ("id", "reason", "message"), failed)
@@ -681,10 +417,11 @@ def _tell(args, summary: dict[str, Any]) -> None:
             found = ", ".join(f"{kind} {n}" for kind, n in summary[word].items())
             say(f"{word}: {found}")
     now = summary["this_run"]
+    table = Path(args.out) / f"{worker.run_name(args)}.csv"
     say(
         f"{summary['done']} of {summary['pairs']} done ({now['skipped']} of them were "
         f"there), {summary['failed']} failed, {summary['left']} left, in "
-        f"{summary['seconds']:.1f} s: {shown(Path(args.out) / _name(args))}.csv"
+        f"{summary['seconds']:.1f} s: {shown(table)}"
     )
     if args.json:
         sys.stdout.write(json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -696,21 +433,21 @@ def _tell(args, summary: dict[str, Any]) -> None:
 
 def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
     """Reads everything and writes nothing; no JAX."""
-    files = results.Files(KEEP)
+    files = results.Files(worker.KEEP)
 
     def look(case, claim):
         del claim
         settings = results.settings_sha256(args, case)
         try:
-            why, record = standing(args, case, files, digest, settings)
+            why, record = worker.standing(args, case, files, digest, settings)
             if why is None and record is not None:
                 return "keep", "", ""
             if why is not None and not (args.skip_existing or args.overwrite):
-                raise _in_the_way(Path(args.out) / case.id, why)
+                raise worker.in_the_way(Path(args.out) / case.id, why)
             files.read(case)
         except UserError as error:
             known = dict(weights_sha256=digest, settings=settings, seconds=0.0)
-            item = failure(args, case, error.reason, str(error), **known)
+            item = worker.failure(args, case, error.reason, str(error), **known)
             return "refuse", error.reason, item["message"]
         return ("replace", "", why) if why else ("register", "", "")
 

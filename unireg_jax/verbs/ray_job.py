@@ -17,14 +17,14 @@ import ray.data
 
 from unireg_jax.manifest import Case
 from unireg_jax.registration.threads import End
-from unireg_jax.verbs import batch
+from unireg_jax.verbs import worker
 
 
 class Actor:
     """A worker that keeps its compiled network between pairs."""
 
     def __init__(self, args: argparse.Namespace, weights_sha256: str, network: bool):
-        self._work = batch.Worker(args, weights_sha256, network=network)
+        self._work = worker.Worker(args, weights_sha256, network=network)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Registers the pairs of a block."""
