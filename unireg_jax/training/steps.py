@@ -22,7 +22,7 @@ from unireg_jax.training import manifest
 
 _LITTER = ("unfinished-*", "deleted-*", "*.orbax-checkpoint-tmp*")
 # How TensorStore, whose errors are ValueErrors, says what a disk refuses.
-_OS_FAULT = re.compile("OS error|RESOURCE_EXHAUSTED|DATA_LOSS|PERMISSION_DENIED")
+_OS_FAULT = re.compile("os_error_code|RESOURCE_EXHAUSTED|DATA_LOSS")
 
 
 @contextlib.contextmanager
@@ -35,13 +35,13 @@ def storage(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        text = first_line(error)
-        if isinstance(error, ValueError) and not _OS_FAULT.search(text):
+        if isinstance(error, ValueError) and not _OS_FAULT.search(str(error)):
             raise
         raise UserError(
             "storage",
-            f"{shown(folder)}: could not be written ({text}); what was saved before is "
-            "whole: free space or mend the disk, then run the same command again",
+            f"{shown(folder)}: could not be written ({first_line(error)}); what was "
+            "saved before is whole: free space or mend the disk, then run the same "
+            "command again",
             STORAGE,
         ) from error
 
