@@ -101,7 +101,8 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
     if "task" in settings:
         out["task"] = f"{settings['task']}, {pair_type(record)}-patient"
     if "affine_used" in settings:
-        out["pre-alignment"] = f"{settings['affine_used']} pre-alignment"
+        used = str(settings["affine_used"]).replace("none", "no")
+        out["pre-alignment"] = f"{used} pre-alignment"
     for name, entry in _dict(record.get("inputs")).items():
         entry = _dict(entry)
         parts = [str(entry.get("name", "")).replace("\\", "/").rpartition("/")[2]]
@@ -124,9 +125,6 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(device, dict)
         else str(device or "unknown")
     )
-    seconds = _dict(record.get("timings")).get("total")
-    if _plain(seconds):
-        out["time"] = f"{seconds:.1f} s"
     return out
 
 

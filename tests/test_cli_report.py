@@ -1,0 +1,234 @@
+"""`unireg report`, `--html`, `--qc-gate` and `--inverse-consistency`."""
+
+import json
+import re
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tests.test_cli import command, save_network, write_pair
+from unireg_jax import __main__ as cli
+from unireg_jax import errors
+from unireg_jax.evaluation import quality
+
+CASE = "fixed__moving"
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return save_network(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, network):
+    """A case with labels, registered both ways; its folder and its scans."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "in").mkdir()
+    paths = write_pair(folder / "in")
+    labels = [
+        *("--fixed-label", paths["fixed_label"]),
+        *("--moving-label", paths["moving_label"]),
+    ]
+    argv = command(paths, folder / "out", network, *labels, "--inverse-consistency")
+    assert cli.main([*argv, "--html", "--quiet"]) == 0
+    return folder / "out", paths
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    shutil.copytree(made[0], tmp_path / "out")
+    return tmp_path / "out"
+
+
+def record(out, case=CASE):
+    return json.loads((out / case / f"{case}_run.json").read_text())
+
+
+def scans(paths):
+    return ["--fixed", paths["fixed"], "--moving", paths["moving"]]
+
+
+def test_register_records_quality_of_the_written_map(made):
+    out, _ = made
+    found = record(out)
+    numbers = found["quality"]
+    assert numbers["coverage"] > 0.9 and 0 < numbers["local_ncc"] <= 1
+    assert numbers["inverse_mm"] < numbers["inverse_p95_mm"]
+    assert set(numbers["volume_change"]) == {"1", "3"}
+    factors = [max(c, 1 / c) for c in numbers["volume_change"].values()]
+    assert numbers["volume_factor"] == pytest.approx(max(factors))
+    mean = found["scores"]["mean"]
+    assert numbers["dsc_gain"] == pytest.approx(mean["dsc"] - mean["dsc_affine"])
+    expected = quality.judge(
+        {k: v for k, v in numbers.items() if not isinstance(v, dict)}, "intra"
+    )
+    assert [f.line for f in expected] == [
+        w for w in found["warnings"] if w.split(":")[0] in {f.reason for f in expected}
+    ]
+
+
+def test_register_writes_the_page_beside_the_results(made):
+    out, paths = made
+    text = (out / CASE / "qc.html").read_text()
+    assert "local_ncc" in text and "volume change" in text
+    assert str(out) not in text and paths["fixed"] not in text
+    assert "qc.html" not in record(out)["outputs"]  # a view, not a result
+
+
+def test_report_of_a_case_is_the_page_that_register_wrote(made, out, capsys):
+    before = (out / CASE / "qc.html").read_text()
+    argv = ["report", str(out / CASE), *scans(made[1]), "--quiet", "--json"]
+    assert cli.main(argv) == errors.USAGE  # never over a file unasked
+    assert cli.main([*argv, "--overwrite"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["page"] == "qc.html" and told["case"] == CASE
+    # The written image is rounded to whole HU, the field to float32: so were they.
+    assert (out / CASE / "qc.html").read_text() == before
+
+
+def test_report_of_a_record_without_quality_measures_it(made, out):
+    path = out / CASE / f"{CASE}_run.json"
+    found = record(out)
+    kept = found.pop("quality")
+    path.write_text(json.dumps(found))
+    argv = ["report", str(out / CASE), *scans(made[1]), "--quiet"]
+    assert cli.main([*argv, "--out", str(out / "new.html")]) == 0
+    text = (out / "new.html").read_text()
+    cells = dict(re.findall(r"<td>(\w+)</td><td class=n>([-0-9.e]+)", text))
+    for name in ("coverage", "local_ncc", "p99_mm"):
+        assert float(cells[name]) == pytest.approx(kept[name], rel=2e-3)  # 4 digits
+
+
+def test_report_refuses_other_scans(made, out, capsys):
+    paths = made[1]
+    argv = ["report", str(out / CASE), "--overwrite", "--fixed", paths["fixed"]]
+    assert cli.main(argv) == errors.USAGE
+    assert "--fixed and --moving" in capsys.readouterr().err
+    argv += ["--moving", paths["fixed"]]
+    assert cli.main(argv) == errors.DATA_CHANGED
+    assert "digest" in capsys.readouterr().err
+    assert cli.main(["report", str(out / CASE), "--overwrite"]) == errors.USAGE
+    assert "holds results and no scans" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p.write_text("{"),
+        lambda p: p.write_text("[]"),
+        lambda p: p.write_text('{"case": "other"}'),
+        lambda p: p.write_text("[" * 100_000),
+        lambda p: p.write_bytes(b"\xff\xfe"),
+        lambda p: p.write_text(json.dumps({**json.loads(p.read_text()), "affine": 1})),
+    ],
+)
+def test_report_refuses_a_damaged_record_in_one_line(made, out, damage, capsys):
+    damage(out / CASE / f"{CASE}_run.json")
+    argv = ["report", str(out / CASE), *scans(made[1]), "--overwrite", "--quiet"]
+    assert cli.main(argv) == errors.FAILED
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "schema" in captured.err
+
+
+def test_report_refuses_a_warped_image_of_another_grid(made, out, capsys):
+    path = out / CASE / f"{CASE}_warped.nii.gz"
+    image = nib.load(path)
+    data = np.asarray(image.dataobj)[1:]
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    argv = ["report", str(out / CASE), *scans(made[1]), "--overwrite", "--quiet"]
+    assert cli.main(argv) == errors.FAILED
+    assert "grid_mismatch" in capsys.readouterr().err
+
+
+def test_report_of_a_batch_lists_all_cases_and_makes_their_pages(made, out, capsys):
+    paths = made[1]
+    shutil.copytree(out / CASE, out / "second")
+    (out / "second" / "qc.html").unlink()
+    for file in (out / "second").glob(f"{CASE}_*"):
+        file.rename(file.with_name(file.name.replace(CASE, "second")))
+    path = out / "second" / "second_run.json"
+    path.write_text(path.read_text().replace(f'"{CASE}', '"second'))
+    (out / "torn").mkdir()
+    (out / "torn" / "torn_run.json").write_text("{")
+    (out / "failed.csv").write_text("id,reason,message\nlost,not_found,=gone <b>\n")
+    listed = out.parent / "pairs.csv"
+    names = [paths[k].rsplit("/", 1)[1] for k in ("fixed", "moving")]
+    listed.write_text(f"id,fixed,moving\nsecond,{','.join(names)}\n")
+    folder = paths["fixed"].rsplit("/", 1)[0]
+    argv = ["report", str(out), "--list", str(listed), "--data-root", folder]
+    shutil.copy(paths["fixed"], listed.parent)
+    shutil.copy(paths["moving"], listed.parent)
+    assert cli.main([*argv, "--json", "--quiet"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [c["case"] for c in told["cases"]][:2] == ["lost", "torn"]
+    text = (out / "index.html").read_text()
+    assert "=gone &lt;b&gt;" in text and "4 cases" in text
+    assert set(re.findall(r'href="([^"]*)"', text)) == {
+        f"{CASE}/qc.html",
+        "second/qc.html",
+    }
+    assert text.count("<img") == 2 and (out / "second" / "qc.html").is_file()
+    assert str(out) not in text
+
+
+def test_report_of_a_folder_without_cases_has_nothing_to_do(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == errors.NOTHING
+    assert cli.main(["report", str(tmp_path / "absent")]) == errors.USAGE
+    assert "index.html" not in capsys.readouterr().err
+    assert not (tmp_path / "index.html").exists()
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """The moving scan mirrored: no pair."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    paths = write_pair(folder)
+    image = nib.load(paths["moving"])
+    data = np.full(image.shape, 40, np.int16)
+    nib.save(nib.Nifti1Image(data, image.affine), paths["moving"])
+    return paths
+
+
+def test_gate_keeps_a_bad_case_apart(apart, tmp_path, network, capsys):
+    out = tmp_path / "out"
+    argv = command(apart, out, network, "--qc-gate", "--html", "--affine", "none")
+    assert cli.main(argv) == errors.FAILED
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("unireg: error: constant") and "rejected/" in line
+    assert sorted(p.name for p in out.iterdir()) == ["rejected"]
+    kept = out / "rejected"
+    found = record(kept)
+    assert found["status"] == "failed" and found["reason"] == "constant"
+    assert (kept / CASE / "qc.html").is_file()
+    assert (kept / CASE / f"{CASE}_1Warp.nii.gz").is_file()
+    # Without the gate it is a warning.
+    argv.remove("--qc-gate")
+    assert cli.main(argv) == 0
+    assert record(out)["status"] == "warn"
+    # Both are in the index.
+    assert cli.main(["report", str(out), "--quiet"]) == 0
+    assert "2 cases: 1 to look at · 1 failed" in (out / "index.html").read_text()
+
+
+def test_gate_of_a_batch_fails_the_bad_case_alone(apart, tmp_path, network):
+    good = tmp_path / "good"
+    good.mkdir()
+    write_pair(good)
+    shutil.copytree(tmp_path / "in", tmp_path / "bad")
+    listed = tmp_path / "pairs.csv"
+    rows = [f"{n},{n}/fixed.nii.gz,{n}/moving.nii.gz" for n in ("good", "bad")]
+    listed.write_text("\n".join(["id,fixed,moving", *rows]) + "\n")
+    out = tmp_path / "out"
+    argv = [
+        *("batch", str(listed), "--out", str(out), "--task", "chest"),
+        *("--weights", network, "--affine", "none", "--qc-gate", "--quiet"),
+    ]
+    code = cli.main(argv)
+    statuses = {"good": (out / "good").is_dir(), "bad": (out / "bad").is_dir()}
+    assert statuses["bad"] is False and (out / "rejected" / "bad").is_dir()
+    table = (out / "failed.csv").read_text()
+    assert "bad,constant," in table
+    assert code == (errors.PARTLY if statuses["good"] else errors.FAILED)
