@@ -18,6 +18,7 @@ from unireg_jax.evaluation import cases, metrics
 from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import mapping, transforms
 from unireg_jax.imaging.nifti import Volume
+from unireg_jax.imaging.points import PointPairs
 
 SHAPE = (14, 12, 11)
 SPACING = np.array([2.0, 3.0, 4.0])
@@ -147,6 +148,17 @@ def test_score_judges_an_affine_on_the_labels_grid():
     assert report["field"]["sdlogj_whole"] == pytest.approx(0, abs=1e-4)
     with pytest.raises(UserError, match="affines alone have no grid"):
         cases.score(mapping.affine(grow))
+
+
+def test_score_of_an_affine_and_landmarks_needs_no_grid():
+    points = np.array([[1.0, 2, 3], [40, 50, 60]])
+    shift = np.eye(4)
+    shift[:3, 3] = [3, 0, 4]
+    pairs = PointPairs(["a", "b"], points, points)
+    report = cases.score(mapping.affine(shift), pairs=pairs)
+    assert report["landmarks"]["tre_mm"] == 5.0 and report["field"] == {}
+    assert "no grid" in report["warnings"][0]
+    assert cases.metric_row(report)["tre_mm_before"] == 0.0
 
 
 def test_score_brings_the_foreground_onto_the_field():

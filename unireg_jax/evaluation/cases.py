@@ -89,19 +89,28 @@ def score(
     Returns:
         With labels: labels, mean, n, as metrics.overlap gives them, of the labels as
         they lay (`_before`) and warped. With landmarks: landmarks, see
-        metrics.summarize_errors. field, see regularity.field_scores. With l2r:
+        metrics.summarize_errors. field, see regularity.field_scores; empty for affines
+        without a grid. With l2r:
         learn2reg, see learn2reg.scores. undefined: metric -> reason, or metric -> id ->
         reason. warnings: one line each. None where undefined.
 
     Raises:
         ValueError: one label map without the other.
-        UserError: `schema`: affines alone, and neither labels nor mask give a grid;
+        UserError: `schema`: affines alone, and neither labels nor mask give a grid,
+            nor landmarks something to measure;
             `grid_mismatch`: the mask lies on another grid than the field.
     """
     if (fixed_labels is None) != (moving_labels is None):
         raise ValueError("fixed_labels and moving_labels belong together, got one")
     report: dict[str, Any] = {"undefined": {}, "warnings": []}
     field = _field(transform, mask, fixed_labels)
+    if field is None and (pairs is None or l2r):
+        raise UserError(
+            "schema",
+            "schema: affines alone have no grid to be judged on; name labels or a mask "
+            "of the fixed scan",
+            USAGE,
+        )
     if fixed_labels is not None and moving_labels is not None:
         report |= _overlap(
             transform, fixed_labels, moving_labels, surface, tolerance_mm
@@ -113,19 +122,11 @@ def score(
         for name in ("tre_mm_before_std", "tre_mm_std"):
             if math.isnan(report["landmarks"][name]):
                 report["undefined"][name] = "one point has no spread"
-    foreground = None if mask is None else mask.data > 0
-    if mask is None and fixed_labels is not None:
-        foreground = _foreground(fixed_labels, field, report["warnings"])
-    report["field"] = regularity.field_scores(
-        field.disp_mm,
-        field.vox2world,
-        mask=foreground,
-        l2r_mask=None if mask is None else foreground,
-    )
-    for name, value in report["field"].items():
-        if math.isnan(value):
-            reason = regularity.field_reason(name, field.disp_mm.shape[:3])
-            report["undefined"][name] = reason
+    report["field"] = {}
+    if field is None:
+        report["warnings"].append("no field, labels or mask: no grid for regularity")
+    else:
+        report["field"] = _regularity(field, fixed_labels, mask, report)
     if l2r:
         given = (fixed_labels, moving_labels)
         report["learn2reg"] = _learn2reg(transform, field, given, mask, pairs)
@@ -374,29 +375,48 @@ def _landmarks(files: Files) -> PointPairs | None:
 
 def _field(
     transform: mapping.Mapping, mask: Volume | None, labels: Volume | None
-) -> mapping.Field:
-    """The whole map, on the grid of its first field, else that of mask or labels."""
+) -> mapping.Field | None:
+    """The whole map, on the grid of its first field, else that of mask or labels.
+
+    None for affines alone when there is neither.
+    """
     if len(transform.parts) == 1 and transform.fields:
         field = transform.fields[0]
     else:
-        found = next((v for v in (mask, labels) if v is not None), None)
-        if transform.fields:
-            grid = transform.fields[0].grid
-        elif found is not None:
-            grid = mapping.grid_of(found)
-        else:
-            raise UserError(
-                "schema",
-                "schema: affines alone have no grid to be judged on; name labels or a "
-                "mask of the fixed scan",
-                USAGE,
-            )
-        field = mapping.Field(mapping.flatten(transform, grid), grid.vox2world)
+        grids = [part.grid for part in transform.fields]
+        grids += [mapping.grid_of(v) for v in (mask, labels) if v is not None]
+        if not grids:
+            return None
+        whole = mapping.flatten(transform, grids[0])
+        field = mapping.Field(whole, grids[0].vox2world)
     if mask is not None:
         # Of the field, its first component stands for the grid.
         stand_in = Volume(field.disp_mm[..., 0], field.vox2world)
         nifti.check_same_grid(stand_in, mask)
     return field
+
+
+def _regularity(
+    field: mapping.Field,
+    labels: Volume | None,
+    mask: Volume | None,
+    report: dict[str, Any],
+) -> dict[str, float]:
+    """Scores of the field; adds to the report's undefined and warnings."""
+    foreground = None if mask is None else mask.data > 0
+    if mask is None and labels is not None:
+        foreground = _foreground(labels, field, report["warnings"])
+    found = regularity.field_scores(
+        field.disp_mm,
+        field.vox2world,
+        mask=foreground,
+        l2r_mask=None if mask is None else foreground,
+    )
+    for name, value in found.items():
+        if math.isnan(value):
+            reason = regularity.field_reason(name, field.disp_mm.shape[:3])
+            report["undefined"][name] = reason
+    return found
 
 
 def _overlap(
