@@ -26,7 +26,6 @@ _STORAGE = (
 
 def setup() -> None:
     """Compilation cache in the user's own folder, quiet libraries."""
-    sys.excepthook = _print_trace
     use_compilation_cache()
     logging.getLogger("jax").setLevel(logging.ERROR)
     # Orbax prints traces of errors that it then raises: those get one line from us.
@@ -69,13 +68,6 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(128 + signal.SIGINT)
 
     return wrapped
-
-
-def _print_trace(kind, error, trace) -> None:
-    """As Python does, but for what TensorStore prints of each array in flight when a
-    save fails: the failure itself is raised."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
