@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ _LEAST_FREE_GIB = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this verb."""
-    parser.description = (
+    text = (
         "Checks versions, devices, weights, the cache of compiled programs, memory and "
         "optional packages, and registers a small body to itself, moved by 25 mm."
     )
+    parser.description = textwrap.fill(text, 79)
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,21 +17,31 @@ from unireg_jax.verbs import judging, options, outputs, results
 from unireg_jax.verbs.messages import number, progress
 
 HELP = "one pair of scans -> transform and warped image"
+EXAMPLES = """examples:
+  unireg register -f fixed.nii.gz -m moving.nii.gz --task abdomen -o results
+  unireg register -f day1_dicom -m day2_dicom --task auto --type intra -o results
+  unireg register -f f.nii.gz -m m.nii.gz --task chest -o results \\
+      --io-iterations 50 --reg-weight 2
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this verb."""
-    parser.description = (
+    text = (
         "Writes into OUT/CASE: CASE_warped.nii.gz, the moving image on the fixed "
         "grid; CASE_1Warp.nii.gz, the whole map as one displacement field in mm "
         "(works alone in ITK, ANTs, Slicer); CASE_Composite.h5, the same map as "
         "affine and field; CASE_0GenericAffine.txt, the pre-alignment, for "
         "information: it is part of the other two; CASE_run.json, settings, quality "
-        "and timings."
+        "and timings. Scans are NIfTI; NRRD or MetaImage with the extra itk; a folder "
+        "of DICOM slices with the extra dicom."
     )
+    parser.description = textwrap.fill(text, 79)
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("-f", "--fixed", required=True, metavar="FILE", help="NIfTI that stays")
-    add("-m", "--moving", required=True, metavar="FILE", help="NIfTI to be warped")
+    add("-f", "--fixed", required=True, metavar="FILE", help="scan that stays")
+    add("-m", "--moving", required=True, metavar="FILE", help="scan to be warped")
     add("-o", "--out", required=True, metavar="DIR", help="folder, made if absent")
     results.add_settings(parser, required=True)
     add("--fixed-label", metavar="FILE", help="with --moving-label: DSC in the record")
@@ -70,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         # Before JAX is imported: a wrong file is refused within a second.
         inputs = results.Files().read(case)
         read = time.perf_counter() - started
+        options.use_device(args)
         if registration.use_compilation_cache() is None:
             say("warning: no folder of yours for compiled programs: set UNIREG_CACHE")
         model = registration.load_model(args.weights)
@@ -82,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             affine=args.affine,
             fixed_mask=inputs.mask,
             refine=results.plan(args),
+            fov=args.fov,
             progress=say,
         )
         back = _back(args, inputs, model, say) if args.inverse_consistency else None
@@ -111,6 +124,7 @@ def _back(args, inputs, model, say) -> np.ndarray:
         weights=model,
         affine=args.affine,
         refine=results.plan(args),
+        fov=args.fov,
         progress=say,
     ).disp_mm
 

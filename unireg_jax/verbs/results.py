@@ -19,9 +19,9 @@ import numpy as np
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.evaluation import metrics, quality
-from unireg_jax.imaging import nifti, orientation, points, transforms
+from unireg_jax.imaging import nifti, orientation, points, scans, transforms
 from unireg_jax.imaging.nifti import Volume
-from unireg_jax.manifest import NO_TASK, PATHS, TYPES, Case
+from unireg_jax.manifest import AUTO_TASK, NO_TASK, PATHS, TYPES, Case
 from unireg_jax.registration import weights
 from unireg_jax.registration.kept import Kept
 from unireg_jax.tasks import TASKS
@@ -31,6 +31,7 @@ SCHEMA = 1  # of <case>_run.json
 # Spelled here so that --help imports no JAX; a test compares them.
 AFFINES = ("auto", "none", "com", "rigid", "affine", "features", "coarse")
 IO_FEATURES = ("image", "mind", "sam")
+FOVS = ("auto", "crop", "tiles", "whole")
 _UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
 
 
@@ -38,7 +39,7 @@ _UNUSED = ("moving_mask",)  # columns of a case that registration does not look 
 
 
 def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """--task, --type, --weights, --affine and instance optimisation.
+    """--task, --type, --weights, --affine, --fov, --device, instance optimisation.
 
     Args:
         parser: of the verb.
@@ -49,8 +50,9 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
     add(
         "--task",
         required=required,
-        choices=(*sorted(TASKS), NO_TASK),
-        help=f"what is registered{elsewhere}; none: without the network",
+        choices=(*sorted(TASKS), AUTO_TASK, NO_TASK),
+        help=f"what is registered{elsewhere}; auto: the body region that both scans "
+        "show, or a refusal; none: without the network",
     )
     add("--type", choices=TYPES, help=f"default: the usual one of the task{elsewhere}")
     options.add_weights(parser)
@@ -60,6 +62,14 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
         default="auto",
         help="pre-alignment, default auto; features: by points matched by the "
         "anatomical embedding; coarse: and a coarse displacement through them",
+    )
+    add(
+        "--fov",
+        choices=FOVS,
+        default="auto",
+        help="where the fixed body is larger than the network's window: crop, its "
+        "middle; tiles, overlapping windows; whole, one larger window; default auto: "
+        "tiles where a crop would lose a tenth of the body",
     )
     add(
         "--io-iterations",
@@ -75,26 +85,29 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "$UNIREG_SAM, then the package's",
     )
     add(
-        "--io-smoothness",
+        *("--reg-weight", "--io-smoothness"),
+        dest="reg_weight",
         type=options.weight,
         metavar="X",
-        help="weight of its smoothness, default 4",
+        help="weight of its smoothness against similarity, default 4: more gives a "
+        "smoother field, less follows the images closer",
     )
+    options.add_device(parser)
 
 
 def check_settings(args: argparse.Namespace) -> None:
     """Refuses options of an instance optimisation that is not asked for."""
-    if not args.io_iterations and (args.io_features or args.io_smoothness is not None):
+    if not args.io_iterations and (args.io_features or args.reg_weight is not None):
         raise UserError(
             "schema",
-            "--io-features and --io-smoothness need --io-iterations of at least 1",
+            "--io-features and --reg-weight need --io-iterations of at least 1",
             USAGE,
         )
 
 
 def plan(args: argparse.Namespace) -> Any:
     """Of the instance optimisation, or None."""
-    given = {"features": args.io_features, "smoothness": args.io_smoothness}
+    given = {"features": args.io_features, "smoothness": args.reg_weight}
     given = {name: value for name, value in given.items() if value is not None}
     return (
         registration.Plan(args.io_iterations, **given) if args.io_iterations else None
@@ -118,8 +131,10 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         "type": case.type or usual,
         "affine": "given" if case.init else args.affine,
         "io": args.io_iterations
-        and [args.io_iterations, args.io_features, args.io_smoothness],
+        and [args.io_iterations, args.io_features, args.reg_weight],
     }
+    if args.fov != "auto":
+        asked["fov"] = args.fov
     if args.affine in ("features", "coarse") or args.io_features == "sam":
         # What describes the scans then is chosen by the environment.
         named = os.environ.get("UNIREG_SAM")
@@ -226,40 +241,56 @@ class Files:
         return Inputs(case, fixed, moving, labels, mask, table, init, digests)
 
     def digest(self, path: str) -> dict[str, Any]:
-        """SHA-256 and size of a file.
+        """SHA-256 and size of a scan's file, or of its files one after the other.
 
         Args:
-            path: of a regular file.
+            path: of a regular file, or of a folder of DICOM slices.
 
         Returns:
-            sha256, bytes.
+            sha256, bytes; of several files also files, their number.
 
         Raises:
             UserError: `not_found`, `not_a_file`, `permission`, `empty`.
         """
-        nifti.check_file(path)
+        files = scans.files_of(path)
+        for file in files:
+            nifti.check_file(file)
         try:
-            return self._digests.get(
-                _state(path), lambda: outputs.digest(Path(path)), path
-            )
+            return self._digests.get(_state(path), lambda: _digest(files), path)
         except PermissionError as error:
             raise nifti.permission_error(path) from error
 
     def _image(self, path):
-        return self._images.get(_state(path), lambda: nifti.read_image(path))
+        return self._images.get(_state(path), lambda: scans.read_scan(path))
 
     def _label(self, path):
-        return self._labels.get(_state(path), lambda: nifti.read_labels(path))
+        return self._labels.get(_state(path), lambda: scans.read_labels(path))
+
+
+def _digest(files: list[Path]) -> dict[str, Any]:
+    """Of one file its own; of several that of their digests, in their order."""
+    found = [outputs.digest(file) for file in files]
+    if len(found) == 1:
+        return found[0]
+    together = "".join(one["sha256"] for one in found)
+    return {
+        "sha256": hashlib.sha256(together.encode()).hexdigest(),
+        "bytes": sum(one["bytes"] for one in found),
+        "files": len(found),
+    }
 
 
 def _state(path: str) -> tuple:
-    """What changes when a file does."""
+    """What changes when a file does, or one of those that a scan is made of."""
     real = os.path.realpath(path)
+    state: list[Any] = [real]
     try:
-        found = os.stat(real)
+        for file in scans.files_of(real):
+            found = os.stat(file)
+            state += [found.st_size, found.st_mtime_ns, found.st_ino]
     except (OSError, ValueError):  # reading it says what is wrong
         return (real,)
-    return real, found.st_size, found.st_mtime_ns, found.st_ino
+    return tuple(state)
 
 
 # --- results out --------------------------------------------------------------------

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ alone. All is measured over the fixed body on the network's grid.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this verb."""
-    parser.description = (
+    text = (
         "Predicts the pair once for every body region and pair type and prints a "
         "table, CSV or --json: correlation before and after, folded share of the "
         "body, SDlogJ, longest vector, and with labels the mean Dice."
     )
+    parser.description = textwrap.fill(text, 79)
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument

@@ -14,7 +14,7 @@ from unireg_jax.errors import CHECKPOINT, USAGE, UserError, shown
 from unireg_jax.manifest import PATHS, Case
 from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.threads import GivenUp
-from unireg_jax.verbs import judging, outputs, results, versions
+from unireg_jax.verbs import judging, options, outputs, results, versions
 from unireg_jax.verbs.messages import one_line, progress
 
 SCHEMA = 1  # of a line of the journal
@@ -134,6 +134,7 @@ class Worker:
 
     def _load(self):
         """JAX, the model and its compiled programs."""
+        options.use_device(self._args)
         if registration.use_compilation_cache() is None:
             progress(self._args.quiet)(
                 "warning: no folder of yours for compiled programs: set UNIREG_CACHE"
@@ -143,6 +144,7 @@ class Worker:
             keep=KEEP,
             refine=results.plan(self._args),
             network=self._network,
+            fov=self._args.fov,
         )
 
     def _explain(self, case: Case, error: Exception) -> tuple[str, str]:
