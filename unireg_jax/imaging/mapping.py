@@ -509,21 +509,28 @@ def jacobian(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.
     if min(grid.shape) < 2:
         raise ValueError(f"grid must have 2 voxels or more per axis, got {grid.shape}")
     size = np.linalg.det(grid.vox2world[:3, :3])
+    steps = grid.vox2world[:3, :3].astype(np.float32)  # of x, by voxel
     out = np.empty(grid.shape, np.float32)
 
     def work(part: slice) -> None:
         around = slice(max(part.start - 1, 0), min(part.stop + 1, grid.shape[2]))
         xyz = _positions(grid, around)
         moved, _ = _through(mapping.parts, xyz, on=grid, part=around)
-        moved = moved.reshape(3, *grid.shape[:2], -1)
+        disp_mm = (moved - xyz).astype(np.float32).reshape(3, *grid.shape[:2], -1)
         inner = slice(part.start - around.start, part.stop - around.start)
-        (xx, yx, zx), (xy, yy, zy), (xz, yz, zz) = (
-            np.gradient(moved, axis=axis)[..., inner] for axis in (1, 2, 3)
-        )
+        rows = [
+            [
+                np.gradient(disp_mm[i], axis=j)[..., inner] + steps[i, j]
+                for j in range(3)
+            ]
+            for i in range(3)
+        ]
+        (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rows
         cross = xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx)
         out[:, :, part] = (cross + xz * (yx * zy - yy * zx)) / size
 
-    _slabs(work, grid.shape, threads)
+    # Thicker slabs: each also needs the slices on both sides of it.
+    _slabs(work, grid.shape, threads, 4 * _SLAB_POINTS)
     return out
 
 
@@ -870,10 +877,13 @@ def _vote(data: np.ndarray, coords: np.ndarray) -> np.ndarray:
 
 
 def _slabs(
-    work: Callable[[slice], None], shape: tuple[int, int, int], threads: int | None
+    work: Callable[[slice], None],
+    shape: tuple[int, int, int],
+    threads: int | None,
+    points: int | None = None,
 ) -> None:
     """Calls `work` for slices of the third axis, several at a time."""
-    depth = max(1, _SLAB_POINTS // (shape[0] * shape[1]))
+    depth = max(1, (points or _SLAB_POINTS) // (shape[0] * shape[1]))
     parts = [slice(k, min(k + depth, shape[2])) for k in range(0, shape[2], depth)]
     if threads is None:
         threads = len(os.sched_getaffinity(0))
