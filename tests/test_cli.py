@@ -330,7 +330,7 @@ def test_register_overwrites_only_when_asked(scans, tmp_path, network, capsys):
         (["--case", ""], errors.USAGE, "id_invalid"),
         (["--case", "x" * 300], errors.USAGE, "id_invalid"),
         (["--fixed", "absent.nii.gz"], errors.FAILED, "not_found"),
-        (["--fixed", "."], errors.FAILED, "not_a_file"),
+        (["--fixed", "."], errors.FAILED, "not_dicom"),
         (["--moving", __file__], errors.FAILED, "not_nifti|name_mismatch"),
         (["--weights", "absent.safetensors"], errors.CHECKPOINT, "--weights"),
         (["--fixed-label", "one.nii.gz"], errors.USAGE, "belong together"),
