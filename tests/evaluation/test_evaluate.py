@@ -252,8 +252,9 @@ def test_evaluate_list_fails_the_bad_and_goes_on(folder, capsys):
     assert dsc["std"] == 0.25 and dsc["n"] == 3 and dsc["better"] == "higher"
     assert summary["labels"]["1"]["dsc"] == dsc
     assert [entry["id"] for entry in summary["failed"]] == ["bad", "gone"]
-    assert r"$0.750 \pm 0.250$" in (out / "summary.tex").read_text()
-    assert "tre\\_mm" in (out / "summary.tex").read_text()
+    latex = (out / "summary.tex").read_text()
+    assert r"dsc & $0.750 \pm 0.250$ & $0.750$ & $0.500$ & 3 & 0" in latex
+    assert r"$0.750 \pm 0.250$ (3)" in latex and r"tre\_mm" in latex
 
 
 def test_evaluate_list_paths_do_not_leave_the_machine(folder, capsys):

@@ -66,6 +66,11 @@ def test_latex_spread():
     assert tables.latex_spread(None, None) == "--"
 
 
+def test_tables_without_a_line_have_their_header():
+    assert results.label_csv([]) == "id,label\n"
+    assert results.case_csv([]) == "id,status\n"
+
+
 # --- tables read again --------------------------------------------------------------
 
 

@@ -183,11 +183,11 @@ def summary_latex(summary: Mapping[str, Any]) -> str:
     if summary["labels"]:
         names = next(iter(summary["labels"].values()))
         rows = [
-            [label, *(_spread(found.get(name)) for name in names)]
+            [label, *(_counted(found.get(name)) for name in names)]
             for label, found in summary["labels"].items()
         ]
         heads = ["label", *map(tables.latex_text, names)]
-        caption = r"Labels, mean $\pm$ std over cases."
+        caption = r"Labels, mean $\pm$ std over cases (how many have a value)."
         text += "\n" + tables.latex_table(heads, rows, caption=caption)
     return text
 
@@ -201,7 +201,7 @@ def label_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         CSV.
     """
-    return tables.csv_text(_columns(rows, last=("undefined",)), rows)
+    return tables.csv_text(_columns(rows, ("id", "label"), ("undefined",)), rows)
 
 
 def case_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -214,7 +214,7 @@ def case_csv(rows: Sequence[Mapping[str, Any]]) -> str:
         CSV.
     """
     last = ("undefined", "reason", "message")
-    return tables.csv_text(_columns(rows, last=last), rows)
+    return tables.csv_text(_columns(rows, ("id", "status"), last), rows)
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
@@ -286,9 +286,7 @@ def _methods_table(group: Sequence[tuple[str, Mapping[str, Any], str]]) -> str:
 
 
 def _statistics(found: Mapping[str, Any]) -> list[str]:
-    numbers = [
-        f"{found[k]:.3f}" if found[k] is not None else "--" for k in _STATISTICS[2:4]
-    ]
+    numbers = [tables.latex_spread(found[key], None) for key in ("median", "worst30")]
     return [_spread(found), *numbers, str(found["n"]), str(found["undefined"])]
 
 
@@ -296,13 +294,16 @@ def _spread(found: Mapping[str, Any] | None) -> str:
     return tables.latex_spread(found["mean"], found["std"]) if found else "--"
 
 
-def _columns(rows: Sequence[Mapping[str, Any]], last: tuple[str, ...]) -> list[str]:
+def _counted(found: Mapping[str, Any] | None) -> str:
+    return f"{_spread(found)} ({found['n']})" if found else "--"
+
+
+def _columns(
+    rows: Sequence[Mapping[str, Any]], first: tuple[str, ...], last: tuple[str, ...]
+) -> list[str]:
     """All columns in the order in which they first come."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [
-        *(name for name in names if name not in last),
-        *(n for n in last if n in names),
-    ]
+    names = dict.fromkeys((*first, *(name for row in rows for name in row)))
+    return sorted(names, key=lambda name: name in last)  # stable
 
 
 def _short(value: float | None) -> str:

@@ -192,7 +192,7 @@ def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int
     listed = read_list(args.manifest, args.transforms, roots=args.data_root)
     if args.l2r_compat and any(files.fixed_label for files in listed.values()):
         learn2reg.check_installed()
-    _make_folder(out)
+    outputs.make_out(out)
     journal = Journal(out / _JOURNAL)
     say = progress(args.quiet)
     done = []
@@ -371,7 +371,7 @@ def _compare(args: argparse.Namespace) -> int:
             "comparison.json": tables.json_text(report),
             "comparison.tex": results.comparison_latex(compared),
         }
-        _make_folder(out)
+        outputs.make_out(out)
         _write(out, texts)
         progress(args.quiet)(f"done: {shown(out)}")
     _print(args, report, lambda found: results.comparison_text(found["comparisons"]))
@@ -441,8 +441,7 @@ def _refuse_existing(
     args: argparse.Namespace, out: Path, names: tuple[str, ...]
 ) -> None:
     """Refuses an --out that is no folder or holds tables."""
-    if out.exists() and not out.is_dir():
-        raise UserError("storage", f"--out {shown(out)}: a folder expected", USAGE)
+    outputs.check_out(out)
     there = [name for name in names if (out / name).exists()]
     if there and not args.overwrite:
         raise UserError(
@@ -450,13 +449,6 @@ def _refuse_existing(
             f"{shown(out / there[0])}: exists; pass --overwrite or another --out",
             USAGE,
         )
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise outputs.storage_fault(out, error) from error
 
 
 def _write(out: Path, texts: Mapping[str, str]) -> None:
