@@ -375,7 +375,11 @@ def test_convert_of_learn2reg_needs_the_scans(run, tmp_path):
     words = ("convert", "-t", disp, "--to", "itk", "-o", tmp_path / "b.h5")
     code, _, stderr = run(*words)
     assert code == 2 and "name the fixed and the moving scan" in stderr
-    assert run(*words, *scans)[0] == 0
+    code, _, stderr = run(*words, *scans)
+    assert code == 0 and "read as a Learn2Reg field, in voxels" in stderr
+    other = ("-f", "moving.nii.gz", "-m", "fixed.nii.gz")
+    code, _, stderr = run(*words[:-1], tmp_path / "d.h5", *other)
+    assert code == 4 and "grid_mismatch" in stderr
     code, _, stderr = run("compose", "-t", disp, "-t", "a.txt", "-o", tmp_path / "c.h5")
     assert code == 2 and "stands alone" in stderr
 

@@ -204,8 +204,16 @@ def read(
                 USAGE,
             )
         places = [v and (v.native or v).vox2world for v in (fixed, moving)]
-        found = transforms.read_l2r(path, places[0], moving_vox2world=places[1])
-        return Mapping((Field(*found),))
+        found = Field(*transforms.read_l2r(path, places[0], moving_vox2world=places[1]))
+        if found.grid.shape != fixed.data.shape:
+            raise UserError(
+                "grid_mismatch",
+                f"{shown(path)}: grid_mismatch: expected a Learn2Reg field of shape "
+                f"{fixed.data.shape} on LPS axes, as the fixed scan, got "
+                f"{found.grid.shape}; name the scans it was made for, or resize it "
+                "and its vectors",
+            )
+        return Mapping((found,))
     if kind == "nifti":
         return Mapping((Field(*transforms.read_field(path)),))
     if kind == "itk_image":

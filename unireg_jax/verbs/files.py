@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,11 @@ def output(
 
 
 def read_chain(
-    paths: Sequence[str], *, fixed: Volume | None = None, moving: Volume | None = None
+    paths: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    fixed: Volume | None = None,
+    moving: Volume | None = None,
 ) -> Mapping:
     """One or several transforms as one map, every part kept.
 
@@ -126,6 +130,11 @@ def read_chain(
             "--transform: a Learn2Reg field stands alone expected, got it in a list; "
             "convert it to .h5 first",
             USAGE,
+        )
+    if fixed and _is_l2r(paths[0]):
+        say(
+            f"warning: {shown(paths[0])} does not tell its unit: read as a Learn2Reg "
+            "field, in voxels"
         )
     return mapping.compose(
         [mapping.read(path, fixed=fixed, moving=moving) for path in paths]

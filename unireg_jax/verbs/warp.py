@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     fixed = files.read_grid(args.fixed)
     label = args.interp == "label"
     moving = (scans.read_labels if label else scans.read_scan)(args.moving)
-    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
     if args.interp == "linear" and _like_labels(moving.data):
         say(
             f"warning: {shown(args.moving)} looks like a label map; --interp label "

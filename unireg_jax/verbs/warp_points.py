@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     given = points.read_file(args.points, args.space, fixed)
-    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
     moved = mapping.points(whole, given.xyz)
     found = given._replace(xyz=moved)
     points.write_file(args.file, found, args.out_space or given.space, moving)
