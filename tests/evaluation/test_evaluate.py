@@ -161,6 +161,17 @@ def test_score_of_an_affine_and_landmarks_needs_no_grid():
     assert cases.metric_row(report)["tre_mm_before"] == 0.0
 
 
+def test_score_tells_of_landmarks_beyond_the_field():
+    field = mapping.field(np.zeros((*SHAPE, 3), np.float32), PLACE)
+    inside, outside = [0.0, 40, 120], [0.0, -40, 120]
+    pairs = PointPairs(["a", "b"], np.array([inside, outside]), np.zeros((2, 3)))
+    report = cases.score(field, pairs=pairs)
+    assert report["warnings"] == [
+        "fov: 1 of 2 fixed landmarks lie beyond the field, which is zero there; are "
+        "they in LPS mm?"
+    ]
+
+
 def test_score_brings_the_foreground_onto_the_field():
     """Folds where the labels are, found on a field of another grid."""
     place = np.diag([4.0, 3.0, 4.0, 1.0])

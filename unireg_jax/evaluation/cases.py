@@ -119,6 +119,7 @@ def score(
     if pairs is not None:
         errors = metrics.target_errors(transform, pairs.fixed, pairs.moving)
         report["landmarks"] = metrics.summarize_errors(*errors)
+        report["warnings"] += _beyond(transform, pairs)
         for name in ("tre_mm_before_std", "tre_mm_std"):
             if math.isnan(report["landmarks"][name]):
                 report["undefined"][name] = "one point has no spread"
@@ -436,6 +437,22 @@ def _overlap(
     return metrics.overlap(
         fixed, moving, warped, surface=surface, tolerance_mm=tolerance_mm
     )
+
+
+def _beyond(transform: mapping.Mapping, pairs: PointPairs) -> list[str]:
+    """Warns of landmarks beyond the field that acts first, which does not move them."""
+    if not (transform.parts and isinstance(transform.parts[0], mapping.Field)):
+        return []
+    grid = transform.parts[0].grid
+    to_voxel = np.linalg.inv(grid.vox2world)
+    voxels = pairs.fixed @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+    within = (voxels >= -0.5) & (voxels < np.array(grid.shape) - 0.5)
+    count = int(np.count_nonzero(~within.all(axis=1)))
+    line = (
+        f"fov: {count} of {len(voxels)} fixed landmarks lie beyond the field, which is "
+        "zero there; are they in LPS mm?"
+    )
+    return [line] if count else []
 
 
 def _on_grid(volume: Volume, grid: mapping.Grid) -> bool:
