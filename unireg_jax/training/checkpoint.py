@@ -91,9 +91,9 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        if step in self._steps.all():
-            raise ValueError(f"step {step} is saved already")
         with storage(self._steps.folder):
+            if step in self._steps.all():
+                raise ValueError(f"step {step} is saved already")
             self._saver.save(
                 self._steps.unfinished(step),
                 args=ocp.args.Composite(
@@ -149,10 +149,27 @@ class Checkpoints:
                 changed.
         """
         step = self._sound_step()
+        try:
+            return self._load(step, state, iterator, changes)
+        except (manifest.DamagedError, UserError):
+            if self._steps[step].exists():
+                raise
+        # The run that is read beside has deleted it.
+        return self.restore(state, iterator, changes=changes)
+
+    def _load(
+        self, step: int, state: TrainState, iterator: Any, changes: list | None
+    ) -> TrainState:
         folder = self._steps[step]
         self._compare(folder, manifest.read(folder, step), changes)
-        _check_shapes(folder, state)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        try:
+            stored = ocp.StandardCheckpointHandler().metadata(folder / "state").tree
+        except (ValueError, OSError) as error:
+            raise _other(folder, first_line(error)) from error
+        _check_shapes(folder, stored, state)
+        # A field that is None may have been unknown when the step was saved.
+        fields = {k: v for k, v in state._asdict().items() if k in stored}
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fields)
         items = {"state": ocp.args.StandardRestore(abstract)}
         try:
             restored = self._saver.restore(folder, args=ocp.args.Composite(**items))
@@ -160,7 +177,7 @@ class Checkpoints:
                 _restore_stream(folder / "data", iterator)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise _other(folder, first_line(error)) from error
-        return TrainState(*restored["state"])
+        return TrainState(**restored["state"])
 
     def _finish(self, step: int) -> None:
         """In a thread of its own: makes a save count once all of it is there."""
@@ -229,13 +246,12 @@ def _restore_stream(folder: Path, iterator: Any) -> None:
     iterator.start_prefetch()
 
 
-def _check_shapes(folder: Path, state: TrainState) -> None:
+def _check_shapes(folder: Path, stored: Any, state: TrainState) -> None:
     """Refuses a checkpoint of another model before anything of it is read.
 
     Orbax compares only while it reads, and gives up on the first difference with all
     other reads still in flight: they then fail in threads of their own.
     """
-    stored = ocp.StandardCheckpointHandler().metadata(folder / "state").tree
     if wrong := weights.shape_faults(_shapes(state), _shapes(stored)):
         raise _other(folder, wrong)
 
