@@ -1,0 +1,343 @@
+"""Commands that choose: sweep, doctor, --task auto, --fov, --device, kinds of scans."""
+
+import csv
+import importlib.util
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from data_pipeline import synthetic
+from tests import dicom_files
+from tests.test_cli import command, refused, save_network, write, write_pair
+from unireg_jax import __main__ as cli
+from unireg_jax import errors
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import nifti
+from unireg_jax.registration import devices, selftest, sweeps, tiles
+from unireg_jax.registration.compiled import compile_register
+from unireg_jax.registration.network import load_model
+from unireg_jax.registration.pipeline import as_volume, register
+from unireg_jax.tasks import PairType, Region
+from unireg_jax.verbs import results
+from unireg_jax.verbs import sweep as sweep_verb
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return save_network(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("scans"))
+
+
+def swept(scans, network, *more):
+    pair = ["--fixed", scans["fixed"], "--moving", scans["moving"]]
+    labels = ["--fixed-label", scans["fixed_label"]]
+    labels += ["--moving-label", scans["moving_label"]]
+    arguments = ["sweep", *pair, *labels, "--weights", network, "--affine", "com"]
+    return [*arguments, "--quiet", *more]
+
+
+# --- sweep --------------------------------------------------------------------------
+
+
+def test_sweep_rows_are_what_register_finds(scans, network, tmp_path, capsys):
+    picture = tmp_path / "sweep.png"
+    assert cli.main(swept(scans, network, "--plot", str(picture), "--json")) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert captured.err == ""
+    rows = found["rows"]
+    assert [row["region"] for row in rows[1::2]] == [r.name.lower() for r in Region]
+    assert rows[0]["region"] is None and rows[0]["ncc_after"] == rows[0]["ncc_before"]
+    assert {row["task"] for row in rows} == {*results.TASKS, None}
+    fixed, moving = (nifti.read_image(scans[n]) for n in ("fixed", "moving"))
+    for row in (rows[2], rows[7]):
+        task = {"headneck": "headneck", "liver": "liver"}[row["region"]]
+        one = register(
+            fixed,
+            moving,
+            task=task,
+            pair_type=row["type"],
+            weights=network,
+            affine="com",
+        )
+        for name in ("ncc_before", "ncc_after", "fold_percent", "sdlogj", "max_mm"):
+            # The heads of a sweep run side by side: another order of sums.
+            assert row[name] == pytest.approx(one.qc[name], rel=1e-3, abs=1e-4), name
+    assert all(0.3 < row["dsc"] <= 1 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_prints_a_table_and_nothing_else(scans, network, capsys):
+    assert cli.main(swept(scans, network)) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(table) == 9
+    assert tuple(table[0]) == sweep_verb.COLUMNS
+    assert table[0]["region"] == "" and table[3]["task"] == "chest"
+    assert all(float(row["ncc_after"]) <= 1 for row in table)
+
+
+def test_sweep_runs_the_backbone_once(network, monkeypatch):
+    model = load_model(network)
+    traces = []
+    encode = type(model.module).encode
+
+    def counted(self, *args):
+        traces.append(1)
+        return encode(self, *args)
+
+    monkeypatch.setattr(type(model.module), "encode", counted)
+    jax.clear_caches()
+    compile_register(model, conditions=len(sweeps.CONDITIONS))
+    assert len(traces) == 1
+
+
+def test_sweep_api_takes_arrays_and_some_conditions(network):
+    made = synthetic.phantom("chest", shape=(40, 32, 36), spacing_mm=(9, 9, 9), seed=2)
+    common = dict(fixed_vox2world=made.vox2world, moving_vox2world=made.vox2world)
+    found = sweeps.sweep(
+        made.hu,
+        made.hu,
+        conditions=[(Region.CHEST, PairType.INTRA)],
+        weights=network,
+        affine="none",
+        **common,
+    )
+    assert len(found.rows) == 2 and found.disp.shape[0] == 1
+    assert found.rows[1]["task"] == "lung"
+    assert found.settings["seen"]["moving"]["region"] == "chest"
+    with pytest.raises(ValueError, match="at least one"):
+        sweeps.sweep(made.hu, made.hu, conditions=[], weights=network, **common)
+
+
+def test_sweep_refuses_a_picture_before_any_work(
+    scans, network, tmp_path, capsys, monkeypatch
+):
+    there = tmp_path / "there.png"
+    there.write_bytes(b"mine")
+    line = refused(capsys, swept(scans, network, "--plot", str(there)), errors.USAGE)
+    assert "--overwrite" in line and there.read_bytes() == b"mine"
+    other = str(tmp_path / "sweep.svg")
+    assert ".png" in refused(capsys, swept(scans, network, "--plot", other), 2)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n: None if n == "matplotlib" else find(n)
+    )
+    fresh = str(tmp_path / "fresh.png")
+    line = refused(capsys, swept(scans, network, "--plot", fresh), errors.USAGE)
+    assert "not_installed" in line and "unireg-jax[report]" in line
+
+
+# --- doctor -------------------------------------------------------------------------
+
+
+def test_doctor_tells_a_whole_installation_from_a_broken_one(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("UNIREG_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["doctor", "--quick", "--json", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["healthy"] and captured.err == ""
+    checks = {check["name"]: check for check in found["checks"]}
+    assert {"versions", "weights", "embedding", "devices", "memory"} < set(checks)
+    assert checks["devices"]["used"]["platform"] == jax.default_backend()
+    assert "test registration" not in checks
+    spoiled = tmp_path / "spoiled.safetensors"
+    save_network(spoiled)
+    spoiled.write_bytes(spoiled.read_bytes()[:-9])
+    broken = ["doctor", "--quick", "--weights", str(spoiled)]
+    assert cli.main(broken) == errors.PARTLY
+    captured = capsys.readouterr()
+    assert "broken: weights" in captured.err
+    assert captured.out.count("\nbroken ") + captured.out.startswith("broken ") == 1
+
+
+def test_doctor_names_the_extra_that_is_absent(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n: None if n == "pydicom" else find(n)
+    )
+    assert cli.main(["doctor", "--quick", "--quiet"]) == 0
+    assert "pip install unireg-jax[dicom]" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_self_test_passes_and_would_fail(network, monkeypatch):
+    model = load_model(save_calm(network))
+    found = selftest.self_test(model)
+    assert found["passed"] and found["error_mm"] < 2.5
+    # The body moved further than what is compared with.
+    monkeypatch.setattr(selftest, "SHIFT_MM", (14.0, -10.0, 60.0))
+    still = selftest.torso()
+    monkeypatch.setattr(selftest, "torso", lambda shift=None: still)
+    assert not selftest.self_test(model)["passed"]
+
+
+def save_calm(path):
+    """The same network with a field near zero."""
+    return save_network(path.replace("tiny", "calm"), scale=1.0)
+
+
+# --- register: region, windows, devices ----------------------------------------------
+
+
+def test_register_names_the_task_it_found(tmp_path, network, capsys):
+    chest, abdomen = (
+        synthetic.phantom(task, shape=(48, 36, 40), spacing_mm=(8, 8, 8), seed=1)
+        for task in ("chest", "abdomen")
+    )
+    paths = {
+        name: write(tmp_path / f"{name}.nii.gz", made.hu, made.vox2world)
+        for name, made in (("fixed", chest), ("moving", chest), ("other", abdomen))
+    }
+    found = command(paths, tmp_path / "out", network, "--json", "--affine", "none")
+    found[found.index("lung")] = "auto"
+    assert cli.main([*found, "--fov", "crop"]) == 0
+    captured = capsys.readouterr()
+    settings = json.loads(captured.out)["settings"]
+    assert (settings["task"], settings["task_asked"]) == ("chest", "auto")
+    assert (settings["fov"], settings["windows"]) == ("crop", 1)
+    assert "task: auto: chest, inter-patient" in captured.err
+    found[found.index("auto")] = "headneck"
+    assert cli.main([*found, "--overwrite"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["status"] == "warn"
+    assert any("headneck expected, looks like chest" in w for w in record["warnings"])
+    differ = command(paths | {"moving": paths["other"]}, tmp_path / "d", network)
+    differ[differ.index("lung")] = "auto"
+    line = refused(capsys, [*differ, "--quiet"], errors.USAGE)
+    assert "task_unknown" in line and "--task chest or --task abdomen" in line
+
+
+def test_register_weighs_smoothness_by_either_name(scans, tmp_path, network, capsys):
+    plans = []
+    for name, option in (("a", "--reg-weight"), ("b", "--io-smoothness")):
+        more = ["--io-iterations", "2", option, "1.5", "--case", name, "--json"]
+        assert cli.main(command(scans, tmp_path, network, *more, "--quiet")) == 0
+        plans.append(json.loads(capsys.readouterr().out)["settings"]["refine"])
+    assert plans[0] == plans[1] and plans[0]["smoothness"] == 1.5
+    alone = command(scans, tmp_path, network, "--case", "c", "--reg-weight", "1")
+    assert "--io-iterations" in refused(capsys, alone, errors.USAGE)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU is there")
+def test_register_refuses_a_gpu_that_is_not_there(scans, tmp_path, network, capsys):
+    asked = command(scans, tmp_path, network, "--device", "gpu", "--quiet")
+    line = refused(capsys, asked, errors.USAGE)
+    assert "device: --device gpu" in line and "--allow-cpu" in line
+    assert list(tmp_path.iterdir()) == []
+    asked += ["--allow-cpu", "--json"]
+    try:
+        assert cli.main(asked) == 0
+    finally:
+        jax.config.update("jax_default_device", None)
+    assert json.loads(capsys.readouterr().out)["device"]["platform"] == "cpu"
+
+
+def test_use_device_takes_what_is_asked():
+    try:
+        assert devices.use_device("auto").endswith(":0")
+        assert devices.use_device("cpu") == "cpu:0"
+        assert devices.default_device().platform == "cpu"
+        with pytest.raises(UserError, match="gpu:7"):
+            devices.use_device("gpu:7")
+        for name in ("tpu", "gpu:", "gpu:x", "cpu:1"):
+            with pytest.raises(ValueError, match="auto, cpu, gpu or gpu:N"):
+                devices.use_device(name)
+    finally:
+        jax.config.update("jax_default_device", None)
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu:", "gpu:1x", "cuda"])
+def test_device_names_are_checked_before_any_work(scans, tmp_path, capsys, name):
+    asked = command(scans, tmp_path, "absent", "--device", name)
+    assert "gpu:N expected" in refused(capsys, asked, errors.USAGE)
+
+
+def test_choices_are_those_of_the_windows():
+    assert results.FOVS == tiles.FOVS
+
+
+# --- register: kinds of scans --------------------------------------------------------
+
+
+def test_register_reads_every_kind_alike(scans, tmp_path, network, capsys):
+    """NIfTI, MetaImage and NRRD of one pair give one field, on the stored grid."""
+    kinds = {}
+    for ending in (".nii.gz", ".mha", ".nrrd"):
+        folder = tmp_path / ending.strip(".")
+        folder.mkdir()
+        paths = dict(scans)
+        for name in ("fixed", "moving", "fixed_label", "moving_label"):
+            paths[name] = str(folder / f"{name}{ending}")
+            sitk.WriteImage(sitk.ReadImage(scans[name]), paths[name])
+        more = ["--fixed-label", paths["fixed_label"], "--affine", "com", "--quiet"]
+        more += ["--moving-label", paths["moving_label"], "--json"]
+        assert cli.main(command(paths, folder / "out", network, *more)) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["case"] == "fixed__moving"
+        assert record["inputs"]["fixed"]["name"] == f"fixed{ending}"
+        case = folder / "out" / "fixed__moving"
+        warped = sitk.ReadImage(str(case / "fixed__moving_warped.nii.gz"))
+        field = sitk.ReadImage(str(case / "fixed__moving_1Warp.nii.gz"))
+        kinds[ending] = warped, field, record["scores"]["mean"]["dsc"]
+    first = kinds.pop(".nii.gz")
+    for warped, field, dsc in kinds.values():
+        assert warped.GetSize() == first[0].GetSize()
+        np.testing.assert_allclose(warped.GetDirection(), first[0].GetDirection())
+        # Geometry in float64 against NIfTI's float32.
+        fields = [sitk.GetArrayViewFromImage(f) for f in (field, first[1])]
+        np.testing.assert_allclose(*fields, atol=5e-3)
+        assert dsc == pytest.approx(first[2], abs=1e-3)
+
+
+def test_register_reads_dicom_series(tmp_path, network, capsys):
+    hu = synthetic.phantom("chest", shape=(36, 30, 32), spacing_mm=(9, 9, 9)).hu
+    paths = {}
+    for name, shift in (("fixed", 0.0), ("moving", 9.0)):
+        paths[name] = str(tmp_path / name)
+        dicom_files.write_series(
+            tmp_path / name,
+            hu,
+            first_mm=(shift, 0.0, 0.0),
+            spacing_mm=(9.0, 9.0, 9.0),
+            series=f"1.{len(name)}",
+        )
+    more = ["--json", "--quiet", "--affine", "none"]
+    assert cli.main(command(paths, tmp_path / "out", network, *more)) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["inputs"]["fixed"]["files"] == 32
+    assert record["inputs"]["fixed"]["name"] == "fixed"
+    out = tmp_path / "out" / "fixed__moving" / "fixed__moving_warped.nii.gz"
+    assert nifti.read_image(out).data.shape == hu.shape
+
+
+def test_register_without_an_extra_says_which(
+    scans, tmp_path, network, capsys, monkeypatch
+):
+    (tmp_path / "in").mkdir()
+    fixed = str(tmp_path / "in" / "fixed.nrrd")
+    sitk.WriteImage(sitk.ReadImage(scans["fixed"]), fixed)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n: None if n == "SimpleITK" else find(n)
+    )
+    asked = command(scans | {"fixed": fixed}, tmp_path / "out", network)
+    line = refused(capsys, asked, errors.USAGE)
+    assert "not_installed" in line and "unireg-jax[itk]" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_volume_is_what_register_takes(scans):
+    volume = nifti.read_image(scans["fixed"])
+    assert as_volume(volume, None, "fixed") is volume
+    with pytest.raises(ValueError, match="the file has its own"):
+        as_volume(volume, np.eye(4), "fixed")
