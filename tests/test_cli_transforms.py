@@ -507,8 +507,12 @@ def test_an_input_is_never_replaced(run, folder):
     before = (folder / "w.nii.gz").read_bytes()
     words = ("compose", "-t", "w.nii.gz", "-o", "./w.nii.gz", "--overwrite")
     code, _, stderr = run(*words)
-    assert code == 2 and "is one of the inputs" in stderr
+    assert code == 2 and "is another file of this command" in stderr
     assert (folder / "w.nii.gz").read_bytes() == before
+    words = ("invert", *CALLS["invert"], "-o", "x.nii", "--residual-out", "./x.nii")
+    code, _, stderr = run(*words)
+    assert code == 2 and "is another file of this command" in stderr
+    assert not (folder / "x.nii").exists()
 
 
 def test_a_full_disk_leaves_no_short_file(folder, tmp_path):

@@ -75,10 +75,12 @@ def output(
 ) -> None:
     """Refuses, before any work, a file that could not or must not be written.
 
+    `inputs` are the command's other files.
+
     Raises:
         UserError: exit code 2: `name_mismatch` for another ending, `id_duplicate` for a
-            file that exists, or is one of the inputs; exit code 6: `storage` for a
-            folder that is absent or not writable.
+            file that exists, or is another one of the command; exit code 6: `storage`
+            for a folder that is absent or not writable.
     """
     if endings and not path.lower().endswith(tuple(endings)):
         raise UserError(
@@ -87,11 +89,10 @@ def output(
             "expected; rename it",
             USAGE,
         )
-    given = [p for p in inputs if p and os.path.exists(p)]
-    if os.path.exists(path) and any(os.path.samefile(path, p) for p in given):
+    if any(_same_file(path, name) for name in inputs if name):
         raise UserError(
             "id_duplicate",
-            f"--out {shown(path)} is one of the inputs; choose another name",
+            f"{shown(path)} is another file of this command; choose another name",
             USAGE,
         )
     if os.path.lexists(path) and not (overwrite and os.path.isfile(path)):
@@ -111,6 +112,12 @@ def output(
             f"{shown(folder)}; make it, or choose another",
             STORAGE,
         )
+
+
+def _same_file(a: str, b: str) -> bool:
+    if os.path.exists(a) and os.path.exists(b):
+        return os.path.samefile(a, b)
+    return os.path.abspath(a) == os.path.abspath(b)
 
 
 def read_chain(
