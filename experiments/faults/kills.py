@@ -3,7 +3,8 @@
     python -m experiments.faults.kills --workdir=DIR --kills=100
 
 Three aims: a random moment of the start; the first save of a start or a later one, up
-to 100 ms after its folder has appeared; a random moment of the steps. What was met is told by what lies on the disk.
+to 100 ms after its folder has appeared; a random moment of the steps. What was met is
+told by what lies on the disk.
 The campaign itself may be interrupted: the same command goes on with the next kill.
 """
 
