@@ -158,7 +158,8 @@ def test_jacobian_is_yellow_where_the_map_folds():
     disp[..., 0] = np.where(x < 80, 0.9 * x, 0.9 * 80 - 1.5 * (x - 80))[:, None, None]
     image = show(scene(disp=disp), "jacobian", "axial")
     yellow = (image == (255, 235, 0)).all(axis=-1)
-    assert yellow[:, 25:38].all() and not yellow[:, 3:15].any()
+    assert yellow[4:-4, 25:36].all() and not yellow[:, 3:15].any()
+    assert not yellow[:, :2].any() and not yellow[0].any()  # not beside the body
     assert image[14, 8, 0] > image[14, 8, 2] + 30  # J = 1.9 grows: red
 
 
@@ -193,3 +194,8 @@ def test_scene_refuses_other_grids():
     fixed = Volume(body(), place())
     with pytest.raises(ValueError, match="warped and disp_mm must be"):
         pictures.scene(fixed, fixed, fixed.data, np.zeros((4, 5, 6, 3)), np.eye(4))
+
+
+def test_legends_are_whole_sentences():
+    for title, legend in pictures.MODES.values():
+        assert title and legend.endswith(".") and not set("{}") & set(legend)

@@ -17,6 +17,7 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
 
 PLANES = ("axial", "coronal", "sagittal")
+_LINES_MM = 15.0  # of the grid
 # Name -> title and how to read it. Their order is that of the page.
 MODES = {
     "overlay": (
@@ -36,23 +37,22 @@ MODES = {
     ),
     "difference": (
         "Difference after",
-        "Warped minus fixed, same colours: what is left.",
+        "Warped moving minus fixed: orange brighter, blue darker.",
     ),
     "grid": (
         "Deformed grid",
-        "A grid of {lines_mm:g} mm in the pre-aligned moving scan, as the map draws it "
-        "into the fixed one.",
+        f"A grid of {_LINES_MM:g} mm in the pre-aligned moving scan, as the map draws "
+        "it into the fixed one.",
     ),
     "jacobian": (
         "Jacobian",
-        "Change of volume from fixed to moving: blue shrinks, red grows, down to "
-        "half and up to double; yellow folds.",
+        "Volume in moving against fixed, in the body: blue smaller, red larger, "
+        "fullest at half and double; yellow where the map folds.",
     ),
 }
 _AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # across the slices
 _WINDOW_HU = (-300.0, 300.0)  # of the pictures, black to white
 _LONGEST = 208  # pixels of the longest edge
-_LINES_MM = 15.0  # of the grid
 _DIFFERENCE = 0.5  # of the window: fully coloured
 _OCTAVES = 1.0  # of the Jacobian: fully coloured
 _SQUARES = 10  # of the checkerboard, along the longest edge
@@ -227,7 +227,7 @@ def picture(scene: Scene, mode: str, plane: str, place: int) -> bytes:
         across = [a for a in range(3) if a != axis]
         ink = _lines(np.stack([cut(scene.moved_mm[..., a]) for a in across], axis=-1))
         return _png(ground + _level(ink, 16), _inked())
-    detj = cut(scene.detj)
+    detj = np.where(cut(scene.body), cut(scene.detj), 1.0)
     scale = np.log2(np.maximum(detj, 1e-3)) / (2 * _OCTAVES) + 0.5
     return _png(ground + np.where(detj > 0, _level(scale, 15), 15), _volumes())
 
