@@ -25,7 +25,7 @@ _AHEAD = 6  # steps at most that are waited for
 
 
 def campaign(folder: Path, *, kills: int, steps: int, seed: int = 0) -> dict:
-    """Runs undisturbed, then with kills.
+    """Runs with kills, then undisturbed.
 
     Args:
         folder: where data and both runs go.
@@ -38,8 +38,6 @@ def campaign(folder: Path, *, kills: int, steps: int, seed: int = 0) -> dict:
     """
     began = time.monotonic()
     data = victim.make_data(folder / "data")
-    whole = victim.Victim(folder / "whole", data, train__steps=steps)
-    whole.finish()
     hurt = victim.Victim(folder / "hurt", data, train__steps=steps)
     path = folder / "kills.jsonl"
     path.touch()
@@ -51,6 +49,8 @@ def campaign(folder: Path, *, kills: int, steps: int, seed: int = 0) -> dict:
             file.write(json.dumps(row) + "\n")
         print(f"kill {len(rows)}: {row}", file=sys.stderr, flush=True)
     hurt.finish()
+    whole = victim.Victim(folder / "whole", data, train__steps=steps)
+    whole.finish()
     ends = [run.digest() for run in (whole, hurt)]
     litter = hurt.litter()
     faults = [f"litter: {name}" for name in litter]
