@@ -138,6 +138,22 @@ def grid_of(volume: Volume) -> Grid:
     return Grid(volume.data.shape[:3], volume.vox2world)
 
 
+def same(a: Grid, b: Grid) -> bool:
+    """Says whether the voxels of two grids lie at the same places.
+
+    Args:
+        a: Grid.
+        b: Grid.
+
+    Returns:
+        Whether shapes are equal and no voxel is off by more than 1e-4 mm.
+    """
+    if tuple(a.shape) != tuple(b.shape):
+        return False
+    gap = np.abs(a.vox2world - b.vox2world)
+    return bool((gap[:3] @ np.array([*a.shape, 1])).max() < _SAME_MM)
+
+
 def affine(matrix: np.ndarray) -> Mapping:
     """Makes the map of one matrix.
 
@@ -435,7 +451,7 @@ def resample(
         interp: "linear"; "nearest", halves up; "label", the id with the largest share
             of the trilinear weights, the smallest such id.
         fill: value further than half a voxel beyond the moving scan's voxel centres.
-        threads: workers; None for one per core.
+        threads: workers; None for one per core, 8 at most.
 
     Returns:
         [X, Y, Z] on grid, dtype of moving's data; whole numbers are rounded.
@@ -472,7 +488,7 @@ def flatten(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.n
     Args:
         mapping: Mapping.
         grid: where to sample it.
-        threads: workers; None for one per core.
+        threads: workers; None for one per core, 8 at most.
 
     Returns:
         [X, Y, Z, 3] float32, LPS mm.
@@ -505,7 +521,7 @@ def jacobian(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.
     Args:
         mapping: Mapping.
         grid: where to measure, 2 voxels or more along each axis.
-        threads: workers; None for one per core.
+        threads: workers; None for one per core, 8 at most.
 
     Returns:
         [X, Y, Z] float32, no unit: local volume in the moving scan over that in the
@@ -548,7 +564,7 @@ def coverage(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.
     Args:
         mapping: Mapping.
         grid: of the fixed scan, or any other.
-        threads: workers; None for one per core.
+        threads: workers; None for one per core, 8 at most.
 
     Returns:
         [X, Y, Z] bool, see `within`.
@@ -586,7 +602,7 @@ def invert(
         grid: of the moving scan; unused for an affine, whose inverse is exact.
         tolerance_mm: largest |T(x) - y| that counts as solved.
         iterations: of the fixed point, and a third as many of Newton's.
-        threads: workers; None for one per core.
+        threads: workers; None for one per core, 8 at most.
 
     Returns:
         Inverse. stats: tolerance_mm; covered_percent, voxels that some point within T's
@@ -893,11 +909,18 @@ def _slabs(
     """Calls `work` for slices of the third axis, several at a time."""
     depth = max(1, (points or _SLAB_POINTS) // (shape[0] * shape[1]))
     parts = [slice(k, min(k + depth, shape[2])) for k in range(0, shape[2], depth)]
-    if threads is None:
-        threads = len(os.sched_getaffinity(0))
-    with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads or _cores()) as pool:
         for _ in pool.map(work, parts):
             pass
+
+
+def _cores() -> int:
+    """Those of this process, 8 at most: each worker holds a slab."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        cores = os.cpu_count() or 1
+    return min(8, cores)
 
 
 def _positions(grid: Grid, part: slice) -> np.ndarray:
@@ -909,19 +932,3 @@ def _positions(grid: Grid, part: slice) -> np.ndarray:
         plane = row[0] * x[:, None] + row[1] * y[None, :] + row[3]
         np.add(plane[:, :, None], row[2] * z, out=values)
     return out.reshape(3, -1)
-
-
-def same(a: Grid, b: Grid) -> bool:
-    """Says whether the voxels of two grids lie at the same places.
-
-    Args:
-        a: Grid.
-        b: Grid.
-
-    Returns:
-        Whether shapes are equal and no voxel is off by more than 1e-4 mm.
-    """
-    if tuple(a.shape) != tuple(b.shape):
-        return False
-    gap = np.abs(a.vox2world - b.vox2world)
-    return bool((gap[:3] @ np.array([*a.shape, 1])).max() < _SAME_MM)
