@@ -141,7 +141,10 @@ def run(args: argparse.Namespace) -> int:
         outputs.sweep(out, worker.tag(args))
         book = journal.Journal(out / f"{worker.run_name(args)}.jsonl")
         with contextlib.closing(book):
-            return _run(args, cases, digest, book, stop)
+            code = _run(args, cases, digest, book, stop)
+        if args.ray:  # of actors that died
+            outputs.sweep(out, worker.tag(args))
+        return code
 
 
 def _run(args, cases, digest, book, stop) -> int:

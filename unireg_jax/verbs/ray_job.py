@@ -15,9 +15,12 @@ import numpy as np
 import ray
 import ray.data
 
+from unireg_jax.errors import UserError
 from unireg_jax.manifest import Case
 from unireg_jax.registration.threads import End
-from unireg_jax.verbs import worker
+from unireg_jax.verbs import results, worker
+
+_RETRIES = 1  # of a pair whose actor died
 
 
 class Actor:
@@ -29,10 +32,12 @@ class Actor:
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Registers the pairs of a block."""
         cases = [Case(**json.loads(text)) for text in rows["case"]]
-        return {
-            "case": list(rows["case"]),
-            "item": [json.dumps(self._work(case)) for case in cases],
-        }
+        try:
+            items = [json.dumps(self._work(case)) for case in cases]
+        except UserError as error:  # of the weights: ends the job, not this actor
+            fault = [error.reason, str(error), error.exit_code]
+            items = [json.dumps({"fault": fault})] * len(cases)
+        return {"case": list(rows["case"]), "item": items}
 
 
 def run(
@@ -54,13 +59,18 @@ def run(
 
     Yields:
         End per pair, as they come.
+
+    Raises:
+        UserError: weights that cannot be used, exit code 9.
     """
     ours = not ray.is_initialized()
     if ours:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.max_errored_blocks = -1  # a pair whose actor dies stops no other
         gpus = ray.cluster_resources().get("GPU", 0) > 0
         absolute = {
             name: os.path.abspath(path)
@@ -76,11 +86,28 @@ def run(
             compute=ray.data.ActorPoolStrategy(size=args.ray),
             num_gpus=1 if gpus else 0,
             num_cpus=1,
+            max_task_retries=_RETRIES,
         )
+        lost = {case.id: case for case in cases}
         for row in done.iter_rows():
-            yield End(Case(**json.loads(row["case"])), json.loads(row["item"]))
+            item = json.loads(row["item"])
+            if "fault" in item:
+                raise UserError(*item["fault"])
+            yield End(lost.pop(json.loads(row["case"])["id"]), item)
             if stop.is_set():
                 return
+        for case in lost.values():
+            item = worker.failure(
+                args,
+                case,
+                "worker_died",
+                f"worker_died: its process ended {_RETRIES + 1} times, for want of "
+                "memory perhaps; try it alone with `unireg register`",
+                weights_sha256=weights_sha256,
+                settings=results.settings_sha256(args, case),
+                seconds=0.0,
+            )
+            yield End(case, item)
     finally:
         if ours:
             ray.shutdown()
