@@ -21,7 +21,7 @@ from unireg_jax.imaging import mapping, transforms
 from unireg_jax.imaging.mapping import Mapping
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("transforms.md", "evaluation.md")
+PAGES = ("transforms.md", "evaluation.md", "control.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
