@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return complain(with_reason(error), error.exit_code)
     except KeyboardInterrupt:
-        return complain("interrupted: nothing was written", 128 + signal.SIGINT)
+        return complain("interrupted: no file is half written", 128 + signal.SIGINT)
     except BrokenPipeError:
         # Who read stdout has left: nothing more to say to them, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
