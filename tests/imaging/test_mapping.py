@@ -260,6 +260,38 @@ def test_compose_on_a_grid_is_exact_at_its_voxels():
         mapping.compose([])
 
 
+def test_two_fields_on_the_output_grid_act_one_after_the_other():
+    # Only the first is read at the voxels themselves.
+    whole = Mapping((field(size=6.0), field(size=-5.0, length=40.0)))
+    expected = mapping.points(whole, positions(FIELD_GRID)) - positions(FIELD_GRID)
+    found = mapping.flatten(whole, FIELD_GRID)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # float32
+    volume, _ = scan()
+    warped = mapping.resample(whole, volume, FIELD_GRID, fill=-1000)
+    there = mapping.sample(volume, positions(FIELD_GRID) + expected)
+    np.testing.assert_allclose(warped, np.nan_to_num(there, nan=-1000), atol=1e-2)
+
+
+def test_nearest_sends_halves_up_and_faces_in_or_out_as_itk():
+    # Numbers that binary fractions hold: no rounding decides.
+    place = np.diag([2.0, 4.0, 8.0, 1.0])
+    data = np.arange(1, 121, dtype=np.int16).reshape(4, 5, 6)
+    half = np.eye(4)
+    half[:3, 3] = 1.0, 2.0, 4.0
+    for matrix in (half, np.linalg.inv(half)):
+        found = mapping.resample(
+            mapping.affine(matrix),
+            Volume(data, place),
+            Grid(data.shape, place),
+            interp="nearest",
+        )
+        g = Grid(data.shape, place)
+        how = sitk.sitkNearestNeighbor
+        image = oracles.itk_image(data.astype(np.float64), place)
+        expected = resampled(image, g, _peer_affine(matrix), how, 0.0)
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_points_and_samples_of_nothing_and_of_one():
     still = Mapping(())
     np.testing.assert_array_equal(mapping.points(still, CENTER), CENTER)
