@@ -311,7 +311,7 @@ def badness(numbers: Mapping[str, Any], pair_type: str) -> float:
 
     Returns:
         0 best; over 1 exactly when `judge` finds something, but for rounding. Of a
-        number with a least value v and a limit l: (1 - v) / (1 - l); else v / l.
+        share v with a least value l: (1 - v) / (1 - l); else v / l.
     """
     if numbers.get("constant") or not _known(numbers.get("local_ncc")):
         return math.inf
@@ -320,7 +320,8 @@ def badness(numbers: Mapping[str, Any], pair_type: str) -> float:
         value, limit = numbers.get(name), limit_of(check, pair_type)
         if limit is None or not _known(value):
             continue
-        part = (1 - value) / (1 - limit) if check.least else value / limit
+        share = check.least and limit > 0
+        part = (1 - value) / (1 - limit) if share else value / limit
         worst = max(worst, float(part))
     return worst
 

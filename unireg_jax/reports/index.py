@@ -81,9 +81,11 @@ def index_page(name: str, entries: Sequence[Entry]) -> str:
         _row(i, entry, used, pictures) for i, entry in enumerate(entries, 1)
     )
     body = (
-        f"<header><div><h1>{text(name)}</h1><p>{len(entries)} cases: {line}. The worst "
+        f'<header class="wide"><div><h1>'
+        f"{text(name)}</h1><p>{len(entries)} cases: {line}. The worst "
         "come first: 1 in the column badness is the limit of the number that is "
-        "furthest from good.</p></div></header><main>"
+        "furthest from good.</p></div></header>"
+        '<main class="wide">'
         '<div class="scroll index"><table><thead><tr>'
         '<th class=n data-sort="number">rank</th>'
         f"{'<th>overlay</th>' if pictures else ''}"
@@ -104,7 +106,7 @@ def _row(rank: int, entry: Entry, used: Sequence[str], pictures: bool) -> str:
             f'<img class="thumb" src="{data_uri(png)}" alt="">' for png in entry.thumbs
         )
         cells.append(f'<td><div class="thumbs">{images}</div></td>')
-    cells.append(f"<td>{label}</td><td>{chip(entry.status)}</td>")
+    cells.append(f"<td class=name>{label}</td><td>{chip(entry.status)}</td>")
     cells.append(_number(entry.badness))
     cells += [_number(entry.numbers.get(key)) for key in used]
     cells.append(f"<td class=why>{'<br>'.join(text(r) for r in entry.reasons)}</td>")
