@@ -1,5 +1,6 @@
 """The experiment scripts: manifest of real scans, pre-alignment, README's commands."""
 
+import itertools
 import json
 import re
 import shlex
@@ -134,27 +135,40 @@ def test_picture_of_a_registration_is_written(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
 
 
-def _readme_commands(program: str) -> list[list[str]]:
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _commands(program: str) -> list[list[str]]:
+    """Of the plain blocks of README and docs, comments taken off."""
+    fence = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+    blocks = [
+        block
+        for page in PAGES
+        for kind, block in fence.findall(page.read_text())
+        if kind in ("", "sh", "text")
+    ]
     text = "\n".join(blocks).replace("\\\n", " ")
-    return [shlex.split(x) for x in text.splitlines() if x.startswith(program)]
+    lines = [line for line in text.splitlines() if line.startswith(program)]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_readme_unireg_commands_are_real():
-    commands = _readme_commands("unireg ")
-    assert {c[1] for c in commands} >= {"register", "evaluate"}
+def test_unireg_commands_of_the_pages_are_real():
+    commands = [c for c in _commands("unireg ") if not re.search("[$…]", " ".join(c))]
+    assert {c[1] for c in commands} >= {*cli.VERBS} - {"info", "export"}
     for command in commands:
-        cli._parse(command[1:])  # argparse exits on an unknown flag
+        command = itertools.takewhile(lambda word: word not in (">", "|"), command)
+        cli._parse([*command][1:])  # argparse exits on an unknown flag
 
 
-def test_readme_training_commands_are_real():
-    for command in _readme_commands("python -m"):
+def test_python_commands_of_the_pages_are_real():
+    for command in _commands("python -m"):
         module = ROOT / (command[2].replace(".", "/") + ".py")
         assert module.is_file(), command
-        source = module.read_text()
+        # Some flags are shared by the scripts of a room.
+        source = "".join(p.read_text() for p in module.parent.glob("*.py"))
         for flag in (f for f in command[3:] if f.startswith("--")):
             name = flag[2:].split("=")[0].split(".")[0]
-            assert f'"{name}"' in source or f'"--{name}"' in source, flag
+            assert f'"{name}"' in source or f'"--{name}"' in source, (command, flag)
     for preset in ("paper", "real_small", "demo"):
         assert unireg.get_config(preset).preset == preset
 
