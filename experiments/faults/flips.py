@@ -38,8 +38,7 @@ def campaign(folder: Path, *, flips: int, restores: int, seed: int = 0) -> dict:
     data = victim.make_data(folder / "data")
     run = victim.Victim(folder / "run", data, train__steps=10)
     began = time.monotonic()
-    if not run.workdir.exists():
-        run.finish()
+    run.make()
     older, newest = run.steps.all()
     bench = _Bench(run.steps, older, newest)
     for n in range(flips):

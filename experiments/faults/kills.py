@@ -50,7 +50,7 @@ def campaign(folder: Path, *, kills: int, steps: int, seed: int = 0) -> dict:
         print(f"kill {len(rows)}: {row}", file=sys.stderr, flush=True)
     hurt.finish()
     whole = victim.Victim(folder / "whole", data, train__steps=steps)
-    whole.finish()
+    whole.make()
     ends = [run.digest() for run in (whole, hurt)]
     litter = hurt.litter()
     faults = [f"litter: {name}" for name in litter]

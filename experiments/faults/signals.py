@@ -3,11 +3,16 @@
     python -m experiments.faults.signals --workdir=DIR --signals=50
 
 SIGTERM, SIGINT, SIGHUP and SIGUSR1 in turn; each at a random moment of the steps, when
-a save begins, while the first step is compiled, or in the start.
+a save begins, while the first step is compiled, or in the start: there the interpreter
+may still be importing, and nobody listens yet. Linux. The same command goes on where an
+interrupted campaign stopped.
 """
 
+import collections
+import contextlib
+import json
+import os
 import random
-import re
 import signal
 import sys
 import time
@@ -18,65 +23,54 @@ from absl import flags
 from experiments import cli
 from experiments.faults import victim
 from unireg_jax.errors import PREEMPTED
+from unireg_jax.training import log
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _AIMS = ("steps", "save", "steps", "save", "compile", "steps", "save", "start")
+_AHEAD = 6  # steps at most that are waited for
 
 
 def campaign(folder: Path, *, signals: int, steps: int, seed: int = 0) -> dict:
-    """Runs undisturbed, then with signals.
+    """Runs with signals, then undisturbed.
 
     Args:
         folder: where data and both runs go.
         signals: how many.
-        steps: of the run; the signals must all fall into it.
+        steps: of the run; the signals must all fall into it, at about 7 steps each.
         seed: of the schedule.
 
     Returns:
         Counts, and the digests of both ends.
     """
-    rng = random.Random(seed)
-    data = victim.make_data(folder / "data")
-    whole = victim.Victim(folder / "whole", data, train__steps=steps)
     began = time.monotonic()
-    whole.finish()
+    data = victim.make_data(folder / "data")
     hurt = victim.Victim(folder / "hurt", data, train__steps=steps)
-    counts = {"signals": 0, "exit_75": 0, "before_listening": 0}
-    counts |= dict.fromkeys(_AIMS, 0)
-    faults: list[str] = []
-    slowest = 0.0
-    for n in range(signals):
-        number, aim = NUMBERS[n % len(NUMBERS)], _AIMS[n % len(_AIMS)]
-        before = (hurt.steps.all() or [0])[-1]
-        process = hurt.start()
-        if not _wait(process, hurt, aim, rng):
-            faults.append(f"signal {n}: the run had ended: {process.said()[-300:]}")
-            break
-        asked = time.monotonic()
-        code = process.end(number)
-        if aim != "compile":  # which takes as long as it takes
-            slowest = max(slowest, time.monotonic() - asked)
-        saved = (hurt.steps.all() or [0])[-1]
-        counts["signals"] += 1
-        counts[aim] += 1
-        counts["exit_75"] += code == PREEMPTED
-        told = re.findall(r"^step (\d+)/", process.said(), re.M)
-        last = int(told[-1]) if told else before
-        if code == -number and not told and not process.said():
-            counts["before_listening"] += 1  # the interpreter was still importing
-        elif code not in (PREEMPTED, 128 + number if not before else PREEMPTED):
-            faults.append(f"signal {n}: {aim}: exit code {code}")
-        if saved != last:
-            faults.append(f"signal {n}: {aim}: step {last} was done, {saved} is saved")
-        print(f"signal {n}: {aim}, {code}, step {saved}", file=sys.stderr, flush=True)
+    path = folder / "signals.jsonl"
+    path.touch()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    while len(rows) < signals and not (rows and rows[-1]["fault"]):
+        row = _stop_once(hurt, len(rows), seed)
+        rows.append(row)
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"signal {len(rows)}: {row}", file=sys.stderr, flush=True)
+    faults = [f"signal {n}: {row['fault']}" for n, row in enumerate(rows, 1)]
+    faults = [text for text, row in zip(faults, rows, strict=True) if row["fault"]]
     hurt.finish()
+    whole = victim.Victim(folder / "whole", data, train__steps=steps)
+    whole.make()
     ends = [run.digest() for run in (whole, hurt)]
     if ends[0] != ends[1]:
         faults.append("the ends differ")
     faults += [f"litter: {name}" for name in hurt.litter()]
+    met = collections.Counter(row["aim"] for row in rows)
     return {
-        **counts,
-        "slowest_s": round(slowest, 1),
+        "signals": len(rows),
+        **{f"in_{aim}": met[aim] for aim in dict.fromkeys(_AIMS)},
+        "exit_75": sum(row["code"] == PREEMPTED for row in rows),
+        "while_importing": sum(row["importing"] for row in rows),
+        "slowest_s": max(row["seconds"] for row in rows),
+        "steps_lost": sum(row["lost"] for row in rows),
         "digest": ends[1],
         "undisturbed": ends[0],
         "seconds": round(time.monotonic() - began),
@@ -84,30 +78,54 @@ def campaign(folder: Path, *, signals: int, steps: int, seed: int = 0) -> dict:
     }
 
 
-def _wait(process, run, aim, rng) -> bool:
-    """Until the moment that is aimed at; False when the run ended before."""
+def _stop_once(run: victim.Victim, n: int, seed: int) -> dict:
+    """Starts the run and sends it a signal; what came of it."""
+    rng = random.Random(f"{seed} {n}")
+    number, aim = NUMBERS[n % len(NUMBERS)], _AIMS[n % len(_AIMS)]
+    before = (run.steps.all() or [0])[-1]
+    process = run.start()
     if aim == "start":
-        time.sleep(rng.uniform(0, 4))
-    elif aim == "compile":  # the log is opened just before
-        path = run.workdir / "metrics.jsonl"
-        before = path.stat().st_atime_ns if path.exists() else 0
-        until = time.monotonic() + 60
-        while not (path.exists() and path.stat().st_atime_ns != before):
-            if process.handle.poll() is not None or time.monotonic() > until:
-                break
-            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 5))
+    elif aim == "compile":
+        process.wait_until(lambda: _opened_log(run.workdir, process.handle.pid))
         time.sleep(rng.uniform(0, 1))
-    elif not process.wait_for(r"step \d+/"):
-        return False
-    elif aim == "steps":
-        time.sleep(rng.uniform(0, 0.6))
-    else:
-        until = time.monotonic() + 60
-        while not list(run.steps.folder.glob("unfinished-*")):
-            if process.handle.poll() is not None or time.monotonic() > until:
-                break
+    elif aim == "save":
+        process.wait_for(r"step \d+/")
+        process.wait_until(lambda: any(run.steps.folder.glob("unfinished-*")))
         time.sleep(rng.uniform(0, 0.1))
-    return process.handle.poll() is None
+    else:
+        process.wait_for(rf"(step \d+/.*\n){{{rng.randint(1, _AHEAD)}}}")
+        time.sleep(rng.uniform(0, 0.05))
+    fault = "" if process.handle.poll() is None else "the run had ended"
+    asked = time.monotonic()
+    code = process.end(number)
+    seconds = time.monotonic() - asked
+    last = process.last_step() or before
+    saved = (run.steps.all() or [0])[-1]
+    importing = code == -number and not process.said()
+    if not importing and code != (PREEMPTED if saved else 128 + number):
+        fault = fault or f"{aim}: exit code {code}"
+    if saved != last:
+        fault = fault or f"{aim}: step {last} was done, {saved} is saved"
+    return {
+        "aim": aim,
+        "signal": signal.Signals(number).name,
+        "code": code,
+        "importing": importing,
+        "saved": saved,
+        "lost": last - saved,
+        "seconds": round(seconds, 1),
+        "fault": fault,
+    }
+
+
+def _opened_log(workdir: Path, process: int) -> bool:
+    """Whether the process has its log open, which is just before it compiles."""
+    wanted = str(workdir / log.NAME)
+    with contextlib.suppress(OSError):
+        links = Path(f"/proc/{process}/fd").iterdir()
+        return any(os.readlink(link) == wanted for link in links)
+    return False
 
 
 def main(argv) -> None:
@@ -126,7 +144,7 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("workdir", None, "Folder of the campaign; empty or absent.")
     flags.DEFINE_integer("signals", 50, "Signals.")
-    flags.DEFINE_integer("steps", 2000, "Steps of the run.")
+    flags.DEFINE_integer("steps", 500, "Steps of the run.")
     flags.DEFINE_integer("seed", 0, "Of the schedule.")
     flags.mark_flags_as_required(["workdir"])
     cli.run(main)

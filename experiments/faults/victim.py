@@ -161,6 +161,11 @@ class Victim:
         if code := process.end():
             raise RuntimeError(f"exit code {code}: {process.said()[-2000:]}")
 
+    def make(self) -> None:
+        """Runs it to its end, unless it has been."""
+        if not (self.workdir / "weights.safetensors").exists():
+            self.finish()
+
     def config(self) -> ml_collections.ConfigDict:
         """Its config, for use in this process."""
         config = unireg.get_config("demo")
@@ -215,7 +220,7 @@ def state_digest(folder: Path) -> str:
         leaf, name = np.asarray(leaf), jax.tree_util.keystr(path)
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
         digest.update(leaf.tobytes())
-    for path in sorted((folder / "data").iterdir()):
+    for path in sorted((folder / "data").glob("process_*.json")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -176,7 +176,7 @@ def whole_runs(folder: Path, library: Path, *, runs: int, disks: int) -> dict:
     rng = random.Random(0)
     data = victim.make_data(folder / "data")
     whole = victim.Victim(folder / "whole", data, train__steps=10)
-    whole.finish()
+    whole.make()
     wanted = whole.digest()
     size = sum(p.stat().st_size for p in whole.workdir.rglob("*") if p.is_file())
     counts = {"runs": 0, "exit_6": 0, "exit_0": 0, "disks": 0, "limits": 0}
@@ -235,7 +235,7 @@ def campaign(folder: Path, *, every: int, runs: int, disks: int) -> dict:
     run = victim.Victim(
         folder / "run", victim.make_data(folder / "data"), train__steps=10
     )
-    run.finish()
+    run.make()
     command = [sys.executable, "-m", "experiments.faults.writes", "--inside"]
     command += [f"--workdir={folder}", f"--every={every}"]
     env = {"LD_PRELOAD": str(library), "FAULT_ROOT": str(run.workdir)}

@@ -1,0 +1,117 @@
+"""One run on 1, 2, 4 and 8 devices in turn, stopped and continued at every change.
+
+    python -m experiments.faults.devices --workdir=DIR --switches=10
+
+The devices are the CPU's simulated ones. At every switch the run is first started with
+nothing left to do: the weights it writes from what it restored on the new devices must
+be those it wrote on the old ones, bit for bit. Then it goes on. Pairs and log lines are
+those of a run on one device; its losses differ by rounding, which is reported.
+"""
+
+import itertools
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from data_pipeline import synthetic
+from experiments import cli
+from experiments.faults import victim
+from unireg_jax.training import log
+
+_COUNTS = (1, 2, 4, 8)
+_STEPS = 2  # between two switches
+_RTOL = 0.05  # of the losses: Adam makes much of the rounding of small gradients
+
+
+def campaign(folder: Path, *, switches: int, seed: int = 0) -> dict:
+    """Runs on one device, then with switches.
+
+    Args:
+        folder: where data and both runs go.
+        switches: of the number of devices.
+        seed: of their order.
+
+    Returns:
+        Counts, the digest of the end and the largest difference of a loss.
+    """
+    rng = random.Random(seed)
+    began = time.monotonic()
+    data = folder / "data"
+    if not (data / "index.json").exists():
+        synthetic.write_dataset(
+            data,
+            shape=victim.SHAPE,
+            spacing_mm=victim.SPACING_MM,
+            subjects_per_task=6,
+            tasks=("headneck", "lung"),
+        )
+    fields = {"data__batch_size": 8, "train__steps": _STEPS * (switches + 1)}
+    one = victim.Victim(folder / "one", data, **fields)
+    one.finish(env=_devices(1))
+    run = victim.Victim(folder / "run", data, **fields)
+    faults: list[str] = []
+    used = [8]
+    run.finish(env=_devices(8), train__steps=_STEPS)
+    for n in range(1, switches + 1):
+        count = rng.choice([c for c in _COUNTS if c != used[-1]])
+        before = (run.workdir / "weights.safetensors").read_bytes()
+        run.finish(env=_devices(count), train__steps=_STEPS * n)
+        if (run.workdir / "weights.safetensors").read_bytes() != before:
+            faults.append(f"switch {n}: restored differently on {count} devices")
+        run.finish(env=_devices(count), train__steps=_STEPS * (n + 1))
+        used.append(count)
+        print(f"switch {n}: {used[-2]} -> {count}", file=sys.stderr, flush=True)
+    lines = [_losses(x.workdir / log.NAME) for x in (one, run)]
+    if [list(line) for line in lines[0]] != [list(line) for line in lines[1]]:
+        faults.append("other pairs or log lines than on one device")
+    worst = max(
+        abs(a[k] / b[k] - 1) for a, b in zip(*lines, strict=True) for k in a if b.get(k)
+    )
+    if worst > _RTOL:
+        faults.append(f"a loss differs by {worst:.1%}")
+    return {
+        "switches": switches,
+        "devices": used,
+        "largest_difference_of_a_loss": round(worst, 6),
+        "digest": victim.state_digest(run.steps[run.steps.find_sound()]),
+        "seconds": round(time.monotonic() - began),
+        "faults": faults,
+    }
+
+
+def _devices(count: int) -> dict[str, str]:
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def _losses(path: Path) -> list[dict[str, float]]:
+    """Step and losses of every line of the log."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [
+        {k: v for k, v in row.items() if k == "step" or k.startswith("train/loss")}
+        for row in itertools.filterfalse(lambda row: "warning" in row, rows)
+    ]
+
+
+def main(argv) -> None:
+    del argv
+    cli.setup()
+    given = flags.FLAGS
+    folder = Path(given.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    victim.report(
+        campaign="devices",
+        **campaign(folder, switches=given.switches, seed=given.seed),
+    )
+
+
+if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_string("workdir", None, "Folder of the campaign; empty or absent.")
+    flags.DEFINE_integer("switches", 10, "Changes of the number of devices.")
+    flags.DEFINE_integer("seed", 0, "Of their order.")
+    flags.mark_flags_as_required(["workdir"])
+    cli.run(main)
