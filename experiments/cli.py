@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import app, flags
 
-from unireg_jax.errors import STORAGE, USAGE, UserError
+from unireg_jax.errors import STORAGE, USAGE, UserError, spelled_out
 from unireg_jax.registration.compilation_cache import use_compilation_cache
 
 # What a disk refuses, and not a mistake in a path.
@@ -52,7 +52,8 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args)
         except UserError as error:
-            print(f"error: {error.reason}: {error}", file=sys.stderr)
+            line = f"error: {error.reason}: {error}"
+            print(spelled_out(line), file=sys.stderr)
             sys.exit(error.exit_code)
         except OSError as error:
             if error.errno not in _STORAGE:

@@ -31,6 +31,18 @@ def shown(path: str | os.PathLike) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def spelled_out(text: str) -> str:
+    """Gives text without characters that a terminal would act on.
+
+    Args:
+        text: any text, such as a message that holds names of others' choosing.
+
+    Returns:
+        The text, control characters but line feeds as escapes.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """A fault the user can mend.
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import UserError, spelled_out
 
 
 def progress(quiet: bool) -> Callable[[str], None]:
@@ -29,7 +29,8 @@ def with_reason(error: UserError) -> str:
 
 
 def one_line(text: str) -> str:
-    return " ".join(str(text).split())
+    """White space as single blanks, control characters spelled out."""
+    return spelled_out(" ".join(str(text).split()))
 
 
 def number(value: float | None) -> str:
