@@ -137,7 +137,9 @@ def _internal(error: Exception, args: argparse.Namespace) -> int:
             continue
         with contextlib.suppress(OSError):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / name).write_text(trace, encoding="utf-8")
+            # "x": a new file, never one that waits under the name, link or not.
+            with open(Path(folder) / name, "x", encoding="utf-8") as file:
+                file.write(trace)
             where = f"trace in {shown(Path(folder) / name)}"
             break
     return complain(

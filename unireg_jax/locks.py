@@ -2,10 +2,30 @@
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from unireg_jax.errors import STORAGE, USAGE, UserError, shown
+
+
+def no_link(path: str, flags: int) -> int:
+    """Opens a file unless its name is a link: `opener` of `open`.
+
+    A file that grows or is locked in a folder that others can write to must not be one
+    elsewhere that they chose.
+
+    Args:
+        path: of the file.
+        flags: of os.open.
+
+    Returns:
+        Descriptor; the umask decides the mode.
+
+    Raises:
+        OSError: ELOOP for a link.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @contextlib.contextmanager
@@ -25,7 +45,7 @@ def lock(
     """
     folder = Path(folder)
     try:
-        file = open(folder / name, "a")
+        file = open(folder / name, "a", opener=no_link)
     except OSError as error:
         raise UserError(
             "storage",

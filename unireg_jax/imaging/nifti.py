@@ -841,7 +841,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         path: final name; an existing file is replaced.
 
     Yields:
-        Path in the same folder, which the block must create.
+        Path in the same folder of a new, empty file, which the block must fill.
 
     Raises:
         UserError: `storage`: disk full, no such folder, read-only, rename lost.
@@ -849,6 +849,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temp = path.parent / f".unireg-{uuid.uuid4().hex}.tmp"
     try:
+        # Exclusively: whatever waits under the name, a link say, is not written to.
+        os.close(os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temp
         _sync(temp)
         os.replace(temp, path)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unireg_jax.locks import no_link
 from unireg_jax.verbs import outputs
 
 
@@ -28,7 +29,7 @@ class Journal:
         self._path = path
         self._lines: dict[str, tuple[int, int]] = {}  # id -> offset, bytes
         try:
-            self._file = open(path, "a+b")
+            self._file = open(path, "a+b", opener=no_link)
         except OSError as error:
             raise outputs.storage_fault(path, error) from error
         try:

@@ -71,11 +71,15 @@ def case_folder(
     """
     final = out / case
     check_out(out)
-    if os.path.lexists(final) and not (overwrite and final.is_dir()):
+    # A link would lead the results, and what is deleted first, out of the folder.
+    mine = final.is_dir() and not final.is_symlink()
+    if os.path.lexists(final) and not (overwrite and mine):
+        found, remedy = "exists", "pass --overwrite to replace its results"
+        if overwrite:
+            found, remedy = "is a link or a file, not a folder", "remove it"
         raise UserError(
             "id_duplicate",
-            f"{shown(final)} exists; pass --overwrite to replace its results, or "
-            "--case NAME",
+            f"{shown(final)} {found}; {remedy}, or --case NAME",
             USAGE,
         )
     made = not out.exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 from unireg_jax import registration
 from unireg_jax.errors import CHECKPOINT, USAGE, UserError, shown
+from unireg_jax.locks import no_link
 from unireg_jax.manifest import PATHS, Case
 from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.threads import GivenUp
@@ -156,7 +157,10 @@ class Worker:
             )
         trace = "".join(traceback.format_exception(error))
         log = self._out / f"{run_name(self._args)}.log"
-        with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+        with (
+            contextlib.suppress(OSError),
+            open(log, "a", encoding="utf-8", opener=no_link) as file,
+        ):
             file.write(f"{case.id}\n{trace}\n")
         if self._args.debug:
             sys.stderr.write(trace)
