@@ -3,11 +3,9 @@
 import argparse
 import collections
 import contextlib
-import csv
 import hashlib
 import importlib
 import importlib.util
-import io
 import json
 import signal
 import sys
@@ -29,6 +27,7 @@ from unireg_jax.errors import (
     UserError,
     shown,
 )
+from unireg_jax.evaluation import tables
 from unireg_jax.imaging import nifti
 from unireg_jax.locks import lock
 from unireg_jax.manifest import Case
@@ -397,19 +396,8 @@ def _kinds(lines: Sequence[str]) -> set[str]:
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
     with nifti.atomic_path(path) as temp:
-        temp.write_text(file.getvalue(), encoding="utf-8")
-
-
-def _cell(value: Any) -> Any:
-    """No text that a spreadsheet would take for a formula."""
-    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
-    return f"'{value}" if formula else value
+        temp.write_text(tables.csv_text(columns, rows), encoding="utf-8")
 
 
 def _tell(args, summary: dict[str, Any]) -> None:

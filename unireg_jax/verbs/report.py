@@ -12,7 +12,7 @@ import numpy as np
 
 from unireg_jax import manifest
 from unireg_jax.errors import DATA_CHANGED, NOTHING, USAGE, UserError, shown
-from unireg_jax.evaluation import quality
+from unireg_jax.evaluation import quality, tables
 from unireg_jax.imaging import nifti, transforms
 from unireg_jax.reports import case as told
 from unireg_jax.reports import index, pictures
@@ -257,7 +257,9 @@ def _failures(folder: Path) -> dict[str, str]:
                 for row in csv.DictReader(file):
                     name, message = row.get("id"), row.get("message")
                     if name:
-                        found[name] = message or row.get("reason") or "failed"
+                        found[tables.unescape(name)] = (
+                            message or row.get("reason") or "failed"
+                        )
         except (OSError, ValueError, csv.Error):
             continue
     return found
