@@ -180,7 +180,10 @@ def _run(args, cases, digest, book, stop) -> int:
     seconds = round(time.perf_counter() - started, 3)
     summary = _summarize(args, cases, book, counts, digest, seconds)
     _tell(args, summary)
-    return _exit_code(counts, preempted=stop.is_set() and not broken)
+    code = _exit_code(counts, preempted=stop.is_set() and not broken)
+    if code == PREEMPTED:
+        progress(args.quiet)("stopped by a signal: the same command goes on")
+    return code
 
 
 def _exit_code(counts: collections.Counter, preempted: bool) -> int:
