@@ -272,6 +272,21 @@ def test_two_fields_on_the_output_grid_act_one_after_the_other():
     np.testing.assert_allclose(warped, np.nan_to_num(there, nan=-1000), atol=1e-2)
 
 
+def test_label_gives_the_smaller_id_of_equal_shares():
+    data = np.full((4, 5, 6), 9, np.uint8)
+    data[2:] = 4
+    half = np.eye(4)
+    half[0, 3] = 1.0
+    place = np.diag([2.0, 4.0, 8.0, 1.0])
+    found = mapping.resample(
+        mapping.affine(half),
+        Volume(data, place),
+        Grid(data.shape, place),
+        interp="label",
+    )
+    assert found[:, 2, 3].tolist() == [9, 4, 4, 0]
+
+
 def test_nearest_sends_halves_up_and_faces_in_or_out_as_itk():
     # Numbers that binary fractions hold: no rounding decides.
     place = np.diag([2.0, 4.0, 8.0, 1.0])
@@ -585,6 +600,17 @@ def test_write_refuses(tmp_path, name, to, parts, reason, match):
         mapping.write(tmp_path / name, chain()[parts], to)
     assert (caught.value.reason, caught.value.exit_code) == (reason, errors.USAGE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_write_refuses_a_field_beyond_a_kilometre(tmp_path):
+    far = mapping.compose([Mapping((field(),)), mapping.affine(turn((0, 0, 1200)))])
+    with pytest.raises(UserError, match="within 1000 mm, got 12.. mm") as caught:
+        mapping.write(tmp_path / "a.nii", far)
+    assert (caught.value.reason, caught.value.exit_code) == (
+        "field_range",
+        errors.NUMERICAL,
+    )
+    mapping.write(tmp_path / "a.h5", far)
 
 
 def test_write_refuses_a_shear_in_itk_files(tmp_path):

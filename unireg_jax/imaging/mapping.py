@@ -332,7 +332,8 @@ def write(
     Raises:
         ValueError: unknown `to`.
         UserError: `name_mismatch`, `schema`, exit code 2: the name does not fit, the
-            spelling cannot hold this map, or a scan is missing; `storage`.
+            spelling cannot hold this map, or a scan is missing; `field_range`, exit
+            code 8, for a field of more than 1 km; `storage`.
     """
     to = spelling_of(path, to)
     if to == "bids":
@@ -360,6 +361,15 @@ def write(
         disp_mm, vox2world = flatten(mapping, grid), grid.vox2world
     else:
         raise _cannot(path, "the fixed scan, whose grid is needed", "none", "name it")
+    longest = max(float(disp_mm.max()), -float(disp_mm.min()))
+    if longest > transforms.RANGE_MM:
+        raise UserError(
+            "field_range",
+            f"{shown(path)}: field_range: expected displacements within "
+            f"{transforms.RANGE_MM:g} mm, got {longest:.4g} mm; check the order and "
+            "frames of the transforms, or write an .h5, which keeps affines apart",
+            NUMERICAL,
+        )
     if to == "l2r":
         place = moving and (moving.native or moving).vox2world
         transforms.write_l2r(

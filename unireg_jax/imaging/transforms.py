@@ -30,7 +30,7 @@ _AFFINE_KINDS = ("AffineTransform", "MatrixOffsetTransformBase")
 _FIELD_KIND = "DisplacementFieldTransform"
 # kind, fixed parameters, parameters
 _Listed = tuple[str, np.ndarray, np.ndarray]
-_RANGE_MM = 1000.0  # no vector between two scans of a body is longer
+RANGE_MM = 1000.0  # no vector between two scans of a body is longer
 _TURN = (np.float32(-1), np.float32(-1), np.float32(1))  # LPS <-> RAS, of vectors
 _MAX_NUMBERS = 3 * 2**29
 _NRRD_RESAMPLING = "displacement field type"  # Slicer: resampling, or modelling
@@ -549,9 +549,9 @@ def check_field(disp_mm: np.ndarray) -> None:
             "channels last"
         )
     longest = max(abs(float(disp_mm.max())), abs(float(disp_mm.min())))
-    if not longest <= _RANGE_MM:  # NaN fails as well
+    if not longest <= RANGE_MM:  # NaN fails as well
         raise ValueError(
-            f"disp_mm must be finite and within {_RANGE_MM:g} mm, got {longest}; "
+            f"disp_mm must be finite and within {RANGE_MM:g} mm, got {longest}; "
             "convert voxels to mm or mend the field"
         )
 
@@ -837,10 +837,10 @@ def _refuse_bad_vectors(disp_mm: np.ndarray, path: str | os.PathLike) -> None:
             f"{shown(path)}: field_nonfinite: expected finite vectors, got NaN or "
             "infinity; register again",
         )
-    if longest > _RANGE_MM:
+    if longest > RANGE_MM:
         raise UserError(
             "field_range",
-            f"{shown(path)}: field_range: expected vectors within {_RANGE_MM:g} mm, "
+            f"{shown(path)}: field_range: expected vectors within {RANGE_MM:g} mm, "
             f"got {longest:.4g} mm; check the unit of the field",
         )
 
