@@ -547,6 +547,17 @@ def test_a_fault_of_ours_makes_no_folder_of_the_file(run, tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["logs"]
 
 
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_file_to_write_is_never_called_out(verb):
+    # The trace of a fault of ours goes into the folder `out`, which it makes.
+    module = importlib.import_module(f"unireg_jax.verbs.{verb.replace('-', '_')}")
+    parser = cli.argparse.ArgumentParser()
+    module.add_arguments(parser)
+    for action in parser._actions:
+        if action.dest == "out":
+            assert action.metavar == "DIR", verb
+
+
 @pytest.mark.parametrize(
     "name", ["two words.nii.gz", "{x}%s$(y).nii", "d.o.t.s.nii.gz"]
 )
