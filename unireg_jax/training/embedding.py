@@ -34,7 +34,7 @@ def make_state(
     key = jax.random.key_data(jax.random.key(seed))
     init = jax.jit(embedding.initializer(network))
     variables = init(jax.random.fold_in(jax.random.key(seed), 0))
-    opt_state = tx.init(variables["params"])
+    opt_state = jax.jit(tx.init)(variables["params"])
     return TrainState(jnp.zeros((), jnp.int32), variables, opt_state, key)
 
 

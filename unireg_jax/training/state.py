@@ -53,7 +53,8 @@ def make_state(
     key = jax.random.key_data(jax.random.key(seed))
     params = init_params(model, jax.random.fold_in(jax.random.key(seed), 0))
     mean = _mean_of(params, averaged)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key, mean)
+    opt_state = jax.jit(tx.init)(params)  # as one program, not one per array
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, mean)
 
 
 def _mean_of(params: Any, averaged: bool) -> Any:
