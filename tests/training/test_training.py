@@ -140,7 +140,9 @@ def test_run_leaves_weights_config_and_metrics(config, tmp_path):
         mean = judged[-1][f"val/mean_dsc/{task}"]
         np.testing.assert_allclose(np.mean(values), mean)  # of one pair
     assert all(line["train/loss"] > 0 for line in lines if "train/loss" in line)
-    assert list((tmp_path / "tb").iterdir())
+    (board,) = (tmp_path / "tb").iterdir()
+    assert all(f"pair/{x}".encode() in board.read_bytes() for x in ("headneck", "lung"))
+    assert lines[-2]["time/total_s"] > lines[-2]["time/useful_s"] > 0
 
 
 def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
@@ -594,3 +596,29 @@ def test_fault_of_ours_keeps_its_trace_and_exits_1(tmp_path):
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_batch_of_another_task_than_its_pair_is_refused(config, tmp_path):
+    """Before it reaches the step; and every row says what it holds."""
+    experiment = build.build(config, tmp_path)
+    stream = loader.make_iterator(
+        experiment.dataset, "train", batch_size=2, seed=0, num_threads=0
+    )
+    batch = next(stream)
+    names = train._names(experiment)
+    for row, place in zip(names(batch), batch.pair, strict=True):
+        pair = experiment.dataset.pairs("train")[place]
+        volumes = experiment.dataset.index["volumes"]
+        assert row.name == f"pair {place}" and row.task == pair.task
+        assert row.volumes == (volumes[pair.fixed]["id"], volumes[pair.moving]["id"])
+    wrong = batch._replace(region=(batch.region + 1) % 4)
+    with pytest.raises(ValueError, match="region and pair type of .* expected, got"):
+        names(wrong)
+
+
+def test_learning_rate_of_a_step_is_that_of_the_schedule(config):
+    """For the dump of a step that is not finite."""
+    with config.unlocked():
+        config.optim.update({"lr": 0.5, "warmup_steps": 5, "decay_steps": 0})
+    rate = train._rate(config.optim)
+    np.testing.assert_allclose([rate(n) for n in (1, 2, 6, 9)], [0.0, 0.1, 0.5, 0.5])
