@@ -458,11 +458,13 @@ def test_write_l2r_warps_stored_arrays_as_the_challenge_does(tmp_path):
 def test_read_l2r_refuses(tmp_path):
     np.savez(tmp_path / "a.npz", np.zeros((3, 5, 6, 7), np.float32))
     np.savez(tmp_path / "b.npz", np.full((*SHAPE, 3), np.nan))
+    np.savez(tmp_path / "f.npz", np.full((*SHAPE, 3), 1e300))  # no float32
     (tmp_path / "c.npz").write_bytes(b"PK\3\4 torn")
     (tmp_path / "d.npz").write_bytes(struct.pack("<d", 1.0))
     cases = (
         ("a.npz", "ndim", r"shape \(X, Y, Z, 3\), got float32 \(3, 5, 6, 7\)"),
         ("b.npz", "field_nonfinite", "finite vectors"),
+        ("f.npz", "field_nonfinite", "finite vectors"),
         ("c.npz", "truncated", "write it again"),
         ("d.npz", "truncated", "write it again"),
         ("e.npz", "not_found", "got nothing"),

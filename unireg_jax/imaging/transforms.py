@@ -511,8 +511,9 @@ def read_l2r(
     moving = check_affine(moving, "moving_vox2world")
     disp = _read_l2r_array(path)
     change = moving - vox2world
-    disp_mm = disp @ moving[:3, :3].T + _linear(change, disp.shape[:3])
-    disp_mm = disp_mm.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity: refused below
+        disp_mm = disp @ moving[:3, :3].T + _linear(change, disp.shape[:3])
+        disp_mm = disp_mm.astype(np.float32)
     _refuse_bad_vectors(disp_mm, path)
     return orientation.reorient(disp_mm, vox2world)
 
