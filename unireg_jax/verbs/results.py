@@ -69,7 +69,7 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
         default="auto",
         help="where the fixed body is larger than the network's window: crop, its "
         "middle; tiles, overlapping windows; whole, one larger window; default auto: "
-        "tiles where a crop would lose a tenth of the body",
+        "tiles where a crop would lose three tenths of the body",
     )
     add(
         "--io-iterations",
@@ -410,10 +410,11 @@ def _case_warnings(case: Case, pair_type: str) -> list[str]:
     lines = []
     subjects = (case.fixed_subject, case.moving_subject)
     if all(subjects) and (subjects[0] == subjects[1]) != (pair_type == "intra"):
-        expected = {"intra": "one patient", "inter": "two patients"}[pair_type]
-        got = " and ".join(shown(subject) for subject in subjects)
+        # Not who: a record names no patient.
+        same = subjects[0] == subjects[1]
+        asked, got = ("two patients", "one") if same else ("one patient", "two")
         lines.append(
-            f"subjects: {expected} expected of a pair of type {pair_type}, got {got}"
+            f"subjects: {asked} expected of a pair of type {pair_type}, got {got}"
         )
     lines += [f"{column}: not used" for column in _UNUSED if getattr(case, column)]
     return lines
