@@ -37,7 +37,7 @@ def test_a_body_that_fits_has_one_window_whatever_is_asked(fov):
     assert layout.fov == ("crop" if fov == "auto" else fov)
 
 
-def test_auto_takes_tiles_where_the_crop_would_lose_a_tenth():
+def test_auto_takes_tiles_where_the_crop_would_lose_much():
     # The window is 384 mm high: 410 mm lose 6 %, 700 mm lose 45 %.
     assert tiles.lay_out(column(410.0), SPEC).fov == "crop"
     layout = tiles.lay_out(column(700.0), SPEC)

@@ -18,7 +18,8 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 
 FOVS = ("auto", "crop", "tiles", "whole")
-_COVERED = 0.9  # of the body: less calls for tiles
+# Of the body: less calls for tiles. Wide shoulders alone do not: see docs/control.md.
+_COVERED = 0.7
 _LOOK_MM = 5.0  # distance of the voxels that the body is looked for on
 _SHARED = 0.25  # of a window, at least, with each neighbour
 _STEP = 16  # voxels: multiples that grids grow by
@@ -56,7 +57,7 @@ def lay_out(volume: Volume, spec: PreprocessSpec, fov: str = "auto") -> Layout:
         spec: shape and spacing of a window.
         fov: "crop", one window centred on the body; "tiles", as many as cover it, each
             sharing a quarter or more with its neighbour; "whole", one window as large
-            as it takes; "auto", tiles where the crop would hold less than 90 % of the
+            as it takes; "auto", tiles where the crop would hold less than 70 % of the
             body.
 
     Returns:
