@@ -1,0 +1,82 @@
+"""Seeded failures are flagged and good pairs are not, on phantoms; the table."""
+
+import numpy as np
+import pytest
+
+from data_pipeline import synthetic
+from experiments import benchmark_quality as bench
+from unireg_jax import registration
+from unireg_jax.evaluation import quality
+from unireg_jax.imaging.nifti import Volume
+
+LIVER = ("liver_pvp", "liver_art")  # names only: phantoms stand for them
+
+
+@pytest.fixture(scope="module")
+def session():
+    return registration.Session(registration.load_model(None))
+
+
+def phantom(task, **more):
+    found = synthetic.phantom(task, **more)
+    return Volume(found.hu, found.vox2world)
+
+
+def found(session, fixed, moving, affine="auto"):
+    result = session.run(
+        fixed,
+        moving,
+        registration.check_settings("liver", None, affine),
+        affine=affine,
+        clock=registration.Clock(),
+    )
+    numbers = quality.measure(fixed, moving, result.disp_mm, result.affine)
+    return {finding.reason for finding in quality.judge(numbers, "intra")}
+
+
+@pytest.mark.slow
+def test_seeded_failures_of_a_phantom_are_flagged(session):
+    pair = synthetic.pair("liver", seed=1)
+    fixed, moving = (Volume(p.hu, p.vox2world) for p in pair[:2])
+    assert found(session, fixed, moving) == set()
+    for axis in range(3):
+        job = bench.Job("flip", *LIVER, axis)
+        assert "mirrored" in found(session, *bench._broken(job, fixed, moving))
+    job = bench.Job("shift", *LIVER, 2)
+    assert found(session, *bench._broken(job, fixed, moving), affine="none")
+    job = bench.Job("constant", *LIVER, 1)
+    assert found(session, *bench._broken(job, fixed, moving)) == {"constant"}
+    assert found(session, fixed, phantom("headneck", seed=1))
+
+
+def test_every_failure_is_seeded_on_the_pair_it_names():
+    data = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    scan = Volume(data, np.eye(4))
+    _, flipped = bench._broken(bench.Job("flip", *LIVER, 1), scan, scan)
+    assert (flipped.data == data[:, ::-1]).all()
+    _, moved = bench._broken(bench.Job("shift", *LIVER, 2), scan, scan)
+    assert (moved.vox2world[:3, 3] == (0, 0, 80)).all()
+    flat, same = bench._broken(bench.Job("constant", *LIVER, 0), scan, scan)
+    assert np.ptp(flat.data) == 0 and same.data is data
+    kinds = {job.kind for job in bench.jobs()}
+    assert kinds == {"good", "phantom", "wrong", "flip", "shift", "constant"}
+    assert len(set(bench.jobs())) == len(bench.jobs())
+
+
+def test_table_names_every_surprise():
+    good = {"local_ncc": 0.9, "coverage": 1.0, "type": "intra", "axis": None}
+    rows = [
+        {**good, "kind": "good", "fixed": "a", "moving": "b", "truth": {"tre": 2.0}},
+        {**good, "kind": "good", "fixed": "c", "moving": "d", "coverage": 0.1},
+        {**good, "kind": "wrong", "fixed": "e", "moving": "f"},
+        {"kind": "constant", "fixed": "g", "moving": "h", "axis": 0, "refused": "x"},
+    ]
+    lines = bench.table(rows).splitlines()
+    assert "| real, succeeded | 1 | 0 |  |" in lines
+    assert "| real, without truth | 1 | 1 | coverage 1 |" in lines
+    assert "| constant | 1 | 1 | refused: x 1 |" in lines
+    surprises = lines[lines.index("") + 1 :]
+    assert [line.split(":")[0] for line in surprises] == [
+        "real, without truth, c <- d",
+        "wrong, e <- f",
+    ]
