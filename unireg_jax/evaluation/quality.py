@@ -465,13 +465,13 @@ def _local_ncc(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
     """Mean over the mask of the signed correlation in windows cut by the mask."""
     if not mask.any():
         return math.nan
-    weight = mask.astype(np.float64)
+    weight = mask.astype(np.float32)  # the filter itself sums in float64
 
     def mean(values):
         return ndimage.uniform_filter(values, _WINDOW_VOXELS, mode="constant")
 
     count = mean(weight)
-    share = np.maximum(count, 1e-9)
+    share = np.maximum(count, np.float32(1e-9))
     mean_a, mean_b = mean(a * weight) / share, mean(b * weight) / share
     var_a = mean(a * a * weight) / share - mean_a**2
     var_b = mean(b * b * weight) / share - mean_b**2
