@@ -69,6 +69,9 @@ def lay_out(volume: Volume, spec: PreprocessSpec, fov: str = "auto") -> Layout:
     if fov not in FOVS:
         raise ValueError(f"fov must be one of {FOVS}, got {fov!r}")
     grid = preprocess.network_grid(volume, spec)
+    if _covered(_corners(volume, grid), grid.shape) == 1.0:  # whatever the body
+        used = "crop" if fov == "auto" else fov
+        return Layout(grid, grid.shape, ((0, 0, 0),), used, 1.0)
     points = _body_points(volume, grid)
     covered = _covered(points, grid.shape)
     used = fov
@@ -90,6 +93,13 @@ def lay_out(volume: Volume, spec: PreprocessSpec, fov: str = "auto") -> Layout:
         window_starts(total, n) for total, n in zip(shape, grid.shape, strict=True)
     )
     return Layout(whole, grid.shape, tuple(itertools.product(*places)), used, covered)
+
+
+def _corners(volume: Volume, grid: Grid) -> np.ndarray:
+    """Outermost voxels of a scan, [8, 3] in voxels of `grid`."""
+    ends = np.array(list(itertools.product(*((0, n - 1) for n in volume.data.shape))))
+    to_grid = np.linalg.inv(grid.vox2world) @ volume.vox2world
+    return ends @ to_grid[:3, :3].T + to_grid[:3, 3]
 
 
 def _body_points(volume: Volume, grid: Grid) -> np.ndarray:
