@@ -17,8 +17,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import cli, sam, unireg
-from unireg_jax.errors import CHECKPOINT, DATA_CHANGED, STORAGE, USAGE, UserError
+from data_pipeline import synthetic
+from experiments import cli, sam, train, unireg
+from unireg_jax.errors import (
+    CHECKPOINT,
+    DATA_CHANGED,
+    NOTHING,
+    STORAGE,
+    USAGE,
+    UserError,
+)
 from unireg_jax.training import checkpoint, manifest
 from unireg_jax.training.state import TrainState
 from unireg_jax.training.steps import Steps
@@ -267,12 +275,17 @@ def test_only_steps_set_aside_are_no_fresh_start(tmp_path):
     assert caught.value.exit_code == CHECKPOINT
 
 
-def test_nothing_saved_is_missing(tmp_path):
+def test_nothing_saved_is_missing(tmp_path, capsys):
     with _opened(tmp_path) as checkpoints:
         assert checkpoints.latest() is None
         with pytest.raises(UserError, match="train first") as caught:
             checkpoints.restore(_state(0))
     assert caught.value.reason == "checkpoint_missing"
+    assert capsys.readouterr().err == ""
+    checkpoint.write_config(tmp_path, {"seed": 0})  # it had begun
+    with _opened(tmp_path) as checkpoints:
+        assert checkpoints.latest() is None
+    assert "no step was saved yet: starts at step 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["delete", "empty", "halve", "swap", "flip"])
@@ -518,3 +531,79 @@ def test_ctrl_c_before_anything_is_done_leaves_with_130():
     )
     assert done.returncode == 128 + signal.SIGINT
     assert "Traceback" not in done.stderr
+
+
+# --- through the command's own function ---
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """Prepared folder of tiny phantoms of two tasks."""
+    return synthetic.write_dataset(
+        tmp_path_factory.mktemp("phantoms"),
+        shape=(32, 16, 16),
+        spacing_mm=12.0,
+        subjects_per_task=4,
+        tasks=("headneck", "lung"),
+    )
+
+
+def _config(root):
+    """The network of test_training.py, so that its compiled programs serve here."""
+    config = unireg.get_config("demo")
+    with config.unlocked():
+        config.data.update({"root": str(root), "shape": (32, 16, 16)})
+        config.data.spacing_mm = 12.0
+        config.data.weights.headneck = 1.0
+        config.model.update(
+            {"encoder": (4, 4, 4, 4), "decoder": (4, 4, 4, 4), "remaining": (4,)}
+        )
+        config.model.conv_impl = "direct"
+        config.train.update({"init_from": "", "steps": 1, "eval_pairs": 1})
+    return config
+
+
+def test_a_split_without_pairs_is_told_before_the_folder_is_bound(phantoms, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(phantoms, root)
+    index = json.loads((root / "index.json").read_text())
+    for volume in index["volumes"]:
+        volume["split"] = "train"
+    (root / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError) as caught:
+        train.train(_config(root), tmp_path / "run")
+    assert caught.value.exit_code == NOTHING
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_of_its_steps_how_they_were_made(phantoms, tmp_path):
+    """And goes on neither with other data nor, unless it is named, other settings."""
+    config = _config(phantoms)
+    train.train(config, tmp_path / "run")
+    steps = Steps(tmp_path / "run" / "checkpoints", keep=2, tidies=False)
+    made = manifest.verify(steps[1], 1)
+    assert made.keys() == {"config", "data", "features", "code"}
+    assert made["config"]["data"]["shape"] == [32, 16, 16]
+    other = tmp_path / "other"
+    synthetic.write_dataset(
+        other,
+        shape=(32, 16, 16),
+        spacing_mm=12.0,
+        subjects_per_task=4,
+        tasks=("headneck", "lung"),
+        seed=7,
+    )
+    config.data.root = str(other)
+    with pytest.raises(UserError, match="changed since the run began") as caught:
+        train.train(config, tmp_path / "run")
+    assert caught.value.exit_code == DATA_CHANGED
+    config.data.root = str(phantoms)
+    config.train.steps = 2
+    config.optim.lr = 1e-5
+    with pytest.raises(UserError, match="optim.lr: 0.0005 -> 1e-05"):
+        train.train(config, tmp_path / "run")
+    config.train.change = "optim.lr"
+    train.train(config, tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert found["changes"] == ["step 1: optim.lr: 0.0005 -> 1e-05"]
+    assert steps.all() == [1, 2]

@@ -60,6 +60,7 @@ class Checkpoints:
         self._first = jax.process_index() == 0
         tidies = writes and self._first
         self._steps = Steps(workdir / FOLDER, keep=keep, tidies=tidies)
+        self._began = (workdir / _CONFIG).exists()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
         self._saver = ocp.AsyncCheckpointer(
@@ -79,8 +80,12 @@ class Checkpoints:
                     self._steps.adopt()
 
     def latest(self) -> int | None:
-        """Newest step that was saved whole, see `Steps.latest`."""
-        return self._steps.latest()
+        """Newest step that was saved whole, see `Steps.latest`; says if none."""
+        found = self._steps.latest()
+        if found is None and self._began and self._first:
+            # Killed before its first save: told, so that it is no silent fresh start.
+            print("no step was saved yet: starts at step 0", file=sys.stderr)
+        return found
 
     def save(self, state: TrainState, iterator: Any) -> None:
         """Saves in the background; a save in flight is finished first.
