@@ -25,7 +25,14 @@ from unireg_jax.training.steps import Steps, first_line, storage
 
 FOLDER = "checkpoints"  # in a work folder
 _CONFIG = "config.json"
-_TEMPORARY = ("config.json.tmp", ".unireg-*.tmp")  # left by kills
+# What kills leave beside the checkpoints.
+_TEMPORARY = (
+    "config.json.tmp",
+    "metrics.jsonl.tmp",
+    "times.json.tmp",
+    "nonfinite_step_*.json.tmp",
+    ".unireg-*.tmp",
+)
 
 
 class Checkpoints:
