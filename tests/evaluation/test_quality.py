@@ -149,6 +149,15 @@ def test_scan_without_air_is_judged_by_its_own_range():
     assert found["local_ncc"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_thin_slabs_are_judged(slices):
+    part = scan(torso()[:, :, 18 : 18 + slices], np.diag([5.3, 6.5, 1.0, 1.0]))
+    found = quality.measure(part, part, still(part.data.shape), np.eye(4))
+    assert found["local_ncc"] == pytest.approx(1, abs=1e-3)
+    assert math.isnan(found["mirror_gain"]) == (slices == 1)
+    assert math.isnan(found["fold_percent"]) == (slices < 3)
+
+
 def test_inverse_consistency_is_the_gap():
     there, back = still(), still()
     there += np.float32([6, -3, 2])

@@ -26,6 +26,7 @@ _BLUR_VOXELS = 2.0  # of the judging grid, while a mirror image settles
 _EVERY = 2  # voxel of it is compared meanwhile, along each axis
 _SETTLING = 12  # steps
 _LEAST_POINTS = 200
+_LEAST_SLICES = 3
 _SIDES = ("left and right", "front and back", "head and feet")
 
 
@@ -388,6 +389,8 @@ def _line(name: str, numbers, limit) -> str:
 def judging_grid(volume: Volume) -> Grid:
     """A grid along a scan's axes, 4 mm or its own spacing where that is coarser.
 
+    A slab thinner than 12 mm keeps 3 slices.
+
     Args:
         volume: scan.
 
@@ -395,7 +398,9 @@ def judging_grid(volume: Volume) -> Grid:
         Grid over the same extent.
     """
     shape = np.array(volume.data.shape)
-    ratio = np.maximum(1.0, STEP_MM / np.array(volume.spacing_mm))
+    # Of a thin slab some slices remain.
+    most = np.maximum(1.0, shape / _LEAST_SLICES)
+    ratio = np.clip(STEP_MM / np.array(volume.spacing_mm), 1.0, most)
     counts = np.maximum(1, np.ceil(shape / ratio)).astype(int)
     vox2world = volume.vox2world.copy()
     vox2world[:3, :3] = volume.vox2world[:3, :3] * ratio
@@ -465,10 +470,11 @@ def _local_ncc(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
     """Mean over the mask of the signed correlation in windows cut by the mask."""
     if not mask.any():
         return math.nan
+    size = [min(_WINDOW_VOXELS, n) for n in mask.shape]  # of a slab, all of it
     weight = mask.astype(np.float32)  # the filter itself sums in float64
 
     def mean(values):
-        return ndimage.uniform_filter(values, _WINDOW_VOXELS, mode="constant")
+        return ndimage.uniform_filter(values, size, mode="constant")
 
     count = mean(weight)
     share = np.maximum(count, np.float32(1e-9))
@@ -508,7 +514,7 @@ def _mirrored(source, target, windows, body, grid, affine, similarity):
         settled = _settle(Volume(image, place), seen, points[:, some], affine)
         return similarity(Volume(source.data, place), _through(settled, points))
 
-    if not some.any():
+    if not some.any() or min(image.shape) < 2:  # no slope along one slice
         return {"mirror_gain": math.nan, "mirror_axis": math.nan}
     gains = np.array([fit(axis) for axis in range(3)]) - fit(None)
     if np.isnan(gains).all():
