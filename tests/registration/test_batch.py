@@ -93,7 +93,7 @@ def test_register_many_reads_and_describes_an_atlas_once(model, scans, monkeypat
     list(register_many(atlas_pairs(scans), weights=model))
     assert sorted(reads) == scans
     assert len(described) == 1 + 3  # the atlas, and each moving scan
-    assert len(bodies) == 1
+    assert len(bodies) == 1 + 4  # where the atlas is compared; what each scan shows
     assert len(traces) == 1
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from unireg_jax.errors import NUMERICAL, USAGE, UserError
 from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import nifti, orientation, preprocess
+from unireg_jax.imaging import nifti, orientation, preprocess, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.ops import intensity, warp
@@ -107,7 +107,7 @@ def register(
     disp_mm(x) = y(x) - x.
 
     Args:
-        fixed: path of a NIfTI file, Volume, or array [X, Y, Z] in HU.
+        fixed: path of a scan (see imaging/scans.py), Volume, or array [X, Y, Z] in HU.
         moving: the same; shape and spacing may differ.
         task: name in tasks.TASKS: anatomical prior, and the usual pair type; "none"
             leaves the network out: pre-alignment, and `refine` from there, on the grid
@@ -219,7 +219,7 @@ class Session:
         """Reads a file, or finds the Volume that it gave before.
 
         Args:
-            scan: NIfTI file; a Volume is returned as it is.
+            scan: see imaging/scans.py; a Volume is returned as it is.
 
         Returns:
             Volume.
@@ -231,7 +231,7 @@ class Session:
         if isinstance(scan, Volume):
             return scan
         key = os.path.realpath(scan)
-        return self._read.get(key, lambda: nifti.read_image(scan))
+        return self._read.get(key, lambda: scans.read_scan(scan))
 
     def run(
         self,
@@ -408,8 +408,8 @@ class Session:
         settings = dict(settings)
         if settings["task"] == NO_TASK:
             return settings, []
-        scans = {"fixed": target, "moving": source}
-        seen = {name: self.seen(volume) for name, volume in scans.items()}
+        volumes = {"fixed": target, "moving": source}
+        seen = {name: self.seen(volume) for name, volume in volumes.items()}
         settings["seen"] = {name: one.record() for name, one in seen.items()}
         if settings["task"] == AUTO_TASK:
             given = settings["pair_type"]
@@ -473,34 +473,32 @@ class Session:
 
         return self._larger.get(shape, build)
 
-    def _one_window(self, layout, scans, clock) -> tuple[np.ndarray, dict[str, float]]:
+    def _one_window(self, layout, pair, clock) -> tuple[np.ndarray, dict[str, float]]:
         """Displacement and its scores where one window holds all."""
         programs, refiner = self._programs_for(layout.window)
         seen = None
         with self._device:
             if programs is self.programs:
-                fixed = self._describe(scans.target, scans.fixed_hu)
+                fixed = self._describe(pair.target, pair.fixed_hu)
             else:
-                fixed = programs.describe(scans.fixed_hu)
-            moving = programs.describe(scans.moving_hu)
-            if scans.coarse is not None and scans.settings["region"] is not None:
+                fixed = programs.describe(pair.fixed_hu)
+            moving = programs.describe(pair.moving_hu)
+            if pair.coarse is not None and pair.settings["region"] is not None:
                 # What the network sees is warped already.
-                seen = programs.describe(_prewarp(scans.moving_hu, scans.coarse))
-            disp = _predict(programs, fixed, moving, seen, scans.coarse, scans.settings)
+                seen = programs.describe(_prewarp(pair.moving_hu, pair.coarse))
+            disp = _predict(programs, fixed, moving, seen, pair.coarse, pair.settings)
             clock.lap("network")
             costs = {}
             if refiner:
-                disp, *costs = refiner(fixed, moving, scans.body, disp)
+                disp, *costs = refiner(fixed, moving, pair.body, disp)
                 costs = dict(zip(("refine_before", "refine_after"), costs, strict=True))
                 jax.block_until_ready(disp)
                 clock.lap("refine")
-            scores = programs.judge(fixed, moving, scans.body, disp) | costs
+            scores = programs.judge(fixed, moving, pair.body, disp) | costs
             disp, scores = jax.device_get((disp, scores))
         return disp[0], {name: float(value[0]) for name, value in scores.items()}
 
-    def _windows(
-        self, layout, scans, clock, say
-    ) -> tuple[np.ndarray, dict[str, float]]:
+    def _windows(self, layout, pair, clock, say) -> tuple[np.ndarray, dict[str, float]]:
         """Displacement blended from overlapping windows, and its scores.
 
         The device holds one window at a time, the host one field on the whole grid.
@@ -508,25 +506,25 @@ class Session:
         blend, costs = tiles.Blend(layout), []
         with self._device:
             seen_hu = None
-            if scans.coarse is not None and scans.settings["region"] is not None:
-                seen_hu = _prewarp(scans.moving_hu, scans.coarse)
+            if pair.coarse is not None and pair.settings["region"] is not None:
+                seen_hu = _prewarp(pair.moving_hu, pair.coarse)
             for number, start in enumerate(layout.starts, 1):
                 say(f"window {number} of {len(layout.starts)}")
                 part = layout.part(start)
                 fixed, moving = (
                     self.programs.describe(np.ascontiguousarray(hu[part]))
-                    for hu in (scans.fixed_hu, scans.moving_hu)
+                    for hu in (pair.fixed_hu, pair.moving_hu)
                 )
                 seen = coarse = None
-                if scans.coarse is not None:
-                    coarse = scans.coarse[(slice(None), *part)]
+                if pair.coarse is not None:
+                    coarse = pair.coarse[(slice(None), *part)]
                 if seen_hu is not None:
                     seen = self.programs.describe(np.ascontiguousarray(seen_hu[part]))
                 disp = _predict(
-                    self.programs, fixed, moving, seen, coarse, scans.settings
+                    self.programs, fixed, moving, seen, coarse, pair.settings
                 )
                 clock.lap("network")
-                body = np.ascontiguousarray(scans.body[part])
+                body = np.ascontiguousarray(pair.body[part])
                 if self.refiner and body.any():
                     disp, *cost = self.refiner(fixed, moving, body, disp)
                     costs.append([float(c[0]) for c in cost] + [float(body.sum())])
@@ -534,9 +532,9 @@ class Session:
                 blend.add(start, np.asarray(disp[0]))
             spec = self.model.preprocess
             scores = judge_field(
-                scans.fixed_hu,
-                scans.moving_hu,
-                scans.body,
+                pair.fixed_hu,
+                pair.moving_hu,
+                pair.body,
                 blend.disp,
                 window=(spec.hu_low, spec.hu_high),
             )
@@ -678,7 +676,7 @@ def as_volume(scan, vox2world, name) -> Volume:
         return Volume(data, turned, native=nifti.Native(scan.shape, vox2world))
     if vox2world is not None:
         raise ValueError(f"{name}_vox2world must be None: the file has its own")
-    return scan if isinstance(scan, Volume) else nifti.read_image(scan)
+    return scan if isinstance(scan, Volume) else scans.read_scan(scan)
 
 
 def check_settings(
