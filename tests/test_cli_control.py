@@ -12,7 +12,14 @@ import SimpleITK as sitk
 
 from data_pipeline import synthetic
 from tests import dicom_files
-from tests.test_cli import command, refused, save_network, write, write_pair
+from tests.test_cli import (
+    command,
+    process,
+    refused,
+    save_network,
+    write,
+    write_pair,
+)
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.errors import UserError
@@ -341,3 +348,17 @@ def test_as_volume_is_what_register_takes(scans):
     assert as_volume(volume, None, "fixed") is volume
     with pytest.raises(ValueError, match="the file has its own"):
         as_volume(volume, np.eye(4), "fixed")
+
+
+def test_help_of_the_verbs_shows_an_example_and_imports_no_jax():
+    code = (
+        "import sys\nfrom unireg_jax.__main__ import main\n"
+        "for verb in ('register', 'batch', 'sweep', 'doctor'):\n"
+        "    try:\n        main([verb, '--help'])\n"
+        "    except SystemExit as stop:\n        assert stop.code == 0\n"
+        "assert 'jax' not in sys.modules\n"
+    )
+    run = process("-c", code)
+    assert run.returncode == 0, run.stderr
+    for verb in ("register", "sweep", "doctor"):
+        assert f"\n  unireg {verb}" in run.stdout, verb
