@@ -605,5 +605,5 @@ def test_a_run_says_of_its_steps_how_they_were_made(phantoms, tmp_path):
     config.train.change = "optim.lr"
     train.train(config, tmp_path / "run")
     found = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert found["changes"] == ["step 1: optim.lr: 0.0005 -> 1e-05"]
+    assert "step 1: optim.lr: 0.0005 -> 1e-05" in found["changes"]
     assert steps.all() == [1, 2]
