@@ -212,3 +212,12 @@ def test_judge_field_measures_as_the_program_of_a_grid(model, volumes):
     assert got.keys() == expected.keys()
     for name, value in got.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("code", [99, -1, 4, 1.5, True, None, [0, 1], 1e40])
+def test_compiled_refuses_conditions_that_do_not_exist(model, volumes, code):
+    program = compile_register(model)
+    with pytest.raises(ValueError, match="region must be"):
+        program(*volumes, code, PairType.INTER)
+    with pytest.raises(ValueError, match="pair_type must be"):
+        program(*volumes, Region.LIVER, code)

@@ -8,6 +8,7 @@ again in one process costs milliseconds.
 """
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from unireg_jax.models import features
 from unireg_jax.models.features import Extractor, Maps
 from unireg_jax.ops import intensity, jacobian, ncc, warp
 from unireg_jax.registration.network import Model
+from unireg_jax.tasks import PairType, Region
 
 
 class Described(NamedTuple):
@@ -96,7 +98,8 @@ class Compiled:
             x + disp(x).
 
         Raises:
-            ValueError: another shape or dtype, or compiled without the network.
+            ValueError: another shape or dtype, an unknown region or pair type, or
+                compiled without the network.
         """
         if self._predict is None:
             raise ValueError("compiled without the network; pass network=True")
@@ -104,13 +107,10 @@ class Compiled:
             scan if isinstance(scan, Described) else self.describe(scan)
             for scan in (fixed, moving)
         )
-        codes = [np.atleast_1d(np.asarray(c, np.int32)) for c in (region, pair_type)]
-        if any(c.shape != (self.conditions,) for c in codes):
-            raise ValueError(
-                f"region and pair_type must be ({self.conditions},), got "
-                f"{codes[0].shape} and {codes[1].shape}; compile_register fixes the "
-                "number"
-            )
+        codes = [
+            _codes("region", region, Region, self.conditions),
+            _codes("pair_type", pair_type, PairType, self.conditions),
+        ]
         return self._predict(self._params, fixed, moving, *jax.device_put(codes))
 
     def judge(
@@ -199,6 +199,22 @@ def compile_register(
     lowered = (describe, predict if network else None, judge)
     programs = (program and program.compile() for program in lowered)
     return Compiled(shape, dtype, conditions, model.params, model.extractor, *programs)
+
+
+def _codes(name: str, values: Any, kind: type[enum.IntEnum], count: int) -> np.ndarray:
+    """[count] int32; an unknown code would be an all-zero one-hot, so it is refused."""
+    codes = np.atleast_1d(np.asarray(values))
+    if codes.shape != (count,):
+        raise ValueError(
+            f"{name} must be ({count},), got {codes.shape}; compile_register fixes the "
+            "number"
+        )
+    known = [int(k) for k in kind]
+    if codes.dtype.kind not in "iu" or not np.isin(codes, known).all():
+        raise ValueError(
+            f"{name} must be of tasks.{kind.__name__}, {known}, got {codes.tolist()}"
+        )
+    return codes.astype(np.int32)
 
 
 def judge_field(
