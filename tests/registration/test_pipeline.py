@@ -17,7 +17,7 @@ from unireg_jax.models import features
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import compiled, pipeline, weights
+from unireg_jax.registration import compiled, memory, pipeline, weights
 from unireg_jax.registration import matcher as matching_scans
 from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register
@@ -807,3 +807,17 @@ def test_register_warns_where_a_scan_shows_another_region(calm, bodies):
 def test_register_rejects_an_unknown_fov(calm):
     with pytest.raises(ValueError, match="fov must be one of"):
         run(*pair(), task="chest", weights=calm, fov="patches")
+
+
+def test_register_refuses_what_memory_cannot_hold(calm, monkeypatch):
+    assert memory.available_bytes() is None or memory.available_bytes() > 2**20
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**33)
+    memory.check_memory((512, 512, 400), (512, 512, 300))
+    with pytest.raises(UserError, match="8192 MiB are free, about .* needed") as error:
+        memory.check_memory((512, 512, 2000), (512, 512, 300))
+    assert (error.value.reason, error.value.exit_code) == ("too_large", errors.LIMIT)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    memory.check_memory((96, 96, 80), (96, 96, 80))  # a small pair is tried anyway
+    monkeypatch.setattr(memory, "_LEAST_BYTES", 0)
+    with pytest.raises(UserError, match="too_large|crop or resample"):
+        run(*pair(), task="chest", weights=calm)

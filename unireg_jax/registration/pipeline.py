@@ -32,6 +32,7 @@ from unireg_jax.registration.compiled import (
     judge_field,
 )
 from unireg_jax.registration.kept import Kept
+from unireg_jax.registration.memory import check_memory
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.refine import Plan, Refiner, compile_refine
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
@@ -139,8 +140,8 @@ def register(
         ValueError: shapes or names that do not fit.
         UserError: a file that cannot be read, scans without common space (exit code
             4), task "auto" and scans that do not tell it (exit code 2), weights that
-            cannot be used (exit code 9), a field that is not finite or longer than
-            1 km (exit code 8).
+            cannot be used (exit code 9), scans larger than the memory that is free
+            (exit code 7), a field that is not finite or longer than 1 km (exit code 8).
     """
     say = progress or (lambda line: None)
     clock = Clock()
@@ -261,6 +262,7 @@ class Session:
         Raises:
             ValueError, UserError: see `register`.
         """
+        check_memory(target.data.shape, source.data.shape)
         pair = self.prepare(
             target, source, settings, affine=affine, mask=mask, clock=clock, say=say
         )

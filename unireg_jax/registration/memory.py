@@ -1,0 +1,65 @@
+"""Whether a pair fits into the memory of the host, said before it is taken."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+
+from unireg_jax.errors import LIMIT, UserError
+
+# Bytes per voxel at the peak, besides the scans themselves: field (12), warped scan
+# and one clipped copy with its float32 part; the moving scan padded, and as float32.
+_FIXED_BYTES = 12 + 2 + 2 + 4
+_MOVING_BYTES = 2 + 4 + 2 + 4
+_LEAST_BYTES = 2**30  # less is not worth a refusal: the system finds it
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_memory(fixed_shape: tuple[int, ...], moving_shape: tuple[int, ...]) -> None:
+    """Refuses a pair whose native grids are larger than what is free.
+
+    Args:
+        fixed_shape: (X, Y, Z) voxels of the fixed scan.
+        moving_shape: of the moving scan.
+
+    Raises:
+        UserError: `too_large`, exit code 7, with the need in MiB.
+    """
+    voxels = [
+        float(np.prod(shape, dtype=float)) for shape in (fixed_shape, moving_shape)
+    ]
+    need = voxels[0] * _FIXED_BYTES + voxels[1] * _MOVING_BYTES
+    free = available_bytes()
+    if free is None or need < _LEAST_BYTES or need <= free:
+        return
+    shapes = ["x".join(map(str, shape)) for shape in (fixed_shape, moving_shape)]
+    raise UserError(
+        "too_large",
+        f"fixed {shapes[0]} and moving {shapes[1]} voxels: {free / 2**20:.0f} MiB are "
+        f"free, about {need / 2**20:.0f} MiB are needed; crop or resample the scans, or "
+        "use a larger machine",
+        LIMIT,
+    )
+
+
+def available_bytes() -> int | None:
+    """Memory that a process may still take.
+
+    Returns:
+        The least of what the machine and the process's control group have left; None
+        where the system does not say.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 2**10)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        # Pages of files are given back when asked for.
+        for line in (_CGROUP / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                used -= int(line.split()[1])
+        found.append(max(0, limit - used))
+    return min(found) if found else None
