@@ -97,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
             fov=args.fov,
             progress=say,
         )
-        back = _back(args, inputs, model, say) if args.inverse_consistency else None
+        back = None
+        if args.inverse_consistency:
+            back = _back(args, inputs, model, result.settings, say)
         say("writing")
         settings = results.settings_sha256(args, case)
         record = results.write(folder, inputs, result, model, settings, back_mm=back)
@@ -113,14 +115,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _back(args, inputs, model, say) -> np.ndarray:
+def _back(args, inputs, model, settings, say) -> np.ndarray:
     """The map of the opposite registration, [X, Y, Z, 3] mm on moving."""
     say("fixed to moving")
     return registration.register(
         inputs.moving,
         inputs.fixed,
-        task=args.task,
-        pair_type=args.type,
+        task=settings["task"],
+        pair_type=settings["pair_type"],
         weights=model,
         affine=args.affine,
         refine=results.plan(args),

@@ -13,10 +13,10 @@ import numpy as np
 from unireg_jax import manifest
 from unireg_jax.errors import DATA_CHANGED, NOTHING, USAGE, UserError, shown
 from unireg_jax.evaluation import quality, tables
-from unireg_jax.imaging import nifti, transforms
+from unireg_jax.imaging import nifti, scans, transforms
 from unireg_jax.reports import case as told
 from unireg_jax.reports import index, pictures
-from unireg_jax.verbs import judging, options, outputs
+from unireg_jax.verbs import judging, options, outputs, results
 from unireg_jax.verbs.messages import progress, with_reason
 
 HELP = "a page to look at, for a case or for a batch"
@@ -113,36 +113,35 @@ def _case(args, folder: Path, say) -> dict[str, Any]:
 
 def _look(case: _Case, fixed: str, moving: str) -> tuple[_Case, pictures.Scene]:
     """Reads scans and results; measures what the record does not say yet."""
-    scans = []
+    volumes, files = [], results.Files()
     for name, path in (("fixed", fixed), ("moving", moving)):
         known = _dict(_dict(case.record.get("inputs")).get(name)).get("sha256")
-        nifti.check_file(path)
-        if known != outputs.digest(Path(path))["sha256"]:
+        if known != files.digest(path)["sha256"]:
             raise UserError(
                 "checksum",
-                f"{shown(path)}: the file that was registered as {name} expected, its "
+                f"{shown(path)}: the scan that was registered as {name} expected, its "
                 "digest is another; name that one, or register again",
                 DATA_CHANGED,
             )
-        scans.append(nifti.read_image(path))
+        volumes.append(scans.read_scan(path))
     prefix = case.folder / case.name
     warped = nifti.read_image(f"{prefix}_warped.nii.gz")
     disp_mm, vox2world = transforms.read_field(f"{prefix}_1Warp.nii.gz")
-    nifti.check_same_grid(scans[0], warped)
-    nifti.check_same_grid(scans[0], warped._replace(vox2world=vox2world))
+    nifti.check_same_grid(volumes[0], warped)
+    nifti.check_same_grid(volumes[0], warped._replace(vox2world=vox2world))
     if disp_mm.shape[:3] != warped.data.shape:
         raise _broken(case.folder, "a field on the grid of the warped image")
     affine = _affine(case)
     if not told.numbers(case.record):
         found = judging.assess(
-            *scans, disp_mm, affine, scores=_dict(case.record.get("scores"))
+            *volumes, disp_mm, affine, scores=_dict(case.record.get("scores"))
         )
         case = case._replace(record=case.record | {"quality": found})
         lines = [finding.line for finding in judging.findings(case.record)]
         if lines:
             warnings = [*told.warnings(case.record), *lines]
             case.record.update(warnings=warnings, status="warn")
-    return case, pictures.scene(*scans, warped.data, disp_mm, affine)
+    return case, pictures.scene(*volumes, warped.data, disp_mm, affine)
 
 
 def _affine(case: _Case) -> np.ndarray:
@@ -171,10 +170,10 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
             USAGE,
         )
     target = _target(args, folder / INDEX)
-    scans = {}
+    listed = {}
     if args.list:
-        listed = manifest.read_cases(args.list, roots=args.data_root)
-        scans = {case.id: case for case in listed}
+        rows = manifest.read_cases(args.list, roots=args.data_root)
+        listed = {row.id: row for row in rows}
     entries, cases = [], []
     for parent in (folder, folder / judging.REJECTED):
         for record in sorted(parent.glob("*/*_run.json")):
@@ -196,7 +195,7 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
     for i, case in enumerate(cases):
         thumbs = ()
         page = case.folder / outputs.PAGE
-        if (row := scans.get(case.name)) and i < args.pages:
+        if (row := listed.get(case.name)) and i < args.pages:
             say(f"{i + 1} of {min(len(cases), args.pages)}: {case.name}")
             try:
                 case, drawn = _look(case, row.fixed, row.moving)
