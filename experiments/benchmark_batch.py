@@ -1,20 +1,24 @@
 """Times many pairs, many conditions and a cold start on this machine.
 
-    python -m experiments.benchmark_batch [--pairs=6] [--affine=auto] [--processes=2]
+    python -m experiments.benchmark_batch [--pairs=6] [--affine=auto] [--only=commands]
 
 One atlas as fixed scan, phantoms of different sizes as moving ones, from files to files
 (field, composite, warped image), with the weights of the package:
 
-loop       `register` and writing, one pair after the other
-batch      `register_many`, writing in its threads
-processes  `unireg register` per pair, compilation cache warm
+functions  `register` and writing, one pair after the other, and `register_many`,
+           writing in its threads: interleaved in one process after a warm-up each
+commands   `unireg batch` over the list, and processes that are started per pair:
+           `unireg register`, and the commands of other tools where they are installed
+           (elastix; greedy by its Python package): interleaved, after a round 0
+           that fills the compilation cache
 heads      one call under 1 and under 8 conditions, of the package's network and of the
            paper's, features given
 
-The first two run interleaved in one process after a warm-up each; medians. A cold start
-is the first `unireg register` with an empty cache folder, a warm one the next.
+Medians of the rounds. Other tools do other work: theirs are the times of a usual affine
+and deformable setting, not of an equal result.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -32,6 +36,7 @@ from experiments import cli
 from unireg_jax.imaging import nifti, transforms
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import batch, compiled, network, pipeline
+from unireg_jax.registration import weights as released
 from unireg_jax.tasks import PairType, Region
 
 TASK = "chest"
@@ -86,23 +91,124 @@ def overlapped(
             raise outcome.error
 
 
-def command_seconds(pair: batch.Pair, out: Path, cache: Path) -> tuple[float, float]:
-    """Wall and CPU seconds of one `unireg register` process."""
-    before = os.times()
-    start = time.perf_counter()
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "unireg_jax", "register", "--quiet", "--overwrite"),
-            *("--fixed", pair.fixed, "--moving", pair.moving, "--out", out),
-            *("--task", pair.task, "--affine", pair.affine),
-        ],
-        check=True,
-        env={**os.environ, "UNIREG_CACHE": str(cache)},
-    )
-    after = os.times()
-    cpu = after.children_user + after.children_system
-    cpu -= before.children_user + before.children_system
-    return time.perf_counter() - start, cpu
+# An affine and a B-spline stage as in elastix's manual for CT: three resolutions each.
+_ELASTIX = """
+(FixedInternalImagePixelType "float")
+(MovingInternalImagePixelType "float")
+(Registration "MultiResolutionRegistration")
+(ImageSampler "RandomCoordinate")
+(NewSamplesEveryIteration "true")
+(NumberOfSpatialSamples 2048)
+(Interpolator "LinearInterpolator")
+(ResampleInterpolator "FinalBSplineInterpolator")
+(FinalBSplineInterpolationOrder 1)
+(Resampler "DefaultResampler")
+(FixedImagePyramid "FixedSmoothingImagePyramid")
+(MovingImagePyramid "MovingSmoothingImagePyramid")
+(Optimizer "AdaptiveStochasticGradientDescent")
+(Metric "AdvancedNormalizedCorrelation")
+(NumberOfResolutions 3)
+(MaximumNumberOfIterations 250)
+(HowToCombineTransforms "Compose")
+(DefaultPixelValue -1000)
+(WriteResultImage "{write}")
+(ResultImageFormat "nii.gz")
+(ResultImagePixelType "short")
+"""
+_AFFINE = '(Transform "AffineTransform")\n(AutomaticTransformInitialization "true")\n'
+_SPLINE = '(Transform "BSplineTransform")\n(FinalGridSpacingInPhysicalUnits 16 16 16)\n'
+_GREEDY = """
+import sys
+from picsl_greedy import Greedy3D
+fixed, moving, out = sys.argv[1:]
+greedy = Greedy3D()
+images = f"-i {fixed} {moving}"
+metric = "-m NCC 2x2x2"
+greedy.execute(f"{images} -a -dof 12 -ia-image-centers {metric} -n 100x50 -o {out}.mat")
+greedy.execute(f"{images} -it {out}.mat {metric} -n 100x50x10 -o {out}_warp.nii.gz")
+warped = f"-rf {fixed} -rm {moving} {out}.nii.gz -r {out}_warp.nii.gz {out}.mat"
+greedy.execute(warped)
+"""
+
+
+def commands(
+    pairs: list[batch.Pair], folder: Path, weights: Path
+) -> dict[str, Callable[[], None]]:
+    """What a shell would start, for all pairs; only what is installed."""
+    out = folder / "commands"
+    out.mkdir(exist_ok=True)
+    listed = folder / "scans" / "list.csv"
+    lines = [f"{p.name},{p.fixed.name},{p.moving.name},{p.task}" for p in pairs]
+    listed.write_text("\n".join(["id,fixed,moving,task", *lines]) + "\n")
+    unireg = (sys.executable, "-m", "unireg_jax")
+    common = ("--overwrite", "--quiet", "--affine", pairs[0].affine)
+    common = (*common, "--weights", weights)
+
+    def many():
+        start((*unireg, "batch", listed, "--out", out / "batch", *common))
+
+    def each(words):
+        def run():
+            for pair in pairs:
+                start(words(pair))
+
+        return run
+
+    def register(pair):
+        files = ("--fixed", pair.fixed, "--moving", pair.moving)
+        where = ("--out", out / "register", "--case", pair.name, "--task", pair.task)
+        return (*unireg, "register", *files, *where, *common)
+
+    found = {"unireg batch": many, "unireg register": each(register)}
+    if shutil.which("elastix"):
+        stages = []
+        for name, text in (("affine", _AFFINE), ("spline", _SPLINE)):
+            path = out / f"{name}.txt"
+            write = str(name == "spline").lower()
+            path.write_text(_ELASTIX.format(write=write) + text)
+            stages += ["-p", path]
+
+        def elastix(pair):
+            where = out / "elastix" / pair.name
+            where.mkdir(parents=True, exist_ok=True)
+            files = ("-f", pair.fixed, "-m", pair.moving)
+            return ("elastix", *files, "-out", where, *stages)
+
+        found["elastix"] = each(elastix)
+    if importlib.util.find_spec("picsl_greedy"):
+        (out / "greedy").mkdir(exist_ok=True)
+
+        def greedy(pair):
+            files = (pair.fixed, pair.moving, out / "greedy" / pair.name)
+            return (sys.executable, "-c", _GREEDY, *files)
+
+        found["greedy"] = each(greedy)
+    return found
+
+
+def start(words: tuple) -> None:
+    """Runs a command to its end; exit codes other than 0 are a fault."""
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+
+
+def command_rounds(
+    candidates: dict[str, Callable[[], None]], repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of the processes, per round, the cold one first.
+
+    Each is reported as it ends: a round may take long.
+    """
+    seconds = {name: [] for name in candidates}
+    for turn in range(repeats + 1):
+        for name, run in candidates.items():
+            before, wall = os.times(), time.perf_counter()
+            run()
+            after = os.times()
+            cpu = after.children_user + after.children_system
+            cpu -= before.children_user + before.children_system
+            seconds[name].append((time.perf_counter() - wall, cpu))
+            report(f"{name}, round {turn}, all pairs", *seconds[name][-1])
+    return seconds
 
 
 def interleaved(
@@ -140,20 +246,29 @@ def head_seconds(model: network.Model, repeats: int) -> dict[str, tuple[float, f
 
 
 def report(name: str, wall: float, cpu: float) -> None:
-    print(f"{name.ljust(28)} wall {wall:8.2f} s   CPU {cpu:8.2f} s", flush=True)
+    print(f"{name.ljust(38)} wall {wall:8.2f} s   CPU {cpu:8.2f} s", flush=True)
 
 
 def main(argv) -> None:
     del argv
     options = flags.FLAGS
     cli.setup()
-    folder = Path(options.workdir)
+    folder = Path(options.workdir).resolve()
     shape = tuple(map(int, options.shape))
     scans = make_scans(folder / "scans", options.pairs, shape, options.spacing)
     pairs = [
         batch.Pair(scans[0], path, TASK, affine=options.affine, name=path.name[:-7])
         for path in scans[1:]
     ]
+    if "functions" in options.only:
+        _functions(pairs, folder, options)
+    if "commands" in options.only:
+        _commands(pairs, folder, options.repeats)
+    if "heads" in options.only:
+        _heads(options.repeats)
+
+
+def _functions(pairs, folder, options) -> None:
     model = network.load_model()
     out = folder / "out"
     out.mkdir(exist_ok=True)
@@ -163,19 +278,28 @@ def main(argv) -> None:
     }
     for name, (wall, cpu) in interleaved(runs, options.repeats).items():
         report(f"{name}, per pair", wall / len(pairs), cpu / len(pairs))
-    cache = folder / "cache"
-    shutil.rmtree(cache, ignore_errors=True)
-    for name in ("cold", "warm"):
-        report(f"process, {name} start", *command_seconds(pairs[0], out, cache))
-    others = [command_seconds(p, out, cache) for p in pairs[1 : 1 + options.processes]]
-    if others:
-        report("processes, per pair", *np.mean(others, axis=0))
-    module = UniReg()
+
+
+def _commands(pairs, folder, repeats) -> None:
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    os.environ["UNIREG_CACHE"] = str(folder / "cache")
+    candidates = commands(pairs, folder, released.find_weights())
+    rounds = command_rounds(candidates, repeats)
+    medians = {name: np.median(s[1:], axis=0) for name, s in rounds.items()}
+    for name, (wall, cpu) in medians.items():
+        report(f"{name}, per pair", wall / len(pairs), cpu / len(pairs))
+    for name in list(medians)[1:]:
+        wall, cpu = medians[name] / medians["unireg batch"]
+        print(f"{name} over unireg batch: wall {wall:.2f}, CPU {cpu:.2f}", flush=True)
+
+
+def _heads(repeats) -> None:
+    model, module = network.load_model(), UniReg()
     paper = model._replace(
         module=module, params=jax.jit(network.initializer(module))(jax.random.key(0))
     )
     for name, candidate in (("package", model), ("paper", paper)):
-        for count, seconds in head_seconds(candidate, options.repeats + 2).items():
+        for count, seconds in head_seconds(candidate, repeats + 2).items():
             report(f"{name}, {count}", *seconds)
 
 
@@ -187,6 +311,6 @@ if __name__ == "__main__":
     flags.DEFINE_float("spacing", 2.5, "Voxel edge, mm.")
     flags.DEFINE_string("affine", "auto", "Pre-alignment.")
     flags.DEFINE_integer("workers", 3, "Threads of the batch.")
-    flags.DEFINE_integer("processes", 2, "Pairs that the command registers, too.")
+    flags.DEFINE_list("only", ["functions", "commands", "heads"], "Parts to be timed.")
     flags.DEFINE_integer("repeats", 2, "Counted rounds.")
     cli.run(main)
