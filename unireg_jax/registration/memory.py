@@ -25,10 +25,8 @@ def check_memory(fixed_shape: tuple[int, ...], moving_shape: tuple[int, ...]) ->
     Raises:
         UserError: `too_large`, exit code 7, with the need in MiB.
     """
-    voxels = [
-        float(np.prod(shape, dtype=float)) for shape in (fixed_shape, moving_shape)
-    ]
-    need = voxels[0] * _FIXED_BYTES + voxels[1] * _MOVING_BYTES
+    need = float(np.prod(fixed_shape, dtype=float)) * _FIXED_BYTES
+    need += float(np.prod(moving_shape, dtype=float)) * _MOVING_BYTES
     free = available_bytes()
     if free is None or need < _LEAST_BYTES or need <= free:
         return
@@ -36,8 +34,8 @@ def check_memory(fixed_shape: tuple[int, ...], moving_shape: tuple[int, ...]) ->
     raise UserError(
         "too_large",
         f"fixed {shapes[0]} and moving {shapes[1]} voxels: {free / 2**20:.0f} MiB are "
-        f"free, about {need / 2**20:.0f} MiB are needed; crop or resample the scans, or "
-        "use a larger machine",
+        f"free, about {need / 2**20:.0f} MiB are needed; crop or resample the scans, "
+        "or use a larger machine",
         LIMIT,
     )
 
