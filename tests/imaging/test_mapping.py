@@ -10,8 +10,10 @@ import SimpleITK as sitk
 from tests import oracles
 from unireg_jax import errors
 from unireg_jax.errors import UserError
-from unireg_jax.imaging import mapping, nifti, orientation, transforms
-from unireg_jax.imaging.mapping import Field, Grid, Mapping
+from unireg_jax.imaging import grids, mapping, nifti, orientation, transforms
+from unireg_jax.imaging.grids import Field, Grid
+from unireg_jax.imaging.inverse import check_inverse, invert
+from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 
 CENTER = np.array([12.0, -150.0, 730.0])
@@ -325,7 +327,7 @@ def test_slabs_and_threads_change_nothing(monkeypatch, interp):
     target = GRIDS["permuted"]
     results = []
     for points_per_slab, threads in ((2**30, 1), (1, 3), (1000, None)):
-        monkeypatch.setattr(mapping, "_SLAB_POINTS", points_per_slab)
+        monkeypatch.setattr(grids, "SLAB_POINTS", points_per_slab)
         options = {"threads": threads}
         results.append(
             (
@@ -418,7 +420,7 @@ def test_inverse_of_a_swirl_is_the_swirl_back():
     for factor in (1, 2):
         shape = tuple(np.array((30, 34, 12)) * factor)
         g = Grid(shape, place(shape, np.array((5.0, 4.6, 9.0)) / factor))
-        inverse = mapping.invert(mapping.field(swirled(g, 1), g.vox2world), g)
+        inverse = invert(mapping.field(swirled(g, 1), g.vox2world), g)
         (back,) = inverse.mapping.parts
         inner = tuple(slice(3 * factor, -3 * factor) for _ in shape)
         off = np.linalg.norm(back.disp_mm - swirled(g, -1), axis=-1)[inner]
@@ -442,7 +444,7 @@ def test_inverse_of_a_swirl_is_the_swirl_back():
 )
 def test_inverse_leads_back_to_the_tolerance(parts):
     whole = Mapping(parts())
-    inverse = mapping.invert(whole, MOVING_GRID)
+    inverse = invert(whole, MOVING_GRID)
     y = positions(MOVING_GRID)
     there = mapping.points(whole, mapping.points(inverse.mapping, y))
     gap = np.linalg.norm(there - y, axis=-1)
@@ -455,12 +457,12 @@ def test_inverse_leads_back_to_the_tolerance(parts):
     assert stats["unsolved_percent"] == 0
     assert stats["residual_max_mm"] == pytest.approx(gap[known].max(), abs=1e-6)
     assert 0 < stats["between_mean_mm"] < 0.5
-    mapping.check_inverse(inverse, "a.h5", 0.0)
+    check_inverse(inverse, "a.h5", 0.0)
 
 
 def test_inverse_keeps_affines_apart_and_beyond_the_grid(tmp_path):
     whole = Mapping((field(size=4.0), turn(), turn((2, 1, 0))))
-    inverse = mapping.invert(whole, MOVING_GRID).mapping
+    inverse = invert(whole, MOVING_GRID).mapping
     assert [mapping.kind_of(part) for part in inverse.parts] == ["field", "affine"]
     far = CENTER + np.array([[900.0, 0.0, 0.0], [0.0, -700.0, 300.0]])
     back = mapping.points(inverse, mapping.points(whole, far))
@@ -475,11 +477,11 @@ def test_inverse_keeps_affines_apart_and_beyond_the_grid(tmp_path):
 
 def test_inverse_of_affines_is_exact():
     whole = Mapping((turn(), turn((5, 5, 5), (1.2, 0.4, 0.0))))
-    inverse = mapping.invert(whole, MOVING_GRID)
+    inverse = invert(whole, MOVING_GRID)
     back = mapping.points(inverse.mapping, mapping.points(whole, scattered()))
     np.testing.assert_allclose(back, scattered(), atol=1e-9)  # float64
     assert inverse.stats["residual_max_mm"] == 0
-    assert mapping.invert(Mapping(()), MOVING_GRID).mapping.parts == ()
+    assert invert(Mapping(()), MOVING_GRID).mapping.parts == ()
 
 
 def test_inverse_is_no_negation():
@@ -487,7 +489,7 @@ def test_inverse_is_no_negation():
     negated = Mapping((part._replace(disp_mm=-part.disp_mm),))
     y = positions(MOVING_GRID)
     gaps = mapping.points(Mapping((part,)), mapping.points(negated, y)) - y
-    inverse = mapping.invert(Mapping((part,)), MOVING_GRID)
+    inverse = invert(Mapping((part,)), MOVING_GRID)
     known = ~np.isnan(inverse.residual_mm)
     assert np.linalg.norm(gaps, axis=-1)[known].max() > 3
     assert np.nanpercentile(inverse.residual_mm, 99) < 0.01
@@ -496,11 +498,11 @@ def test_inverse_is_no_negation():
 def test_inverse_of_folds_says_so_and_is_refused():
     whole = Mapping((field(size=20.0),))
     assert (mapping.jacobian(whole, FIELD_GRID) <= 0).mean() > 0.1
-    inverse = mapping.invert(whole, MOVING_GRID)
+    inverse = invert(whole, MOVING_GRID)
     assert inverse.stats["unsolved_percent"] > 5
     assert np.nanmax(inverse.residual_mm) > 1
     with pytest.raises(UserError, match="the map folds") as caught:
-        mapping.check_inverse(inverse, "a.h5", 1.0)
+        check_inverse(inverse, "a.h5", 1.0)
     assert (caught.value.reason, caught.value.exit_code) == (
         "folding",
         errors.NUMERICAL,
@@ -509,10 +511,10 @@ def test_inverse_of_folds_says_so_and_is_refused():
 
 def test_inverse_refuses_a_grid_that_nothing_leads_to():
     away = Grid((8, 9, 10), place((8, 9, 10), (4, 5, 6), center=CENTER + 900))
-    inverse = mapping.invert(Mapping((field(),)), away)
+    inverse = invert(Mapping((field(),)), away)
     assert np.isnan(inverse.residual_mm).all()
     with pytest.raises(UserError, match="name the moving scan") as caught:
-        mapping.check_inverse(inverse, "a.h5", 1.0)
+        check_inverse(inverse, "a.h5", 1.0)
     assert caught.value.reason == "no_overlap"
 
 

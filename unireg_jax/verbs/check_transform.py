@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from unireg_jax.errors import NUMERICAL, UserError, shown
-from unireg_jax.imaging import mapping, orientation, scans, transforms
-from unireg_jax.imaging.mapping import Field, Grid, Mapping
+from unireg_jax.imaging import grids, mapping, orientation, scans, transforms
+from unireg_jax.imaging.grids import Field, Grid
+from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
 from unireg_jax.verbs.messages import number, one_line
@@ -162,7 +163,7 @@ def _field(part: Field, findings: list[str]) -> dict[str, Any]:
 
 def _compared(grid: Grid, fixed: Grid, findings: list[str]) -> str:
     """How the grid of the first field lies to that of the fixed scan."""
-    if mapping.same(grid, fixed):
+    if grids.same(grid, fixed):
         return "the same"
     whole = Mapping((Field(np.zeros((*grid.shape, 3), np.float32), grid.vox2world),))
     inside = mapping.within(whole, _lattice(fixed))

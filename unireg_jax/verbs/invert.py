@@ -6,6 +6,7 @@ import numpy as np
 
 from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.imaging import mapping, nifti
+from unireg_jax.imaging.inverse import check_inverse, invert
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress
 
@@ -80,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
         )
     say("inverting")
     grid = mapping.grid_of(moving) if moving else mapping.Grid((2, 2, 2), np.eye(4))
-    inverse = mapping.invert(whole, grid, tolerance_mm=args.tolerance)
+    inverse = invert(whole, grid, tolerance_mm=args.tolerance)
     stats = inverse.stats
-    mapping.check_inverse(inverse, args.transforms[0], args.max_unsolved)
+    check_inverse(inverse, args.transforms[0], args.max_unsolved)
     if stats["unsolved_percent"] > 0:
         say(
             f"warning: folding: {number(stats['unsolved_percent'])} % of the covered "
