@@ -595,6 +595,7 @@ def test_write_keeps_parts_and_grids_without_a_fixed_scan(tmp_path):
         ("x_xfm.h5", "bids", 0, "name_mismatch", "from-MOVING_to-FIXED_mode-image"),
         ("a.txt", None, 0, "schema", "without displacements, got a field"),
         ("a.nii.gz", None, 2, "schema", "the fixed scan, whose grid is needed"),
+        ("a.npz", None, 1, "schema", "the fixed scan, whose grid is needed"),
     ],
 )
 def test_write_refuses(tmp_path, name, to, parts, reason, match):

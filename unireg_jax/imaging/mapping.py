@@ -260,8 +260,8 @@ def write(
         path: name of the file; one of SPELLINGS[to] at its end.
         mapping: Mapping.
         to: one of SPELLINGS; None for the usual one of the name's ending.
-        fixed: the scan on whose stored grid a field is written. None: the grid of the
-            first part where that is a field, on LPS+ axes.
+        fixed: the scan on whose stored grid a field is written; l2r needs it. None: the
+            grid of the first part where that is a field, on LPS+ axes.
         moving: for l2r; None: on one grid with the fixed scan.
 
     Raises:
@@ -291,7 +291,7 @@ def write(
         return
     if fixed is not None:
         disp_mm, vox2world = flatten(mapping, grid_of(fixed)), fixed.vox2world
-    elif mapping.parts and isinstance(mapping.parts[0], Field):
+    elif to != "l2r" and mapping.parts and isinstance(mapping.parts[0], Field):
         grid = mapping.parts[0].grid
         disp_mm, vox2world = flatten(mapping, grid), grid.vox2world
     else:
