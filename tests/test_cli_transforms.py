@@ -457,6 +457,18 @@ def test_check_transform_finds_how_a_field_is_meant(run, tmp_path, change, name)
     assert max(scores, key=scores.get) == name and found["fixed_grid"] == "the same"
 
 
+def test_check_transform_warns_of_scans_of_another_pair(run, tmp_path):
+    away = np.eye(4)
+    away[0, 3] = 900
+    transforms.write_affine_txt(tmp_path / "away.txt", away)
+    words = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz", "--json")
+    code, stdout, _ = run("check-transform", tmp_path / "away.txt", *words)
+    found = json.loads(stdout)
+    assert code == 0 and found["verdict"] == "warn"
+    assert found["similarity"]["as written"] is None
+    assert any(line.startswith("no_overlap") for line in found["findings"])
+
+
 def test_check_transform_warns_of_folds_and_length(run, tmp_path):
     disp_mm, vox2world = transforms.read_field("w.nii.gz")
     for name, factor, word in (

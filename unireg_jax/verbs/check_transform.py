@@ -201,11 +201,17 @@ def _readings(
         for name, way in read.items()
     }
     known = {name: score for name, score in scores.items() if score is not None}
-    best = max(known, key=known.get, default="as written")
-    if known.get(best, 0) > (known.get("as written", -1.0)) + 0.01:
+    if "as written" not in known:
         findings.append(
-            f"mirrored: the scans agree better ({known[best]:.3f}) read as '{best}' "
-            f"than as written ({known.get('as written', float('nan')):.3f})"
+            "no_overlap: less than a tenth of the fixed scan is led into the moving "
+            "one: scans of another pair, or the way back?"
+        )
+        return scores
+    best, written = max(known, key=known.get), known["as written"]
+    if known[best] > written + 0.01:
+        findings.append(
+            f"the scans agree better ({known[best]:.3f}) read as '{best}' than as "
+            f"written ({written:.3f})"
         )
     return scores
 
