@@ -13,10 +13,10 @@ import nibabel as nib
 import numpy as np
 
 from unireg_jax.errors import FAILED, LIMIT, USAGE, UserError, shown
-from unireg_jax.imaging import dicom, nifti, orientation
+from unireg_jax.imaging import dicom, itk_files, nifti, orientation
 from unireg_jax.imaging.nifti import Native, Volume
 
-ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+ITK_ENDINGS = tuple(itk_files.IMAGE_IO)
 
 
 def read_scan(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
@@ -99,11 +99,7 @@ def files_of(path: str | os.PathLike) -> list[Path]:
         return sorted(
             p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")
         )
-    if path.suffix.lower() not in (".mhd", ".nhdr"):
-        return [path]
-    endings = (".raw", ".zraw", ".raw.gz", ".img")
-    data = (path.with_suffix(ending) for ending in endings)
-    return [path, *(p for p in data if p.is_file())]
+    return [path, *itk_files.data_files(path)]
 
 
 def _is_itk(path: str | os.PathLike) -> bool:
@@ -137,7 +133,9 @@ def _read_itk(path, max_voxels) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk  # an extra: only who reads these formats needs it
 
     nifti.check_file(path)
+    itk_files.check_own_voxels(path)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(itk_files.IMAGE_IO[Path(path).suffix.lower()])
     reader.SetFileName(os.fspath(path))
     try:
         reader.ReadImageInformation()

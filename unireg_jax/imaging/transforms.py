@@ -10,6 +10,7 @@ its axes run.
 
 import gzip
 import importlib.util
+import math
 import os
 import struct
 import uuid
@@ -17,13 +18,14 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import h5py
 import nibabel as nib
 import numpy as np
 
-from unireg_jax.errors import USAGE, UserError
-from unireg_jax.imaging import nifti, orientation
+from unireg_jax.errors import LIMIT, USAGE, UserError
+from unireg_jax.imaging import itk_files, nifti, orientation
 from unireg_jax.imaging.nifti import Volume, shown
 
 _AFFINE_KINDS = ("AffineTransform", "MatrixOffsetTransformBase")
@@ -408,8 +410,16 @@ def read_itk_image(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
         )
     import SimpleITK as sitk  # an extra: only who reads NRRD or MetaImage needs it
 
+    itk_files.check_own_voxels(path)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(itk_files.IMAGE_IO[Path(path).suffix.lower()])
+    reader.SetFileName(os.fspath(path))
     try:
-        image = sitk.ReadImage(os.fspath(path))
+        reader.ReadImageInformation()
+        count = reader.GetNumberOfComponents() * np.prod(reader.GetSize(), dtype=float)
+        if count > _MAX_NUMBERS:
+            raise _too_large(path, count)
+        image = reader.Execute()
     except RuntimeError as error:
         raise UserError(
             "truncated",
@@ -662,7 +672,7 @@ def _text_transforms(path: str | os.PathLike) -> list[_Listed]:
 
 def _h5_transforms(path: str | os.PathLike) -> list[_Listed]:
     """Those of an ITK HDF5 file; a field's vectors in float32."""
-    listed = []
+    listed, total = [], 0
     try:
         with h5py.File(path, "r") as file:
             root = file["TransformGroup"]
@@ -674,8 +684,11 @@ def _h5_transforms(path: str | os.PathLike) -> list[_Listed]:
                 for name in ("FixedParameters", "Parameters"):
                     names = (f"Transform{name}", f"Tranform{name}")
                     found = next((group[n] for n in names if n in group), None)
-                    if found is not None and found.size > _MAX_NUMBERS:
-                        raise ValueError(f"{found.size} numbers")
+                    total += 0 if found is None else found.size
+                    if total > _MAX_NUMBERS:
+                        raise _too_large(path, total)
+                    if found is not None and _elsewhere(found, file):
+                        raise ValueError(f"{name} that lie in another file")
                     field = name == "Parameters" and kind.startswith(_FIELD_KIND)
                     dtype = np.float32 if field else np.float64
                     numbers.append(
@@ -701,7 +714,7 @@ def _mat_transforms(path: str | os.PathLike) -> list[_Listed]:
     """The one of an ANTs `.mat`: two named columns, as MATLAB 4 wrote them."""
     found: dict[str, np.ndarray] = {}
     try:
-        data = Path(path).read_bytes()[: 1 << 16]
+        data = _beginning(path)
         place = 0
         while place < len(data) and len(found) < 2:
             kind, rows, columns, imaginary, length = struct.unpack_from(
@@ -885,7 +898,7 @@ def _read_text(path: str | os.PathLike) -> str:
     """A small text file whole."""
     nifti.check_file(path)
     try:
-        text = Path(path).read_bytes()[: 1 << 16].decode("ascii")
+        text = _beginning(path).decode("ascii")
     except PermissionError as error:
         raise nifti.permission_error(path) from error
     except UnicodeDecodeError as error:
@@ -895,6 +908,41 @@ def _read_text(path: str | os.PathLike) -> str:
     return text
 
 
+def _beginning(path: str | os.PathLike) -> bytes:
+    """As much as a transform without a field can have."""
+    with open(path, "rb") as file:
+        return file.read(1 << 16)
+
+
+def _too_large(path: str | os.PathLike, numbers: float) -> UserError:
+    return UserError(
+        "too_large",
+        f"{shown(path)}: too_large: expected at most {_MAX_NUMBERS} numbers, got "
+        f"{numbers:.0f}; crop or resample the field",
+        LIMIT,
+    )
+
+
+def _check_claim(path: str | os.PathLike, member: IO[bytes], size: int) -> None:
+    """Refuses a NumPy array whose header claims more than there can be."""
+    first = np.lib.format.read_magic(member) == (1, 0)
+    form = np.lib.format
+    read = form.read_array_header_1_0 if first else form.read_array_header_2_0
+    shape, _, dtype = read(member)
+    count = math.prod(shape)
+    if count > _MAX_NUMBERS:
+        raise _too_large(path, count)
+    if count * dtype.itemsize > size:
+        raise ValueError(f"{size} bytes for numbers of shape {shape}")
+
+
+def _elsewhere(found: h5py.Dataset, file: h5py.File) -> bool:
+    """Whether a dataset's numbers come of a file that the HDF5 file only names."""
+    return bool(
+        found.external or found.is_virtual or found.file.filename != file.filename
+    )
+
+
 def _read_l2r_array(path: str | os.PathLike) -> np.ndarray:
     """[X, Y, Z, 3] float64 voxels."""
     if not os.fspath(path).lower().endswith(".npz"):
@@ -902,7 +950,10 @@ def _read_l2r_array(path: str | os.PathLike) -> np.ndarray:
     nifti.check_file(path)
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            with archive.open(archive.namelist()[0]) as member:
+            name = archive.namelist()[0]
+            with archive.open(name) as member:
+                _check_claim(path, member, archive.getinfo(name).file_size)
+            with archive.open(name) as member:
                 disp = np.lib.format.read_array(member, allow_pickle=False)
     except PermissionError as error:
         raise nifti.permission_error(path) from error
