@@ -21,6 +21,7 @@ STEP_MM = 4.0  # of the judging grid, or the scan's own spacing where that is co
 _AIR_HU = -1000.0
 _WINDOW_HU = (-300.0, 300.0)  # what is compared: soft tissue and the edges of the rest
 _WINDOW_VOXELS = 9  # of the local correlation: 36 mm, as in training
+_SAME = 1e-4  # of a window: rounding of one value
 _FLAT = 1e-3  # variance of windowed intensity, 0 to 1, below which nothing is compared
 _BLUR_VOXELS = 2.0  # of the judging grid, while a mirror image settles
 _EVERY = 2  # voxel of it is compared meanwhile, along each axis
@@ -186,12 +187,13 @@ def measure(
     out["local_ncc_affine"] = similarity(source, placed)
     out["local_ncc"] = similarity(source, points + disp)
     out["local_ncc_gain"] = out["local_ncc"] - out["local_ncc_affine"]
+    shown = (
+        (fixed, _windowed(target, window[0])[body]),
+        (moving, _windowed(source.data, window[1]).ravel()),
+    )
     flat = [
-        np.ptp(_windowed(data, w)[where]) == 0 if where.any() else True
-        for data, w, where in (
-            (target, window[0], body),
-            (source.data, window[1], np.ones(source.data.shape, bool)),
-        )
+        volume.data.min() == volume.data.max() or not some.size or np.ptp(some) < _SAME
+        for volume, some in shown
     ]
     out["constant"] = float(any(flat))
     out |= _mirrored(source, target, window, body, grid, affine, similarity)
@@ -387,7 +389,7 @@ def _line(name: str, numbers, limit) -> str:
 
 
 def judging_grid(volume: Volume) -> Grid:
-    """A grid along a scan's axes, 4 mm or its own spacing where that is coarser.
+    """A grid along a scan's axes, about 4 mm, or its own spacing if that is coarser.
 
     A slab thinner than 12 mm keeps 3 slices.
 
@@ -401,7 +403,8 @@ def judging_grid(volume: Volume) -> Grid:
     # Of a thin slab some slices remain.
     most = np.maximum(1.0, shape / _LEAST_SLICES)
     ratio = np.clip(STEP_MM / np.array(volume.spacing_mm), 1.0, most)
-    counts = np.maximum(1, np.ceil(shape / ratio)).astype(int)
+    counts = np.maximum(1, np.rint(shape / ratio)).astype(int)
+    ratio = shape / counts  # from outer face to outer face
     vox2world = volume.vox2world.copy()
     vox2world[:3, :3] = volume.vox2world[:3, :3] * ratio
     first = (shape - 1) / 2 - (counts - 1) / 2 * ratio
