@@ -285,7 +285,7 @@ KINDS = (
     _labels("label_moved", 41, "grid_mismatch", _moved(3.0)),
     _labels("label_mirrored", 41, "mirrored", _mirrored),
     _special("absent", 56, "not_found", lambda path: None),
-    _special("folder", 44, "not_a_file", lambda path: path.mkdir()),
+    _special("folder", 44, "not_dicom", lambda path: path.mkdir()),
     _special("pipe", 44, "not_a_file", os.mkfifo),
     _special("dangling", 44, "not_found", lambda path: path.symlink_to("gone.nii")),
     _special("own_link", 44, "not_found", lambda path: path.symlink_to(path.name)),
