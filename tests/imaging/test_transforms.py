@@ -698,6 +698,10 @@ def test_read_itk_image_refuses(tmp_path):
 
 def test_read_itk_image_names_its_extra(tmp_path, monkeypatch):
     transforms.write_nrrd(tmp_path / "a.nrrd", np.zeros((*SHAPE, 3)), oblique())
+    (tmp_path / "a.field").write_bytes((tmp_path / "a.nrrd").read_bytes())
+    with pytest.raises(UserError, match="a name in .nrrd, .nhdr") as caught:
+        transforms.spelling(tmp_path / "a.field")
+    assert caught.value.reason == "name_mismatch"
     monkeypatch.setattr(transforms.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"unireg-jax\[itk\]") as caught:
         transforms.read_itk_image(tmp_path / "a.nrrd")

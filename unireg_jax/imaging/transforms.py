@@ -175,7 +175,7 @@ def spelling(path: str | os.PathLike) -> str:
 
     Raises:
         UserError: `not_found`, `not_a_file`, `permission`, `empty`; `schema` for what
-            is no transform.
+            is no transform; `name_mismatch` for NRRD or MetaImage under another name.
     """
     nifti.check_file(path)
     try:
@@ -195,6 +195,13 @@ def spelling(path: str | os.PathLike) -> str:
             dim = struct.unpack_from(order + number, head, place)
             return "l2r" if dim[0] == 4 and dim[4] == 3 else "nifti"
     if head.startswith((b"NRRD", b"ObjectType")):
+        if not _ends(path, tuple(itk_files.IMAGE_IO)):
+            raise UserError(
+                "name_mismatch",
+                f"{shown(path)}: name_mismatch: expected a name in "
+                f"{', '.join(itk_files.IMAGE_IO)}, got {nifti.looks_like(head)}; "
+                "rename the file",
+            )
         return "itk_image"
     if head.startswith(b"PK\x03\x04"):
         return "l2r"
@@ -615,7 +622,7 @@ def _field_parameters(
     left, _, right = np.linalg.svd(vox2world[:3, :3] / spacing)
     grid = [*disp_mm.shape[:3], *vox2world[:3, 3], *spacing, *(left @ right).ravel()]
     # Component fastest, then x, y, z.
-    vectors = disp_mm.transpose(2, 1, 0, 3).astype(np.float64).ravel()
+    vectors = disp_mm.transpose(2, 1, 0, 3).ravel()
     return np.array(grid, np.float64), vectors
 
 
@@ -646,7 +653,11 @@ def _add_transform(
         group["TransformFixedParameters"] = fixed
         packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
         packed = packed if parameters.size > 1000 else {}
-        group.create_dataset("TransformParameters", data=parameters, **packed)
+        numbers = group.create_dataset(
+            "TransformParameters", parameters.shape, np.float64, **packed
+        )
+        # Widened by HDF5, chunk by chunk: no second copy of a large field.
+        numbers[...] = parameters
 
 
 def _text_transforms(path: str | os.PathLike) -> list[_Listed]:
