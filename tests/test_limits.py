@@ -1,0 +1,128 @@
+"""What the program does where little is left: memory, descriptors, somebody who reads."""
+
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.faults import batch as proof
+from experiments.faults import scans
+from unireg_jax import __main__ as cli
+from unireg_jax import errors
+from unireg_jax.imaging import transforms
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="limits as Linux keeps them"
+)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Scans f.nii and m.nii, a transform t.h5, and a list of the pair."""
+    for name, shift in (("f", 0.0), ("m", 8.0)):
+        array, place = proof.body(np.array([shift, 0.0, 0.0]))
+        (tmp_path / f"{name}.nii").write_bytes(scans.encode(array, place))
+    transforms.write_parts(tmp_path / "t.h5", [np.eye(4)])
+    row = {"id": "a", "fixed": "f.nii", "moving": "m.nii", "task": "none"}
+    proof.write_list(tmp_path / "list.csv", [row])
+    return tmp_path
+
+
+def warp(folder, moving="m.nii"):
+    pair = ["-f", str(folder / "f.nii"), "-m", str(folder / moving)]
+    where = ["-t", str(folder / "t.h5"), "-o", str(folder / "out.nii.gz")]
+    return ["warp", *pair, *where, "--quiet"]
+
+
+def batch(folder, *more):
+    return ["batch", str(folder / "list.csv"), "-o", str(folder / "out"), *more]
+
+
+def unireg(*words, limit=None, **options):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "unireg_jax", *words],
+        **dict(cwd=ROOT, capture_output=True, text=True, preexec_fn=limit) | options,
+    )
+
+
+def test_more_memory_than_there_is_ends_in_one_line(pair):
+    """A scan of 800 MB in 4 MB, within the limit of voxels, and 1 GiB to put it in."""
+    shape = (700, 800, 800)
+    head = scans.encode(
+        np.zeros((1, 1, 1), "i2"), np.eye(4), dim=[3, *shape, 1, 1, 1, 1]
+    )
+    with gzip.open(pair / "large.nii.gz", "wb", 1) as file:
+        file.write(head[:352])
+        for _ in range(shape[2]):
+            file.write(bytes(2 * shape[0] * shape[1]))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+
+    few = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    assert unireg(*warp(pair), limit=limit, env=few).returncode == 0
+    (pair / "out.nii.gz").unlink()
+    done = unireg(*warp(pair, "large.nii.gz"), limit=limit, env=few)
+    assert done.returncode == errors.LIMIT, done.stderr
+    assert done.stderr.startswith("unireg: error: out_of_memory: ")
+    assert done.stderr.count("\n") == 1 and not (pair / "out.nii.gz").exists()
+
+
+def _all_but(left, folder):
+    """Takes descriptors until so many are left; gives those taken, and the old limit."""
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, old[1]))
+    held = []
+    try:
+        while True:
+            held.append(os.open(folder, os.O_RDONLY))
+    except OSError:
+        for descriptor in held[:left]:
+            os.close(descriptor)
+    return held[left:], old
+
+
+@pytest.mark.parametrize("left", [2, 3])
+def test_two_descriptors_left_do_or_are_a_storage_fault(pair, capsys, left):
+    network = str(proof.make_network(pair / "tiny.safetensors"))
+    words = batch(pair, "--weights", network, "--quiet")
+    assert cli.main(["info"]) == 0 and cli.main(warp(pair)) == 0  # all is imported
+    (pair / "out.nii.gz").unlink()
+    held, old = _all_but(left, pair)
+    try:
+        warped, listed = cli.main(warp(pair)), cli.main([*words, "--dry-run"])
+        done = cli.main(words) if left == 2 else errors.STORAGE
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, old)
+    assert (warped, listed) == (0, 0)
+    assert done == errors.STORAGE, capsys.readouterr().err
+
+
+def test_no_terminal_no_home_no_stdin_and_a_file_that_cannot_be_written(pair):
+    """Only PATH in the environment, everything closed that can be."""
+    bare = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    done = unireg(*warp(pair), env=bare, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    closed = f'exec "{sys.executable}" -m unireg_jax info <&- >&-'
+    words = ["sh", "-c", closed]
+    done = subprocess.run(words, cwd=ROOT, env=bare, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert json.loads(unireg("info", "--json", env=bare).stdout)["version"]
+
+
+def test_reader_that_leaves_ends_the_command_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as gone:
+        done = unireg("info", stdout=gone, capture_output=False, stderr=subprocess.PIPE)
+    assert done.stderr == "" and done.returncode == errors.STORAGE
