@@ -29,6 +29,7 @@ SHORT = {
     "batch": "test_cli_batch.py",
     "cli": "test_cli.py",
     "training": "training/test_training.py",
+    "security": "test_security.py",
     "here": "test_malformed_inputs.py",
 }
 ROW = dict(id="a", image="a.nii.gz", task="lung", subject="p", split="train")
@@ -145,44 +146,6 @@ def test_prepared_data_among_the_raw_scans_are_refused(tmp_path, capsys):
         prepare._check_out(inside)
     link.unlink()
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# Modules that build objects or run programs from what they read, or reach the network.
-FORBIDDEN = {
-    "pickle",
-    "cPickle",
-    "dill",
-    "yaml",
-    "marshal",
-    "shelve",
-    "subprocess",
-    "urllib",
-    "requests",
-    "http",
-    "ftplib",
-}
-CALLS = {"eval", "exec", "system", "popen", "extractall", "unsafe_load"}
-
-
-def test_inference_and_data_rooms_hold_nothing_that_runs_code():
-    """No shell, pickle, YAML, network or extraction, so no input can use them."""
-    for folder in ("unireg_jax", "data_pipeline"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = []
-                if isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom):
-                    names = [node.module or ""]
-                found = {name.split(".")[0] for name in names} & FORBIDDEN
-                assert not found, f"{path}: imports {found}"
-                if isinstance(node, ast.Call):
-                    called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-                    assert called not in CALLS, f"{path}:{node.lineno}: {called}"
-                    for word in node.keywords:
-                        value = getattr(word.value, "value", None)
-                        risky = word.arg in ("allow_pickle", "shell") and value
-                        assert not risky, f"{path}:{node.lineno}: {word.arg}"
 
 
 _MILLION = """

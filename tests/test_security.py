@@ -815,7 +815,7 @@ def _is_text(path):
         ["batch", "a", "-o", "o", "--workers", ODD],
         ["warp", "-f", ODD, "-m", ODD, "-t", ODD, "-o", f"{ODD}.nii.gz"],
         ["convert", "-t", f"{ODD}.h5", "--to", "itk", "-o", f"{ODD}.h5"],
-        ["check-transform", "-t", ODD],
+        ["check-transform", ODD],
         ["report", ODD],
         ["evaluate", "--manifest", ODD],
         ["weights", "verify", f"{ODD}.safetensors"],
