@@ -1,4 +1,4 @@
-"""What the program does where little is left: memory, descriptors, somebody who reads."""
+"""What is done where little is left: memory, descriptors, somebody who reads."""
 
 import gzip
 import json
@@ -77,7 +77,7 @@ def test_more_memory_than_there_is_ends_in_one_line(pair):
 
 
 def _all_but(left, folder):
-    """Takes descriptors until so many are left; gives those taken, and the old limit."""
+    """Takes all descriptors but so many; gives those taken, and the old limit."""
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, old[1]))
     held = []
