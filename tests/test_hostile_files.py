@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+import os
+import pickle
 import struct
 import tracemalloc
 import zipfile
@@ -260,3 +262,61 @@ def test_weights_of_a_hundred_thousand_tensors_are_not_the_networks(tmp_path):
     with pytest.raises(errors.UserError, match="99998 more") as caught:
         weights.check_tensors(params, wanted, path)
     assert caught.value.exit_code == errors.CHECKPOINT
+
+
+class _Call:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, canary):
+        self._canary = str(canary)
+
+    def __reduce__(self):
+        return os.mkdir, (self._canary,)
+
+
+def _object_array(path, canary):
+    np.savez(path, np.array([[[[_Call(canary)] * 3]]], object), allow_pickle=True)
+
+
+def _bare_pickle(path, canary):
+    path.write_bytes(pickle.dumps(_Call(canary)))
+
+
+def _pickle_as_member(path, canary):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", pickle.dumps(_Call(canary)))
+
+
+def _expression(path, canary):
+    """In place of the dict that a header is."""
+    text = f"__import__('os').mkdir({str(canary)!r})".ljust(117) + "\n"
+    content = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", content)
+
+
+def _up_the_tree(path, canary):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"../{canary.name}/arr_0.npy", b"not an array")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_object_array, _bare_pickle, _pickle_as_member, _expression, _up_the_tree],
+)
+def test_array_file_runs_nothing_and_unpacks_nothing(make, tmp_path):
+    canary = tmp_path / "canary"
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "disp_1_2.npz"
+    make(path, canary)
+    with pytest.raises(errors.UserError):
+        _read_l2r(path)
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+def test_canary_of_array_files_would_sing(tmp_path):
+    canary = tmp_path / "canary"
+    _object_array(tmp_path / "a.npz", canary)
+    with np.load(tmp_path / "a.npz", allow_pickle=True) as archive:
+        archive["arr_0"]
+    assert canary.is_dir()
