@@ -1,7 +1,8 @@
 """Many cases as one page, the worst first, with small pictures and links."""
 
 import math
-import urllib.parse
+import os
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def index_page(name: str, entries: Sequence[Entry]) -> str:
 def _row(rank: int, entry: Entry, used: Sequence[str], pictures: bool) -> str:
     label = text(entry.case)
     if entry.page is not None:
-        label = f'<a href="{text(urllib.parse.quote(entry.page))}">{label}</a>'
+        label = f'<a href="{_address(entry.page)}">{label}</a>'
     cells = [f'<td class=n data-key="{rank}">{rank}</td>']
     if pictures:
         images = "".join(
@@ -119,3 +120,9 @@ def _number(value: Any) -> str:
         return '<td class=n data-key="1e300">∞</td>'
     key = f"{value:.9g}" if known else ""
     return f'<td class=n data-key="{key}">{number(value)}</td>'
+
+
+def _address(path: str) -> str:
+    """A relative address; bytes that mean something in one are spelled %XX."""
+    plain = set((string.ascii_letters + string.digits + "/._~-").encode())
+    return "".join(chr(b) if b in plain else f"%{b:02X}" for b in os.fsencode(path))
