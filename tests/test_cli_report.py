@@ -27,6 +27,11 @@ def made(tmp_path_factory, network):
     folder = tmp_path_factory.mktemp("made")
     (folder / "in").mkdir()
     paths = write_pair(folder / "in")
+    for name in ("fixed", "moving"):
+        image = nib.load(paths[name])
+        data, header = np.asarray(image.dataobj), image.header
+        header["descrip"] = "DOE^JOHN"
+        nib.save(nib.Nifti1Image(data, image.affine, header), paths[name])
     labels = [
         *("--fixed-label", paths["fixed_label"]),
         *("--moving-label", paths["moving_label"]),
@@ -74,6 +79,7 @@ def test_register_writes_the_page_beside_the_results(made):
     text = (out / CASE / "qc.html").read_text()
     assert "local_ncc" in text and "volume change" in text
     assert str(out) not in text and paths["fixed"] not in text
+    assert "DOE" not in text
     assert "qc.html" not in record(out)["outputs"]  # a view, not a result
 
 
