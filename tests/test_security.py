@@ -888,3 +888,48 @@ def test_pages_of_a_batch_ask_for_nothing(left):
         assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|<iframe|<base", text)
         for source in re.findall(r"<[^>]*\bsrc=\"?([^\s>]{0,22})", text):
             assert source.startswith("data:image/png;base64,"), source
+
+
+# --- the page -----------------------------------------------------------------------
+
+_SHORT = {
+    "here": "test_security.py",
+    "hostile": "test_hostile_files.py",
+    "limits": "test_limits.py",
+    "torch": "registration/test_torch_file.py",
+    "weights": "registration/test_weights.py",
+    "batch": "test_cli_batch.py",
+    "nifti": "imaging/test_nifti.py",
+}
+
+
+def _rows():
+    """(what, tests) of every row of the page's tables."""
+    for line in (ROOT / "docs" / "security.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 5 and cells[1] not in ("what", "---"):
+            yield cells[1], [test.strip() for test in cells[3].split(",")]
+
+
+@functools.cache
+def _tests_of(name):
+    tree = ast.parse((ROOT / "tests" / name).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_row_of_the_page_names_tests_that_exist():
+    rows = list(_rows())
+    assert len(rows) >= 28
+    for what, tests in rows:
+        for test in tests:
+            file, _, name = test.partition("::")
+            assert name in _tests_of(_SHORT.get(file, file)), f"{what}: no {test}"
+
+
+def test_every_test_of_this_file_is_on_the_page():
+    named = {test for _, tests in _rows() for test in tests}
+    ours = {f"here::{name}" for name in _tests_of("test_security.py")}
+    ours |= {f"hostile::{name}" for name in _tests_of("test_hostile_files.py")}
+    ours |= {f"limits::{name}" for name in _tests_of("test_limits.py")}
+    ours = {name for name in ours if "::test_" in name and "of_the_page" not in name}
+    assert ours - named == {"here::test_every_test_of_this_file_is_on_the_page"}
