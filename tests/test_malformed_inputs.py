@@ -101,7 +101,7 @@ def test_fewer_steps_than_a_run_has_done_are_refused():
             None,
             every=loop.Every(5, 1, 1, 1),
             names=None,
-            validate=None,
+            judge=None,
             checkpoints=None,
             writer=None,
         )
@@ -115,7 +115,7 @@ def test_second_training_in_one_work_folder_is_refused(tmp_path):
         config.train.init_from = ""
         config.data.shape = (32, 16, 16)
         config.data.spacing_mm = 12.0
-        config.data.phantoms = 3
+        config.data.phantoms = 4
         config.data.weights = {"headneck": 1.0}
     with store.lock(tmp_path):
         with pytest.raises(UserError, match="another run is writing to it") as caught:
