@@ -1,6 +1,7 @@
 """Judgement without ground truth: exact numbers, seeded faults, limits."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,6 +223,17 @@ def test_limits_are_stricter_within_a_patient():
     for check in quality.CHECKS.values():
         gap = check.intra - check.inter
         assert gap >= 0 if check.least else gap <= 0
+
+
+def test_every_number_limit_and_reason_is_in_the_docs():
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    errors = (docs / "errors.md").read_text()
+    lines = (docs / "quality.md").read_text().splitlines()
+    for name, check in quality.CHECKS.items():
+        (row,) = (r for r in lines if r.startswith("| `") and f"`{name}`" in r[:60])
+        assert f"`{check.reason}`" in row and f"`{check.reason}`" in errors
+        for limit in (check.inter, check.intra):
+            assert f"{limit:g}" in row, (name, limit)
 
 
 def test_measure_refuses_other_grids():
