@@ -23,7 +23,7 @@ from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
 from unireg_jax.registration.refine import Plan
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
-from unireg_jax.verbs import register as verb
+from unireg_jax.verbs import results as verb
 
 SHAPE = (32, 16, 48)
 MIND = Extractor("mind")
