@@ -9,11 +9,10 @@ import struct
 import matplotlib.image
 import numpy as np
 import pytest
-from tensorboardX import record_writer, summary
 from tensorboardX.proto.event_pb2 import Event
 
 from unireg_jax.errors import STORAGE, UserError
-from unireg_jax.training import events, images, log
+from unireg_jax.training import images, log
 
 
 def _lines(folder):
@@ -141,32 +140,6 @@ def test_tensorboard_finds_scalars_warnings_and_pictures(tmp_path):
     # The run goes on from step 3: what there is from step 4 on is hidden.
     assert later[-1].session_log.status == 1 and later[-1].step == 4
     assert _lines(tmp_path)[-1] == {"step": 3, "train/loss": 0.25, "train/dice": None}
-
-
-def test_events_are_those_of_the_usual_writer():
-    """Of a negative zero, a name that is not ASCII, sizes of one and three bytes."""
-    values = {"train/loss": 0.5, "größe": -0.0}
-    png = images.encode_png(np.full((300, 200, 3), 7, np.uint8))
-    for name, found, expected in (
-        ("scalars", events.scalars(2.5, 300, values), None),
-        ("text", events.text(2.5, 300, "warning", "é"), summary.text("warning", "é")),
-        ("image", events.image(2.5, 300, "pair", png), None),
-    ):
-        event = Event.FromString(found)
-        assert (event.wall_time, event.step) == (2.5, 300), name
-        if expected is not None:
-            expected.value[0].tag = "warning"
-            assert event.summary == expected
-    event = Event.FromString(events.scalars(2.5, 300, values))
-    assert {v.tag: v.simple_value for v in event.summary.value} == values
-    picture = Event.FromString(events.image(2.5, 300, "pair", png)).summary.value[0]
-    assert (picture.image.height, picture.image.width) == (300, 200)
-    assert picture.image.encoded_image_string == png
-    for content in (b"", b"123456789", png):
-        record = events.record(content)
-        sums = record[8:12], record[-4:]
-        for part, crc in zip((record[:8], content), sums, strict=True):
-            assert struct.unpack("<I", crc)[0] == record_writer.masked_crc32c(part)
 
 
 def test_png_rejects_other_arrays():

@@ -1,42 +1,42 @@
-"""TensorBoard's event files: records of protocol buffers, written byte by byte.
+"""TensorBoard's events: the messages and checksums of tensorboardX, as bytes.
 
-The few messages that a run needs, without the packages that usually write them: those
-import PyTorch wherever it is installed, half of the time a run takes to start. Field
-numbers as in TensorBoard's event.proto and summary.proto.
+Its writer is left out: a thread of its own that a full disk would kill, and that may
+leave half a record.
 """
 
 import struct
 from collections.abc import Mapping
 
-_VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # wire types
-_STRING, _START = 7, 1  # DT_STRING of DataType, START of SessionLog
+from tensorboardX import record_writer, summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 
-def version(wall_time: float, *, step: int = 0) -> bytes:
+def version(wall_time: float, *, step: int = 0) -> Event:
     """The event that begins a file."""
-    return _event(wall_time, step, _bytes(3, b"brain.Event:2"))
+    return Event(wall_time=wall_time, step=step, file_version="brain.Event:2")
 
 
-def restart(wall_time: float, *, step: int) -> bytes:
+def restart(wall_time: float, *, step: int) -> Event:
     """Has TensorBoard hide what earlier files hold from this step on."""
-    return _event(wall_time, step, _bytes(7, _number(1, _START)))
+    start = SessionLog(status=SessionLog.START)
+    return Event(wall_time=wall_time, step=step, session_log=start)
 
 
-def scalars(wall_time: float, step: int, values: Mapping[str, float]) -> bytes:
+def scalars(wall_time: float, step: int, values: Mapping[str, float]) -> Event:
     """Numbers by name."""
-    numbers = {k: _field(2, _FLOAT, struct.pack("<f", v)) for k, v in values.items()}
-    return _summary(wall_time, step, numbers)
+    parts = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+    return Event(wall_time=wall_time, step=step, summary=Summary(value=parts))
 
 
-def text(wall_time: float, step: int, name: str, content: str) -> bytes:
+def text(wall_time: float, step: int, name: str, content: str) -> Event:
     """A text for TensorBoard's page of texts."""
-    shape = _bytes(2, _bytes(2, _number(1, 1)))  # [1]
-    tensor = _number(1, _STRING) + shape + _bytes(8, content.encode())
-    plugin = _bytes(9, _bytes(1, _bytes(1, b"text")))
-    return _summary(wall_time, step, {name: plugin + _bytes(8, tensor)})
+    found = summary.text(name, content)
+    found.value[0].tag = name  # without the suffix that tensorboardX appends
+    return Event(wall_time=wall_time, step=step, summary=found)
 
 
-def image(wall_time: float, step: int, name: str, png: bytes) -> bytes:
+def image(wall_time: float, step: int, name: str, png: bytes) -> Event:
     """A picture.
 
     Args:
@@ -49,66 +49,19 @@ def image(wall_time: float, step: int, name: str, png: bytes) -> bytes:
         The event.
     """
     width, height = struct.unpack(">II", png[16:24])
-    content = _number(1, height) + _number(2, width) + _number(3, 3) + _bytes(4, png)
-    return _summary(wall_time, step, {name: _bytes(4, content)})
+    picture = Summary.Image(
+        width=width, height=height, colorspace=3, encoded_image_string=png
+    )
+    value = Summary.Value(tag=name, image=picture)
+    return Event(wall_time=wall_time, step=step, summary=Summary(value=[value]))
 
 
-def record(event: bytes) -> bytes:
+def record(event: Event) -> bytes:
     """An event as it stands in a file: length and content, each with its checksum."""
-    size = struct.pack("<Q", len(event))
-    return b"".join((size, _checksum(size), event, _checksum(event)))
-
-
-def _event(wall_time: float, step: int, what: bytes) -> bytes:
-    time = _field(1, _DOUBLE, struct.pack("<d", wall_time))
-    return time + _number(2, step) + what
-
-
-def _summary(wall_time: float, step: int, values: Mapping[str, bytes]) -> bytes:
-    """Values by tag, each as the encoded rest of a Summary.Value."""
-    parts = [_bytes(1, _bytes(1, k.encode()) + v) for k, v in values.items()]
-    return _event(wall_time, step, _bytes(5, b"".join(parts)))
-
-
-def _field(number: int, wire: int, content: bytes) -> bytes:
-    return _varint(number << 3 | wire) + content
-
-
-def _number(number: int, value: int) -> bytes:
-    return _field(number, _VARINT, _varint(value))
-
-
-def _bytes(number: int, content: bytes) -> bytes:
-    return _field(number, _BYTES, _varint(len(content)) + content)
-
-
-def _varint(value: int) -> bytes:
-    """A number from 0, seven bits a byte, the lowest first."""
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _table() -> tuple[int, ...]:
-    """CRC-32C of every byte: Castagnoli's polynomial, reflected."""
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return tuple(table)
-
-
-_TABLE = _table()
+    content = event.SerializeToString()
+    size = struct.pack("<Q", len(content))
+    return b"".join((size, _checksum(size), content, _checksum(content)))
 
 
 def _checksum(content: bytes) -> bytes:
-    """Masked CRC-32C, little-endian."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc = _TABLE[(crc ^ byte) & 255] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
-    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    return struct.pack("<I", masked)
+    return struct.pack("<I", record_writer.masked_crc32c(content))

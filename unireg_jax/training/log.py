@@ -175,7 +175,7 @@ class _Board:
             first += [events.version(now, step=after), events.restart(now, step=after)]
         _append(self._file, b"".join(map(events.record, first)))
 
-    def add(self, event: bytes) -> None:
+    def add(self, event: events.Event) -> None:
         """Writes an event; it is lost where that fails."""
         try:
             _append(self._file, events.record(event))
