@@ -7,12 +7,13 @@ view meet in one frame.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import ndimage, sparse
 
 from unireg_jax.imaging import orientation
+from unireg_jax.imaging.grids import Grid
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.tasks import OUTSIDE_HU
 
@@ -92,18 +93,6 @@ class PreprocessSpec:
                 f"{values['version']}; update the package"
             )
         return cls(**values)
-
-
-class Grid(NamedTuple):
-    """A regular grid in the world.
-
-    Attributes:
-        shape: (X, Y, Z) voxels.
-        vox2world: [4, 4] float64, voxel index -> LPS mm.
-    """
-
-    shape: tuple[int, int, int]
-    vox2world: np.ndarray
 
 
 def body_mask(
