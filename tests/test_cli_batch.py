@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import stat
@@ -611,6 +613,16 @@ def test_one_network_is_compiled_for_all_shapes(folder, network, monkeypatch):
     wraps(monkeypatch, pipeline, "compile_register", lambda *a, **k: made.append(a))
     assert run(folder, network) == 0
     assert len(made) == 1
+
+
+def test_commands_of_the_page_are_accepted():
+    text = (REPO / "docs" / "batch.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"^unireg batch .*", text, re.MULTILINE)
+    assert len(found) >= 2
+    for line in found:
+        line = line.replace('"$SLURM_ARRAY_TASK_ID"', "3").removesuffix("&")
+        args = cli._parse(shlex.split(line)[1:])
+        batch._check(args)
 
 
 @pytest.mark.slow
