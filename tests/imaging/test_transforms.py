@@ -162,7 +162,7 @@ def test_read_field_of_simpleitk_file(tmp_path):
     "change, reason, match",
     [
         (lambda v: v * np.nan, "field_nonfinite", "finite vectors, got NaN"),
-        (lambda v: v * 1e4, "field_range", "within 1000 mm, got .* unit of the field"),
+        (lambda v: v * 1e7, "field_range", "within 1 km, got .* unit of the field"),
         (lambda v: v[..., :2], "ndim", r"\(X, Y, Z, 1, 3\), got shape \(5, 6, 7, 1, 2"),
     ],
 )
@@ -192,8 +192,8 @@ def test_read_field_refuses_other_layouts(tmp_path):
     [
         (np.zeros((3, 5, 6, 7)), r"must be \(X, Y, Z, 3\) in mm, got \(3, 5, 6, 7\)"),
         (np.zeros((1, 5, 6, 7, 3)), "no batch"),
-        (np.full((*SHAPE, 3), np.nan), "finite and within 1000 mm, got nan"),
-        (np.full((*SHAPE, 3), 1e4), "finite and within 1000 mm"),
+        (np.full((*SHAPE, 3), np.nan), "finite and within 1 km, got nan"),
+        (np.full((*SHAPE, 3), 1e7), "finite and within 1 km"),
     ],
 )
 def test_write_field_rejects(tmp_path, disp_mm, match):
@@ -610,7 +610,7 @@ def test_read_parts_refuses_what_is_no_map(tmp_path, make, reason, match):
     "number, name, value, reason",
     [
         (2, "TransformParameters", np.nan, "field_nonfinite"),
-        (2, "TransformParameters", 2000.0, "field_range"),
+        (2, "TransformParameters", 2e6, "field_range"),
         (1, "TransformParameters", np.inf, "affine_nonfinite"),
         (1, "TransformParameters", 0.0, "affine_singular"),
         (2, "TransformFixedParameters", 7.0, "schema"),

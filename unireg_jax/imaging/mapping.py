@@ -300,8 +300,8 @@ def write(
     if longest > transforms.RANGE_MM:
         raise UserError(
             "field_range",
-            f"{shown(path)}: field_range: expected displacements within "
-            f"{transforms.RANGE_MM:g} mm, got {longest:.4g} mm; check the order and "
+            f"{shown(path)}: field_range: expected displacements within 1 "
+            f"km, got {longest:.4g} mm; check the order and "
             "frames of the transforms, or write an .h5, which keeps affines apart",
             NUMERICAL,
         )

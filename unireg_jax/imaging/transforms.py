@@ -32,7 +32,7 @@ _AFFINE_KINDS = ("AffineTransform", "MatrixOffsetTransformBase")
 _FIELD_KIND = "DisplacementFieldTransform"
 # kind, fixed parameters, parameters
 _Listed = tuple[str, np.ndarray, np.ndarray]
-RANGE_MM = 1000.0  # no vector between two scans of a body is longer
+RANGE_MM = 1e6  # 1 km: scans' table zeros may lie metres apart, not that far
 _TURN = (np.float32(-1), np.float32(-1), np.float32(1))  # LPS <-> RAS, of vectors
 _MAX_NUMBERS = 3 * 2**29
 _NRRD_RESAMPLING = "displacement field type"  # Slicer: resampling, or modelling
@@ -569,7 +569,7 @@ def check_field(disp_mm: np.ndarray) -> None:
     longest = max(abs(float(disp_mm.max())), abs(float(disp_mm.min())))
     if not longest <= RANGE_MM:  # NaN fails as well
         raise ValueError(
-            f"disp_mm must be finite and within {RANGE_MM:g} mm, got {longest}; "
+            f"disp_mm must be finite and within 1 km, got {longest} mm; "
             "convert voxels to mm or mend the field"
         )
 
@@ -865,7 +865,7 @@ def _refuse_bad_vectors(disp_mm: np.ndarray, path: str | os.PathLike) -> None:
     if longest > RANGE_MM:
         raise UserError(
             "field_range",
-            f"{shown(path)}: field_range: expected vectors within {RANGE_MM:g} mm, "
+            f"{shown(path)}: field_range: expected vectors within 1 km, "
             f"got {longest:.4g} mm; check the unit of the field",
         )
 
