@@ -43,6 +43,7 @@ def campaign(folder: Path, *, signals: int, steps: int, seed: int = 0) -> dict:
         Counts, and the digests of both ends.
     """
     began = time.monotonic()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the run would ignore it
     data = victim.make_data(folder / "data")
     hurt = victim.Victim(folder / "hurt", data, train__steps=steps)
     path = folder / "signals.jsonl"
