@@ -32,6 +32,7 @@ Row = tuple[str, dict[str, Any]]  # place in the file, fields
 
 TYPES = tuple(kind.name.lower() for kind in PairType)
 NO_TASK = "none"
+AUTO_TASK = "auto"
 _MAX_FAULTS = 50  # shown; the rest is counted
 _MAX_ID = 120  # bytes: file names are the id and a suffix
 _HELD_OUT = ("registration_val", "registration_test")
@@ -45,7 +46,7 @@ class Case(NamedTuple):
         id: unique name, fit for a folder's name.
         fixed: scan that stays, path.
         moving: scan to be warped, path.
-        task: name in tasks.TASKS or "none"; None to be chosen by the caller.
+        task: name in tasks.TASKS, "auto" or "none"; None to be chosen by the caller.
         type: "inter", "intra", or None for the task's own.
         fixed_label, moving_label: label maps, both or none.
         fixed_mask, moving_mask: where scans are compared.
@@ -200,7 +201,7 @@ def _case(
     if values["id"] and (bad := bad_id(values["id"])):
         hint = "" if named else "; add a column id"
         faults.append(("id_invalid", f"{where}: id {values['id'][:60]!r}: {bad}{hint}"))
-    known = (*TASKS, NO_TASK)
+    known = (*TASKS, AUTO_TASK, NO_TASK)
     if values["task"] and values["task"] not in known:
         hint = nearest(values["task"], known)
         faults.append(("task_unknown", f"{where}: task {values['task']!r}{hint}"))
@@ -220,9 +221,9 @@ def _case(
 
 
 def stem(path: str | os.PathLike) -> str:
-    """File name without .nii or .nii.gz; other dots stay."""
+    """File name without .nii, .nii.gz or ITK's endings; other dots stay."""
     name = Path(path).name
-    for ending in (".gz", ".nii"):
+    for ending in (".gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd"):
         name = name[: -len(ending)] if name.lower().endswith(ending) else name
     return name
 
