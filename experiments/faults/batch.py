@@ -262,8 +262,10 @@ def prove(
     clean, out = folder / "clean", folder / "out"
     start = time.perf_counter()
     undisturbed = subprocess.run(
-        command(folder, "good.csv", clean), env=env, capture_output=True
+        command(folder, "good.csv", clean), env=env, capture_output=True, text=True
     )
+    if undisturbed.returncode:
+        sys.exit(f"the undisturbed run fails: {undisturbed.stderr[-1000:]}")
     clean_s = json.loads((clean / "batch.json").read_text())["seconds"]
     words = command(folder, "list.csv", out)
     killed_at = kill_often(words, out, pairs=pairs, kills=kills, seed=seed, env=env)
