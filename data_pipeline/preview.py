@@ -28,7 +28,15 @@ from scipy import ndimage
 from data_pipeline import parallel, prepare, sources, store
 from data_pipeline.datasets import manifest
 from data_pipeline.datasets.manifest import Record
-from unireg_jax.errors import FAILED, NOTHING, PARTLY, PREEMPTED, USAGE, UserError
+from unireg_jax.errors import (
+    FAILED,
+    NOTHING,
+    PARTLY,
+    PREEMPTED,
+    USAGE,
+    UserError,
+    spelled_out,
+)
 from unireg_jax.tasks import OUTSIDE_HU, TASKS
 
 try:
@@ -544,7 +552,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = [d for d in drawings if d.problem]
     for drawing in bad:
         print(f"failed: {drawing.job.id}: {drawing.problem}", file=sys.stderr)
-    print(f"{options.out}: {', '.join(names)}")
+    print(spelled_out(f"{options.out}: {', '.join(names)}"))
     if not bad:
         return 0
     return FAILED if len(bad) == len(drawings) else PARTLY

@@ -32,6 +32,7 @@ import h5py
 import numpy as np
 import pytest
 
+from data_pipeline import check, prepare, preview
 from experiments.faults import batch as proof
 from experiments.faults import scans
 from unireg_jax import __main__ as cli
@@ -846,6 +847,30 @@ def test_list_with_odd_words_is_refused_in_plain_text(tmp_path, capsys):
         assert cli.main(words) == errors.USAGE
         told = capsys.readouterr().err
         assert "\x1b" not in told and "\u202e" not in told
+
+
+@pytest.mark.parametrize("column", ["id", "image", "task", "subject", "split", ODD])
+def test_odd_words_are_spelled_out_by_the_data_commands(
+    column, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    row = {"id": "a", "image": "a.nii", "task": "lung", "subject": "p"}
+    row |= {"split": "train", column: ODD}
+    proof.write_list(tmp_path / "list.csv", [row])
+    for module, more in (
+        (check, []),
+        (preview, ["--out", ODD.replace("<", "")]),
+        (prepare, ["--out", "o", "--shape", "32,16,16", "--spacing", "12"]),
+    ):
+        for given in (["--manifest", "list.csv"], ["--manifest", ODD]):
+            try:
+                code = module.main([*given, *more])
+            except SystemExit as stop:
+                code = stop.code
+            told = capsys.readouterr()
+            assert code not in (0, 1), told.err
+            assert "\x1b" not in told.err + told.out
+            assert "\u202e" not in told.err + told.out
 
 
 def test_tables_of_a_batch_hold_no_formula(run, left, capsys):
