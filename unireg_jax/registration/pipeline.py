@@ -43,7 +43,7 @@ AFFINES = ("auto", *prealign.KINDS, "features", "coarse")
 _AIR_HU = -1000
 _FOLDS_PERCENT = 1.0  # more is worth a look
 _LEAST_NCC = 0.2  # less is no match
-_RANGE_MM = 1000.0  # the longest vector a transform file may hold
+_RANGE_MM = 1000.0  # no field between two aligned scans of a body is longer
 _SLAB_VOXELS = 2**21  # native voxels per step, about: 100 MB of scratch
 
 
@@ -141,7 +141,7 @@ def register(
         UserError: a file that cannot be read, scans without common space (exit code
             4), task "auto" and scans that do not tell it (exit code 2), weights that
             cannot be used (exit code 9), scans larger than the memory that is free
-            (exit code 7), a field that is not finite or longer than 1 km (exit code 8).
+            (exit code 7), a field that is not finite or longer than 1 m (exit code 8).
     """
     say = progress or (lambda line: None)
     clock = Clock()
