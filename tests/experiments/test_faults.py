@@ -52,6 +52,7 @@ def test_no_flip_and_no_damage_to_a_file_is_silent(folder):
     assert found["file_damages_seen"] > 3 * found["files"] - 5  # empty ones are empty
 
 
+@pytest.mark.slow
 def test_failing_calls_of_a_save_are_refused_and_the_next_save_is_whole(folder):
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
