@@ -140,7 +140,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._saver.close()
+            with storage(self._steps.folder):  # it may still be writing, too
+                self._saver.close()
 
     def restore(
         self, state: TrainState, iterator: Any = None, *, changes: list | None = None
