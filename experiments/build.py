@@ -68,7 +68,8 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
     """
     _check(config)
     try:
-        model = UniReg(**architecture(config), remat=config.model.remat)
+        fields = {"conv_impl": _conv_impl(), **architecture(config)}
+        model = UniReg(**fields, remat=config.model.remat)
         tx = optimizer.make_optimizer(**config.optim.to_dict())
         weights = objective.Weights(**config.loss.to_dict())
     except (TypeError, ValueError) as error:
@@ -141,6 +142,15 @@ def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     for name in ("features", "embedding", "combine", "precision", "remat"):
         del fields[name]
     return fields
+
+
+def _conv_impl() -> str:
+    """Formulation of the convolutions on the devices of this run, see ops/conv.py.
+
+    "auto" would leave it to the compiler, and trace both: a third of the time that
+    tracing the step takes.
+    """
+    return "winograd" if mesh.all_devices()[0].platform == "cpu" else "direct"
 
 
 def _extractor(

@@ -30,7 +30,7 @@ def make_mesh(devices: list[jax.Device] | None = None, *, space: int = 1) -> Mes
         UserError: `schema`, exit code 2: the devices cannot be shared so, or the
             platform that JAX_PLATFORMS names is not there.
     """
-    devices = _all_devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     local = sum(d.process_index == devices[0].process_index for d in devices)
     if local % space:
         raise UserError(
@@ -49,7 +49,13 @@ def make_mesh(devices: list[jax.Device] | None = None, *, space: int = 1) -> Mes
     )
 
 
-def _all_devices() -> list[jax.Device]:
+def all_devices() -> list[jax.Device]:
+    """Devices of all processes.
+
+    Raises:
+        UserError: `schema`, exit code 2: the platform that JAX_PLATFORMS names is not
+            there.
+    """
     try:
         return jax.devices()
     except RuntimeError as error:
