@@ -294,6 +294,32 @@ def test_full_disk_is_the_pairs_own_fault_or_ends_the_run(
     assert "batch.jsonl: cannot be written: No space left" in capsys.readouterr().err
 
 
+FULL = """
+import resource, signal, sys
+from unireg_jax.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_line_that_no_longer_fits_the_disk_ends_the_run(folder, network):
+    """The kernel's own refusal, in the midst of the second line."""
+    put(folder, rows(moving="absent.nii"))
+    assert run(folder, network, "--workers", "1") == errors.FAILED
+    path = folder / "out" / "batch.jsonl"
+    first = path.read_bytes().splitlines(keepends=True)[0]
+    shutil.rmtree(folder / "out")
+    process = [sys.executable, "-c", FULL, str(len(first) + 100)]
+    process += words(folder, network, "--workers", "1")
+    final = subprocess.run(process, cwd=REPO, capture_output=True, text=True)
+    assert final.returncode == errors.STORAGE, final.stderr
+    assert "batch.jsonl: cannot be written: File too large" in final.stderr
+    # No part of a line stays; times may differ in length.
+    left = path.read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["id"] for line in left] == ["a1"]
+
+
 def test_pair_that_hangs_is_given_up_and_leaves_nothing(done, network, monkeypatch):
     shutil.rmtree(done / "out" / "a2")
     release = threading.Event()

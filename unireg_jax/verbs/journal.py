@@ -1,5 +1,7 @@
 """What became of every pair, one line of JSON each, on disk before the next is told."""
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -29,7 +31,9 @@ class Journal:
         self._path = path
         self._lines: dict[str, tuple[int, int]] = {}  # id -> offset, bytes
         try:
-            self._file = open(path, "a+b", opener=no_link)
+            # Without a buffer: what a full disk refused must not be written again,
+            # and refused again, when the file is closed.
+            self._file = open(path, "a+b", buffering=0, opener=no_link)
         except OSError as error:
             raise outputs.storage_fault(path, error) from error
         try:
@@ -44,13 +48,15 @@ class Journal:
         """Bytes of the whole lines."""
         self._file.seek(0)
         offset = 0
-        for line in self._file:
+        lines = io.BufferedReader(self._file)
+        for line in lines:
             if not line.endswith(b"\n"):
                 break
             item = _parse(line)
             if item is not None:
                 self._lines[item["id"]] = (offset, len(line))
             offset += len(line)
+        lines.detach()  # the file stays open
         return offset
 
     def add(self, item: Mapping[str, Any]) -> None:
@@ -65,10 +71,13 @@ class Journal:
         line = json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n"
         data = line.encode()
         try:
-            self._file.write(data)
-            self._file.flush()
+            left = data
+            while left:  # of a disk that fills up, a part first and then the error
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)
             raise outputs.storage_fault(self._path, error) from error
         self._lines[item["id"]] = (self._size, len(data))
         self._size += len(data)
