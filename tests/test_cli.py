@@ -261,7 +261,10 @@ def test_register_record_is_complete_and_names_no_folder(
     # A random network makes it worse, and the record says so.
     assert record["status"] == "warn"
     (warning,) = record["warnings"]
-    assert "similarity: local_ncc_gain" in warning and f"warning: {warning}" in captured.err
+    assert (
+        "similarity: local_ncc_gain" in warning
+        and f"warning: {warning}" in captured.err
+    )
     assert record["settings"]["affine_used"] == "none"
     assert set(record["outputs"]) == names - {"fixed__moving_run.json"}
     for name, entry in record["outputs"].items():

@@ -617,6 +617,21 @@ def test_inverse_and_empty_results_name_the_remedy(run, tmp_path):
     assert os.listdir(tmp_path) == ["away.txt"]
 
 
+def test_warp_of_an_organ_beyond_the_fixed_scan_is_background(run, tmp_path):
+    """The map leads inside: nothing of the organ there is a result, not a fault."""
+    labels = nifti.read_labels("moving_seg.nii.gz")
+    corner = np.zeros(labels.data.shape, np.uint8)
+    corner[0, 0, 0] = 1
+    nifti.write_like(tmp_path / "corner.nii.gz", corner, labels)
+    shift = np.eye(4)
+    shift[:3, 3] = 2 * labels.vox2world[:3, :3] @ (1, 1, 1)
+    transforms.write_affine_txt(tmp_path / "shift.txt", shift)
+    words = ("-m", tmp_path / "corner.nii.gz", "-f", "moving.nii.gz")
+    words += ("-t", tmp_path / "shift.txt", "--interp", "label")
+    code, _, _ = run("warp", *words, "-o", tmp_path / "o.nii.gz")
+    assert code == 0 and not nifti.read_labels(tmp_path / "o.nii.gz").data.any()
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_ends_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -314,12 +314,6 @@ def _counts(labels: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _boxes(labels: np.ndarray) -> dict[int, tuple[slice, ...]]:
-    """Id -> the smallest box around it."""
-    found = enumerate(ndimage.find_objects(labels), start=1)
-    return {i: box for i, box in found if box is not None}
-
-
 def _union(a: tuple | None, b: tuple | None) -> tuple[slice, ...]:
     """The smallest box around two; an empty one around none."""
     if a is None or b is None:

@@ -34,6 +34,7 @@ EXTRAS = {
     "report": ("matplotlib", "draws pictures and reports"),
     "eval": ("surface_distance", "surface metrics of another make, for comparison"),
     "export": ("flatbuffers", "writes the network as StableHLO"),
+    "ray": ("ray", "shares a list of pairs out to a cluster"),
 }
 _BROKEN_JAX = "0.10.2"  # wrong numbers of a jitted vmap of 3 x 3 products, on CPUs
 _LEAST_GIB = 4.0

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "units, preprocessing, digests. It takes volumes on the network's grid; "
         "pre-alignment and files are not part of it."
     )
+    parser.epilog = "example: unireg export --out unireg.stablehlo --shape 96,96,80"
     add = parser.add_argument
     add(
         *("-o", "--out"),

@@ -14,6 +14,7 @@ HELP = "version, tasks and weights"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this verb."""
+    parser.epilog = "example: unireg info --json"
     options.add_messages(parser, quiet=False)
 
 

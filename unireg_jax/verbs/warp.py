@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     say("warping")
     grid = mapping.grid_of(fixed)
     warped = mapping.resample(whole, moving, grid, interp=args.interp, fill=fill)
-    if (warped == fill).all() and not (moving.data == fill).all():
+    if (warped == fill).all() and not _reaches(whole, moving, grid):
         raise UserError(
             "no_overlap",
             f"{shown(args.transforms[0])}: no_overlap: expected a map into "
@@ -98,6 +98,12 @@ def run(args: argparse.Namespace) -> int:
     say(f"done: {shown(args.file)}, {args.interp}, {number(fill)} outside")
     files.report(args, "warp", interp=args.interp, fill=fill, dtype=str(dtype))
     return 0
+
+
+def _reaches(whole: mapping.Mapping, moving: Volume, grid: mapping.Grid) -> bool:
+    """Whether any voxel of the grid is read within the moving scan."""
+    there = moving._replace(data=np.ones(moving.data.shape, np.uint8))
+    return bool(mapping.resample(whole, there, grid, interp="nearest").any())
 
 
 def _air(data: np.ndarray) -> float:

@@ -17,6 +17,7 @@ VARIABLES = ("UNIREG_WEIGHTS", "UNIREG_SAM")  # that name weights
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this verb."""
+    parser.epilog = "example: unireg weights list"
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     verb = actions.add_parser(
