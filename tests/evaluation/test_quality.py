@@ -1,5 +1,6 @@
 """Judgement without ground truth: exact numbers, seeded faults, limits."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from unireg_jax.evaluation import quality
 from unireg_jax.imaging.nifti import Volume
+from unireg_jax.verbs import judging
 
 SHAPE, SPACING = (50, 40, 44), (5.3, 6.5, 6.0)
 BOUNDS = [(name, kind) for name in quality.CHECKS for kind in ("inter", "intra")]
@@ -189,6 +191,20 @@ def test_volume_change_is_the_determinant():
     assert quality.volume_factor(found) == pytest.approx(1.62, rel=1e-4)
     assert quality.volume_factor({1: 0.25, 2: 2.0}) == 4
     assert quality.volume_factor({1: -0.1}) == math.inf
+
+
+def test_label_turned_over_is_found_in_a_record_on_disk():
+    """x -> -x/2 within one label: -0.5 of its volume, whatever the rest does."""
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[20:30, 10:30, 10:30] = 4
+    disp = still()
+    x = np.arange(SHAPE[0]) * SPACING[0]
+    disp[..., 0] = (-1.5 * (x - x.mean()))[:, None, None]
+    found = judging.assess(scan(), scan(), disp, np.eye(4), fixed_labels=labels)
+    found = json.loads(json.dumps({"quality": found}, allow_nan=False))
+    assert found["quality"]["volume_change"] == {"4": pytest.approx(-0.5, rel=1e-4)}
+    findings = {f.reason: f.line for f in judging.findings(found)}
+    assert "volume_factor of 4 or less expected" in findings["volume_change"]
 
 
 @pytest.mark.parametrize(("name", "kind"), BOUNDS)

@@ -1,6 +1,7 @@
 """Quality of a case: its numbers, its page, and the gate; shared by the verbs."""
 
 import argparse
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from unireg_jax.reports import case, page, pictures
 from unireg_jax.verbs import outputs
 
 COLUMNS = ("coverage", "local_ncc", "local_ncc_gain", "mirror_gain")  # of a table
+_TURNED = 1e6  # volume_factor of a label turned over: JSON has no infinity
 REJECTED = "rejected"  # folder in OUT of cases that the gate holds back
 
 
@@ -62,14 +64,16 @@ def assess(
         back_mm: [X', Y', Z', 3] LPS mm on moving, of the opposite registration.
 
     Returns:
-        Numbers by name, see quality.CHECKS, and volume_change: label -> factor.
+        Numbers by name, see quality.CHECKS, and volume_change: label -> factor. JSON
+        has no infinity: volume_factor is a million where the map turns a label over.
     """
     found: dict[str, Any] = quality.measure(fixed, moving, disp_mm, affine, mask=mask)
     if back_mm is not None:
         found |= quality.inverse_consistency(fixed, disp_mm, moving, back_mm, mask=mask)
     if fixed_labels is not None:
         changes = quality.volume_changes(disp_mm, fixed.vox2world, fixed_labels)
-        found["volume_factor"] = quality.volume_factor(changes)
+        factor = quality.volume_factor(changes)
+        found["volume_factor"] = _TURNED if factor == math.inf else factor
         found["volume_change"] = changes
     mean = (scores or {}).get("mean", {})
     if mean.get("dsc") is not None and mean.get("dsc_affine") is not None:
