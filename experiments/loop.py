@@ -62,7 +62,7 @@ class Judged(NamedTuple):
     """A validation.
 
     Attributes:
-        scalars: for the log.
+        scalars: for the log; names begin with `log.VALIDATION`.
         pictures: name -> [H, W, 3] uint8, if it can draw.
     """
 
@@ -183,9 +183,11 @@ class _Loop(NamedTuple):
         stop = launch.Stop(self.stop)
         times.lap("startup")
         # What the run starts from, or what a signal kept it from.
-        missing = self._judges(start) and recent.judged < start
-        if missing and not self._judge(start, state):
-            return state, True
+        if self._judges(start) and recent.judged < start:
+            # A process that was killed since the last save may have made up for it.
+            self.writer.drop(start, log.VALIDATION)
+            if not self._judge(start, state):
+                return state, True
         with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
             for n in range(start + 1, total + 1):
                 batch = next(self.stream)

@@ -105,9 +105,34 @@ def test_resumed_log_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_lines_of_a_step_are_taken_back(writer, tmp_path, monkeypatch):
+    for step in (3, 4):
+        writer.write(step, {"train/loss": 0.5})
+        writer.write(step, {"val/w": 2.0})
+    before = _lines(tmp_path)
+
+    def full(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "write_text", full)
+        writer.drop(5, "val/")  # nothing to do
+        with pytest.raises(UserError, match="No space left on device") as caught:
+            writer.drop(4, "val/")
+    assert caught.value.exit_code == STORAGE and _lines(tmp_path) == before
+    writer.drop(4, "val/")
+    assert _lines(tmp_path) == before[:3]
+    writer.write(4, {"val/w": 3.0})
+    assert _lines(tmp_path) == [*before[:3], {"step": 4, "val/w": 3.0}]
+    (tmp_path / log.NAME).unlink()
+    writer.drop(4, "val/")
+    assert not (tmp_path / log.NAME).exists()
+
+
 def test_silent_log_writes_nothing(tmp_path):
     writer = log.Log(tmp_path, silent=True)
     writer.write(1, {"x": 1.0})
+    writer.drop(1, "x")
     writer.warn(1, "bad")
     writer.draw(1, {"pair": np.zeros((2, 3, 3), np.uint8)})
     writer.sync()

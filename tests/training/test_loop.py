@@ -256,6 +256,30 @@ def test_log_of_a_continued_run_is_that_of_a_whole_one(phantoms, tmp_path, stop)
     assert steps == [0, 3, 4, 6, 8, 9, 10, 10]
 
 
+def test_validation_that_is_made_up_for_twice_has_one_line(phantoms, tmp_path):
+    """A signal within a validation; made up for, and killed before the next save."""
+    whole = _Run(phantoms, tmp_path / "whole")
+    whole.start()
+    parts = _Run(phantoms, tmp_path / "parts")
+    with pytest.raises(SystemExit):
+        parts.start(judge=_signal_at(1))
+    assert parts.steps()[-1] == 4
+
+    class Killed(BaseException):
+        pass
+
+    def kill(batch):
+        raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            parts.start(names=kill)
+        found = [x["step"] for x in parts.lines() if "val/w" in x]
+        assert found == [0, 4] and parts.steps()[-1] == 4
+    parts.start()
+    assert parts.lines() == whole.lines()
+
+
 @pytest.mark.parametrize("number", signals.NUMBERS, ids=lambda n: n.name)
 def test_every_signal_of_a_scheduler_saves_the_next_step(phantoms, tmp_path, number):
     before = signal.getsignal(number)

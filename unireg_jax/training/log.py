@@ -4,6 +4,7 @@ A log that cannot be written never ends a run: what has happened is said once, l
 wait in memory, and the run goes on.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -12,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from unireg_jax.training import events, images, manifest
 
 NAME = "metrics.jsonl"
 TIMES = "time/"  # prefix of what differs between two runs that are otherwise the same
+VALIDATION = "val/"  # prefix of what a validation found
 
 
 class Log:
@@ -50,16 +52,9 @@ class Log:
         self.silent = silent
         if silent:
             return
-        try:
+        with _refused(self.workdir):
             self._lines = _Lines(self.workdir / NAME, self._keep(resume_step))
             self._board = _Board(self.workdir / "tb", resume_step)
-        except OSError as error:
-            raise UserError(
-                "storage",
-                f"{shown(self.workdir)}: the log of the run cannot be written: "
-                f"{error.strerror}; free space, or give another --workdir",
-                STORAGE,
-            ) from error
 
     def _keep(self, resume_step: int) -> str | None:
         """The lines that stay, or None where all do."""
@@ -75,6 +70,16 @@ class Log:
                 times = {k: v for k, v in found.items() if k.startswith(TIMES)}
                 self.times = times or self.times
         return None if kept == text else kept
+
+    def drop(self, step: int, prefix: str) -> None:
+        """Takes back the lines of a step that have such a key; TensorBoard's stay.
+
+        Raises:
+            UserError: `storage`, exit code 6; the file is as it was.
+        """
+        if not self.silent:
+            with _refused(self.workdir):
+                self._lines.drop(step, prefix)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line; NaN becomes null, for strict readers."""
@@ -146,6 +151,15 @@ class _Lines:
             _warn(f"{NAME} can be written again; nothing of it was lost")
         self._failed = False
 
+    def drop(self, step: int, prefix: str) -> None:
+        if not self._path.exists():
+            return
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        lines = text.splitlines(keepends=True)
+        kept = [line for line in lines if not _is_of(line, step, prefix)]
+        if len(kept) < len(lines):
+            manifest.write_file(self._path, "".join(kept))  # `add` will open it
+
     def _is_there(self) -> bool:
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
@@ -192,6 +206,20 @@ class _Board:
         self._file.close()
 
 
+@contextlib.contextmanager
+def _refused(workdir: Path) -> Iterator[None]:
+    """Makes a fault of the storage the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "storage",
+            f"{shown(workdir)}: the log of the run cannot be written: "
+            f"{error.strerror}; free space, or give another --workdir",
+            STORAGE,
+        ) from error
+
+
 def _append(file: io.FileIO, content: bytes) -> None:
     """Writes all or nothing: a reader finds no half line or record."""
     size = os.fstat(file.fileno()).st_size
@@ -215,6 +243,12 @@ def _sync(file: io.FileIO, name: str) -> None:
 
 def _warn(what: str) -> None:
     print(f"warning: storage: {what}; the run goes on", file=sys.stderr, flush=True)
+
+
+def _is_of(line: str, step: int, prefix: str) -> bool:
+    """Whether a line is of a step and has a key that begins so."""
+    found = _parse(line) or {}
+    return found.get("step") == step and any(k.startswith(prefix) for k in found)
 
 
 def _parse(line: str) -> dict | None:
