@@ -24,7 +24,7 @@ from unireg_jax import errors
 from unireg_jax.imaging import transforms
 from unireg_jax.locks import lock
 from unireg_jax.registration import pipeline
-from unireg_jax.verbs import batch, journal, outputs, results
+from unireg_jax.verbs import batch, journal, outputs, results, worker
 
 REPO = Path(__file__).resolve().parents[1]
 SHIFTS = ((0.0, 0.0, 0.0), (8.0, 0.0, -5.0), (-6.0, 9.0, 4.0), (3.0, -7.0, 10.0))
@@ -586,6 +586,7 @@ def test_dry_run_says_all_and_writes_nothing(folder, network, capsys):
         (["--io-smoothness", "3"], errors.USAGE, "--io-iterations"),
         (["--skip-existing", "--overwrite"], errors.USAGE, "not allowed with"),
         (["--weights", "absent.safetensors"], errors.CHECKPOINT, "--weights"),
+        (["--device", "gpu:99"], errors.USAGE, "device: --device gpu:99"),
         (["--num-parts", "999999", "--part-id", "7"], errors.NOTHING, "no pair falls"),
     ],
 )
@@ -630,6 +631,16 @@ def test_weights_of_another_network_end_the_run(folder, network, monkeypatch, ca
     assert run(folder, network) == errors.CHECKPOINT
     assert "another network" in capsys.readouterr().err
     assert not list((folder / "out").glob("a*"))
+
+
+def test_device_that_a_worker_does_not_find_is_no_fault_of_a_pair(folder, network):
+    """As on a machine of a Ray cluster."""
+    args = cli._parse(words(folder, network, "--device", "gpu:99"))
+    case = results.Case(**rows()[0] | {"task": "lung", "type": "intra"})
+    case = case._replace(fixed=str(folder / "s0.nii"), moving=str(folder / "s1.nii"))
+    with pytest.raises(errors.UserError, match="gpu:99") as caught:
+        worker.Worker(args, "0" * 64)(case)
+    assert (caught.value.reason, caught.value.exit_code) == ("device", errors.USAGE)
 
 
 def test_one_network_is_compiled_for_all_shapes(folder, network, monkeypatch):

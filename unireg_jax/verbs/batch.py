@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
     digest = _weights_sha256(args)
     if args.dry_run:
         return _dry_run(args, cases, digest)
+    if args.device.startswith("gpu") and not args.ray:  # an actor finds out itself
+        options.use_device(args)
     out = Path(args.out)
     with _alone(out, args), _stop_on_signal(args.quiet) as stop:
         outputs.sweep(out, worker.tag(args))

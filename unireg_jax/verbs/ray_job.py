@@ -34,7 +34,7 @@ class Actor:
         cases = [Case(**json.loads(text)) for text in rows["case"]]
         try:
             items = [json.dumps(self._work(case)) for case in cases]
-        except UserError as error:  # of the weights: ends the job, not this actor
+        except UserError as error:  # weights, device: ends the job, not this actor
             fault = [error.reason, str(error), error.exit_code]
             items = [json.dumps({"fault": fault})] * len(cases)
         return {"case": list(rows["case"]), "item": items}
@@ -61,7 +61,8 @@ def run(
         End per pair, as they come.
 
     Raises:
-        UserError: weights that cannot be used, exit code 9.
+        UserError: weights that cannot be used, exit code 9; `device` that is not
+            there, exit code 2.
     """
     ours = not ray.is_initialized()
     if ours:

@@ -71,7 +71,8 @@ class Worker:
             `claim` raised GivenUp.
 
         Raises:
-            UserError: weights that cannot be used, exit code 9.
+            UserError: weights that cannot be used, exit code 9; `device` that is not
+                there, exit code 2.
         """
         started = time.perf_counter()
         try:
@@ -79,8 +80,8 @@ class Worker:
         except GivenUp:
             return None
         except UserError as error:
-            if error.exit_code == CHECKPOINT:
-                raise
+            if error.exit_code == CHECKPOINT or error.reason == "device":
+                raise  # of the run, not of this pair
             reason, message = error.reason, str(error)
         except Exception as error:  # of one pair, which stops no other
             reason, message = self._explain(case, error)
