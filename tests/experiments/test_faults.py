@@ -166,18 +166,37 @@ def test_damaged_compiled_programs_are_compiled_anew(tmp_path):
     assert (second.returncode, second.stdout) == (0, first.stdout), second.stderr
 
 
+_WALL = {
+    *("time.time", "time.time_ns", "time.CLOCK_REALTIME"),
+    *("time.localtime", "time.gmtime"),
+    *("datetime.datetime.now", "datetime.datetime.utcnow", "datetime.now"),
+}
+
+
+def _clocks(source):
+    """What a module takes from others, by full names such as `time.time`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
 def test_training_measures_time_by_the_monotonic_clock():
     """The wall clock jumps; only TensorBoard's events are dated by it."""
     files = [*(ROOT / "unireg_jax" / "training").glob("*.py")]
-    files += [ROOT / "experiments" / f"{x}.py" for x in ("loop", "recent", "signals")]
-    users = {
-        path.name
-        for path in [*files, ROOT / "experiments" / "train.py"]
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-        and ast.unparse(node) in ("time.time", "datetime.now", "datetime.datetime.now")
-    }
-    assert users <= {"log.py"}
+    names = ("clock", "loop", "recent", "signals", "train", "train_sam")
+    files += [ROOT / "experiments" / f"{name}.py" for name in names]
+    sources = {path.name: path.read_text() for path in files}
+    users = {name for name, source in sources.items() if _clocks(source) & _WALL}
+    assert users == {"log.py"}
+    # The file that measures: read, monotonic, and it would be found out.
+    measures = sources["clock.py"]
+    assert "time.monotonic" in _clocks(measures)
+    assert _clocks(measures.replace("time.monotonic", "time.time")) & _WALL
+    assert _clocks("from time import time") & _WALL
 
 
 def test_platform_that_is_not_there_is_refused():
