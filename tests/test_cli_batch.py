@@ -24,6 +24,7 @@ from unireg_jax import errors
 from unireg_jax.imaging import transforms
 from unireg_jax.locks import lock
 from unireg_jax.registration import pipeline
+from unireg_jax.registration.threads import GivenUp
 from unireg_jax.verbs import batch, journal, outputs, results, worker
 
 REPO = Path(__file__).resolve().parents[1]
@@ -345,6 +346,29 @@ def test_pair_that_hangs_is_given_up_and_leaves_nothing(done, network, monkeypat
     assert not list((done / "out").glob("*.tmp"))
 
 
+def flat(folder, name):
+    """A scan that shows nothing: the gate refuses it."""
+    array, place = proof.body(np.zeros(3))
+    (folder / name).write_bytes(scans.encode(np.full_like(array, 40), place))
+
+
+def test_pair_that_was_given_up_is_not_held_back_either(folder, network):
+    flat(folder, "s1.nii")
+    args = cli._parse(words(folder, network, "--qc-gate"))
+    case = results.Case("a1", str(folder / "s0.nii"), str(folder / "s1.nii"))
+    held, seen = folder / "out" / outputs.REJECTED, []
+
+    def claim():
+        seen.extend(os.listdir(held))
+        raise GivenUp
+
+    work = worker.Worker(args, outputs.digest(Path(network))["sha256"])
+    assert work(case._replace(task="lung", type="intra"), claim) is None
+    assert not (folder / "out").exists()
+    # A kill would have left what the next run sweeps.
+    assert len(seen) == 1 and seen[0].startswith(f".unireg-{worker.tag(args)}")
+
+
 # --- going on -----------------------------------------------------------------------
 
 
@@ -550,6 +574,38 @@ def test_parts_share_the_list_and_a_whole_run_sums_them_up(folder, network):
     assert run(folder, network) == 0
     assert times(folder) == before
     assert list(told(folder)[0]) == ["a1", "a2", "a3"]
+
+
+def test_whole_run_sweeps_what_any_killed_run_left(done, network):
+    out, some = done / "out", "0" * 32
+    held = out / outputs.REJECTED
+    litter = [
+        *(out / f".unireg-batch-{tag}{some}.tmp" for tag in ("", "2-of-5-")),
+        *(held / f".unireg-batch-{tag}{some}.tmp" for tag in ("", "2-of-5-")),
+        *(folder / f".unireg-{some}.tmp" for folder in (out, held)),  # of `register`
+    ]
+    for path in litter:
+        path.mkdir(parents=True)
+        (path / "a1_warped.nii.gz").write_bytes(b"")
+    litter.append(out / f".unireg-{'1' * 32}.tmp")  # of a table
+    litter[-1].write_bytes(b"")
+    for path in litter:
+        os.utime(path, (1, 1))
+    young = out / f".unireg-{'2' * 32}.tmp"  # of a `register` at work
+    young.mkdir()
+    before = times(done)
+    assert run(done, network) == 0
+    assert list(done.rglob("*.tmp")) == [young]
+    assert times(done) == before
+
+
+def test_part_sweeps_its_own_alone(done, network):
+    held = done / "out" / outputs.REJECTED
+    others = {f".unireg-batch-{i}-of-2-{'0' * 32}.tmp" for i in (0, 1)}
+    for name in others:
+        (held / name).mkdir(parents=True)
+    assert run(done, network, "--num-parts", "2", "--part-id", "1") == 0
+    assert os.listdir(held) == [f".unireg-batch-0-of-2-{'0' * 32}.tmp"]
 
 
 def test_part_of_an_id_is_the_same_everywhere():

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         options.use_device(args)
     out = Path(args.out)
     with _alone(out, args), _stop_on_signal(args.quiet) as stop:
-        outputs.sweep(out, worker.tag(args))
+        outputs.sweep(out, worker.tag(args), whole=args.num_parts == 1)
         book = journal.Journal(out / f"{worker.run_name(args)}.jsonl")
         with contextlib.closing(book):
             code = _run(args, cases, digest, book, stop)

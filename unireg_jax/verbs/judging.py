@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from unireg_jax.verbs import outputs
 
 COLUMNS = ("coverage", "local_ncc", "local_ncc_gain", "mirror_gain")  # of a table
 _TURNED = 1e6  # volume_factor of a label turned over: JSON has no infinity
-REJECTED = "rejected"  # folder in OUT of cases that the gate holds back
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qc-gate",
         action="store_true",
         help="a case whose quality is out of bounds fails; its results are kept apart "
-        f"in OUT/{REJECTED}/CASE",
+        f"in OUT/{outputs.REJECTED}/CASE",
     )
 
 
@@ -143,13 +142,21 @@ def finish(
         write_page(folder / outputs.PAGE, record, drawn)
 
 
-def hold_back(args: argparse.Namespace, folder: Path, record: Mapping) -> None:
+def hold_back(
+    args: argparse.Namespace,
+    folder: Path,
+    record: Mapping[str, Any],
+    *,
+    tag: str = "",
+    claim: Callable[[], None] = lambda: None,
+) -> None:
     """Keeps the results of a case that the gate refuses apart; after it is sealed.
 
     Args:
         args: of `add_arguments`, with `out`.
         folder: from `outputs.case_folder`; emptied if the case is refused.
         record: from `finish`.
+        tag, claim: as of `outputs.case_folder`.
 
     Raises:
         UserError: the first finding, exit code 4, if the gate refuses the case.
@@ -157,10 +164,11 @@ def hold_back(args: argparse.Namespace, folder: Path, record: Mapping) -> None:
     if not args.qc_gate or record["status"] != "failed":
         return
     name = str(record["case"])
-    with outputs.case_folder(Path(args.out) / REJECTED, name, True) as apart:
+    kept = Path(args.out) / outputs.REJECTED
+    with outputs.case_folder(kept, name, True, tag=tag, claim=claim) as apart:
         for file in folder.iterdir():
             os.replace(file, apart / file.name)
-    _refuse(record, f"results are kept in {REJECTED}/{shown(name)}")
+    _refuse(record, f"results are kept in {outputs.REJECTED}/{shown(name)}")
 
 
 def check_kept(args: argparse.Namespace, record: Mapping[str, Any]) -> None:

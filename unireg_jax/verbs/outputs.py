@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ OUTPUTS = (  # the record comes last: it says that a case is whole
     "run.json",
 )
 PAGE = "qc.html"  # of a case, a view of the rest
+REJECTED = "rejected"  # folder in OUT of cases that the gate holds back
+_LITTER_S = 86400  # after which a file that no run of `batch` marked is one
 
 
 def check_out(out: Path) -> None:
@@ -103,11 +106,40 @@ def case_folder(
                 out.rmdir()  # only if empty
 
 
-def sweep(out: Path, tag: str) -> None:
-    """Removes temporary folders that a killed run of this tag left; hold its lock."""
-    length = len(uuid.uuid4().hex)
-    for temp in out.glob(f".unireg-{tag}{'?' * length}.tmp"):
+def sweep(out: Path, tag: str, whole: bool = False) -> None:
+    """Removes what killed runs left, in OUT and among its rejected cases.
+
+    Args:
+        out: folder; its lock is held, so no other run of `tag` is at work.
+        tag: of temporary folders, as in `case_folder`.
+        whole: no run of any part is at work either: what starts with `tag` goes, too,
+            and what has no tag, of `register` or a table, once it is a day old; a
+            younger one may be in work.
+    """
+    name = f"{'?' * len(uuid.uuid4().hex)}.tmp"
+    for folder in (out, out / REJECTED):
+        if folder.is_symlink() and folder != out:
+            continue
+        found = set(folder.glob(f".unireg-{tag}{'*' if whole else ''}{name}"))
+        if whole:
+            found |= {p for p in folder.glob(f".unireg-{name}") if _is_old(p)}
+        for temp in found:
+            _remove(temp)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.lstat().st_mtime > _LITTER_S
+    except OSError:  # gone meanwhile
+        return False
+
+
+def _remove(temp: Path) -> None:
+    if temp.is_dir() and not temp.is_symlink():
         shutil.rmtree(temp, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            temp.unlink()
 
 
 def _publish(temp: Path, final: Path, case: str) -> None:

@@ -175,7 +175,7 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
         rows = manifest.read_cases(args.list, roots=args.data_root)
         listed = {row.id: row for row in rows}
     entries, cases = [], []
-    for parent in (folder, folder / judging.REJECTED):
+    for parent in (folder, folder / outputs.REJECTED):
         for record in sorted(parent.glob("*/*_run.json")):
             try:
                 cases.append(_read(record.parent))
@@ -226,7 +226,7 @@ def _entry(case: _Case, target: Path, page: Path | None, thumbs) -> index.Entry:
     mean = _dict(_dict(case.record.get("scores")).get("mean"))
     if isinstance(dsc := mean.get("dsc"), int | float):
         values["dsc"] = dsc
-    held = case.folder.parent.name == judging.REJECTED
+    held = case.folder.parent.name == outputs.REJECTED
     reasons = [line.partition(":")[0] for line in told.warnings(case.record)]
     status = "failed" if held else told.status(case.record)
     link = None

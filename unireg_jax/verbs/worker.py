@@ -131,7 +131,7 @@ class Worker:
             record["timings"]["total"] = round(total, 3)
             judging.finish(args, folder, record, inputs.fixed, inputs.moving, result)
             results.seal(folder, record)
-            judging.hold_back(args, folder, record)
+            judging.hold_back(args, folder, record, tag=tag(args), claim=claim)
         return record, False
 
     def _load(self):
