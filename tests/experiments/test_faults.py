@@ -99,6 +99,19 @@ def test_switches_of_devices_restore_the_same_bits(tmp_path):
     assert found["faults"] == []
 
 
+def test_lines_of_other_devices_must_be_the_same_lines():
+    lines = [{"step": n, "train/loss": 0.5 * n, "train/loss/x": 2.0} for n in (1, 2)]
+    near = [row | {"train/loss": 1.01 * row["train/loss"]} for row in lines]
+    faults, worst = devices.compare(lines, near)
+    assert faults == [] and worst == pytest.approx(0.01 / 1.01)
+    task = {"step": 2, "train/loss": 1.0, "train/loss/y": 2.0}
+    for last in ([task], [], [lines[1] | {"step": 3}], [lines[1]] * 2):
+        (fault,), _ = devices.compare(lines, [lines[0], *last])
+        assert "other lines of the log" in fault
+    (fault,), _ = devices.compare(lines, [lines[0], lines[1] | {"train/loss": 1.1}])
+    assert "a loss differs by 9.1%" in fault
+
+
 # --- docs/reliability.md ---
 
 
