@@ -369,6 +369,19 @@ def test_pair_that_was_given_up_is_not_held_back_either(folder, network):
     assert len(seen) == 1 and seen[0].startswith(f".unireg-{worker.tag(args)}")
 
 
+def test_case_that_passes_is_no_longer_held_back(folder, network):
+    good = (folder / "s1.nii").read_bytes()
+    flat(folder, "s1.nii")
+    put(folder, rows()[:1])
+    assert run(folder, network, "--qc-gate") == errors.FAILED
+    held = folder / "out" / outputs.REJECTED / "a1"
+    assert (held / "a1_run.json").is_file()
+    (folder / "s1.nii").write_bytes(good)
+    assert run(folder, network) == 0
+    assert (folder / "out" / "a1" / "a1_run.json").is_file()
+    assert not held.exists()
+
+
 # --- going on -----------------------------------------------------------------------
 
 

@@ -59,6 +59,8 @@ def case_folder(
 ) -> Iterator[Path]:
     """A temporary folder whose files reach OUT/CASE when the block ends well.
 
+    Results of the same case that the gate held back before are removed then.
+
     Args:
         out: folder, made if absent.
         case: name of the folder inside.
@@ -99,6 +101,7 @@ def case_folder(
             _publish(temp, final, case)
         except OSError as error:
             raise storage_fault(final, error) from error
+        _release(out / REJECTED / case, case)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
         if made:
@@ -148,7 +151,7 @@ def _publish(temp: Path, final: Path, case: str) -> None:
         sync(temp)
         os.rename(temp, final)
     else:
-        names = (PAGE, *(f"{case}_{name}" for name in OUTPUTS))
+        names = _names(case)
         for name in reversed(names):
             (final / name).unlink(missing_ok=True)
         for name in names:
@@ -156,6 +159,21 @@ def _publish(temp: Path, final: Path, case: str) -> None:
                 os.replace(temp / name, final / name)
         sync(final)
     sync(final.parent)
+
+
+def _names(case: str) -> tuple[str, ...]:
+    """Files of a case, the record last."""
+    return PAGE, *(f"{case}_{name}" for name in OUTPUTS)
+
+
+def _release(held: Path, case: str) -> None:
+    """Removes results that an earlier run held back, of a case that is published."""
+    if held.is_symlink() or held.parent.is_symlink():
+        return
+    with contextlib.suppress(OSError):
+        for name in reversed(_names(case)):
+            (held / name).unlink(missing_ok=True)
+        held.rmdir()  # only if empty
 
 
 def sync(folder: Path) -> None:
