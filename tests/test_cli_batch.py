@@ -748,3 +748,23 @@ def test_ray_actors_do_the_same(done, network, tmp_path):
         assert field == clean[f"{name}_1Warp.nii.gz"]
     assert run(done, network) == errors.PARTLY  # goes on without Ray
     assert told(done)[1] == 5
+
+
+KEPT = """
+import signal
+import ray
+from unireg_jax.verbs import ray_job
+def handle(number, frame): pass
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, handle)
+ray_job.start()
+found = [signal.getsignal(n) is handle for n in (signal.SIGTERM, signal.SIGINT)]
+ray.shutdown()
+assert found == [True, True], found
+"""
+
+
+@pytest.mark.slow
+def test_ray_leaves_signals_to_the_run():
+    pytest.importorskip("ray")
+    subprocess.run([sys.executable, "-c", KEPT], cwd=REPO, check=True)

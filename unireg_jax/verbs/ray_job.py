@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -40,6 +41,22 @@ class Actor:
         return {"case": list(rows["case"]), "item": items}
 
 
+def start() -> None:
+    """Joins or starts a cluster; whoever handles signals goes on doing so.
+
+    Ray would have SIGTERM end this process at once.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # one that Python did not set
+                    signal.signal(number, handler)
+
+
 def run(
     args: argparse.Namespace,
     cases: Sequence[Case],
@@ -66,7 +83,7 @@ def run(
     """
     ours = not ray.is_initialized()
     if ours:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        start()
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         context = ray.data.DataContext.get_current()
