@@ -177,6 +177,8 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
     entries, cases = [], []
     for parent in (folder, folder / outputs.REJECTED):
         for record in sorted(parent.glob("*/*_run.json")):
+            if record.parent.name.startswith("."):  # of a run at work, or killed
+                continue
             try:
                 cases.append(_read(record.parent))
             except UserError as error:
