@@ -468,7 +468,7 @@ def looks_like(block: bytes) -> str:
         if block.startswith(magic):
             return words
     if block[128:132] == b"DICM":
-        return "a DICOM slice; convert the series to NIfTI"
+        return "a DICOM slice; pass the folder of the series"
     text = block.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html")):
         return "an HTML page, probably an error message of a download"
