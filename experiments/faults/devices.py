@@ -49,7 +49,7 @@ def campaign(folder: Path, *, switches: int, seed: int = 0) -> dict:
             data,
             shape=victim.SHAPE,
             spacing_mm=victim.SPACING_MM,
-            subjects_per_task=6,
+            subjects_per_task=10,  # 42 training pairs; no fewer than devices
             tasks=("headneck", "lung"),
         )
     fields = {"data__batch_size": 8, "train__steps": _STEPS * (switches + 1)}
