@@ -329,6 +329,7 @@ def test_register_overwrites_only_when_asked(scans, tmp_path, network, capsys):
         (["--type", "both"], errors.USAGE, "invalid choice"),
         (["--affine", "warp"], errors.USAGE, "invalid choice"),
         (["--unknown"], errors.USAGE, "unrecognized arguments"),
+        (["--afine", "rigid"], errors.USAGE, "did you mean --affine"),
         (["--case", "a/b"], errors.USAGE, "id_invalid"),
         (["--case", ""], errors.USAGE, "id_invalid"),
         (["--case", "x" * 300], errors.USAGE, "id_invalid"),

@@ -6,8 +6,10 @@ code of unireg_jax/errors.py; anything else is our fault and exit code 1.
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -102,6 +104,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     called = next((word for word in words if not word.startswith("-")), None)
+    speaker: argparse.ArgumentParser = parser
     for name, line in VERBS.items():
         verb = verbs.add_parser(name, help=line)
         if name == called:
@@ -110,7 +113,19 @@ def _parse(words: list[str]) -> argparse.Namespace:
             )
             module.add_arguments(verb)
             verb.set_defaults(run=module.run)
-    return parser.parse_args(words)
+            speaker = verb
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        what = f"unrecognized arguments: {' '.join(unknown)}"
+        speaker.error(what + _hint(speaker, unknown[0]))
+    return args
+
+
+def _hint(parser: argparse.ArgumentParser, word: str) -> str:
+    """The option that was probably meant."""
+    known = re.findall("--[a-z-]+", parser.format_help())
+    close = difflib.get_close_matches(word.partition("=")[0], known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _dashes(word: str) -> str:
