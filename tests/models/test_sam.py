@@ -71,7 +71,9 @@ def test_folded_equals_trained_and_slabs_equal_the_whole(variables, hu):
         np.testing.assert_allclose(np.linalg.norm(c, axis=-1), 1.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("last", [(2, 2, 2), (1, 1, 2)])
+@pytest.mark.parametrize(
+    "last", [(2, 2, 2), pytest.param((1, 1, 2), marks=pytest.mark.slow)]
+)
 def test_cpu_formulation_equals_the_direct_one(last, hu):
     params = jax.jit(embedding.initializer(sam.Sam(**SMALL, last_stride=last)))(
         jax.random.key(2)

@@ -151,6 +151,7 @@ def test_conv3d_gradient_matches_finite_differences(key):
     )
 
 
+@pytest.mark.slow
 def test_conv3d_needs_scratch_for_slices_only(key):
     """At 96 x 32 x 32 no map of the volume's size but the result and gradients."""
     block = _block(key, (1, 96, 32, 32), 8, (8,), 8)

@@ -82,6 +82,7 @@ def test_cell_centres_are_those_of_their_voxels():
     assert not cells.body[:, 0].any() and cells.body[:, -1].all()
 
 
+@pytest.mark.slow
 def test_loss_prefers_features_that_follow_the_place(key):
     """Features that are a smooth function of mm beat random ones, and hit."""
     batch = make_batch()
