@@ -167,6 +167,7 @@ def trainer():
     return network, tx, step
 
 
+@pytest.mark.slow
 def test_step_trains_updates_statistics_and_traces_once(trainer):
     network, tx, step = trainer
     state = embedding.make_state(network, tx, seed=0)

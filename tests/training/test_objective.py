@@ -123,6 +123,7 @@ def test_prepare_applies_the_alignment():
     assert float(pair.moving[0, -1, 0, 0, 0]) == -1
 
 
+@pytest.mark.slow
 def test_compiled_training_step_holds_no_scatter_but_the_label_counts():
     """Gathers and reshapes only: bit-exact on every backend, and the fastest form.
 

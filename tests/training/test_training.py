@@ -401,6 +401,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(phantoms):
     """Data parallel over two simulated devices: same loss, parameters within Adam's
     amplification of rounding."""
