@@ -18,10 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from absl import flags
-
 from data_pipeline import synthetic
-from experiments import cli
 from experiments.faults import victim
 from unireg_jax.training import log
 
@@ -127,22 +124,10 @@ def _losses(path: Path) -> list[dict[str, float]]:
     ]
 
 
-def main(argv) -> None:
-    del argv
-    cli.setup()
-    given = flags.FLAGS
-    folder = Path(given.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    victim.report(
-        campaign="devices",
-        **campaign(folder, switches=given.switches, seed=given.seed),
-    )
-
-
 if __name__ == "__main__":
-    # Here, so that one script can import another.
-    flags.DEFINE_string("workdir", None, "Folder of the campaign; empty or absent.")
-    flags.DEFINE_integer("switches", 10, "Changes of the number of devices.")
-    flags.DEFINE_integer("seed", 0, "Of their order.")
-    flags.mark_flags_as_required(["workdir"])
-    cli.run(main)
+    victim.main(
+        "devices",
+        campaign,
+        switches=(10, "Changes of the number of devices."),
+        seed=(0, "Of their order."),
+    )

@@ -14,9 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import flags
-
-from experiments import cli
 from experiments.faults import victim
 from unireg_jax.training import manifest
 from unireg_jax.training.steps import Steps
@@ -147,23 +144,11 @@ class _Bench:
         return victim.state_digest(self._steps[self._newest])
 
 
-def main(argv) -> None:
-    del argv
-    cli.setup()
-    given = flags.FLAGS
-    folder = Path(given.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    victim.report(
-        campaign="flips",
-        **campaign(folder, flips=given.flips, restores=given.restores, seed=given.seed),
-    )
-
-
 if __name__ == "__main__":
-    # Here, so that one script can import another.
-    flags.DEFINE_string("workdir", None, "Folder of the campaign; empty or absent.")
-    flags.DEFINE_integer("flips", 10_000, "Single bits.")
-    flags.DEFINE_integer("restores", 500, "How many are followed by a restore.")
-    flags.DEFINE_integer("seed", 0, "Of the schedule.")
-    flags.mark_flags_as_required(["workdir"])
-    cli.run(main)
+    victim.main(
+        "flips",
+        campaign,
+        flips=(10_000, "Single bits."),
+        restores=(500, "How many are followed by a restore."),
+        seed=(0, "Of the schedule."),
+    )

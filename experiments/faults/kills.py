@@ -15,9 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-from absl import flags
-
-from experiments import cli
 from experiments.faults import victim
 
 _AIMS = ("start", *("save", "steps") * 3, *("save",) * 3)  # of ten kills
@@ -124,23 +121,11 @@ def _kill_once(run: victim.Victim, n: int, rows: list, seed: int) -> dict:
     }
 
 
-def main(argv) -> None:
-    del argv
-    cli.setup()
-    given = flags.FLAGS
-    folder = Path(given.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    victim.report(
-        campaign="kills",
-        **campaign(folder, kills=given.kills, steps=given.steps, seed=given.seed),
-    )
-
-
 if __name__ == "__main__":
-    # Here, so that one script can import another.
-    flags.DEFINE_string("workdir", None, "Folder of the campaign.")
-    flags.DEFINE_integer("kills", 100, "SIGKILLs.")
-    flags.DEFINE_integer("steps", 1000, "Steps of the run.")
-    flags.DEFINE_integer("seed", 0, "Of the schedule.")
-    flags.mark_flags_as_required(["workdir"])
-    cli.run(main)
+    victim.main(
+        "kills",
+        campaign,
+        kills=(100, "SIGKILLs."),
+        steps=(1000, "Steps of the run."),
+        seed=(0, "Of the schedule."),
+    )

@@ -18,9 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-from absl import flags
-
-from experiments import cli
 from experiments.faults import victim
 from unireg_jax.errors import PREEMPTED
 from unireg_jax.training import log
@@ -129,23 +126,11 @@ def _opened_log(workdir: Path, process: int) -> bool:
     return False
 
 
-def main(argv) -> None:
-    del argv
-    cli.setup()
-    given = flags.FLAGS
-    folder = Path(given.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    victim.report(
-        campaign="signals",
-        **campaign(folder, signals=given.signals, steps=given.steps, seed=given.seed),
-    )
-
-
 if __name__ == "__main__":
-    # Here, so that one script can import another.
-    flags.DEFINE_string("workdir", None, "Folder of the campaign; empty or absent.")
-    flags.DEFINE_integer("signals", 50, "Signals.")
-    flags.DEFINE_integer("steps", 500, "Steps of the run.")
-    flags.DEFINE_integer("seed", 0, "Of the schedule.")
-    flags.mark_flags_as_required(["workdir"])
-    cli.run(main)
+    victim.main(
+        "signals",
+        campaign,
+        signals=(50, "Signals."),
+        steps=(500, "Steps of the run."),
+        seed=(0, "Of the schedule."),
+    )

@@ -20,9 +20,10 @@ import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import flags
 
 from data_pipeline import synthetic
-from experiments import unireg
+from experiments import cli, unireg
 from unireg_jax.training import checkpoint, log
 from unireg_jax.training.steps import Steps
 
@@ -223,6 +224,31 @@ def state_digest(folder: Path) -> str:
     for path in sorted((folder / "data").glob("process_*.json")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def main(name: str, campaign: Callable[..., dict], **numbers: tuple[int, str]) -> None:
+    """Runs a campaign from the command line.
+
+    Args:
+        name: of the campaign.
+        campaign: campaign(folder, **numbers) -> counts, see `report`.
+        numbers: default and help of each of its numbers, which become flags.
+    """
+
+    def run(argv) -> None:
+        del argv
+        cli.setup()
+        given = flags.FLAGS
+        folder = Path(given.workdir).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = campaign(folder, **{key: given[key].value for key in numbers})
+        report(campaign=name, **counts)
+
+    flags.DEFINE_string("workdir", None, "Folder of the campaign; empty or absent.")
+    for key, (default, text) in numbers.items():
+        flags.DEFINE_integer(key, default, text)
+    flags.mark_flags_as_required(["workdir"])
+    cli.run(run)
 
 
 def report(**counts: Any) -> None:
