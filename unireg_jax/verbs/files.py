@@ -1,7 +1,6 @@
 """Files of the verbs that read transforms: arguments, checks, reading, writing."""
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -179,15 +178,9 @@ def report(args: argparse.Namespace, verb: str, **content: Any) -> None:
 
 def _file(path: str) -> dict[str, Any]:
     """Name and digest; of a folder of slices, the digest of their digests."""
-    found = [outputs.digest(one) for one in scans.files_of(path)]
-    if len(found) == 1:
-        return {"name": Path(path).name, **found[0]}
-    joined = "".join(one["sha256"] for one in found).encode()
     return {
         "name": Path(path).name,
-        "files": len(found),
-        "sha256": hashlib.sha256(joined).hexdigest(),
-        "bytes": sum(one["bytes"] for one in found),
+        **outputs.digest_of(scans.files_of(path)),
     }
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,19 @@ def digest(path: Path) -> dict[str, Any]:
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             "bytes": os.fstat(file.fileno()).st_size,
         }
+
+
+def digest_of(files: Sequence[Path]) -> dict[str, Any]:
+    """Of one file its own digest; of several that of their digests, in their order."""
+    found = [digest(file) for file in files]
+    if len(found) == 1:
+        return found[0]
+    together = "".join(one["sha256"] for one in found)
+    return {
+        "sha256": hashlib.sha256(together.encode()).hexdigest(),
+        "bytes": sum(one["bytes"] for one in found),
+        "files": len(found),
+    }
 
 
 def case_name(given: str | None, fixed: str, moving: str) -> str:

@@ -256,7 +256,9 @@ class Files:
         for file in files:
             nifti.check_file(file)
         try:
-            return self._digests.get(_state(path), lambda: _digest(files), path)
+            return self._digests.get(
+                _state(path), lambda: outputs.digest_of(files), path
+            )
         except PermissionError as error:
             raise nifti.permission_error(path) from error
 
@@ -265,19 +267,6 @@ class Files:
 
     def _label(self, path):
         return self._labels.get(_state(path), lambda: scans.read_labels(path))
-
-
-def _digest(files: list[Path]) -> dict[str, Any]:
-    """Of one file its own; of several that of their digests, in their order."""
-    found = [outputs.digest(file) for file in files]
-    if len(found) == 1:
-        return found[0]
-    together = "".join(one["sha256"] for one in found)
-    return {
-        "sha256": hashlib.sha256(together.encode()).hexdigest(),
-        "bytes": sum(one["bytes"] for one in found),
-        "files": len(found),
-    }
 
 
 def _state(path: str) -> tuple:
@@ -374,8 +363,7 @@ def _write_transforms(prefix: Path, result, fixed) -> list[str]:
     grid = {"vox2world": result.vox2world, "like": fixed}
     transforms.write_field(f"{prefix}_1Warp.nii.gz", result.disp_mm, **grid)
     transforms.write_affine_txt(f"{prefix}_0GenericAffine.txt", result.affine)
-    axes = result.vox2world[:3, :3] / np.array(fixed.spacing_mm)
-    if np.abs(axes.T @ axes - np.eye(3)).max() > 1e-4:
+    if transforms.has_shear(result.vox2world):
         return ["no Composite.h5: ITK cannot hold the shear of the fixed grid"]
     residual = registration.residual_mm(result)
     path = f"{prefix}_Composite.h5"
