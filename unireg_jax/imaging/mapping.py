@@ -429,6 +429,19 @@ def resample(
     return out
 
 
+def fill_of(data: np.ndarray) -> float:
+    """Gives the usual value beyond a scan.
+
+    Args:
+        data: its voxels.
+
+    Returns:
+        Air for a CT; the smallest value of an image that holds no air.
+    """
+    low = float(data.min())
+    return AIR_HU if low < AIR_HU / 2 else low
+
+
 def flatten(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.ndarray:
     """Samples the whole map as one displacement field.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from unireg_jax.errors import NUMERICAL, USAGE, UserError
 from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import nifti, orientation, preprocess, scans
+from unireg_jax.imaging import mapping, nifti, orientation, preprocess, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.ops import intensity, warp
@@ -40,7 +40,6 @@ from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 NO_TASK = "none"
 AUTO_TASK = "auto"
 AFFINES = ("auto", *prealign.KINDS, "features", "coarse")
-_AIR_HU = -1000
 _FOLDS_PERCENT = 1.0  # more is worth a look
 _LEAST_NCC = 0.2  # less is no match
 _RANGE_MM = 1000.0  # no field between two aligned scans of a body is longer
@@ -596,7 +595,7 @@ def _prewarp(hu: np.ndarray, disp: jax.Array) -> np.ndarray:
         valid = intensity.valid(hu).astype(jnp.float32)
         reached = warp.warp(valid, disp)[..., 0] * warp.inside(disp)
         # The marker of what lies outside is no HU to interpolate.
-        image = jnp.maximum(hu.astype(jnp.float32), _AIR_HU)
+        image = jnp.maximum(hu.astype(jnp.float32), mapping.AIR_HU)
         image = jnp.round(warp.warp(image, disp))[..., 0]
         return jnp.where(reached > 0.5, image, OUTSIDE_HU).astype(jnp.int16)[0]
 
@@ -845,7 +844,7 @@ def _to_native(target, source, matrix, disp, grid):
         jnp.asarray(disp[None]),
         jnp.asarray(padded[None, ..., None], jnp.float32),
         place,
-        np.float32(_fill(source.data)),
+        np.float32(mapping.fill_of(source.data)),
         shape=(*shape[:2], depth),
     )
     whole = np.issubdtype(source.data.dtype, np.integer)
@@ -895,9 +894,3 @@ def _apply(matrix, vectors):
     if matrix.shape == (4, 4):
         out = out + jnp.broadcast_to(matrix[:3, 3], out.shape)
     return out
-
-
-def _fill(data: np.ndarray) -> float:
-    """Air for a CT; the smallest value for an image that holds no air."""
-    low = float(data.min())
-    return _AIR_HU if low < _AIR_HU / 2 else low

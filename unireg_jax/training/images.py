@@ -4,11 +4,11 @@ A row per mid-plane (axial, coronal, sagittal); its panels are fixed, moving, wa
 their difference and the field.
 """
 
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from unireg_jax import png
 
 _EDGE = 192  # least pixels of a panel's longer side
 _GAP = 2  # pixels between panels
@@ -45,17 +45,7 @@ def encode_png(rgb: np.ndarray) -> bytes:
     """Encodes [H, W, 3] uint8 as a PNG file."""
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"rgb must be [H, W, 3] uint8, got {rgb.shape} {rgb.dtype}")
-    height, width, _ = rgb.shape
-    # Every line begins with the number of its filter: none.
-    lines = np.pad(rgb.reshape(height, -1), ((0, 0), (1, 0))).tobytes()
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*part) for part in parts)
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    body = kind + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+    return png.encode(rgb)
 
 
 def _row(plane: Mapping[str, np.ndarray], axis: int) -> np.ndarray:

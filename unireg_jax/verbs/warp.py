@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             f"warning: {shown(args.moving)} looks like a label map; --interp label "
             "keeps its ids"
         )
-    fill = 0 if label else _air(moving.data)
+    fill = 0 if label else mapping.fill_of(moving.data)
     fill = fill if args.fill_value is None else args.fill_value
     moving, dtype = _stored(moving, fill)
     say("warping")
@@ -104,12 +104,6 @@ def _reaches(whole: mapping.Mapping, moving: Volume, grid: mapping.Grid) -> bool
     """Whether any voxel of the grid is read within the moving scan."""
     there = moving._replace(data=np.ones(moving.data.shape, np.uint8))
     return bool(mapping.resample(whole, there, grid, interp="nearest").any())
-
-
-def _air(data: np.ndarray) -> float:
-    """Air for a CT; the smallest value for an image that holds no air."""
-    low = float(data.min())
-    return mapping.AIR_HU if low < mapping.AIR_HU / 2 else low
 
 
 def _stored(moving: Volume, fill: float) -> tuple[Volume, np.dtype]:
