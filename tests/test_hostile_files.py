@@ -159,7 +159,8 @@ def _claims(path):
         text = _NRRD.replace("4 4 4", sizes).replace(
             "dimension: 3", f"dimension: {count}"
         )
-        path.write_text(text.format("space dimension: 3"))
+        line = "kinds: vector domain domain domain" if count == "4" else "endian: little"
+        path.write_text(text.format(line))
     assert path.stat().st_size < 20_000
     return path
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from unireg_jax import errors
 from unireg_jax.errors import UserError
-from unireg_jax.imaging import nifti, orientation, transforms
+from unireg_jax.imaging import itk_files, nifti, orientation, transforms
 
 SHAPE = (5, 6, 7)
 SPACING = (3.0, 2.5, 4.0)
@@ -683,8 +683,8 @@ def test_read_itk_image_refuses(tmp_path):
         ((b"left-posterior", b"right-anterior"), "schema", "vectors in LPS, got right"),
         (
             (b"encoding: gzip", b"encoding: raw!"),
-            "truncated",
-            "an image that ITK reads",
+            "not_nifti",
+            "none that ITK reads",
         ),
     ):
         (tmp_path / "b.nrrd").write_bytes(content.replace(*change))
@@ -702,7 +702,7 @@ def test_read_itk_image_names_its_extra(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a name in .nrrd, .nhdr") as caught:
         transforms.spelling(tmp_path / "a.field")
     assert caught.value.reason == "name_mismatch"
-    monkeypatch.setattr(transforms.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(itk_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"unireg-jax\[itk\]") as caught:
         transforms.read_itk_image(tmp_path / "a.nrrd")
     assert (caught.value.reason, caught.value.exit_code) == ("not_installed", 2)

@@ -1,14 +1,20 @@
-"""NRRD and MetaImage: which reader of ITK, and whose voxels.
+"""NRRD and MetaImage, read by SimpleITK: which of its readers, and whose voxels.
 
 The header of such a file may name any file as its voxels. One that comes from elsewhere
 must not pull another file of this machine into a result.
 """
 
+import importlib.util
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from unireg_jax.errors import FAILED, UserError, shown
+import numpy as np
+
+from unireg_jax.errors import FAILED, USAGE, UserError, shown
+from unireg_jax.imaging import nifti
 
 # By name, not by content: ITK has readers for dozens of formats nobody asked for.
 IMAGE_IO = {
@@ -21,6 +27,78 @@ _DATA_ENDINGS = (".raw", ".zraw", ".raw.gz", ".img")
 _LARGEST_HEADER = 1 << 16  # bytes
 _META_NAME = re.compile(rb"(?im)^\s*(ElementDataFile)\s*[=:]\s*(.*?)\s*$")
 _NRRD_NAME = re.compile(rb"(?im)^\s*data ?file\s*:\s*(.*?)\s*$")
+
+
+class Image(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        voxels: [X, Y, Z], or [X, Y, Z, C] of several components, axes as stored.
+        vox2world: [4, 4] float64, voxel index -> LPS mm.
+        told: further lines of the header.
+    """
+
+    voxels: np.ndarray
+    vox2world: np.ndarray
+    told: dict[str, str]
+
+
+def read(
+    path: str | os.PathLike, check: Callable[[tuple[int, ...], int], None]
+) -> Image:
+    """Reads one volume.
+
+    Args:
+        path: `.nrrd`, `.nhdr`, `.mha` or `.mhd`.
+        check: called with the size, three axes or more, of which only three may be
+            longer than 1, and the number of components, before any voxel is read;
+            raises for what is not wanted.
+
+    Returns:
+        Image.
+
+    Raises:
+        UserError: `not_found`, `not_a_file`, `permission`, `empty`, `path_escape`;
+            `not_installed`, exit code 2, without SimpleITK; `not_nifti` for what ITK
+            does not read; what `check` raises.
+    """
+    if importlib.util.find_spec("SimpleITK") is None:
+        raise UserError(
+            "not_installed",
+            f"{shown(path)}: NRRD and MetaImage are read by SimpleITK, got none; run "
+            "`pip install unireg-jax[itk]`, or convert the file to NIfTI",
+            USAGE,
+        )
+    import SimpleITK as sitk  # an extra: only who reads these formats needs it
+
+    nifti.check_file(path)
+    check_own_voxels(path)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(IMAGE_IO[Path(path).suffix.lower()])
+    reader.SetFileName(os.fspath(path))
+    try:
+        reader.ReadImageInformation()
+        size = reader.GetSize()
+        check(size, reader.GetNumberOfComponents())
+        image = reader.Execute()
+        array = sitk.GetArrayFromImage(image)
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1][-160:]
+        raise UserError(
+            "not_nifti",
+            f"{shown(path)}: not_nifti: expected a whole NRRD or MetaImage file, got "
+            f"none that ITK reads: {last}; export it again, or convert it to NIfTI",
+        ) from error
+    components = array.shape[len(size) :]
+    # ITK's arrays begin with the last axis, and end with the components.
+    order = (*reversed(range(len(size))), *range(len(size), array.ndim))
+    turn = np.array(image.GetDirection()).reshape(len(size), len(size))
+    vox2world = np.eye(4)
+    vox2world[:3, :3] = turn[:3, :3] * np.array(image.GetSpacing())[None, :3]
+    vox2world[:3, 3] = image.GetOrigin()[:3]
+    told = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
+    voxels = array.transpose(order).reshape(*size[:3], *components)
+    return Image(voxels, vox2world, told)
 
 
 def data_files(path: str | os.PathLike) -> list[Path]:

@@ -5,14 +5,13 @@ of DICOM slices pydicom (the extra `dicom`). Whatever it came from, a volume has
 axes, and its results go back to the grid that was stored.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from unireg_jax.errors import FAILED, LIMIT, USAGE, UserError, shown
+from unireg_jax.errors import FAILED, LIMIT, UserError, shown
 from unireg_jax.imaging import dicom, itk_files, nifti, orientation
 from unireg_jax.imaging.nifti import Native, Volume
 
@@ -123,43 +122,14 @@ def _volume(path, array, vox2world, warnings) -> Volume:
 
 def _read_itk(path, max_voxels) -> tuple[np.ndarray, np.ndarray]:
     """Voxels [X, Y, Z] as stored, and voxel -> LPS mm."""
-    if importlib.util.find_spec("SimpleITK") is None:
-        raise UserError(
-            "not_installed",
-            f"{shown(path)}: NRRD and MetaImage are read by SimpleITK, got none; run "
-            "`pip install unireg-jax[itk]`, or convert the file to NIfTI",
-            USAGE,
-        )
-    import SimpleITK as sitk  # an extra: only who reads these formats needs it
 
-    nifti.check_file(path)
-    itk_files.check_own_voxels(path)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO(itk_files.IMAGE_IO[Path(path).suffix.lower()])
-    reader.SetFileName(os.fspath(path))
-    try:
-        reader.ReadImageInformation()
-        size = reader.GetSize()
-        _check_shape(path, size, reader.GetNumberOfComponents(), max_voxels)
-        image = reader.Execute()
-        array = sitk.GetArrayFromImage(image)
-    except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1][:160]
-        raise _fault(
-            "not_nifti",
-            path,
-            "a whole NRRD or MetaImage file",
-            f"none that ITK reads: {last}",
-            "export it again, or convert it to NIfTI",
-        ) from error
-    array = array.T.reshape(size[:3])  # ITK's arrays begin with z
-    spacing = np.array(image.GetSpacing())
-    turn = np.array(image.GetDirection()).reshape(len(size), len(size))
-    vox2world = np.eye(4)
-    vox2world[:3, :3] = turn[:3, :3] @ np.diag(spacing[:3])
-    vox2world[:3, 3] = image.GetOrigin()[:3]
-    nifti.check_extent(path, array.shape, spacing[:3])
-    return np.ascontiguousarray(array), vox2world
+    def check(size: tuple[int, ...], components: int) -> None:
+        _check_shape(path, size, components, max_voxels)
+
+    image = itk_files.read(path, check)
+    spacing = np.array(orientation.spacing_mm(image.vox2world))
+    nifti.check_extent(path, image.voxels.shape, spacing)
+    return np.ascontiguousarray(image.voxels), image.vox2world
 
 
 def _check_shape(path, size, components, max_voxels) -> None:

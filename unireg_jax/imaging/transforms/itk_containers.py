@@ -1,0 +1,287 @@
+"""Files in which ITK and ANTs keep transforms: HDF5, text, MATLAB 4.
+
+A file lists transforms, each by its kind and two rows of numbers. A composite lists
+its parts last-acting first.
+"""
+
+import os
+import struct
+import uuid
+from collections.abc import Sequence
+
+import h5py
+import numpy as np
+
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import nifti
+from unireg_jax.imaging.nifti import shown
+from unireg_jax.imaging.transforms import checks
+
+FIELD_KIND = "DisplacementFieldTransform"
+# kind, fixed parameters, parameters
+Listed = tuple[str, np.ndarray, np.ndarray]
+
+
+def read(path: str | os.PathLike) -> list[Listed]:
+    """Lists the transforms of a file of any kind.
+
+    Args:
+        path: HDF5 (`.h5`), ITK text (`.txt`, `.tfm`) or ANTs' binary affine (`.mat`).
+
+    Returns:
+        Kind, fixed parameters and parameters of each; a field's vectors float32.
+
+    Raises:
+        UserError: `not_found`, `not_a_file`, `permission`; `schema` for other content;
+            `too_large`.
+    """
+    nifti.check_file(path)
+    if checks.ends(path, ".mat"):
+        return _mat_transforms(path)
+    return _h5_transforms(path) if _magic(path) == b"\x89HDF" else read_text(path)
+
+
+def read_text(path: str | os.PathLike) -> list[Listed]:
+    """Lists the transforms of an ITK text file.
+
+    Args:
+        path: `.txt` or `.tfm`.
+
+    Returns:
+        As `read`.
+
+    Raises:
+        UserError: `not_found`, `not_a_file`, `permission`; `schema` for other content.
+    """
+    kinds: list[str] = []
+    numbers: list[dict[str, np.ndarray]] = []
+    for line in _read_text(path).splitlines():
+        key, _, value = line.partition(":")
+        if key == "Transform":
+            kinds.append(value.strip())
+            numbers.append({})
+        elif key in ("Parameters", "FixedParameters") and kinds:
+            try:
+                numbers[-1][key] = np.array([float(word) for word in value.split()])
+            except ValueError as error:
+                raise no_affine(path, f"{key} that are no numbers") from error
+    none = np.empty(0)
+    return [
+        (kind, found.get("FixedParameters", none), found.get("Parameters", none))
+        for kind, found in zip(kinds, numbers, strict=True)
+    ]
+
+
+def write_text(path: str | os.PathLike, transform: Listed) -> None:
+    """Writes one transform as ITK text.
+
+    Args:
+        path: name of the file.
+        transform: kind, fixed parameters and parameters.
+
+    Raises:
+        UserError: `storage`.
+    """
+    kind, fixed, parameters = transform
+    text = (
+        "#Insight Transform File V1.0\n"
+        "#Transform 0\n"
+        f"Transform: {kind}\n"
+        f"Parameters: {_numbers(parameters)}\n"
+        f"FixedParameters: {_numbers(fixed)}\n"
+    )
+    with nifti.atomic_path(path) as temp:
+        temp.write_text(text, encoding="ascii")
+
+
+def write_h5(path: str | os.PathLike, listed: Sequence[Listed]) -> None:
+    """Writes a composite as HDF5.
+
+    Args:
+        path: name of the file.
+        listed: kind, fixed parameters and parameters of its parts.
+
+    Raises:
+        UserError: `storage`.
+    """
+    # Made in memory: on a full disk the HDF5 library ends the process. It knows even
+    # such a file by its name, which two threads must not share.
+    name = f"{uuid.uuid4().hex}.h5"
+    with h5py.File(name, "w", driver="core", backing_store=False) as file:
+        root = file.create_group("TransformGroup")
+        _add_transform(root, 0, "CompositeTransform_double_3_3", None, None)
+        for number, entry in enumerate(listed, start=1):
+            _add_transform(root, number, *entry)
+        file.flush()
+        image = file.id.get_file_image()
+    with nifti.atomic_path(path) as temp:
+        temp.write_bytes(image)
+
+
+def _add_transform(
+    root: h5py.Group,
+    number: int,
+    kind: str,
+    fixed: np.ndarray | None,
+    parameters: np.ndarray | None,
+) -> None:
+    """One numbered group in ITK's HDF5 layout."""
+    group = root.create_group(str(number))
+    # An array of one variable-length string, as ITK writes it.
+    group.create_dataset("TransformType", data=[kind], dtype=h5py.string_dtype("ascii"))
+    if parameters is not None:
+        group["TransformFixedParameters"] = fixed
+        packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+        packed = packed if parameters.size > 1000 else {}
+        numbers = group.create_dataset(
+            "TransformParameters", parameters.shape, np.float64, **packed
+        )
+        # Widened by HDF5, chunk by chunk: no second copy of a large field.
+        numbers[...] = parameters
+
+
+def _h5_transforms(path: str | os.PathLike) -> list[Listed]:
+    """Those of an ITK HDF5 file; a field's vectors in float32."""
+    listed, total = [], 0
+    try:
+        with h5py.File(path, "r") as file:
+            root = file["TransformGroup"]
+            for number in sorted(root, key=int):
+                group = root[number]
+                kind = group["TransformType"][0].decode("ascii")
+                numbers = []
+                # SimpleITK spells fixed parameters so; others with their typing error.
+                for name in ("FixedParameters", "Parameters"):
+                    names = (f"Transform{name}", f"Tranform{name}")
+                    found = next((group[n] for n in names if n in group), None)
+                    total += 0 if found is None else found.size
+                    if total > checks.MAX_NUMBERS:
+                        raise checks.too_large(path, total)
+                    if found is not None and _elsewhere(found, file):
+                        raise ValueError(f"{name} that lie in another file")
+                    field = name == "Parameters" and kind.startswith(FIELD_KIND)
+                    dtype = np.float32 if field else np.float64
+                    numbers.append(
+                        np.empty(0) if found is None else found.astype(dtype)[()]
+                    )
+                listed.append((kind, *numbers))
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ) as error:
+        raise not_parts(path, " ".join(str(error).split())[:120]) from error
+    return listed
+
+
+def _mat_transforms(path: str | os.PathLike) -> list[Listed]:
+    """The one of an ANTs `.mat`: two named columns, as MATLAB 4 wrote them."""
+    found: dict[str, np.ndarray] = {}
+    try:
+        data = _beginning(path)
+        place = 0
+        while place < len(data) and len(found) < 2:
+            kind, rows, columns, imaginary, length = struct.unpack_from(
+                "<5i", data, place
+            )
+            place += 20
+            # Little-endian, full matrix: thousands and units are 0, tens the type.
+            if kind not in (0, 10) or imaginary or not 0 < length < 200:
+                raise ValueError("another kind of MATLAB file")
+            name = data[place : place + length].rstrip(b"\0").decode("ascii")
+            place += length
+            dtype = np.dtype("<f8" if kind == 0 else "<f4")
+            if not 0 <= rows * columns <= 1000:
+                raise ValueError(f"a matrix of {rows} x {columns}")
+            found[name] = np.frombuffer(data, dtype, rows * columns, place).astype(
+                np.float64
+            )
+            place += rows * columns * dtype.itemsize
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
+    except (OSError, ValueError, struct.error, UnicodeDecodeError) as error:
+        raise not_parts(path, str(error)) from error
+    center = found.pop("fixed", np.empty(0))
+    return [(kind, center, numbers) for kind, numbers in found.items()]
+
+
+def _numbers(values) -> str:
+    """Shortest decimal spelling that reads back to the same float64."""
+    return " ".join(repr(float(v)) for v in values)
+
+
+def _magic(path: str | os.PathLike) -> bytes:
+    """The first four bytes."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4)
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
+
+
+def _read_text(path: str | os.PathLike) -> str:
+    """A small text file whole."""
+    nifti.check_file(path)
+    try:
+        text = _beginning(path).decode("ascii")
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
+    except UnicodeDecodeError as error:
+        raise no_affine(path, "binary data") from error
+    if not text.startswith("#Insight Transform File"):
+        raise no_affine(path, "no '#Insight Transform File' line")
+    return text
+
+
+def _beginning(path: str | os.PathLike) -> bytes:
+    """As much as a transform without a field can have."""
+    with open(path, "rb") as file:
+        return file.read(1 << 16)
+
+
+def _elsewhere(found: h5py.Dataset, file: h5py.File) -> bool:
+    """Whether a dataset's numbers come of a file that the HDF5 file only names."""
+    return bool(
+        found.external or found.is_virtual or found.file.filename != file.filename
+    )
+
+
+def no_affine(path: str | os.PathLike, got: str) -> UserError:
+    """Makes the UserError of a file that is no affine as ITK text.
+
+    Args:
+        path: of the file.
+        got: what it holds instead.
+
+    Returns:
+        UserError, `schema`.
+    """
+    return UserError(
+        "schema",
+        f"{shown(path)}: schema: expected one 3-D affine as ITK text, got {got}; "
+        "convert it with ITK or ANTs",
+    )
+
+
+def not_parts(path: str | os.PathLike, got: str) -> UserError:
+    """Makes the UserError of a file that holds no such transform.
+
+    Args:
+        path: of the file.
+        got: what it holds instead.
+
+    Returns:
+        UserError, `schema`.
+    """
+    return UserError(
+        "schema",
+        f"{shown(path)}: schema: expected an ITK transform file of affines and "
+        f"displacement fields in 3-D, got {got}; sample other kinds as a displacement "
+        "field with ITK",
+    )

@@ -1,0 +1,64 @@
+"""How a transform is spelled, told by its content."""
+
+import gzip
+import os
+import struct
+import zlib
+
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import itk_files, nifti
+from unireg_jax.imaging.nifti import shown
+from unireg_jax.imaging.transforms import checks
+
+
+def spelling(path: str | os.PathLike) -> str:
+    """Tells by its content how a transform is spelled.
+
+    Args:
+        path: any file.
+
+    Returns:
+        "nifti", a 5-D field; "l2r", a Learn2Reg field (4-D NIfTI, `.npz`); "itk", a
+        transform file (`.h5`, text, `.mat`); "itk_image", NRRD or MetaImage.
+
+    Raises:
+        UserError: `not_found`, `not_a_file`, `permission`, `empty`; `schema` for what
+            is no transform; `name_mismatch` for NRRD or MetaImage under another name.
+    """
+    nifti.check_file(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(348)
+        if head[:2] == b"\x1f\x8b":
+            with gzip.open(path) as file:
+                head = file.read(348)
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
+    except (OSError, EOFError, zlib.error):
+        return "nifti"  # whose reader says what is wrong with it
+    for order in "<>":
+        size = struct.unpack(order + "i", head[:4].ljust(4, b"\0"))[0]
+        if size in (348, 540) and len(head) == 348:
+            place, number = (40, "8h") if size == 348 else (16, "8q")
+            dim = struct.unpack_from(order + number, head, place)
+            return "l2r" if dim[0] == 4 and dim[4] == 3 else "nifti"
+    if head.startswith((b"NRRD", b"ObjectType")):
+        if not checks.ends(path, tuple(itk_files.IMAGE_IO)):
+            raise UserError(
+                "name_mismatch",
+                f"{shown(path)}: name_mismatch: expected a name in "
+                f"{', '.join(itk_files.IMAGE_IO)}, got {nifti.looks_like(head)}; "
+                "rename the file",
+            )
+        return "itk_image"
+    if head.startswith(b"PK\x03\x04"):
+        return "l2r"
+    text = head.startswith(b"#Insight Transform File")
+    if text or head.startswith(b"\x89HDF") or checks.ends(path, ".mat"):
+        return "itk"
+    raise UserError(
+        "schema",
+        f"{shown(path)}: schema: expected a displacement field (NIfTI, NRRD), an ITK "
+        "transform (.h5, .txt, .tfm, .mat) or a Learn2Reg field (.nii.gz, .npz), got "
+        f"{nifti.looks_like(head)}; name the transform itself",
+    )
