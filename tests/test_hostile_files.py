@@ -159,7 +159,9 @@ def _claims(path):
         text = _NRRD.replace("4 4 4", sizes).replace(
             "dimension: 3", f"dimension: {count}"
         )
-        line = "kinds: vector domain domain domain" if count == "4" else "endian: little"
+        line = (
+            "kinds: vector domain domain domain" if count == "4" else "endian: little"
+        )
         path.write_text(text.format(line))
     assert path.stat().st_size < 20_000
     return path
