@@ -17,26 +17,38 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-def scans():
-    """A body with a structure per octant, and the same 6 mm to the left."""
+def scans(lung):
+    """A body, with a lung or without, and the same 6 mm to the left."""
     vox2world = np.diag([*SPACING, 1.0])
     index = np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij")
     x = np.stack(index, -1) - (np.array(SHAPE) - 1) / 2
-    body = np.square(x / (np.array(SHAPE) / 2.3)).sum(-1) < 1
+    radius = np.sqrt(np.square(x / (np.array(SHAPE) / 2.3)).sum(-1))
+    body = radius < 1
     hu = np.where(body, 40, -1000) + np.where(body, 90 * np.sin(x.sum(-1) / 2), 0)
+    if lung:
+        hu[radius < 0.6] = -800 + 60 * np.sin(x.sum(-1) / 2)[radius < 0.6]
     fixed = Volume(np.rint(hu).astype(np.int16), vox2world)
     moved = vox2world.copy()
     moved[0, 3] = 6.0
     return fixed, Volume(fixed.data, moved)
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    fixed, moving = scans()
+def draw(lung):
+    fixed, moving = scans(lung)
     disp = np.zeros((*SHAPE, 3), np.float32)
     disp[..., 0] = 6.0
     scene = pictures.scene(fixed, moving, fixed.data, disp, np.eye(4))
     return pictures.draw(scene, slices=9)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return draw(lung=False)
+
+
+@pytest.fixture(scope="module")
+def chest():
+    return draw(lung=True)
 
 
 def record(name="a__b", **more):
@@ -157,20 +169,59 @@ def test_sliders_change_the_picture_and_nothing_is_asked_for(drawn, tmp_path):
             assert seen.evaluate(pressed) == title
             got = seen.evaluate(f"{images}[1].src")
             mode = list(pictures.MODES)[key - 1]
-            assert got == pictures.data_uri(drawn.png[mode]["coronal"][0])
+            assert got == pictures.data_uri(drawn.png["soft"][mode]["coronal"][0])
+        assert seen.evaluate("document.querySelector('.windows')") is None
         assert seen.requests == [file.as_uri()]
         assert seen.complaints == []
 
 
 @needs_browser
-def test_page_without_scripts_shows_the_middle_of_every_mode(drawn, tmp_path):
+def test_lungs_have_a_window_of_their_own(chest, tmp_path):
+    """By the button or the key w; the Jacobian keeps the one it has."""
+    file = tmp_path / "qc.html"
+    file.write_text(html(chest), encoding="utf-8")
+    with browser.opened(file, tmp_path / "profile") as seen:
+        buttons = "[...document.querySelectorAll('.windows button')]"
+        pressed = f"{buttons}.map(b => [b.ariaPressed, b.disabled])"
+        source = "document.querySelector('figure[data-plane=coronal] img').src"
+
+        def shows(window, mode):
+            png = chest.png[window][mode]["coronal"][chest.middle["coronal"]]
+            return seen.evaluate(source) == pictures.data_uri(png)
+
+        assert seen.evaluate(f"{buttons}.map(b => b.textContent)") == [
+            "Soft tissue window",
+            "Lung window",
+        ]
+        assert shows("soft", "overlay")
+        seen.evaluate(f"{buttons}[1].click()")
+        assert shows("lung", "overlay")
+        seen.press("4")
+        assert shows("lung", "warped")
+        assert seen.evaluate(pressed) == [["false", False], ["true", False]]
+        seen.press("9")
+        assert shows("soft", "jacobian")
+        assert seen.evaluate(pressed) == [["true", False], ["false", True]]
+        seen.press("1")
+        assert shows("lung", "overlay")
+        seen.press("w")
+        assert shows("soft", "overlay")
+        assert seen.requests == [file.as_uri()] and seen.complaints == []
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["drawn", "chest"])
+def test_page_without_scripts_shows_the_middle_of_every_mode(name, request, tmp_path):
+    drawn = request.getfixturevalue(name)
     file = tmp_path / "qc.html"
     file.write_text(html(drawn), encoding="utf-8")
     with browser.opened(file, tmp_path / "profile", scripts=False) as seen:
         count = (
             "[...document.querySelectorAll('.mode img')].filter(i => i.naturalWidth)"
         )
-        assert seen.evaluate(f"{count}.length") == 3 * len(pictures.MODES)
+        modes = sum(len(modes) for modes in drawn.png.values())
+        assert modes == len(pictures.MODES) + (7 if name == "chest" else 0)
+        assert seen.evaluate(f"{count}.length") == 3 * modes
 
 
 def entries(thumb=None):
@@ -201,7 +252,7 @@ def test_index_escapes_and_links_beside_itself():
 @needs_browser
 def test_index_sorts_by_the_column_that_is_clicked(drawn, tmp_path):
     file = tmp_path / "index.html"
-    thumb = drawn.png["overlay"]["axial"][0]
+    thumb = drawn.png["soft"]["overlay"]["axial"][0]
     file.write_text(index.index_page("batch", entries(thumb)), encoding="utf-8")
     with browser.opened(file, tmp_path / "profile") as seen:
         names = (

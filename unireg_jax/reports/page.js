@@ -10,6 +10,7 @@
   const legend = viewer.querySelector("p");
   const place = { ...data.middle };
   let mode = 0;
+  let gray = 0;
 
   const figures = [...viewer.querySelectorAll("figure")].map((figure) => {
     const plane = figure.dataset.plane;
@@ -33,20 +34,27 @@
     return { plane, slider, image: frame.querySelector("img"), number: figure.querySelector("output") };
   });
 
-  const bar = document.createElement("div");
-  bar.className = "modes";
-  bar.setAttribute("role", "group");
-  bar.setAttribute("aria-label", "What is shown");
-  const buttons = data.modes.map((one, i) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = one.title;
-    button.title = "key " + (i + 1);
-    button.addEventListener("click", () => choose(i));
-    bar.append(button);
-    return button;
-  });
-  viewer.prepend(bar);
+  // A row of buttons, one of which is pressed.
+  function row(kind, label, titles, key, choose) {
+    const bar = document.createElement("div");
+    bar.className = "modes " + kind;
+    bar.setAttribute("role", "group");
+    bar.setAttribute("aria-label", label);
+    const buttons = titles.map((text, i) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = text;
+      button.title = "key " + key(i);
+      button.addEventListener("click", () => choose(i));
+      bar.append(button);
+      return button;
+    });
+    return { bar, buttons };
+  }
+  const modes = row("pictures", "What is shown", data.modes.map((one) => one.title), (i) => i + 1, choose);
+  const windows = row("windows", "Window", data.windows.map((text) => text + " window"), () => "w", chooseWindow);
+  title.before(modes.bar);
+  if (data.windows.length > 1) title.before(windows.bar);
   title.hidden = true;
 
   function choose(i) {
@@ -54,23 +62,33 @@
     show();
   }
 
+  function chooseWindow(i) {
+    gray = i;
+    show();
+  }
+
   function show() {
     const one = data.modes[mode];
     legend.textContent = one.legend;
-    buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === mode));
+    const png = one.png[gray] ?? one.png[0]; // grid and Jacobian know one window
+    modes.buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === mode));
+    windows.buttons.forEach((button, i) => {
+      button.setAttribute("aria-pressed", png === one.png[i]);
+      button.disabled = i >= one.png.length;
+    });
     for (const { plane, image, number } of figures) {
       const i = place[plane];
-      image.src = "data:image/png;base64," + one.png[plane][i];
+      image.src = "data:image/png;base64," + png[plane][i];
       image.alt = one.title + ", " + plane;
       number.textContent = data.index[plane][i] + 1 + " of " + data.count[plane];
     }
   }
 
   document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const i = "123456789".indexOf(event.key);
-    if (i >= 0 && i < buttons.length && !event.ctrlKey && !event.metaKey && !event.altKey) {
-      choose(i);
-    }
+    if (i >= 0 && i < modes.buttons.length) choose(i);
+    if (event.key === "w") chooseWindow((gray + 1) % data.windows.length);
   });
   show();
 })();

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unireg_jax.errors import shown
-from unireg_jax.reports.pictures import MODES, PLANES, Slices
+from unireg_jax.reports.pictures import MODES, PLANES, WINDOWS, Slices
 
 _HERE = Path(__file__).parent
 _LIMIT = 12_000_000  # bytes of pictures, as text
@@ -76,7 +76,7 @@ def case_page(
         "<main>",
         _findings(findings),
         "<h2>Pictures</h2>",
-        *(_mode(name, slices) for name in MODES),
+        *(_mode(name, window, slices) for window, name in _shown_modes(slices)),
         "<h2>Numbers</h2>",
         _numbers(rows),
         _labels(labels),
@@ -186,13 +186,20 @@ def _findings(findings) -> str:
     return f'<ul class="findings">{items}</ul>'
 
 
-def _mode(name: str, slices: Slices) -> str:
+def _shown_modes(slices: Slices) -> list[tuple[str, str]]:
+    """Window and mode, in the order of a page without scripts."""
+    return [(window, mode) for window, modes in slices.png.items() for mode in modes]
+
+
+def _mode(name: str, window: str, slices: Slices) -> str:
     """Three planes of one mode, their middle slices."""
     title, legend = MODES[name]
+    if len(slices.png) > 1 and window != next(iter(slices.png)):
+        title = f"{title}, {WINDOWS[window][0].lower()} window"
     figures = []
     for plane in PLANES:
         i = slices.middle[plane]
-        picture = base64.b64encode(slices.png[name][plane][i]).decode("ascii")
+        picture = base64.b64encode(slices.png[window][name][plane][i]).decode("ascii")
         sides = "".join(
             f'<i class="{where}">{side}</i>'
             for where, side in zip("lrtb", _SIDES[plane], strict=True)
@@ -212,18 +219,24 @@ def _mode(name: str, slices: Slices) -> str:
 
 def _data(slices: Slices) -> str:
     """What the script reads: ASCII that cannot end its element."""
+
+    def spelled(planes):
+        return {
+            plane: [base64.b64encode(p).decode("ascii") for p in pictures]
+            for plane, pictures in planes.items()
+        }
+
     modes = [
         {
             "title": title,
             "legend": legend,
-            "png": {
-                plane: [base64.b64encode(p).decode("ascii") for p in pictures]
-                for plane, pictures in slices.png[name].items()
-            },
+            # One per window, as far as the mode has it.
+            "png": [spelled(m[name]) for m in slices.png.values() if name in m],
         }
         for name, (title, legend) in MODES.items()
     ]
     data = {
+        "windows": [WINDOWS[window][0] for window in slices.png],
         "modes": modes,
         "index": slices.index,
         "count": slices.count,
@@ -274,15 +287,22 @@ def _thinned(slices: Slices) -> Slices:
     """Drops every second slice until the page is small enough."""
     while True:
         total = sum(
-            len(p) for m in slices.png.values() for ps in m.values() for p in ps
+            len(picture)
+            for modes in slices.png.values()
+            for planes in modes.values()
+            for pictures in planes.values()
+            for picture in pictures
         )
         most = max(len(places) for places in slices.index.values())
         if total * 4 / 3 <= _LIMIT or most < 4:
             return slices
         slices = slices._replace(
             png={
-                mode: {plane: ps[::2] for plane, ps in planes.items()}
-                for mode, planes in slices.png.items()
+                window: {
+                    mode: {plane: ps[::2] for plane, ps in planes.items()}
+                    for mode, planes in modes.items()
+                }
+                for window, modes in slices.png.items()
             },
             index={plane: places[::2] for plane, places in slices.index.items()},
             middle={plane: i // 2 for plane, i in slices.middle.items()},

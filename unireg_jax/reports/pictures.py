@@ -50,8 +50,15 @@ MODES = {
         "fullest at half and double; yellow where the map folds.",
     ),
 }
+IMAGES = tuple(mode for mode in MODES if mode not in ("grid", "jacobian"))
+# Name -> title, and what is black and what is white, HU. The first is on every page.
+WINDOWS = {
+    "soft": ("Soft tissue", (-300.0, 300.0)),
+    "lung": ("Lung", (-1350.0, 150.0)),
+}
 _AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # across the slices
-_WINDOW_HU = (-300.0, 300.0)  # of the pictures, black to white
+_LUNG_HU = (-950.0, -600.0)  # lung with air in it; gas in a bowel is darker
+_LEAST_LUNG = 0.03  # of the body
 _LONGEST = 208  # pixels of the longest edge
 _DIFFERENCE = 0.5  # of the window: fully coloured
 _OCTAVES = 1.0  # of the Jacobian: fully coloured
@@ -62,14 +69,15 @@ class Slices(NamedTuple):
     """Pictures of one pair.
 
     Attributes:
-        png: mode -> plane -> PNG bytes, one per slice.
+        png: window -> mode -> plane -> PNG bytes, one per slice; the first window has
+            all MODES, others IMAGES.
         index: plane -> index of each slice on the fixed image's LPS+ axes.
         count: plane -> slices of the fixed image.
         middle: plane -> position in the lists of the slice to begin with.
         size: plane -> (width, height) in pixels.
     """
 
-    png: dict[str, dict[str, list[bytes]]]
+    png: dict[str, dict[str, dict[str, list[bytes]]]]
     index: dict[str, list[int]]
     count: dict[str, int]
     middle: dict[str, int]
@@ -81,7 +89,8 @@ class Scene(NamedTuple):
 
     Attributes:
         grid: of all arrays.
-        fixed, before, warped: [X, Y, Z] float32, 0 black to 1 white.
+        fixed, before, warped: [X, Y, Z] float32, HU or the scan's own values.
+        windows: name -> (low, high) of fixed and of moving: black to white.
         moved_mm: [X, Y, Z, 3] float32, x + u(x) along the grid's axes, mm from its
             first voxel; u without pre-alignment.
         detj: [X, Y, Z] float32, determinant of the Jacobian of x + u.
@@ -93,6 +102,7 @@ class Scene(NamedTuple):
     fixed: np.ndarray
     before: np.ndarray
     warped: np.ndarray
+    windows: dict[str, tuple[tuple[float, float], tuple[float, float]]]
     moved_mm: np.ndarray
     detj: np.ndarray
     body: np.ndarray
@@ -133,11 +143,6 @@ def scene(
         preprocess.resample(moving, grid, fill=_dark(moving.data), matrix=affine),
         preprocess.resample(fixed._replace(data=warped), grid, fill=_dark(moving.data)),
     )
-    windows = (_window(fixed.data), _window(moving.data), _window(moving.data))
-    shown = [
-        np.clip((image - low) / (high - low), 0, 1)
-        for image, (low, high) in zip(images, windows, strict=True)
-    ]
     u = _residual(disp_mm, fixed, grid, affine)
     detj = np.ones(grid.shape, np.float32)
     if min(grid.shape) >= regularity.LEAST_VOXELS:
@@ -149,11 +154,16 @@ def scene(
         line = np.arange(count, dtype=np.float32) * np.float32(edge_mm)
         moved[..., axis] += np.expand_dims(line, [a for a in range(3) if a != axis])
     body = preprocess.body_mask(Volume(images[0], grid.vox2world))
-    return Scene(grid, *shown, moved, detj, body, shape)
+    windows = {"soft": (_window(fixed.data), _window(moving.data))}
+    low, high = _LUNG_HU
+    lung = (images[0] > low) & (images[0] < high) & body
+    if _is_ct(fixed.data) and lung.sum() > _LEAST_LUNG * body.sum():
+        windows["lung"] = (WINDOWS["lung"][1], _window(moving.data, "lung"))
+    return Scene(grid, *images, windows, moved, detj, body, shape)
 
 
 def draw(scene: Scene, *, slices: int = 24) -> Slices:
-    """Draws every mode in every plane.
+    """Draws every mode in every plane and window.
 
     Args:
         scene: from `scene`.
@@ -162,7 +172,10 @@ def draw(scene: Scene, *, slices: int = 24) -> Slices:
     Returns:
         Slices.
     """
-    png: dict[str, dict[str, list[bytes]]] = {mode: {} for mode in MODES}
+    png: dict[str, dict[str, dict[str, list[bytes]]]] = {
+        window: {mode: {} for mode in (MODES if i == 0 else IMAGES)}
+        for i, window in enumerate(scene.windows)
+    }
     index, count, middle, size = {}, {}, {}, {}
     for plane, axis in _AXES.items():
         places = _places(scene.body, axis, slices)
@@ -170,9 +183,13 @@ def draw(scene: Scene, *, slices: int = 24) -> Slices:
         index[plane] = [int((p + 0.5) * of_native) for p in places]
         count[plane] = scene.native[axis]
         middle[plane] = len(places) // 2
-        for mode in MODES:
-            png[mode][plane] = [picture(scene, mode, plane, p) for p in places]
-        size[plane] = struct.unpack(">II", png["fixed"][plane][0][16:24])
+        for window, modes in png.items():
+            for mode in modes:
+                modes[mode][plane] = [
+                    picture(scene, mode, plane, p, window=window) for p in places
+                ]
+        first = png["soft"]["fixed"][plane][0]
+        size[plane] = struct.unpack(">II", first[16:24])
     return Slices(png, index, count, middle, size)
 
 
@@ -190,7 +207,9 @@ def middle_slice(scene: Scene, plane: str) -> int:
     return places[len(places) // 2]
 
 
-def picture(scene: Scene, mode: str, plane: str, place: int) -> bytes:
+def picture(
+    scene: Scene, mode: str, plane: str, place: int, *, window: str = "soft"
+) -> bytes:
     """Draws one slice.
 
     Args:
@@ -198,6 +217,7 @@ def picture(scene: Scene, mode: str, plane: str, place: int) -> bytes:
         mode: of MODES.
         plane: of PLANES.
         place: index along the axis across the plane, on the scene's grid.
+        window: of scene.windows.
 
     Returns:
         PNG. Patient's left at the right edge, anterior or superior at the top;
@@ -210,7 +230,9 @@ def picture(scene: Scene, mode: str, plane: str, place: int) -> bytes:
         flat = np.swapaxes(np.take(volume, place, axis=axis), 0, 1)
         return flat if plane == "axial" else flat[::-1]
 
-    fixed, before, warped = (cut(a) for a in (scene.fixed, scene.before, scene.warped))
+    of_fixed, of_moving = scene.windows[window]
+    fixed = _shown(cut(scene.fixed), of_fixed)
+    before, warped = (_shown(cut(a), of_moving) for a in (scene.before, scene.warped))
     if mode in ("fixed", "warped", "checkerboard"):
         image = {"fixed": fixed, "warped": warped}.get(mode)
         image = _checkerboard(fixed, warped) if image is None else image
@@ -296,15 +318,25 @@ def _places(body: np.ndarray, axis: int, slices: int) -> list[int]:
 
 def _dark(data: np.ndarray) -> float:
     """What is drawn where a scan ends: air, or the smallest value if that is none."""
-    return float(max(_WINDOW_HU[0] - 700, data.min()))
+    return float(max(-1000, data.min()))
 
 
-def _window(data: np.ndarray) -> tuple[float, float]:
+def _is_ct(data: np.ndarray) -> bool:
+    return bool(data.min() < -500)
+
+
+def _window(data: np.ndarray, name: str = "soft") -> tuple[float, float]:
     """Values that become black and white; of a scan without air, by percentiles."""
-    if data.min() < -500:
-        return _WINDOW_HU
+    if _is_ct(data):
+        return WINDOWS[name][1]
     low, high = (float(v) for v in np.percentile(data[::3, ::3, ::3], (1, 99)))
     return low, max(high, low + 1e-3)
+
+
+def _shown(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Values as 0 black to 1 white."""
+    low, high = window
+    return np.clip((image - low) / (high - low), 0, 1)
 
 
 def _level(image: np.ndarray, levels: int) -> np.ndarray:
