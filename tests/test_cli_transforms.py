@@ -469,6 +469,54 @@ def test_check_transform_warns_of_scans_of_another_pair(run, tmp_path):
     assert any(line.startswith("no_overlap") for line in found["findings"])
 
 
+def test_exchanged_scans_are_told(run, tmp_path):
+    """The field lies on the grid of the scan that is called moving."""
+    words = ("-f", "moving.nii.gz", "-m", "fixed.nii.gz", "--json")
+    code, stdout, _ = run("check-transform", "c.h5", *words)
+    findings = json.loads(stdout)["findings"]
+    assert code == 0 and any("scans exchanged?" in line for line in findings), findings
+    assert any("unireg invert" in line for line in findings)
+    out = tmp_path / "o.nii.gz"
+    code, stdout, stderr = run("warp", *words, "-t", "c.h5", "-o", out)
+    assert code == 0 and out.exists() and "warning: grid_mismatch: scans exch" in stderr
+    assert any("scans exchanged?" in line for line in json.loads(stdout)["warnings"])
+
+
+def test_a_transform_of_this_pair_is_not_warned_of(run, tmp_path):
+    for name in ("w.nii.gz", "c.h5"):
+        words = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz", "-t", name, "--json")
+        code, stdout, stderr = run("warp", *words, "-o", tmp_path / f"{name}.nii.gz")
+        assert code == 0 and "warning" not in stderr
+        assert json.loads(stdout)["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("away_mm", "code", "words"),
+    [
+        (70.0, 0, "the field covers"),
+        (900.0, 4, "got one that covers none of its voxels"),
+    ],
+)
+def test_warp_tells_of_a_field_of_another_pair(run, tmp_path, away_mm, code, words):
+    disp_mm, vox2world = transforms.read_field("w.nii.gz")
+    vox2world[0, 3] += away_mm
+    transforms.write_field(tmp_path / "x.nii", disp_mm, vox2world)
+    call = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz", "-t", tmp_path / "x.nii")
+    got, _, stderr = run("warp", *call, "-o", tmp_path / "o.nii.gz")
+    assert got == code and "grid_mismatch" in stderr and words in stderr
+    assert (tmp_path / "o.nii.gz").exists() == (code == 0)
+
+
+def test_warp_tells_when_scans_agree_better_without(run, tmp_path):
+    """As the map of another pair in the same frame does; grids cannot show it."""
+    there = matrix()
+    there[:3, 3] += (0, 40, 0)
+    transforms.write_affine_txt(tmp_path / "other.txt", there)
+    words = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz", "-t", tmp_path / "other.txt")
+    code, _, stderr = run("warp", *words, "-o", tmp_path / "o.nii.gz")
+    assert code == 0 and "warning: similarity: the scans agree better" in stderr
+
+
 def test_check_transform_warns_of_folds_and_length(run, tmp_path):
     disp_mm, vox2world = transforms.read_field("w.nii.gz")
     for name, factor, word in (

@@ -83,6 +83,22 @@ def read_labels(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
     return _volume(path, labels, vox2world, [])
 
 
+def like_labels(data: np.ndarray) -> bool:
+    """Says whether voxels look like a label map rather than an image.
+
+    Args:
+        data: [X, Y, Z] numbers, HU for a CT.
+
+    Returns:
+        Whether they are few whole ids from 0 on, most of them 0: no image looks so.
+    """
+    if data.dtype.kind not in "iu":
+        return False
+    sample = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
+    ids = np.unique(sample)
+    return bool(ids[0] == 0 and ids.size < 150 and (sample == 0).mean() > 0.5)
+
+
 def files_of(path: str | os.PathLike) -> list[Path]:
     """Names the files that a scan is made of, for digests.
 

@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 
 from unireg_jax.errors import NUMERICAL, UserError, shown
-from unireg_jax.imaging import grids, mapping, orientation, scans, transforms
-from unireg_jax.imaging.grids import Field, Grid
+from unireg_jax.imaging import (
+    belonging,
+    grids,
+    mapping,
+    orientation,
+    scans,
+    transforms,
+)
+from unireg_jax.imaging.grids import Field
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
@@ -92,8 +99,19 @@ def _describe(
     ]
     found: dict[str, Any] = {"acts_from": "fixed to moving, LPS mm", "parts": parts}
     first = whole.parts[0] if whole.parts else None
-    if fixed is not None and isinstance(first, Field):
-        found["fixed_grid"] = _compared(first.grid, mapping.grid_of(fixed), findings)
+    if fixed is not None:
+        target = mapping.grid_of(moving) if moving else None
+        lies = belonging.fit(whole, mapping.grid_of(fixed), target)
+        findings += lies.warnings
+        if moving is not None:
+            found["reached_percent"] = lies.reached_percent
+        if isinstance(first, Field):
+            same = grids.same(first.grid, mapping.grid_of(fixed))
+            found["fixed_grid"] = (
+                "the same"
+                if same
+                else f"another, covers {lies.covered_percent:.4g} % of the fixed scan"
+            )
     if fixed is not None and moving is not None:
         found["similarity"] = _readings(whole, fixed, moving, findings)
     found["verdict"] = "warn" if findings else "ok"
@@ -161,26 +179,11 @@ def _field(part: Field, findings: list[str]) -> dict[str, Any]:
     }
 
 
-def _compared(grid: Grid, fixed: Grid, findings: list[str]) -> str:
-    """How the grid of the first field lies to that of the fixed scan."""
-    if grids.same(grid, fixed):
-        return "the same"
-    whole = Mapping((Field(np.zeros((*grid.shape, 3), np.float32), grid.vox2world),))
-    inside = mapping.within(whole, _lattice(fixed))
-    share = 100 * float(inside.mean())
-    if share < 50:
-        findings.append(
-            f"grid_mismatch: the field covers {share:.3g} % of the fixed scan: the "
-            "transform of another pair, or the way back?"
-        )
-    return f"another, covers {share:.4g} % of the fixed scan"
-
-
 def _readings(
     whole: Mapping, fixed: Volume, moving: Volume, findings: list[str]
 ) -> dict[str, float | None]:
     """Correlation of the scans, as the map is written and as it may be meant."""
-    points = _lattice(mapping.grid_of(fixed))
+    points = belonging.lattice(mapping.grid_of(fixed))
     there = mapping.sample(fixed, points)
     read = {
         "none": Mapping(()),
@@ -197,15 +200,13 @@ def _readings(
                 np.linalg.inv(matrix)
             )
     scores = {
-        name: _correlation(there, mapping.sample(moving, mapping.points(way, points)))
+        name: belonging.correlation(
+            there, mapping.sample(moving, mapping.points(way, points))
+        )
         for name, way in read.items()
     }
     known = {name: score for name, score in scores.items() if score is not None}
-    if "as written" not in known:
-        findings.append(
-            "no_overlap: less than a tenth of the fixed scan is led into the moving "
-            "one: scans of another pair, or the way back?"
-        )
+    if "as written" not in known:  # no overlap, which was found already
         return scores
     best, written = max(known, key=known.get), known["as written"]
     if known[best] > written + 0.01:
@@ -237,24 +238,6 @@ def _in_voxels(part: Field) -> np.ndarray:
     return part.disp_mm @ part.vox2world[:3, :3].T.astype(np.float32)
 
 
-def _lattice(grid: Grid) -> np.ndarray:
-    """[N, 3] LPS mm of some 48 voxels along each axis."""
-    axes = [np.arange(0, n, max(1, n // 48)) for n in grid.shape]
-    index = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    return index @ grid.vox2world[:3, :3].T + grid.vox2world[:3, 3]
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Over points that both scans have, HU clipped; None for too few."""
-    both = np.isfinite(a) & np.isfinite(b)
-    if both.sum() < 0.1 * both.size:
-        return None
-    a, b = (np.clip(v[both], -1000, 1000).astype(np.float64) for v in (a, b))
-    if a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
-
-
 def _table(found: dict[str, Any]) -> str:
     """The report for people."""
     lines = []
@@ -265,6 +248,11 @@ def _table(found: dict[str, Any]) -> str:
         lines.append(f"part {n}       {_part(part)}")
     if "fixed_grid" in found:
         lines.append(f"fixed grid   {found['fixed_grid']}")
+    if "reached_percent" in found:
+        lines.append(
+            f"leads into   the moving scan {found['reached_percent']:.4g} % of the "
+            "fixed one"
+        )
     for name, score in found.get("similarity", {}).items():
         lines.append(f"correlation  {number(score).ljust(8)} {name}")
     lines.append(f"verdict      {found['verdict']}")

@@ -155,7 +155,11 @@ def read_grid(path: str | None) -> Volume | None:
     """Geometry and header of a scan, without its voxels."""
     if path is None:
         return None
-    volume = scans.read_scan(path)
+    return without_voxels(scans.read_scan(path))
+
+
+def without_voxels(volume: Volume) -> Volume:
+    """The same geometry and header; its memory can go."""
     none = np.broadcast_to(np.uint8(0), volume.data.shape)
     return volume._replace(data=none)
 

@@ -5,10 +5,10 @@ import argparse
 import numpy as np
 
 from unireg_jax.errors import USAGE, UserError, shown
-from unireg_jax.imaging import mapping, nifti, scans
+from unireg_jax.imaging import belonging, mapping, nifti, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
-from unireg_jax.verbs.messages import number, progress
+from unireg_jax.verbs.messages import number, one_line, progress
 
 HELP = "a scan or labels through a transform"
 
@@ -71,39 +71,41 @@ def run(args: argparse.Namespace) -> int:
     files.output(args.file, _ENDINGS, overwrite=args.overwrite, inputs=inputs)
     say = progress(args.quiet)
     say("reading")
-    fixed = files.read_grid(args.fixed)
     label = args.interp == "label"
+    fixed = scans.read_scan(args.fixed)
     moving = (scans.read_labels if label else scans.read_scan)(args.moving)
     whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
-    if args.interp == "linear" and _like_labels(moving.data):
-        say(
-            f"warning: {shown(args.moving)} looks like a label map; --interp label "
+    grid = mapping.grid_of(fixed)
+    found = belonging.fit(whole, grid, mapping.grid_of(moving))
+    belonging.check(found, args.transforms[0])
+    warnings = found.warnings
+    if args.interp == "linear" and scans.like_labels(moving.data):
+        warnings.append(
+            f"label_value: {shown(args.moving)} looks like a label map; --interp label "
             "keeps its ids"
         )
+    elif not label:
+        warnings += belonging.similarity_warnings(whole, fixed, moving)
+    for line in warnings:
+        say(f"warning: {line}")
+    fixed = files.without_voxels(fixed)
     fill = 0 if label else mapping.fill_of(moving.data)
     fill = fill if args.fill_value is None else args.fill_value
     moving, dtype = _stored(moving, fill)
     say("warping")
-    grid = mapping.grid_of(fixed)
     warped = mapping.resample(whole, moving, grid, interp=args.interp, fill=fill)
-    if (warped == fill).all() and not _reaches(whole, moving, grid):
-        raise UserError(
-            "no_overlap",
-            f"{shown(args.transforms[0])}: no_overlap: expected a map into "
-            f"{shown(args.moving)}, got none of its voxels; check the order and the "
-            "direction of the transforms with `unireg check-transform`",
-        )
     say("writing")
     nifti.write_like(args.file, warped, fixed, dtype=dtype)
     say(f"done: {shown(args.file)}, {args.interp}, {number(fill)} outside")
-    files.report(args, "warp", interp=args.interp, fill=fill, dtype=str(dtype))
+    files.report(
+        args,
+        "warp",
+        interp=args.interp,
+        fill=fill,
+        dtype=str(dtype),
+        warnings=[one_line(line) for line in warnings],
+    )
     return 0
-
-
-def _reaches(whole: mapping.Mapping, moving: Volume, grid: mapping.Grid) -> bool:
-    """Whether any voxel of the grid is read within the moving scan."""
-    there = moving._replace(data=np.ones(moving.data.shape, np.uint8))
-    return bool(mapping.resample(whole, there, grid, interp="nearest").any())
 
 
 def _stored(moving: Volume, fill: float) -> tuple[Volume, np.dtype]:
@@ -121,12 +123,3 @@ def _stored(moving: Volume, fill: float) -> tuple[Volume, np.dtype]:
         fits = own.kind == "f" or np.array(fill).astype(own) == fill
         dtype = own if fits else dtype
     return moving._replace(data=data), dtype
-
-
-def _like_labels(data: np.ndarray) -> bool:
-    """Few whole ids, most of them 0: no image looks so."""
-    if data.dtype.kind not in "iu":
-        return False
-    sample = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
-    ids = np.unique(sample)
-    return bool(ids[0] == 0 and ids.size < 150 and (sample == 0).mean() > 0.5)
