@@ -10,6 +10,7 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
@@ -119,6 +120,28 @@ def test_score_files_equals_the_command(folder, capsys):
     assert named <= set(found["definitions"])
 
 
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_evaluate_reads_labels_of_itk(folder, capsys, monkeypatch, ending):
+    words = ["-t", folder / "u1.nii.gz", "--json"]
+    expected = None
+    for end in (".nii.gz", ending):
+        names = [folder / f"{name}{end}" for name in ("fixed", "moving")]
+        if end != ".nii.gz":
+            for name in names:
+                image = sitk.ReadImage(str(name).replace(end, ".nii.gz"))
+                sitk.WriteImage(image, str(name))
+        labels = (f"--fixed-label={names[0]}", f"--moving-label={names[1]}")
+        out, _ = evaluate(capsys, *words, *labels, f"--fixed-mask={names[0]}")
+        expected = expected or strict(out)
+        assert strict(out) == expected
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n: None if n == "SimpleITK" else find(n)
+    )
+    _, err = evaluate(capsys, *words, *labels, code=errors.USAGE)
+    assert len(err) == 1 and "unireg-jax[itk]" in err[0]
+
+
 def test_score_reports_why_a_number_is_null():
     labels = Volume(box(), PLACE)
     small = mapping.field(np.zeros((2, 9, 9, 3), np.float32), PLACE)
@@ -157,7 +180,8 @@ def test_score_of_an_affine_and_landmarks_needs_no_grid():
     pairs = PointPairs(["a", "b"], points, points)
     report = cases.score(mapping.affine(shift), pairs=pairs)
     assert report["landmarks"]["tre_mm"] == 5.0 and report["field"] == {}
-    assert "no grid" in report["warnings"][0]
+    assert "further apart" in report["warnings"][0]  # as they are
+    assert "no grid" in report["warnings"][1]
     assert cases.metric_row(report)["tre_mm_before"] == 0.0
 
 
@@ -170,6 +194,41 @@ def test_score_tells_of_landmarks_beyond_the_field():
         "fov: 1 of 2 fixed landmarks lie beyond the field, which is zero there; are "
         "they in LPS mm?"
     ]
+
+
+def test_evaluate_tells_of_a_transform_of_another_pair(folder, capsys):
+    words = (f"--fixed-label={folder}/fixed.nii.gz", "-t", folder / "u.nii.gz")
+    words += (f"--moving-label={folder}/moving.nii.gz", "--json")
+    write_field(folder / "u.nii.gz", (-2, 0, 0))
+    out, err = evaluate(capsys, *words)
+    (line,) = strict(out)["warnings"]
+    assert line.startswith("similarity: the labels overlap less") and line in err[0]
+    place = PLACE.copy()
+    place[0, 3] += 900
+    zero = np.zeros((*SHAPE, 3), np.float32)
+    transforms.write_field(folder / "u.nii.gz", zero, place)
+    _, err = evaluate(capsys, *words, code=errors.FAILED)
+    assert "grid_mismatch" in err[0] and "covers none" in err[0]
+
+
+def test_score_tells_of_exchanged_scans():
+    """By the grids, and by landmarks, which have none."""
+    aside = PLACE.copy()
+    aside[:3, 3] += (5.0, 0, 0)
+    disp_mm = np.full((*SHAPE, 3), (4.0, 0, 0), np.float32)
+    field = mapping.field(disp_mm, PLACE)
+    labels = {
+        "fixed_labels": Volume(box(), aside),
+        "moving_labels": Volume(box(), PLACE),
+    }
+    report = cases.score(field, **labels, surface=False)
+    assert any("scans exchanged?" in line for line in report["warnings"])
+    fixed = np.array([[0.0, 40, 120], [3.0, 44, 118]])
+    pairs = PointPairs(["a", "b"], fixed, fixed + (4.0, 0, 0))
+    assert cases.score(field, pairs=pairs)["warnings"] == []
+    turned = pairs._replace(fixed=pairs.moving, moving=fixed)
+    lines = cases.score(field, pairs=turned)["warnings"]
+    assert any("exchanged? The other way round it is 0 mm" in line for line in lines)
 
 
 def test_score_brings_the_foreground_onto_the_field():

@@ -17,7 +17,7 @@ from unireg_jax.errors import USAGE, UserError
 from unireg_jax.evaluation import learn2reg, metrics, regularity
 from unireg_jax.evaluation.aggregate import better, quantile_l2r, summarize
 from unireg_jax.evaluation.tables import as_json
-from unireg_jax.imaging import mapping, nifti, points
+from unireg_jax.imaging import belonging, mapping, nifti, points, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.points import PointPairs
 
@@ -98,7 +98,9 @@ def score(
         ValueError: one label map without the other.
         UserError: `schema`: affines alone, and neither labels nor mask give a grid,
             nor landmarks something to measure;
-            `grid_mismatch`: the mask lies on another grid than the field.
+            `grid_mismatch`: the mask lies on another grid than the field, or the field
+            covers none of the fixed labels' grid; `no_overlap`: the transform leads no
+            voxel of it into that of the moving labels.
     """
     if (fixed_labels is None) != (moving_labels is None):
         raise ValueError("fixed_labels and moving_labels belong together, got one")
@@ -112,14 +114,20 @@ def score(
             USAGE,
         )
     if fixed_labels is not None and moving_labels is not None:
+        lies = belonging.fit(
+            transform, mapping.grid_of(fixed_labels), mapping.grid_of(moving_labels)
+        )
+        belonging.check(lies, "the transform")
         report |= _overlap(
             transform, fixed_labels, moving_labels, surface, tolerance_mm
         )
         report["warnings"] = _label_sets(fixed_labels, moving_labels)
+        report["warnings"] += lies.warnings + _worse_labels(report["mean"])
     if pairs is not None:
         errors = metrics.target_errors(transform, pairs.fixed, pairs.moving)
         report["landmarks"] = metrics.summarize_errors(*errors)
         report["warnings"] += _beyond(transform, pairs)
+        report["warnings"] += _worse_landmarks(transform, pairs, *errors)
         for name in ("tre_mm_before_std", "tre_mm_std"):
             if math.isnan(report["landmarks"][name]):
                 report["undefined"][name] = "one point has no spread"
@@ -154,7 +162,7 @@ def score_files(
         UserError: a file cannot be used, or they do not fit together; reason says why.
     """
     fixed, moving = (
-        nifti.read_labels(path) if path else None
+        scans.read_labels(path) if path else None
         for path in (files.fixed_label, files.moving_label)
     )
     if (fixed is None) != (moving is None):
@@ -164,7 +172,7 @@ def score_files(
             "both",
             USAGE,
         )
-    mask = nifti.read_labels(files.fixed_mask) if files.fixed_mask else None
+    mask = scans.read_labels(files.fixed_mask) if files.fixed_mask else None
     pairs = _landmarks(files)
     transform = mapping.read(files.transform, fixed=fixed or mask, moving=moving)
     return score(
@@ -453,6 +461,36 @@ def _beyond(transform: mapping.Mapping, pairs: PointPairs) -> list[str]:
         "zero there; are they in LPS mm?"
     )
     return [line] if count else []
+
+
+def _worse_labels(mean: Mapping[str, float | None]) -> list[str]:
+    """Warns of labels that the transform takes apart."""
+    before, after = mean["dsc_before"], mean["dsc"]
+    if before is None or after is None or before <= after + 0.01:
+        return []
+    return [
+        f"similarity: the labels overlap less with the transform (DSC {after:.3f}) "
+        f"than without it ({before:.3f}): of another pair, or scans exchanged?"
+    ]
+
+
+def _worse_landmarks(
+    transform: mapping.Mapping,
+    pairs: PointPairs,
+    before: np.ndarray,
+    after: np.ndarray,
+) -> list[str]:
+    """Warns of landmarks that the transform takes apart."""
+    if not after.mean() > before.mean() + 0.5:  # mm: not for a hair
+        return []
+    _, swapped = metrics.target_errors(transform, pairs.moving, pairs.fixed)
+    why = "of another pair?"
+    if swapped.mean() < before.mean():
+        why = f"scans exchanged? The other way round it is {swapped.mean():.3g} mm"
+    return [
+        f"similarity: the landmarks lie further apart with the transform "
+        f"({after.mean():.3g} mm) than without it ({before.mean():.3g} mm): {why}"
+    ]
 
 
 def _on_grid(volume: Volume, grid: mapping.Grid) -> bool:

@@ -19,7 +19,7 @@ from unireg_jax.evaluation import (
     tables,
 )
 from unireg_jax.evaluation.cases import Case, Files
-from unireg_jax.imaging import nifti
+from unireg_jax.imaging import nifti, scans
 from unireg_jax.verbs import options, outputs
 from unireg_jax.verbs.journal import Journal
 from unireg_jax.verbs.messages import number, progress
@@ -64,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one the reference; or one CSV with --columns",
     )
     add = parser.add_argument
-    add("--fixed-label", metavar="FILE", help="with --moving-label: DSC, HD95, NSD")
+    add(
+        "--fixed-label",
+        metavar="FILE",
+        help="with --moving-label: DSC, HD95, NSD; NIfTI, NRRD or MetaImage [itk]",
+    )
     add("--moving-label", metavar="FILE", help="labels of the moving scan")
     add("--fixed-mask", metavar="FILE", help="foreground of sdlogj, default the labels")
     add("--landmarks", metavar="CSV", help="columns fixed_x_mm ... moving_z_mm, LPS")
@@ -237,9 +241,9 @@ def _judge(
 
 
 def _digest(path: str | os.PathLike) -> str | None:
-    """SHA-256 of a file; None for one that will fail at its turn."""
+    """SHA-256 of a file's voxels too; None for one that will fail at its turn."""
     try:
-        return outputs.digest(Path(path))["sha256"]
+        return outputs.digest_of(scans.files_of(path))["sha256"]
     except OSError:
         return None
 
