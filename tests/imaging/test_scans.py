@@ -108,6 +108,24 @@ def test_read_scan_refuses(tmp_path, image, spoil, reason):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+def test_a_label_map_given_as_a_scan_is_told(tmp_path, ending):
+    """And no scan is: CT of water and air alone, CT that adds 1024, an MR image."""
+    shape = (20, 18, 16)
+    ball = np.sum((np.indices(shape) - 8) ** 2, axis=0) < 36
+    noise = np.random.default_rng(0).integers(0, 900, shape)
+    for values, told in (
+        (3 * ball, True),
+        (np.where(ball, 40, -1000), False),
+        (np.where(ball, 900 + noise, 24), False),
+        (np.where(ball, noise, 0), False),
+    ):
+        image = sitk.GetImageFromArray(values.astype(np.int16))
+        image.SetSpacing((2.0, 3.0, 4.0))
+        warnings = scans.read_scan(save(image, tmp_path / f"s{ending}")).warnings
+        assert any(w.startswith("label_value") for w in warnings) == told, warnings
+
+
 def test_read_scan_refuses_more_voxels_than_allowed(tmp_path, image):
     path = save(image[0], tmp_path / "scan.nrrd")
     with pytest.raises(UserError, match="at most 1000 voxels") as error:

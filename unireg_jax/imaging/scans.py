@@ -28,12 +28,23 @@ def read_scan(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
 
     Returns:
         Volume; data int16 when every value is a whole number that fits, else float32.
-        Its header is that of the NIfTI file, or one made for the stored grid.
+        Its header is that of the NIfTI file, or one made for the stored grid. A label
+        map in place of an image is warned of, `label_value`.
 
     Raises:
         UserError: what `nifti.read_image` and `dicom.read_series` raise;
             `not_installed`, exit code 2, without the package that reads the format.
     """
+    volume = _read_image(path, max_voxels)
+    if like_labels(volume.data):
+        line = f"label_value: whole values from 0 to {volume.data.max()}, most of them "
+        line += "0: a label map? pass the scan itself"
+        return volume._replace(warnings=(*volume.warnings, line))
+    return volume
+
+
+def _read_image(path: str | os.PathLike, max_voxels: int) -> Volume:
+    """Of whatever kind."""
     if os.path.isdir(path):
         return _with_header(dicom.read_series(path, max_voxels=max_voxels))
     if not _is_itk(path):
