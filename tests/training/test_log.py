@@ -9,7 +9,9 @@ import struct
 import matplotlib.image
 import numpy as np
 import pytest
+import tensorboardX.summary
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from unireg_jax.errors import STORAGE, UserError
 from unireg_jax.training import images, log
@@ -26,7 +28,11 @@ def _events(folder):
         content, at = path.read_bytes(), 0
         while at < len(content):
             (size,) = struct.unpack_from("<Q", content, at)
-            found.append(Event.FromString(content[at + 12 : at + 12 + size]))
+            event = content[at + 12 : at + 12 + size]
+            sums = [masked_crc32c(x) for x in (content[at : at + 8], event)]
+            assert content[at + 8 : at + 12] == struct.pack("<I", sums[0])
+            assert content[at + 12 + size :][:4] == struct.pack("<I", sums[1])
+            found.append(Event.FromString(event))
             at += 12 + size + 4
     return found
 
@@ -157,7 +163,12 @@ def test_tensorboard_finds_scalars_warnings_and_pictures(tmp_path):
         (4, "pair/lung"),
     ]
     assert values[3, "train/loss"].simple_value == 0.25
-    assert values[4, "warning"].tensor.string_val == [b"loss of lung"]
+    found = values[4, "warning"]
+    assert found.tensor.string_val == [b"loss of lung"]
+    assert found.metadata.plugin_data.plugin_name == "text"
+    wanted = tensorboardX.summary.text("warning", "loss of lung").value[0]
+    wanted.tag = "warning"  # without the suffix that tensorboardX appends
+    assert found == wanted
     image = values[4, "pair/lung"].image
     assert (image.height, image.width, image.colorspace) == (5, 7, 3)
     decoded = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))

@@ -187,12 +187,12 @@ class _Board:
         first = [events.version(now)]
         if resume_step:
             first += [events.version(now, step=after), events.restart(now, step=after)]
-        _append(self._file, b"".join(map(events.record, first)))
+        _append(self._file, b"".join(first))
 
-    def add(self, event: events.Event) -> None:
+    def add(self, event: bytes) -> None:
         """Writes an event; it is lost where that fails."""
         try:
-            _append(self._file, events.record(event))
+            _append(self._file, event)
         except OSError as error:
             if not self._failed:
                 _warn(f"tb cannot be written ({error.strerror}); steps are missing")
