@@ -54,6 +54,21 @@ def swept(scans, network, *more):
 # --- sweep --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dsc", [{}, {"dsc": 0.5}])
+def test_legend_of_the_plot_hides_no_point(dsc):
+    rows = [{"region": None, "type": None, "ncc_after": 0.1, "fold_percent": 0.0} | dsc]
+    for region, pair_type in sweeps.CONDITIONS:
+        names = {"region": region.name.lower(), "type": pair_type.name.lower()}
+        rows.append(names | {"ncc_after": 0.3, "fold_percent": 0.2} | dsc)
+    figure = sweep_verb.chart(rows)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.texts) == len(sweeps.CONDITIONS)
+    for axes in figure.axes:
+        assert axes.get_legend() is None
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
 def test_sweep_rows_are_what_register_finds(scans, network, tmp_path, capsys):
     picture = tmp_path / "sweep.png"
     assert cli.main(swept(scans, network, "--plot", str(picture), "--json")) == 0

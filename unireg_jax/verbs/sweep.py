@@ -141,7 +141,7 @@ def _check_plot(args: argparse.Namespace) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draws similarity and, where there is one, Dice against folding.
+    """Writes `chart` as a picture.
 
     Args:
         path: PNG to be written.
@@ -150,13 +150,27 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     Raises:
         UserError: `storage`.
     """
+    figure = chart(rows)
+    with nifti.atomic_path(path) as temp:
+        figure.savefig(temp, format="png", dpi=110)
+
+
+def chart(rows: list[dict[str, Any]]) -> Any:
+    """Draws similarity and, where there is one, Dice against folding.
+
+    Args:
+        rows: of registration.Sweep.
+
+    Returns:
+        matplotlib Figure.
+    """
     import matplotlib.figure  # an extra: only who draws needs it
 
     axes_of = [("ncc_after", "correlation after")]
     if "dsc" in rows[0]:
         axes_of.append(("dsc", "mean Dice"))
     figure = matplotlib.figure.Figure(
-        figsize=(6.2 * len(axes_of), 4.8), layout="constrained"
+        figsize=(6.2 * len(axes_of) + 1.6, 4.8), layout="constrained"
     )
     regions = list(dict.fromkeys(row["region"] for row in rows if row["region"]))
     for axes, (name, label) in zip(
@@ -182,6 +196,8 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
                 row["fold_percent"],
                 row[name],
                 s=60,
+                alpha=0.8,  # of two in one place both show
+                edgecolors="white",
                 color=f"C{regions.index(row['region'])}",
                 marker="o" if row["type"] == "inter" else "^",
                 label=f"{row['region']} {row['type']}",
@@ -190,7 +206,13 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.set_ylabel(label)
         axes.margins(0.15)
         axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, title="task", title_fontsize=8)
+    # Beside the axes: within them it hides points.
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        fontsize=8,
+        title="task",
+        title_fontsize=8,
+        loc="outside right center",
+    )
     figure.suptitle("one pair under every task and pair type")
-    with nifti.atomic_path(path) as temp:
-        figure.savefig(temp, format="png", dpi=110)
+    return figure
