@@ -470,8 +470,13 @@ def test_results_that_do_not_agree_are_replaced_only_when_asked(
     before = times(done)
     assert run(done, network) == errors.PARTLY
     line = told(done)[0]["a2"]
-    assert line["reason"] == "id_duplicate" and why in line["message"]
+    assert (line["status"], line["reason"]) == ("refused", "id_duplicate")
+    assert why in line["message"] and "stay as they are" in line["message"]
     assert times(done) == before
+    table = (done / "out" / "batch.csv").read_text()
+    assert "a2,refused,id_duplicate," in table and ",failed," not in table
+    summary = json.loads((done / "out" / "batch.json").read_text())
+    assert (summary["done"], summary["failed"], summary["refused"]) == (2, 0, 1)
     assert run(done, network, "--dry-run", "--skip-existing") == 0
     assert f"a2  replace  {why}" in capsys.readouterr().out
     assert run(done, network, "--skip-existing") == 0
@@ -480,6 +485,43 @@ def test_results_that_do_not_agree_are_replaced_only_when_asked(
     assert redone == {"a2"}
     assert told(done)[0]["a2"]["status"] in batch.DONE
     assert run(done, network) == 0  # and now they agree
+
+
+@pytest.mark.parametrize("option", ["--skip-existing", "--overwrite"])
+def test_results_of_a_pair_that_fails_when_done_again_are_set_aside(
+    option, done, network
+):
+    """Nothing in OUT/ID looks as if it were of the files that are there now."""
+    (done / "s2.nii").unlink()
+    before = {p.name: p.read_bytes() for p in (done / "out" / "a2").iterdir()}
+    assert run(done, network) == errors.PARTLY  # neither option: nothing is touched
+    line = told(done)[0]["a2"]
+    assert line["status"] == "failed" and "earlier results stay" in line["message"]
+    assert {p.name for p in (done / "out" / "a2").iterdir()} == set(before)
+    (done / "s2.nii").write_bytes(b"<html>")
+    assert run(done, network, option) == errors.PARTLY
+    aside = done / "out" / outputs.SUPERSEDED / "a2"
+    assert not (done / "out" / "a2").exists()
+    assert {p.name: p.read_bytes() for p in aside.iterdir()} == before
+    line = told(done)[0]["a2"]
+    assert line["reason"] == "not_nifti" and "superseded/a2" in line["message"]
+    assert run(done, network, option) == errors.PARTLY  # and they stay there
+    assert len(list(aside.iterdir())) == len(before)
+    shutil.copy(done / "s1.nii", done / "s2.nii")
+    assert run(done, network) == 0
+    assert (done / "out" / "a2" / "a2_run.json").is_file() and not aside.exists()
+
+
+def test_gate_sets_results_of_before_aside(done, network):
+    flat(done, "s1.nii")
+    put(done, rows()[:1])
+    code = run(done, network, "--qc-gate", "--skip-existing")
+    assert code == errors.FAILED
+    out = done / "out"
+    for held in (outputs.REJECTED, outputs.SUPERSEDED):
+        assert (out / held / "a1" / "a1_run.json").is_file()
+    assert not (out / "a1").exists()
+    assert "superseded/a1" in told(done)[0]["a1"]["message"]
 
 
 def test_other_weights_and_settings_make_all_disagree(done, network, tmp_path):

@@ -48,8 +48,11 @@ HELP = "a list of pairs -> transforms and warped images"
 
 SCHEMA = 1  # of batch.json
 DONE = ("ok", "warn")
+# Not done: failed, or refused because other results lie in the way, untouched.
+NOT_DONE = ("failed", "refused")
 _QC = (
-    *("max_mm", "p99_mm", "fold_percent", "sdlogj", "ncc_before", "ncc_after"),
+    *("max_mm", "p99_mm", "fold_percent_network", "sdlogj_network"),
+    *("ncc_before", "ncc_after"),
     *judging.COLUMNS,
     *("dsc_before", "dsc_affine", "dsc", "tre_mm_before", "tre_mm"),
 )
@@ -90,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument(
         "--skip-existing",
         action="store_true",
-        help="also do results again, and replace them, that do not agree with what "
-        "would be made now",
+        help="leave alone only results that agree by content with what would be made "
+        "now; do the others again and replace them",
     )
     again.add_argument(
         "--overwrite", action="store_true", help="do all pairs again, replace results"
@@ -171,11 +174,13 @@ def _run(args, cases, digest, book, stop) -> int:
             if item is None:
                 continue
             kept = item.pop("kept", False)
+            if item["status"] == "failed":
+                _part_with_earlier(args, item)
             if not (kept and _same(book.last(item["id"]), item)):
                 book.add(item)
             counts["skipped" if kept else item["status"]] += 1
             show(item, kept)
-            if args.fail_fast and item["status"] == "failed" and not stop.is_set():
+            if args.fail_fast and item["status"] in NOT_DONE and not stop.is_set():
                 broken = True
                 stop.set()
     counts["left"] = len(cases) - sum(counts.values())
@@ -191,7 +196,7 @@ def _run(args, cases, digest, book, stop) -> int:
 def _exit_code(counts: collections.Counter, preempted: bool) -> int:
     if preempted and counts["left"]:
         return PREEMPTED
-    if not counts["failed"]:
+    if not any(counts[k] for k in NOT_DONE):
         return 0
     return PARTLY if sum(counts[k] for k in (*DONE, "skipped")) else FAILED
 
@@ -313,6 +318,18 @@ def _timed_out(args, end: End, weights_sha256: str) -> dict[str, Any]:
     )
 
 
+def _part_with_earlier(args, item: dict[str, Any]) -> None:
+    """Results of before must not look like those of a pair that failed now."""
+    out, name = Path(args.out), item["id"]
+    if not (args.skip_existing or args.overwrite):
+        if (out / name).is_dir():
+            item["message"] += f"; earlier results stay in {shown(name)}"
+    elif outputs.set_aside(out, name):
+        item["message"] += (
+            f"; earlier results are in {outputs.SUPERSEDED}/{shown(name)}"
+        )
+
+
 def _same(known: dict[str, Any] | None, item: dict[str, Any]) -> bool:
     """Whether the journal has it that these results are there."""
     return (
@@ -335,7 +352,7 @@ class _Progress:
 
     def __call__(self, item: dict[str, Any], kept: bool) -> None:
         self._count += 1
-        failed = item["status"] == "failed"
+        failed = item["status"] in NOT_DONE
         what = item["message"] if failed else item["status"]
         line = f"{self._count}/{self._total} {item['id']}: {what}"
         line += " (there already)" if kept else f", {item['seconds']:.1f} s"
@@ -365,7 +382,7 @@ def _summarize(args, cases, book, counts, digest, seconds) -> dict[str, Any]:
         row |= {"seconds": item["seconds"], "warnings": "; ".join(item["warnings"])}
         rows.append(row | {name: qc.get(name) for name in _QC})
         warnings.update(_kinds(item["warnings"]))
-        if item["status"] == "failed":
+        if item["status"] in NOT_DONE:
             reasons[item["reason"]] += 1
             failed.append(row)
     out, name = Path(args.out), worker.run_name(args)
@@ -378,11 +395,12 @@ def _summarize(args, cases, book, counts, digest, seconds) -> dict[str, Any]:
         "part": [args.part_id, args.num_parts],
         "pairs": len(cases),
         "done": len(rows) - len(failed),
-        "failed": len(failed),
+        "failed": sum(row["status"] == "failed" for row in failed),
+        "refused": sum(row["status"] == "refused" for row in failed),
         "left": len(cases) - len(rows),
         "reasons": dict(sorted(reasons.items())),
         "warnings": dict(sorted(warnings.items())),
-        "this_run": {key: counts[key] for key in (*DONE, "failed", "skipped", "left")},
+        "this_run": {key: counts[key] for key in (*DONE, *NOT_DONE, "skipped", "left")},
         "weights": digest,
         "version": versions.version(),
         "seconds": seconds,
@@ -416,7 +434,8 @@ def _tell(args, summary: dict[str, Any]) -> None:
     table = Path(args.out) / f"{worker.run_name(args)}.csv"
     say(
         f"{summary['done']} of {summary['pairs']} done ({now['skipped']} of them were "
-        f"there), {summary['failed']} failed, {summary['left']} left, in "
+        f"there), {summary['failed']} failed, {summary['refused']} refused, "
+        f"{summary['left']} left, in "
         f"{summary['seconds']:.1f} s: {shown(table)}"
     )
     if args.json:

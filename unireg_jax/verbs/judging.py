@@ -168,7 +168,10 @@ def hold_back(
     with outputs.case_folder(kept, name, True, tag=tag, claim=claim) as apart:
         for file in folder.iterdir():
             os.replace(file, apart / file.name)
-    _refuse(record, f"results are kept in {outputs.REJECTED}/{shown(name)}")
+    note = f"results are kept in {outputs.REJECTED}/{shown(name)}"
+    if outputs.set_aside(Path(args.out), name):
+        note += f", earlier ones in {outputs.SUPERSEDED}/{shown(name)}"
+    _refuse(record, note)
 
 
 def check_kept(args: argparse.Namespace, record: Mapping[str, Any]) -> None:

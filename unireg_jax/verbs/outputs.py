@@ -23,6 +23,7 @@ OUTPUTS = (  # the record comes last: it says that a case is whole
 )
 PAGE = "qc.html"  # of a case, a view of the rest
 REJECTED = "rejected"  # folder in OUT of cases that the gate holds back
+SUPERSEDED = "superseded"  # folder in OUT of results whose case failed when done again
 _LITTER_S = 86400  # after which a file that no run of `batch` marked is one
 
 
@@ -59,7 +60,7 @@ def case_folder(
 ) -> Iterator[Path]:
     """A temporary folder whose files reach OUT/CASE when the block ends well.
 
-    Results of the same case that the gate held back before are removed then.
+    Results of the same case that were held back or set aside before are removed then.
 
     Args:
         out: folder, made if absent.
@@ -101,7 +102,8 @@ def case_folder(
             _publish(temp, final, case)
         except OSError as error:
             raise storage_fault(final, error) from error
-        _release(out / REJECTED / case, case)
+        for held in (REJECTED, SUPERSEDED):
+            _release(out / held / case, case)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
         if made:
@@ -166,8 +168,39 @@ def _names(case: str) -> tuple[str, ...]:
     return PAGE, *(f"{case}_{name}" for name in OUTPUTS)
 
 
+def set_aside(out: Path, case: str) -> bool:
+    """Moves results out of OUT/CASE, where they would be taken for current ones.
+
+    Args:
+        out: folder of results.
+        case: done again, and failed.
+
+    Returns:
+        Whether there were any; they are in OUT/superseded/CASE then.
+
+    Raises:
+        UserError: `storage`, exit code 6.
+    """
+    final, aside = out / case, out / SUPERSEDED / case
+    if final.is_symlink() or not final.is_dir() or aside.parent.is_symlink():
+        return False
+    _release(aside, case)
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        for name in reversed(_names(case)):  # the record first: none without its files
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(final / name, aside / name)
+        sync(aside)
+        with contextlib.suppress(OSError):
+            final.rmdir()  # only if empty
+        sync(out)
+    except OSError as error:
+        raise storage_fault(aside, error) from error
+    return True
+
+
 def _release(held: Path, case: str) -> None:
-    """Removes results that an earlier run held back, of a case that is published."""
+    """Removes results that an earlier run kept apart, of a case that is published."""
     if held.is_symlink() or held.parent.is_symlink():
         return
     with contextlib.suppress(OSError):

@@ -209,8 +209,8 @@ def in_the_way(folder: Path, why: str) -> UserError:
     return UserError(
         "id_duplicate",
         f"{folder.name}: results that agree with what would be made now expected, or "
-        f"none, got {why}; pass --skip-existing to replace such results, or another "
-        "--out",
+        f"none, got {why}; they stay as they are: pass --skip-existing to replace such "
+        "results, or another --out",
         USAGE,
     )
 
@@ -228,7 +228,7 @@ def failure(
     settings: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """Makes the line of a pair that failed.
+    """Makes the line of a pair that failed, or was refused: others are in the way.
 
     Args:
         args: of the verb.
@@ -249,7 +249,7 @@ def failure(
     return {
         "schema": SCHEMA,
         "id": case.id,
-        "status": "failed",
+        "status": "refused" if reason == "id_duplicate" else "failed",
         "reason": reason,
         "message": one_line(message),
         "warnings": [],
