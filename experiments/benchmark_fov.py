@@ -98,7 +98,7 @@ def measure(data: Path, steps: list[int]) -> list[dict]:
                     "error_mm": round(float(error[body].mean()), 2),
                     "error_ends_mm": round(float(error[body & ends].mean()), 2),
                     "p99_step_mm": round(float(np.percentile(jump[both], 99)), 2),
-                    "fold_percent": round(result.qc["fold_percent"], 3),
+                    "fold_percent_network": round(result.qc["fold_percent_network"], 3),
                     "cpu_s": round(time.process_time() - started, 1),
                 }
             )

@@ -285,7 +285,7 @@ def judge(data: Path, model, split: str) -> list[dict]:
                     "pair": (one, other),
                     "run": run,
                     "score": _score(task, result, truth),
-                    "fold_percent": result.qc["fold_percent"],
+                    "fold_percent_network": result.qc["fold_percent_network"],
                     "seconds": result.timings.get("refine", 0.0),
                 }
             )
@@ -321,10 +321,11 @@ def table(rows: list[dict]) -> str:
     for run in RUNS:
         plan = run.plan
         dsc, folds, seconds = (
-            column(run, "headneck", k) for k in ("score", "fold_percent", "seconds")
+            column(run, "headneck", k)
+            for k in ("score", "fold_percent_network", "seconds")
         )
         tre = [column(run, task, "score")[0] for task in LANDMARKS]
-        other = [column(run, task, "fold_percent")[0] for task in LANDMARKS]
+        other = [column(run, task, "fold_percent_network")[0] for task in LANDMARKS]
         start = run.affine + " + network" * run.network
         name = plan.features if plan.iterations else "none"
         lines.append(

@@ -84,7 +84,13 @@ def _judge(result, labels) -> dict:
         ]["dsc"]
         for name, warped in stages.items()
     }
-    keys = ("fold_percent", "sdlogj", "max_mm", "ncc_before", "ncc_after")
+    keys = (
+        "fold_percent_network",
+        "sdlogj_network",
+        "max_mm",
+        "ncc_before",
+        "ncc_after",
+    )
     return scores | {k: result.qc[k] for k in keys}
 
 
@@ -112,7 +118,8 @@ def _line(task: str, scores: dict) -> str:
     )
     return (
         f"{task}: DSC initial -> affine -> network {dsc}, "
-        f"folds {scores['fold_percent']:.3f} %, SDlogJ {scores['sdlogj']:.3f}"
+        f"folds {scores['fold_percent_network']:.3f} %, "
+        f"SDlogJ {scores['sdlogj_network']:.3f}"
     )
 
 

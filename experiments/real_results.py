@@ -109,7 +109,7 @@ def landmarks(data: Path, model, task: str, *, picture: Path | None) -> dict:
 
 
 def _regularity(result) -> dict:
-    keys = ("sdlogj", "fold_percent", "max_mm")
+    keys = ("sdlogj_network", "fold_percent_network", "max_mm")
     return {k: result.qc[k] for k in keys} | {"seconds": result.timings}
 
 
@@ -134,8 +134,9 @@ def table(results: dict) -> str:
             f"| {name} | {dsc['initial'].mean():.1f} | {dsc['affine'].mean():.1f} | "
             f"**{dsc['network'].mean():.1f}** ({dsc['network'].min():.1f} … "
             f"{dsc['network'].max():.1f}) | {better} of {len(rows)} | "
-            f"{np.mean([r['sdlogj'] for r in rows]):.2f} | "
-            f"{np.mean([r['fold_percent'] for r in rows]):.3f} | {tre[0]} | {tre[1]} |"
+            f"{np.mean([r['sdlogj_network'] for r in rows]):.2f} | "
+            f"{np.mean([r['fold_percent_network'] for r in rows]):.3f} | "
+            f"{tre[0]} | {tre[1]} |"
         )
     return "\n".join(lines)
 

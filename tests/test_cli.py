@@ -272,7 +272,7 @@ def test_register_record_is_complete_and_names_no_folder(
     assert record["inputs"]["moving"]["axes"] == "ASR"
     assert record["weights"]["sha256"]
     assert set(record["qc"]) == {
-        *("finite", "max_mm", "p99_mm", "fold_percent", "sdlogj"),
+        *("finite", "max_mm", "p99_mm", "fold_percent_network", "sdlogj_network"),
         *("ncc_before", "ncc_after"),
     }
     scores = record["scores"]

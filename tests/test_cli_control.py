@@ -56,10 +56,13 @@ def swept(scans, network, *more):
 
 @pytest.mark.parametrize("dsc", [{}, {"dsc": 0.5}])
 def test_legend_of_the_plot_hides_no_point(dsc):
-    rows = [{"region": None, "type": None, "ncc_after": 0.1, "fold_percent": 0.0} | dsc]
+    rows = [
+        {"region": None, "type": None, "ncc_after": 0.1, "fold_percent_network": 0.0}
+        | dsc
+    ]
     for region, pair_type in sweeps.CONDITIONS:
         names = {"region": region.name.lower(), "type": pair_type.name.lower()}
-        rows.append(names | {"ncc_after": 0.3, "fold_percent": 0.2} | dsc)
+        rows.append(names | {"ncc_after": 0.3, "fold_percent_network": 0.2} | dsc)
     figure = sweep_verb.chart(rows)
     figure.draw_without_rendering()
     (legend,) = figure.legends
@@ -90,7 +93,13 @@ def test_sweep_rows_are_what_register_finds(scans, network, tmp_path, capsys):
             weights=network,
             affine="com",
         )
-        for name in ("ncc_before", "ncc_after", "fold_percent", "sdlogj", "max_mm"):
+        for name in (
+            "ncc_before",
+            "ncc_after",
+            "fold_percent_network",
+            "sdlogj_network",
+            "max_mm",
+        ):
             # The heads of a sweep run side by side: another order of sums.
             assert row[name] == pytest.approx(one.qc[name], rel=1e-3, abs=1e-4), name
     assert all(0.3 < row["dsc"] <= 1 for row in rows)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,8 @@ from tests.test_cli import command, save_network, write_pair
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.evaluation import quality
+from unireg_jax.reports import index
+from unireg_jax.verbs import batch, sweep
 
 CASE = "fixed__moving"
 
@@ -73,6 +76,45 @@ def test_register_records_quality_of_the_written_map(made):
     assert [f.line for f in expected] == [
         w for w in found["warnings"] if w.split(":")[0] in {f.reason for f in expected}
     ]
+
+
+def test_folds_and_sdlogj_are_named_by_where_they_are_counted(made, tmp_path, capsys):
+    """See the glossary in docs/quality.md: no two verbs share a name for two things."""
+    out, paths = made
+    prefix = out / CASE / CASE
+
+    def names(found):
+        return {k for k in found if k.startswith(("fold", "sdlogj"))}
+
+    def spelled(ending):
+        return {f"fold_percent{ending}", f"sdlogj{ending}"}
+
+    def printed(*argv):
+        assert cli.main([*map(str, argv), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert names(record(out)["qc"]) == spelled("_network")
+    assert names(record(out)["quality"]) == spelled("_body")
+    assert names(index.COLUMNS) == names(quality.CHECKS) == spelled("_body")
+    assert names(sweep.COLUMNS) == names(batch._COLUMNS) == spelled("_network")
+    field, labels = f"{prefix}_1Warp.nii.gz", paths["fixed_label"]
+    asked = ["jacobian", "-t", field, "-f", paths["fixed"]]
+    whole, masked = printed(*asked), printed(*asked, "--mask", labels)
+    assert names(whole) == spelled("_whole") and names(masked) == spelled("")
+    checked = printed("check-transform", field)
+    assert names(checked["parts"][0]) == {"fold_percent_whole"}
+    asked = ["evaluate", "-t", field, "--fixed-label", labels]
+    found = printed(*asked, "--moving-label", paths["moving_label"])["field"]
+    assert names(found) == spelled("") | spelled("_whole") | {"sdlogj_l2r"}
+    # The border, where only the Jacobian has one-sided differences, is smooth here.
+    for name in spelled("_whole"):
+        assert whole[name] == pytest.approx(found[name], abs=0.02), name
+    for name in spelled(""):
+        assert masked[name] == pytest.approx(found[name], abs=0.02), name
+    told = (Path(__file__).parents[1] / "docs" / "quality.md").read_text()
+    glossary = told.partition("## Folds and SDlogJ")[2].partition("\n## ")[0]
+    for ending in ("", "_whole", "_body", "_network"):
+        assert all(f"`{name}`" in glossary for name in spelled(ending))
 
 
 def test_register_writes_the_page_beside_the_results(made):

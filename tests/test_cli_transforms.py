@@ -300,6 +300,32 @@ def test_warp_points_in_voxels_of_both_scans(run, tmp_path):
     np.testing.assert_allclose(moved, expected, atol=1e-3)
 
 
+def test_warp_points_takes_the_landmarks_of_evaluate(run, tmp_path, capsys):
+    """And evaluate takes what it gives: no error is left."""
+    table = tmp_path / "landmarks.csv"
+    head = "name,fixed_x_mm,fixed_y_mm,fixed_z_mm,moving_x_mm,moving_y_mm,moving_z_mm"
+    xyz = np.array([[8.0, -160, 710], [20, -140, 700]])
+    there = mapping.points(mapping.read("c.h5"), xyz)
+    rows = [",".join(map(repr, map(float, r))) for r in np.hstack([xyz, there])]
+    table.write_text("\n".join([head, *(f"p{i},{r}" for i, r in enumerate(rows))]))
+    out = tmp_path / "moved.csv"
+    code, _, stderr = run("warp-points", "-p", table, "-t", "c.h5", "-o", out)
+    assert code == 0, stderr
+    np.testing.assert_allclose(
+        np.loadtxt(out, delimiter=",", skiprows=1, usecols=(1, 2, 3)), there, atol=1e-5
+    )
+    (tmp_path / "fixed.csv").write_text(
+        "x;y;z\n" + "\n".join(";".join(map(str, point)) for point in xyz)
+    )
+    more = (f"--fixed-points={tmp_path}/fixed.csv", f"--moving-points={out}")
+    code, stdout, _ = run("evaluate", "-t", "c.h5", *more, "--json")
+    assert code == 0 and json.loads(stdout)["landmarks"]["tre_mm"] < 1e-5
+    code, stdout, _ = run("evaluate", "-t", "c.h5", "--landmarks", table, "--json")
+    assert code == 0 and json.loads(stdout)["landmarks"]["tre_mm"] < 1e-9
+    code, _, stderr = run("evaluate", "-t", "c.h5", more[0])
+    assert code == 2 and "belong together" in stderr
+
+
 def test_warp_points_warns_beyond_the_field(run, tmp_path):
     (tmp_path / "p.csv").write_text("x,y,z\n8,-160,2000\n8,-160,710\n")
     words = ("-p", tmp_path / "p.csv", "--space", "lps", "-t", "w.nii.gz")
@@ -420,7 +446,7 @@ def test_check_transform_describes_parts(run):
     field, affine = found["parts"]
     lengths = np.linalg.norm(transforms.read_field("w.nii.gz")[0], axis=-1)
     assert field["max_mm"] == pytest.approx(lengths.max(), rel=1e-5)
-    assert field["fold_percent"] == 0 and field["axes"] == "LPS"
+    assert field["fold_percent_whole"] == 0 and field["axes"] == "LPS"
     np.testing.assert_allclose(affine["matrix"], matrix(), atol=1e-9)
     text = run("check-transform", "c.h5")[1]
     assert "part 2       affine" in text and "verdict      ok" in text
@@ -533,7 +559,7 @@ def test_check_transform_warns_of_folds_and_length(run, tmp_path):
 def test_jacobian_writes_a_map_and_prints_statistics(run, tmp_path):
     out = tmp_path / "j.nii.gz"
     code, stdout, _ = run("jacobian", "-t", "c.h5", "-f", "fixed.nii.gz", "-o", out)
-    assert code == 0 and "fold_percent     0\n" in stdout
+    assert code == 0 and f"{'fold_percent_whole'.ljust(19)} 0\n" in stdout
     detj = nib.load(out).get_fdata()
     assert detj.shape == FIXED.shape and nib.load(out).get_data_dtype() == np.float32
     code, stdout, _ = run(

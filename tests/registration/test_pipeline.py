@@ -152,7 +152,7 @@ def test_register_initial_network_is_near_the_identity(calm):
     # Steep edges of 1000 HU per voxel times a hundredth of a voxel.
     assert np.abs(result.warped.astype(float) - hu.hu).mean() < 1.0
     assert result.qc["ncc_before"] == pytest.approx(1.0, abs=1e-5)
-    assert result.qc["fold_percent"] == 0.0
+    assert result.qc["fold_percent_network"] == 0.0
 
 
 def test_register_total_map_is_affine_after_network(model):
@@ -644,10 +644,10 @@ def test_scans_of_two_parts_of_the_body_are_warned_of(calm):
 
 
 def test_quality_warnings_name_folds_and_lost_similarity():
-    good = {"fold_percent": 0.4, "ncc_before": 0.5, "ncc_after": 0.8}
+    good = {"fold_percent_network": 0.4, "ncc_before": 0.5, "ncc_after": 0.8}
     assert pipeline.quality_warnings(good) == []
     for change, match in (
-        ({"fold_percent": 6.35}, "folding: 6.35 %"),
+        ({"fold_percent_network": 6.35}, "folding: 6.35 %"),
         ({"ncc_after": 0.04}, "got 0.04"),
         ({"ncc_after": None}, "got none"),
         ({"ncc_after": 0.46}, "fell from 0.500 to 0.460"),

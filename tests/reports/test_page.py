@@ -60,7 +60,7 @@ def record(name="a__b", **more):
         "inputs": {
             "fixed": {"name": "a.nii.gz", "shape": [3, 4, 5], "spacing_mm": [1, 2, 3]}
         },
-        "quality": {"coverage": 0.9, "local_ncc": 0.8, "fold_percent": 3.0},
+        "quality": {"coverage": 0.9, "local_ncc": 0.8, "fold_percent_body": 3.0},
         "versions": {"unireg": "1"},
         "device": "cpu",
         **more,
@@ -124,11 +124,11 @@ def test_page_of_a_damaged_record_is_a_page(drawn, broken):
 
 def test_numbers_out_of_bounds_are_marked(drawn):
     rows = {row.name: row for row in case.rows(record()["quality"], "intra")}
-    assert rows["fold_percent"].over and not rows["coverage"].over
-    assert rows["fold_percent"].limit == "at most 1 %"
-    assert set(rows) == {"coverage", "local_ncc", "fold_percent"}
+    assert rows["fold_percent_body"].over and not rows["coverage"].over
+    assert rows["fold_percent_body"].limit == "at most 1 %"
+    assert set(rows) == {"coverage", "local_ncc", "fold_percent_body"}
     assert html(drawn).count("class=over") == 1
-    assert "fold_percent" in quality.CHECKS
+    assert "fold_percent_body" in quality.CHECKS
 
 
 def test_large_pages_are_thinned(drawn, monkeypatch):

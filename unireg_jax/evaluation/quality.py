@@ -80,12 +80,12 @@ CHECKS = {
         "by how much the pre-aligned moving scan, mirrored, has a higher local_ncc",
         "look at the moving scan: an axis of its file may be turned",
     ),
-    "fold_percent": Check(
+    "fold_percent_body": Check(
         *("folding", 2.0, 1.0, False, "%"),
         "share of the fixed body where the map turns over (J <= 0)",
         "look at the grid; try --io-iterations 50, another pre-alignment or task",
     ),
-    "sdlogj": Check(
+    "sdlogj_body": Check(
         *("folding", 3.5, 2.0, False, ""),
         "standard deviation of log max(J, 1e-9) over the fixed body",
         "look at the Jacobian; try --io-iterations 50, another pre-alignment or task",
@@ -152,8 +152,9 @@ def measure(
 
     Returns:
         coverage, local_ncc_before, local_ncc_affine, local_ncc, local_ncc_gain,
-        mirror_gain, mirror_axis (0, 1, 2 of LPS), fold_percent, sdlogj, p99_mm, max_mm,
-        constant (1 where a scan shows nothing); see CHECKS. NaN where undefined.
+        mirror_gain, mirror_axis (0, 1, 2 of LPS), fold_percent_body, sdlogj_body,
+        p99_mm, max_mm, constant (1 where a scan shows nothing); see CHECKS. NaN where
+        undefined.
 
     Raises:
         ValueError: disp_mm or mask is not on the grid of fixed.
@@ -556,7 +557,7 @@ def _settle(image: Volume, seen: np.ndarray, points: np.ndarray, matrix) -> np.n
 
 def _shape(disp, affine, points, placed, body, grid) -> dict[str, float]:
     """Regularity of the map, and length of what it adds to the pre-alignment."""
-    names = ("fold_percent", "sdlogj", "p99_mm", "max_mm")
+    names = ("fold_percent_body", "sdlogj_body", "p99_mm", "max_mm")
     if not body.any():
         return dict.fromkeys(names, math.nan)
     out = {}
@@ -564,9 +565,9 @@ def _shape(disp, affine, points, placed, body, grid) -> dict[str, float]:
     detj = regularity.jacobian_determinant(field, grid.vox2world)
     inner = detj[body[1:-1, 1:-1, 1:-1]]
     some = inner.size > 0
-    out["fold_percent"] = 100 * float((inner <= 0).mean()) if some else math.nan
+    out["fold_percent_body"] = 100 * float((inner <= 0).mean()) if some else math.nan
     logs = np.log(np.maximum(inner, 1e-9), dtype=np.float64)
-    out["sdlogj"] = float(np.std(logs)) if some else math.nan
+    out["sdlogj_body"] = float(np.std(logs)) if some else math.nan
     turn = np.linalg.inv(affine[:3, :3])
     residual = np.tensordot(turn, points + disp - placed, 1)
     length = np.sqrt(np.square(residual).sum(axis=0))[body]

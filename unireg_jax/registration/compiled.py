@@ -125,8 +125,9 @@ class Compiled:
             disp: [N, X, Y, Z, 3] float32, voxels, from a call.
 
         Returns:
-            [N] float32 each, on the device: fold_percent and sdlogj (ops/jacobian.py),
-            ncc_before and ncc_after (global, signed, of windowed intensities).
+            [N] float32 each, on the device: fold_percent_network and sdlogj_network
+            (ops/jacobian.py), ncc_before and ncc_after (global, signed, of windowed
+            intensities).
 
         Raises:
             ValueError: body has another shape or dtype.
@@ -317,8 +318,8 @@ def _judge(fixed_hu, moving_hu, body, disp, *, window):
         reached = warp.sample(valid, coords, order=0)[..., 0]
         after = body & reached & warp.inside(disp)
         values = {
-            "fold_percent": 100 * jacobian.folding_fraction(disp, mask=body),
-            "sdlogj": jacobian.sdlogj(disp, mask=body),
+            "fold_percent_network": 100 * jacobian.folding_fraction(disp, mask=body),
+            "sdlogj_network": jacobian.sdlogj(disp, mask=body),
             "ncc_before": before,
             "ncc_after": ncc.global_ncc(fixed, warp.warp(moving, disp), mask=after),
         }

@@ -63,11 +63,11 @@ class Registration(NamedTuple):
         settings: task, region, pair_type, affine: asked and used; fov asked and used,
             windows, body_covered, the share of the fixed body on network_grid, and
             seen, the body region that each scan shows; with `refine` its plan.
-        qc: of network_disp: finite; max_mm and p99_mm, length; fold_percent, sdlogj
-            (see ops/jacobian.py); and ncc_before, ncc_after (global, signed, windowed
-            intensities, after the pre-alignment and after network_disp); over the fixed
-            body on the network's grid; with `refine` also refine_before, refine_after,
-            its cost. None where undefined.
+        qc: of network_disp: finite; max_mm and p99_mm, length; fold_percent_network,
+            sdlogj_network (see ops/jacobian.py); and ncc_before, ncc_after (global,
+            signed, windowed intensities, after the pre-alignment and after
+            network_disp); over the fixed body on the network's grid; with `refine` also
+            refine_before, refine_after, its cost. None where undefined.
         timings: seconds per stage. compile is that of the network; other stages compile
             in the first pair of a shape.
         warnings: what a person should know of how it came about, one line each; see
@@ -795,7 +795,7 @@ def quality_warnings(qc: dict[str, Any]) -> list[str]:
         0.2 after registration, or less than before it.
     """
     lines = []
-    if (folds := qc["fold_percent"]) is not None and folds > _FOLDS_PERCENT:
+    if (folds := qc["fold_percent_network"]) is not None and folds > _FOLDS_PERCENT:
         lines.append(
             f"folding: {folds:.2f} % of the body folds, at most {_FOLDS_PERCENT:g} % "
             "expected; look at the field, try another --affine or --task"

@@ -21,6 +21,7 @@ from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.pipeline import Clock, Session, check_settings
 from unireg_jax.tasks import TASKS, PairType, Region, Task
 
+_REGULARITY = ("fold_percent_network", "sdlogj_network")
 CONDITIONS = tuple(itertools.product(Region, PairType))
 
 
@@ -29,8 +30,9 @@ class Sweep(NamedTuple):
 
     Attributes:
         rows: one per condition: region, type, task (its name in tasks.TASKS, or None),
-            ncc_before, ncc_after, fold_percent, sdlogj (see Registration.qc), max_mm,
-            p99_mm, and with labels dsc, mean over the labels on the network's grid.
+            ncc_before, ncc_after, fold_percent_network, sdlogj_network (see
+            Registration.qc), max_mm, p99_mm, and with labels dsc, mean over the labels
+            on the network's grid.
             The first row has region None: pre-alignment alone.
         settings: affine asked and used, fov_used, body_covered, and seen, the body
             region that each scan shows.
@@ -150,8 +152,8 @@ def _rows(conditions, disp, scores, spacing) -> list[dict[str, Any]]:
     still = {"region": None, "type": None, "task": None}
     rows = [
         still
-        | {"ncc_before": before, "ncc_after": before, "fold_percent": 0.0}
-        | {"sdlogj": 0.0, "max_mm": 0.0, "p99_mm": 0.0}
+        | {"ncc_before": before, "ncc_after": before}
+        | dict.fromkeys((*_REGULARITY, "max_mm", "p99_mm"), 0.0)
     ]
     names = {task: name for name, task in TASKS.items()}
     for i, (region, pair_type) in enumerate(conditions):
@@ -163,7 +165,7 @@ def _rows(conditions, disp, scores, spacing) -> list[dict[str, Any]]:
         }
         measured = {
             name: _number(scores[name][i])
-            for name in ("ncc_before", "ncc_after", "fold_percent", "sdlogj")
+            for name in ("ncc_before", "ncc_after", *_REGULARITY)
         }
         lengths = {
             "max_mm": _number(length.max()),

@@ -174,7 +174,7 @@ def _field(part: Field, findings: list[str]) -> dict[str, Any]:
         "mean_mm": float(lengths.mean(dtype=np.float64)),
         "p95_mm": float(np.percentile(lengths, 95)),
         "max_mm": longest,
-        "fold_percent": folds,
+        "fold_percent_whole": folds,
         "shear": transforms.has_shear(part.vox2world),
     }
 
@@ -267,7 +267,11 @@ def _part(part: dict[str, Any]) -> str:
         return f"affine: scales {scales}; shift of the origin {shift} mm"
     shape = "x".join(map(str, part["shape"]))
     spacing = "x".join(f"{s:.4g}" for s in part["spacing_mm"])
-    folds = "-" if part["fold_percent"] is None else f"{part['fold_percent']:.3g}"
+    folds = (
+        "-"
+        if part["fold_percent_whole"] is None
+        else f"{part['fold_percent_whole']:.3g}"
+    )
     return (
         f"field: {shape} voxels of {spacing} mm, axes {part['axes']}; mean "
         f"{part['mean_mm']:.4g}, 95 % {part['p95_mm']:.4g}, longest "

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     )
     beyond = 100 * float(1 - known.mean())
     known = known if mask is None else known & mask
-    stats = statistics(detj[known]) | {"beyond_percent": beyond}
+    ending = "_whole" if mask is None else ""
+    stats = statistics(detj[known], ending) | {"beyond_percent": beyond}
     if args.file:
         out = np.log(np.maximum(detj, _FLOOR)) if args.log else detj
         nifti.write_like(args.file, out, target)
@@ -78,18 +79,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         files.report(args, "jacobian", **files.plain(stats))
         return 0
-    lines = [f"{name.ljust(16)} {number(value)}\n" for name, value in stats.items()]
+    lines = [f"{name.ljust(19)} {number(value)}\n" for name, value in stats.items()]
     sys.stdout.write("".join(lines))
     sys.stdout.flush()
     return 0
 
 
-def statistics(detj: np.ndarray) -> dict[str, float]:
+def statistics(detj: np.ndarray, ending: str) -> dict[str, float]:
     """Of determinants [...]: their number, range, and share of folds.
 
     Returns:
-        voxels; mean, min, p1, p99, max; sd_log, the standard deviation of
-        log max(determinant, 1e-9); fold_percent, the share of 0 or less.
+        voxels; mean, min, p1, p99, max; sdlogj, the standard deviation of
+        log max(determinant, 1e-9), and fold_percent, the share of 0 or less, whose
+        names end in `ending`, as those of `evaluate` do.
     """
     if not detj.size:
         raise UserError(
@@ -107,8 +109,8 @@ def statistics(detj: np.ndarray) -> dict[str, float]:
         "p1": float(low),
         "p99": float(high),
         "max": float(detj.max()),
-        "sd_log": float(logs.std(dtype=np.float64)),
-        "fold_percent": 100 * float((detj <= 0).mean()),
+        f"sdlogj{ending}": float(logs.std(dtype=np.float64)),
+        f"fold_percent{ending}": 100 * float((detj <= 0).mean()),
     }
 
 

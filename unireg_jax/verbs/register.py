@@ -136,8 +136,8 @@ def _summarize(say: Callable[[str], None], record: dict[str, Any], where: Path) 
     qc, scores = record["qc"], record["scores"]
     line = (
         f"NCC {number(qc['ncc_before'])} -> {number(qc['ncc_after'])}, longest "
-        f"vector after pre-alignment {number(qc['max_mm'])} mm, folding "
-        f"{number(qc['fold_percent'])} %"
+        f"vector after pre-alignment {number(qc['max_mm'])} mm, the map folds in "
+        f"{number(record['quality']['fold_percent_body'])} % of the body"
     )
     if scores:
         mean = scores["mean"]

@@ -21,8 +21,8 @@ HELP = "one pair under every task and pair type: similarity against folding"
 
 SCHEMA = 1
 COLUMNS = (
-    *("region", "type", "task", "ncc_before", "ncc_after", "fold_percent"),
-    *("sdlogj", "max_mm", "p99_mm", "dsc"),
+    *("region", "type", "task", "ncc_before", "ncc_after"),
+    *("fold_percent_network", "sdlogj_network", "max_mm", "p99_mm", "dsc"),
 )
 EXAMPLES = """example:
   unireg sweep -f fixed.nii.gz -m moving.nii.gz --plot sweep.png > sweep.csv
@@ -177,7 +177,7 @@ def chart(rows: list[dict[str, Any]]) -> Any:
         figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of, strict=True
     ):
         for row in rows:
-            if row[name] is None or row["fold_percent"] is None:
+            if row[name] is None or row["fold_percent_network"] is None:
                 continue
             if row["region"] is None:
                 axes.axhline(row[name], color="0.6", linestyle="--", zorder=0)
@@ -193,7 +193,7 @@ def chart(rows: list[dict[str, Any]]) -> Any:
                 )
                 continue
             axes.scatter(
-                row["fold_percent"],
+                row["fold_percent_network"],
                 row[name],
                 s=60,
                 alpha=0.8,  # of two in one place both show
