@@ -43,11 +43,15 @@ def test_points_round_trip_is_exact(tmp_path):
     [
         (b"", "empty", "0 bytes"),
         (HEAD.encode() + b"\n", "empty", "one point or more, got none"),
-        (b"x,y,z\n1,2,3\n", "schema", "no fixed_x_mm, .* among .'x', 'y', 'z'."),
+        (b"x,y,z\n1,2,3\n", "schema", "got 'x, y, z' between commas"),
         (f"{HEAD}\n1,2,3,4,5,left\n".encode(), "schema", "got 'left' in line 2, col"),
-        (f"{HEAD}\n1,2,3,4,5,6\n1,2,3\n".encode(), "schema", "got None in line 3"),
-        (f"{HEAD}\n1,2,nan,4,5,6\n".encode(), "schema", "column fixed_z_mm; mend"),
-        (b"\xff\xfe\x00\x00", "schema", "a CSV table in UTF-8"),
+        (f"{HEAD}\n1,2,3,4,5,6\n1,2,3\n".encode(), "schema", "got none in line 3"),
+        (
+            f"{HEAD}\n1,2,nan,4,5,6\n".encode(),
+            "schema",
+            "'nan' in line 2, column fixed_z",
+        ),
+        (b"\xff\xfe\x00\x00", "schema", "text in UTF-8"),
     ],
 )
 def test_read_points_refuses(tmp_path, content, reason, match):
@@ -94,7 +98,12 @@ def test_read_table_gives_lps_mm(tmp_path, frame, text):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("1,2,3\n1,2\n", "schema"), ("1,2\n", "schema"), ("a,b,c\n", "empty")],
+    [
+        ("1,2,3\n1,2\n", "schema"),
+        ("1,2\n", "schema"),
+        ("a,b,c\n", "empty"),
+        (f"{HEAD}\n1,2,3,4,5,6\n", "schema"),
+    ],
 )
 def test_read_table_refuses_what_is_no_point(tmp_path, text, reason):
     (tmp_path / "p.csv").write_text(text)
@@ -193,8 +202,11 @@ def test_write_file_as_another_kind(tmp_path, name, space):
         ("p.csv", "x,y,z\n1,2,3\n", None, "schema", 2, "a table does not tell"),
         ("p.csv", "x,y,z\n1,2,3\n", "voxel", "schema", 2, "name the scan"),
         ("p.csv", "a,b,c\n1,2,3\n", "lps", "schema", 4, "columns x, y, z"),
-        ("p.csv", "x,y,z\n1,2\n", "lps", "schema", 4, "'1,2' in point 1"),
+        ("p.csv", "x,y,z\n1,2\n", "lps", "schema", 4, "none in line 2, column z"),
         ("p.csv", "x,y,z\n1,2,nan\n", "lps", "schema", 4, "finite"),
+        ("p.csv", "x;y;z\n1,5;2;3\n", "lps", "schema", 4, "semicolons .a decimal com"),
+        ("p.csv", "x|y|z\n1|2|3\n", "lps", "schema", 4, "'x|y|z' between blanks"),
+        ("p.csv", f"{HEAD}\n1,2,3,4,5,6\n", "ras", "schema", 2, "space of the file"),
         ("p.csv", "x,y,z\n", "lps", "empty", 4, "one point or more"),
         ("p.txt", "1 2 3", "lps", "schema", 2, "a name in .csv, .fcsv"),
         ("p.fcsv", "# CoordinateSystem = LPS\n", None, "empty", 4, "mark some"),
@@ -210,6 +222,49 @@ def test_read_file_refuses(tmp_path, name, text, space, reason, code, match):
     with pytest.raises(UserError, match=match) as caught:
         points.read_file(tmp_path / name, space)
     assert (caught.value.reason, caught.value.exit_code) == (reason, code)
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_every_delimiter_is_read_and_kept(tmp_path, sign):
+    text = 'name,x,y,z,note\n"a;b, c",12,30.5,-7,p\nb,10,30.5,-4,q\n'
+    if sign != ",":
+        text = text.replace("b, c", "b. c").replace(",", sign)
+    path = tmp_path / "p.csv"
+    path.write_text(text)
+    found = points.read_file(path, "lps")
+    np.testing.assert_allclose(found.xyz, LPS)
+    assert found.names[1] == "b" and found.names[0].startswith("a;b")
+    np.testing.assert_allclose(points.read_table(path, "lps_mm", None), LPS)
+    points.write_file(tmp_path / "q.csv", found)
+    lines = (tmp_path / "q.csv").read_text().splitlines()
+    assert lines[0] == sign.join(("name", "x", "y", "z", "note"))
+    assert lines[2] == sign.join(("b", "10.000000", "30.500000", "-4.000000", "q"))
+
+
+@pytest.mark.parametrize("sign", [",", ";"])
+def test_read_file_takes_the_points_of_one_scan_of_landmarks(tmp_path, sign):
+    path = tmp_path / "p.csv"
+    path.write_text(f"name,{HEAD}\na,1,2,3,4,5,6\n".replace(",", sign))
+    for scan, xyz in (("fixed", [[1, 2, 3]]), ("moving", [[4, 5, 6]])):
+        found = points.read_file(path, scan=scan)
+        np.testing.assert_array_equal(found.xyz, xyz)
+        assert (found.names, found.space) == (["a"], "lps")
+        points.write_file(tmp_path / "q.csv", found)
+        first = (tmp_path / "q.csv").read_text().splitlines()[0]
+        assert first == "name,x_mm,y_mm,z_mm"
+        np.testing.assert_array_equal(
+            points.read_table(tmp_path / "q.csv", "lps_mm", None), xyz
+        )
+    pairs = points.read_points(path)
+    np.testing.assert_array_equal(pairs.moving, [[4, 5, 6]])
+
+
+def test_read_table_takes_files_of_slicer(tmp_path):
+    given = points.PointFile(LPS, ["a", "b"], "csv", "lps", None)
+    for name in ("p.fcsv", "p.mrk.json"):
+        points.write_file(tmp_path / name, given, "ras")
+        found = points.read_table(tmp_path / name, "lps_mm", None)
+        np.testing.assert_allclose(found, LPS, atol=1e-6)
 
 
 def test_write_file_refuses(tmp_path):

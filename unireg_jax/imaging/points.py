@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.imaging import nifti
+from unireg_jax.imaging import nifti, point_tables
 from unireg_jax.imaging.nifti import Volume
+from unireg_jax.imaging.point_tables import AXES, FIXED, MOVING, fault
 
-_FIXED = ("fixed_x_mm", "fixed_y_mm", "fixed_z_mm")
-_MOVING = ("moving_x_mm", "moving_y_mm", "moving_z_mm")
-_NAMES = ("name", "label", "id")
 # Spaces of point files: world mm, or indices from 0 along the axes as stored.
 SPACES = ("lps", "ras", "voxel")
-_AXES = ("x", "y", "z")
-_FCSV = ("id", *_AXES, "ow", "ox", "oy", "oz", "vis", "sel", "lock", "label", "desc")
+SCANS = {"fixed": FIXED, "moving": MOVING}  # of a table of landmarks
+_FCSV = ("id", *AXES, "ow", "ox", "oy", "oz", "vis", "sel", "lock", "label", "desc")
 _SCHEMA = (
     "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/"
     "Resources/Schema/markups-schema-v1.0.3.json#"
@@ -60,11 +58,12 @@ class PointFile(NamedTuple):
 
 
 def read_points(path: str | os.PathLike) -> PointPairs:
-    """Reads landmarks from a CSV file.
+    """Reads landmarks from a table.
 
     Args:
         path: columns fixed_x_mm, fixed_y_mm, fixed_z_mm, moving_x_mm, moving_y_mm,
-            moving_z_mm in LPS mm, optionally name (or label, id); others are ignored.
+            moving_z_mm in LPS mm, optionally name (or label, id), between commas,
+            semicolons or tabs; others are ignored.
 
     Returns:
         PointPairs.
@@ -73,40 +72,25 @@ def read_points(path: str | os.PathLike) -> PointPairs:
         UserError: `not_found`, `not_a_file`, `permission`, `empty` for no point,
             `schema` for a missing column or a cell that is no finite number.
     """
-    nifti.check_file(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = reader.fieldnames or []
-            rows = list(reader)
-    except PermissionError as error:
-        raise nifti.permission_error(path) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise _schema(path, "a CSV table in UTF-8", str(error)) from error
-    missing = [name for name in _FIXED + _MOVING if name not in columns]
-    if missing:
-        got = f"no {', '.join(missing)} among {columns[:12]}"
-        raise _schema(path, "columns fixed_x_mm ... moving_z_mm (LPS mm)", got)
-    if not rows:
-        raise UserError(
-            "empty",
-            f"{nifti.shown(path)}: empty: expected one point or more, got none; write "
-            "one per line",
-        )
-    points = np.array([_numbers(path, n, row) for n, row in enumerate(rows, start=2)])
-    column = next((name for name in _NAMES if name in columns), None)
-    names = [row[column] if column else str(n) for n, row in enumerate(rows, start=1)]
-    return PointPairs(names, points[:, :3], points[:, 3:])
+    table = point_tables.parse(path, point_tables.read_text(path))
+    columns = point_tables.places(table, FIXED + MOVING)
+    if columns is None:
+        expected = "fixed_x_mm ... moving_z_mm (LPS mm)"
+        raise point_tables.no_columns(path, table, expected)
+    values = point_tables.numbers(path, table, columns)
+    return PointPairs(point_tables.names(table), values[:, :3], values[:, 3:])
 
 
-def read_table(path: str | os.PathLike, frame: str, volume: Volume) -> np.ndarray:
+def read_table(
+    path: str | os.PathLike, frame: str, volume: Volume | None
+) -> np.ndarray:
     """Reads the points of one scan; points of two scans correspond line by line.
 
     Args:
-        path: three numbers a line, separated by commas, tabs or spaces; a first line
-            of words (x_mm, y_mm, z_mm) is skipped, further columns are ignored.
-        frame: one of FRAMES; voxel indices count along the axes as stored.
-        volume: the scan, whose grid gives voxels their place.
+        path: as of `read_file`; or a table of any other name, also between white space,
+            whose first three columns are taken where none are called x, y, z.
+        frame: one of FRAMES, of a table; voxel indices count along the axes as stored.
+        volume: the scan, whose grid gives voxels their place; None with mm.
 
     Returns:
         [N, 3] float64, LPS mm.
@@ -114,41 +98,22 @@ def read_table(path: str | os.PathLike, frame: str, volume: Volume) -> np.ndarra
     Raises:
         ValueError: frame is none of FRAMES.
         UserError: `not_found`, `not_a_file`, `permission`, `empty`; `schema` for a line
-            that is no point.
+            that is no point, or landmarks of two scans in one table.
     """
     if frame not in FRAMES:
         raise ValueError(f"frame must be one of {FRAMES}, got {frame!r}")
-    nifti.check_file(path)
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.replace(",", " ").split() for line in file]
-    except PermissionError as error:
-        raise nifti.permission_error(path) from error
-    except UnicodeDecodeError as error:
-        raise _schema(path, "a table of numbers in UTF-8", str(error)) from error
-    points = []
-    for number, cells in enumerate(lines, start=1):
-        try:
-            point = [float(cell) for cell in cells[:3]]
-        except ValueError:
-            point = []
-        if len(point) == 3 and np.isfinite(point).all():
-            points.append(point)
-        elif cells and (number > 1 or not cells[0][0].isalpha()):
-            got = f"{' '.join(cells)[:40]!r} in line {number}"
-            raise _schema(path, "three finite numbers a line", got)
-    if not points:
-        raise UserError(
-            "empty",
-            f"{nifti.shown(path)}: empty: expected one point or more, got none; write "
-            "one per line",
-        )
-    table = np.array(points)
+    if not _is_table(path):
+        return read_file(path).xyz
+    table = point_tables.parse(path, point_tables.read_text(path))
+    if point_tables.places(table, FIXED):
+        raise point_tables.no_columns(path, table, "x, y, z of one scan")
+    columns = point_tables.places(table, AXES) or [0, 1, 2]
+    values = point_tables.numbers(path, table, columns)
     if frame == "lps_mm":
-        return table
-    vox2world = volume.native.vox2world if volume.native else volume.vox2world
-    indices = table - (frame == "voxel_from_1")
-    return indices @ vox2world[:3, :3].T + vox2world[:3, 3]
+        return values
+    matrix = _to_lps("voxel", volume, path)
+    indices = values - (frame == "voxel_from_1")
+    return indices @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def write_points(path: str | os.PathLike, points: PointPairs) -> None:
@@ -173,7 +138,7 @@ def write_points(path: str | os.PathLike, points: PointPairs) -> None:
         open(temp, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("name", *_FIXED, *_MOVING))
+        writer.writerow(("name", *FIXED, *MOVING))
         for name, fixed, moving in zip(*points, strict=True):
             numbers = (repr(float(value)) for value in (*fixed, *moving))
             writer.writerow((name, *numbers))
@@ -183,39 +148,43 @@ def write_points(path: str | os.PathLike, points: PointPairs) -> None:
 
 
 def read_file(
-    path: str | os.PathLike, space: str | None = None, volume: Volume | None = None
+    path: str | os.PathLike,
+    space: str | None = None,
+    volume: Volume | None = None,
+    *,
+    scan: str = "fixed",
 ) -> PointFile:
     """Reads points of one scan.
 
     Args:
         path: `.csv` with columns x, y, z (or x_mm, y_mm, z_mm), or without a header
-            and three numbers first; Slicer's `.fcsv` or `.mrk.json`.
+            and three numbers first, between commas, semicolons or tabs; a table of
+            landmarks as of `read_points`; Slicer's `.fcsv` or `.mrk.json`.
         space: one of SPACES. A CSV does not tell its own, the others do: None, or the
             same.
         volume: the scan, for "voxel".
+        scan: "fixed" or "moving": whose points of a table of landmarks.
 
     Returns:
         PointFile.
 
     Raises:
-        ValueError: unknown space.
+        ValueError: unknown space or scan.
         UserError: `not_found`, `not_a_file`, `permission`, `empty`; `schema` for what
             is no such table, and, exit code 2, for a space that is missing or
             contradicts the file, or "voxel" without the scan.
     """
     if space not in (None, *SPACES):
         raise ValueError(f"space must be one of {SPACES}, got {space!r}")
+    if scan not in SCANS:
+        raise ValueError(f"scan must be one of {tuple(SCANS)}, got {scan!r}")
     kind = _kind(path)
-    nifti.check_file(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            text = file.read()
-    except PermissionError as error:
-        raise nifti.permission_error(path) from error
-    except UnicodeDecodeError as error:
-        raise _schema(path, "text in UTF-8", str(error)) from error
-    parse = {"csv": _parse_csv, "fcsv": _parse_fcsv, "json": _parse_json}[kind]
-    table, names, told, content = parse(path, text)
+    text = point_tables.read_text(path)
+    if kind == "csv":
+        table, names, told, content = _parse_csv(path, text, SCANS[scan])
+    else:
+        parse = {"fcsv": _parse_fcsv, "json": _parse_json}[kind]
+        table, names, told, content = parse(path, text)
     space = _agreed_space(path, space, told)
     if not len(table):
         raise UserError(
@@ -224,7 +193,7 @@ def read_file(
             "some",
         )
     if not np.isfinite(table).all():
-        raise _schema(path, "finite coordinates", "NaN or infinity")
+        raise fault(path, "finite coordinates", "NaN or infinity")
     matrix = _to_lps(space, volume, path)
     xyz = table @ matrix[:3, :3].T + matrix[:3, 3]
     return PointFile(xyz, names, kind, space, content)
@@ -276,12 +245,18 @@ def write_file(
         if kind == "json":
             file.write(text)
         else:
-            writer = csv.writer(file, lineterminator="\n")
+            delimiter = content[0].delimiter if kind == "csv" and content else ","
+            writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
             for line in lines:
                 if isinstance(line, str):
                     file.write(line + "\n")
                 else:
                     writer.writerow(line)
+
+
+def _is_table(path: str | os.PathLike) -> bool:
+    """Whether a file is none of Slicer's, by its name."""
+    return not os.fspath(path).lower().endswith((".fcsv", ".json"))
 
 
 def _kind(path: str | os.PathLike) -> str:
@@ -314,31 +289,20 @@ def _to_lps(space: str, volume: Volume | None, path: str | os.PathLike) -> np.nd
     return (volume.native or volume).vox2world
 
 
-def _parse_csv(path, text):
-    """Table, names, space (never told) and rows with the places of the columns."""
-    try:
-        rows = [row for row in csv.reader(text.splitlines()) if row]
-    except csv.Error as error:
-        raise _schema(path, "a CSV table", str(error)) from error
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    places, named = [0, 1, 2], None
-    headed = not all(map(_is_number, header[:3]))
-    if headed:
-        found = [
-            next((header.index(n) for n in (a, f"{a}_mm") if n in header), None)
-            for a in _AXES
-        ]
-        if None in found:
-            raise _schema(path, "columns x, y, z (or x_mm, y_mm, z_mm)", f"{rows[0]}")
-        places = found
-        named = next((header.index(n) for n in _NAMES if n in header), None)
-    body = rows[1:] if headed else rows
-    table = _cells(path, body, places, 2 if headed else 1)
-    names = [
-        row[named] if named is not None and named < len(row) else str(n)
-        for n, row in enumerate(body, start=1)
-    ]
-    return table, names, None, (rows, places, headed)
+def _parse_csv(path, text, landmarks):
+    """Numbers, names, space (landmarks alone tell), the table and its columns."""
+    table = point_tables.parse(path, text)
+    both = point_tables.places(table, landmarks)
+    if both:  # written as points of one scan: nothing else in it would hold
+        values = point_tables.numbers(path, table, both)
+        return values, point_tables.names(table), "lps", None
+    columns = point_tables.places(table, AXES)
+    if columns is None and table.head:
+        expected = "x, y, z (or x_mm, y_mm, z_mm), or fixed_x_mm ... moving_z_mm"
+        raise point_tables.no_columns(path, table, expected)
+    columns = columns or [0, 1, 2]
+    values = point_tables.numbers(path, table, columns)
+    return values, point_tables.names(table), None, (table, columns)
 
 
 def _parse_fcsv(path, text):
@@ -354,12 +318,12 @@ def _parse_fcsv(path, text):
     # Older Slicer wrote 0 for RAS and 1 for LPS; without a word it is RAS.
     spaces = {"0": "ras", "1": "lps", "ras": "ras", "lps": "lps"}
     space = spaces.get(told.get("coordinatesystem", "0").lower())
-    if space is None or any(axis not in columns for axis in _AXES):
+    if space is None or any(axis not in columns for axis in AXES):
         got = f"{told.get('coordinatesystem')} and {','.join(columns)[:60]}"
-        raise _schema(path, "CoordinateSystem LPS or RAS and columns x,y,z", got)
+        raise fault(path, "CoordinateSystem LPS or RAS and columns x,y,z", got)
     body = [row for row in csv.reader(x for x in lines if not x.startswith("#")) if row]
-    places = [columns.index(axis) for axis in _AXES]
-    table = _cells(path, body, places, 1)
+    places = [columns.index(axis) for axis in AXES]
+    table = _cells(path, body, places)
     named = columns.index("label") if "label" in columns else len(columns)
     names = [
         row[named] if named < len(row) else str(n) for n, row in enumerate(body, 1)
@@ -381,9 +345,9 @@ def _parse_json(path, text):
         array = np.array(table, np.float64).reshape(-1, 3)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         got = f"{type(error).__name__}: {error}"[:100]
-        raise _schema(path, "Slicer markups in JSON", got) from error
+        raise fault(path, "Slicer markups in JSON", got) from error
     if len(spaces) != 1 or not spaces <= {"lps", "ras"}:
-        raise _schema(path, "one coordinateSystem, LPS or RAS", f"{sorted(spaces)}")
+        raise fault(path, "one coordinateSystem, LPS or RAS", f"{sorted(spaces)}")
     return array, names, spaces.pop(), content
 
 
@@ -397,14 +361,14 @@ def _csv_rows(table, names, space, content):
     """Rows, the other columns kept."""
     if content is None:
         unit = "" if space == "voxel" else "_mm"
-        yield ("name", *(axis + unit for axis in _AXES))
+        yield ("name", *(axis + unit for axis in AXES))
         for name, point in zip(names, table, strict=True):
             yield (name, *map(_text, point))
         return
-    rows, places, headed = content
-    if headed:
-        yield rows[0]
-    yield from _replaced(rows[headed:], places, table)
+    given, columns = content
+    if given.head:
+        yield given.head
+    yield from _replaced(given.rows, columns, table)
 
 
 def _fcsv_rows(table, names, space, content):
@@ -465,7 +429,7 @@ def _text(value: float) -> str:
     return f"{value + 0.0:.6f}"
 
 
-def _cells(path, rows, places, first):
+def _cells(path, rows, places):
     """[N, 3] of three columns."""
     table = np.empty((len(rows), 3))
     for n, row in enumerate(rows):
@@ -474,40 +438,10 @@ def _cells(path, rows, places, first):
                 table[n, axis] = float(row[place])
             except (ValueError, IndexError) as error:
                 got = f"{','.join(row)[:40]!r} in point {n + 1}"
-                raise _schema(path, "three numbers a point", got) from error
+                raise fault(path, "three numbers a point", got) from error
     return table
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
 
 
 def _usage(path, expected: str, got: str, remedy: str) -> UserError:
     line = f"{nifti.shown(path)}: schema: expected {expected}, got {got}; {remedy}"
     return UserError("schema", line, USAGE)
-
-
-def _numbers(path: str | os.PathLike, line: int, row: dict) -> list[float]:
-    """The six coordinates of one line."""
-    values = []
-    for name in _FIXED + _MOVING:
-        try:
-            value = float(row[name])
-        except (TypeError, ValueError):
-            value = np.nan
-        if not np.isfinite(value):
-            got = f"{row[name]!r} in line {line}, column {name}"
-            raise _schema(path, "a finite number of mm", got)
-        values.append(value)
-    return values
-
-
-def _schema(path: str | os.PathLike, expected: str, got: str) -> UserError:
-    return UserError(
-        "schema",
-        f"{nifti.shown(path)}: schema: expected {expected}, got {got}; mend the table",
-    )

@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fixed-mask", metavar="FILE", help="foreground of sdlogj, default the labels")
     add("--landmarks", metavar="CSV", help="columns fixed_x_mm ... moving_z_mm, LPS")
     add(
+        "--fixed-points",
+        metavar="FILE",
+        help="instead, with --moving-points: points of one scan each, line by line, "
+        "LPS mm (.csv), or Slicer's .fcsv or .mrk.json",
+    )
+    add("--moving-points", metavar="FILE", help="of the moving scan")
+    add(
         "--transforms",
         metavar="DIR",
         help="results of the list's cases: DIR/ID/ID_Composite.h5, ID_1Warp.nii.gz, "
@@ -123,9 +130,16 @@ def run(args: argparse.Namespace) -> int:
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses options that the chosen mode does not know."""
     options.both_labels(args)
+    if bool(args.fixed_points) != bool(args.moving_points):
+        raise _usage("--fixed-points and --moving-points belong together, got one")
+    if args.landmarks and args.fixed_points:
+        raise _usage("--landmarks or --fixed-points expected, got both; name one")
     mode = next(m for m in ("transform", "manifest", "compare") if getattr(args, m))
     belong = {
-        "transform": ("fixed_label", "moving_label", "fixed_mask", "landmarks"),
+        "transform": (
+            *("fixed_label", "moving_label", "fixed_mask", "landmarks"),
+            *("fixed_points", "moving_points"),
+        ),
         "manifest": ("transforms", "data_root"),
         "compare": ("metric", "columns"),
     }
@@ -154,6 +168,8 @@ def _one(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
         moving_label=args.moving_label,
         fixed_mask=args.fixed_mask,
         landmarks=args.landmarks,
+        fixed_points=args.fixed_points,
+        moving_points=args.moving_points,
     )
     report = cases.score_files(files, **settings)
     say = progress(args.quiet)

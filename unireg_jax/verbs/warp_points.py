@@ -30,7 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("-p", "--points"),
         required=True,
         metavar="FILE",
-        help=".csv with columns x, y, z, or Slicer's .fcsv or .mrk.json",
+        help=".csv with columns x, y, z, or landmarks of `unireg evaluate`; Slicer's "
+        ".fcsv or .mrk.json",
+    )
+    add(
+        "--of",
+        choices=tuple(points.SCANS),
+        default="fixed",
+        help="whose points of a table of landmarks, default fixed; moving: with the "
+        "transform back",
     )
     files.add_transforms(parser)
     files.add_out(parser, ".csv, .fcsv or .mrk.json")
@@ -51,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     files.output(args.file, _ENDINGS, overwrite=args.overwrite, inputs=inputs)
     say = progress(args.quiet)
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    given = points.read_file(args.points, args.space, fixed)
+    given = points.read_file(args.points, args.space, fixed, scan=args.of)
     whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
     moved = mapping.points(whole, given.xyz)
     found = given._replace(xyz=moved)
