@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--interp",
         choices=mapping.INTERPOLATIONS,
         default="linear",
-        help="default linear; label: the id with the largest trilinear share",
+        help="default linear, for images. For labels: nearest, as register, batch and "
+        "evaluate warp those that they measure; or label, the id with the largest "
+        "trilinear share: smoother borders, so another DSC",
     )
     add(
         "--fill-value",
