@@ -506,6 +506,14 @@ def test_exchanged_scans_are_told(run, tmp_path):
     code, stdout, stderr = run("warp", *words, "-t", "c.h5", "-o", out)
     assert code == 0 and out.exists() and "warning: grid_mismatch: scans exch" in stderr
     assert any("scans exchanged?" in line for line in json.loads(stdout)["warnings"])
+    for verb, more, name in (
+        ("warp-points", ("-p", "p.csv", "--space", "lps"), "q.csv"),
+        ("invert", (), "i.h5"),
+    ):
+        call = (*words, *more, "-t", "c.h5", "-o", tmp_path / name)
+        code, stdout, stderr = run(verb, *call)
+        assert code == 0 and "scans exchanged?" in stderr, verb
+        assert "scans exchanged?" in json.loads(stdout)["warnings"][0]
 
 
 def test_a_transform_of_this_pair_is_not_warned_of(run, tmp_path):

@@ -210,8 +210,9 @@ def _readings(
         return scores
     best, written = max(known, key=known.get), known["as written"]
     if known[best] > written + 0.01:
+        way = "without the transform" if best == "none" else f"read as '{best}'"
         findings.append(
-            f"the scans agree better ({known[best]:.3f}) read as '{best}' than as "
+            f"similarity: the scans agree better ({known[best]:.3f}) {way} than as "
             f"written ({written:.3f})"
         )
     return scores

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from unireg_jax.errors import USAGE, UserError, shown
-from unireg_jax.imaging import mapping, nifti
+from unireg_jax.imaging import belonging, mapping, nifti
 from unireg_jax.imaging.inverse import check_inverse, invert
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress
@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="moving scan, whose grid the result has; not needed for affines",
     )
-    add("-f", "--fixed", metavar="FILE", help="fixed scan, for a Learn2Reg field")
+    add(
+        "-f",
+        "--fixed",
+        metavar="FILE",
+        help="fixed scan, for a Learn2Reg field, and to check that it is this pair's",
+    )
     files.add_out(parser, ", ".join(mapping.USUAL))
     add(
         "--tolerance",
@@ -79,17 +84,28 @@ def run(args: argparse.Namespace) -> int:
             "it: its grid is that of the inverse",
             USAGE,
         )
+    warnings = []
+    if fixed and moving:
+        found = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
+        warnings = found.warnings
     say("inverting")
     grid = mapping.grid_of(moving) if moving else mapping.Grid((2, 2, 2), np.eye(4))
     inverse = invert(whole, grid, tolerance_mm=args.tolerance)
     stats = inverse.stats
     check_inverse(inverse, args.transforms[0], args.max_unsolved)
+    if stats["covered_percent"] < 50 and not warnings:
+        warnings.append(
+            f"no_overlap: the transform leads to {number(stats['covered_percent'])} % "
+            "of --moving, the rest is a guess: is it the moving scan of this pair?"
+        )
     if stats["unsolved_percent"] > 0:
-        say(
-            f"warning: folding: {number(stats['unsolved_percent'])} % of the covered "
+        warnings.append(
+            f"folding: {number(stats['unsolved_percent'])} % of the covered "
             f"voxels are off by more than {args.tolerance:g} mm, at most "
             f"{number(stats['residual_max_mm'])} mm; see --residual-out"
         )
+    for line in warnings:
+        say(f"warning: {line}")
     parts = mapping.spelling_of(args.file) == "itk"  # which keeps them
     target = None if parts else moving
     mapping.write(args.file, inverse.mapping, fixed=target, moving=fixed)
@@ -102,5 +118,5 @@ def run(args: argparse.Namespace) -> int:
         f"{number(stats['between_mean_mm'])} mm between voxels, "
         f"{number(stats['covered_percent'])} % of the grid covered"
     )
-    files.report(args, "invert", **files.plain(stats))
+    files.report(args, "invert", **files.plain(stats), warnings=warnings)
     return 0

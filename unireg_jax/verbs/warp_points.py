@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from unireg_jax.errors import shown
-from unireg_jax.imaging import mapping, points
+from unireg_jax.imaging import belonging, mapping, points
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress
 
@@ -66,11 +66,17 @@ def run(args: argparse.Namespace) -> int:
     points.write_file(args.file, found, args.out_space or given.space, moving)
     way = np.linalg.norm(moved - given.xyz, axis=1)
     beyond = int((~mapping.within(whole, given.xyz)).sum())
+    warnings = []
+    if fixed and moving:
+        lies = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
+        warnings = lies.warnings
     if beyond:
-        say(
-            f"warning: {beyond} of {len(way)} points lie beyond the grid of the "
+        warnings.append(
+            f"fov: {beyond} of {len(way)} points lie beyond the grid of the "
             "displacements, which are zero there"
         )
+    for line in warnings:
+        say(f"warning: {line}")
     say(
         f"done: {shown(args.file)}, {len(way)} points moved by {number(way.mean())} "
         f"mm in the mean, {number(way.max())} mm at most"
@@ -82,5 +88,6 @@ def run(args: argparse.Namespace) -> int:
         beyond=beyond,
         mean_mm=float(way.mean()),
         max_mm=float(way.max()),
+        warnings=warnings,
     )
     return 0
