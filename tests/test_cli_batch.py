@@ -717,6 +717,9 @@ def test_mistakes_of_the_list_are_found_before_any_work(folder, network, capsys)
     put(folder, rows(taks="lung"))
     assert run(folder, network) == errors.USAGE
     assert "did you mean 'task'" in capsys.readouterr().err
+    put(folder, [row | {"id": outputs.SUPERSEDED} for row in rows()[:1]])
+    assert run(folder, network) == errors.USAGE
+    assert "folders of OUT" in capsys.readouterr().err
     put(folder, rows(moving="absent.nii"))
     assert run(folder, network, "--strict") == errors.USAGE
     (folder / "list.csv").write_text("id,fixed,moving\n")

@@ -233,6 +233,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     """Of this part, each with a task."""
     path = Path(args.list)
     cases = manifest.read_cases(path, roots=args.data_root, strict=args.strict)
+    for case in cases:
+        outputs.check_free(case.id)
     if not args.task and (lost := [case.id for case in cases if not case.task]):
         named = ", ".join(lost[:5]) + (" ..." if len(lost) > 5 else "")
         raise UserError(

@@ -266,4 +266,20 @@ def case_name(given: str | None, fixed: str, moving: str) -> str:
             "without a leading dot or dash expected; pass --case NAME",
             USAGE,
         )
+    check_free(case)
     return case
+
+
+def check_free(case: str) -> None:
+    """Refuses a name that OUT has for folders of its own.
+
+    Raises:
+        UserError: `id_invalid`, exit code 2.
+    """
+    if case in (REJECTED, SUPERSEDED):
+        raise UserError(
+            "id_invalid",
+            f"id_invalid: a name other than {REJECTED} and {SUPERSEDED} expected of a "
+            f"case, got {case}: these folders of OUT hold others; rename it",
+            USAGE,
+        )
