@@ -1,13 +1,17 @@
-"""Pages of docs/ do what they say: their Python runs, their commands are accepted.
+"""README and docs/ do what they say: their Python runs, their commands are accepted.
 
 The examples of a page run in order, in one namespace and in one folder that holds a
 made pair: fixed and moving scans, labels, points, and the files that `register` writes.
-To add a page, name it in PAGES; ```python fences are executed, and in ```sh fences each
-line that begins with `unireg`.
+```python fences are executed, and in ```sh fences each line that begins with `unireg`;
+of all other commands the options are parsed.
 """
 
+import argparse
 import contextlib
+import functools
+import importlib
 import io
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -15,14 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import unireg
 from tests import test_cli_transforms as made
+from tests.registration import test_pipeline
 from unireg_jax import __main__ as cli
 from unireg_jax.imaging import mapping, transforms
 from unireg_jax.imaging.mapping import Mapping
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("transforms.md", "evaluation.md", "control.md")
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+# A language or none; the fence may be indented within a list.
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -54,45 +62,151 @@ def pair(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def examples(page, kind):
-    """(number of the line, text) of each fence of one kind."""
-    text = (DOCS / page).read_text(encoding="utf-8")
+@pytest.fixture
+def walk(pair, tmp_path, monkeypatch):
+    """What the README's own examples name besides; a network that compiles at once."""
+    monkeypatch.setenv("UNIREG_WEIGHTS", str(test_pipeline.saved(tmp_path)))
+    (tmp_path / "fixed_points.csv").write_text("name,x,y,z\na,8,-160,710\n")
+    hu = np.zeros(test_pipeline.SPEC.shape, np.int16)
+    return {
+        "paths": ["moving.nii.gz", "absent.nii.gz"],
+        "write": lambda pair, result, fixed, moving: result.qc["ncc_after"],
+        "fixed_hu": hu,
+        "moving_hu": hu,
+        "regions": np.arange(8) % 4,
+        "pair_types": np.arange(8) % 2,
+    }
+
+
+def examples(page, *kinds):
+    """(number of the line, text) of each fence of these kinds, "" for one of none."""
+    text = page.read_text(encoding="utf-8")
     return [
         (text[: found.start(2)].count("\n") + 1, found[2])
         for found in FENCE.finditer(text)
-        if found[1] == kind
+        if found[1] in kinds
     ]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_python_of_the_page_runs(pair, page):
-    fences = examples(page, "python")
-    assert fences, f"docs/{page} has no example"
-    namespace: dict = {}
-    for line, code in fences:
+def python(page, namespace, *, shape=None):
+    """Runs a page's Python; the paper's grid is shrunk to another shape."""
+    for line, code in examples(page, "python"):
+        code = code.replace("(192, 192, 160)", str(shape)) if shape else code
         # Blank lines before it: an error names the line of the page.
-        compiled = compile("\n" * (line - 1) + code, f"docs/{page}", "exec")
+        compiled = compile("\n" * (line - 1) + code, page.name, "exec")
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compiled, namespace)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_of_the_page_are_done(pair, page, capsys):
-    for first, text in examples(page, "sh"):
-        for n, line in enumerate(text.splitlines()):
+def do(page, fences, capsys):
+    """Runs the `unireg` lines of fences; returns how many there were."""
+    done = 0
+    for first, text in fences:
+        for n, line in enumerate(text.splitlines(), first):
             if line.startswith("unireg "):
                 code = cli.main(shlex.split(line, comments=True)[1:])
                 complaint = capsys.readouterr().err
-                assert code == 0, f"docs/{page}:{first + n}: {line}\n{complaint}"
+                assert code == 0, f"{page.name}:{n}: {line}\n{complaint}"
+                done += 1
+    return done
 
 
-@pytest.mark.parametrize("page", PAGES)
+def of(pages):
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+
+
+@of([page for page in PAGES[1:] if examples(page, "python")])
+def test_python_of_the_page_runs(pair, page):
+    python(page, {})
+
+
+@of([page for page in PAGES[1:] if examples(page, "sh")])
+def test_commands_of_the_page_are_done(pair, page, capsys):
+    assert do(page, examples(page, "sh"), capsys)
+
+
+def test_examples_of_the_readme_run(walk, capsys):
+    """The first registration, by commands and by Python."""
+    (first,) = [x for x in examples(README, "") if "-o OUT" in x[1]]
+    assert do(README, [first], capsys) == 4
+    assert Path("OUT/pair/qc.html").is_file()
+    python(README, walk, shape=test_pipeline.SPEC.shape)
+    assert walk["seg"].GetSize() == walk["fixed"].GetSize()
+    assert walk["outcome"].error.reason == "not_found"
+    assert walk["disp"].shape == (8, *test_pipeline.SPEC.shape, 3)
+
+
+def commands(program):
+    """(page, words, whole) of blocks and of code within a line, maybe a part."""
+    for page in PAGES:
+        blocks = [text for _, text in examples(page, "", "sh", "text")]
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        inline = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+        for text in (*map(str.strip, lines), *inline):
+            if text.startswith(f"{program} "):
+                whole = text not in inline and not re.search("[$…]", text)
+                yield page.name, shlex.split(text, comments=True), whole
+
+
+@functools.cache
+def options(verb):
+    """All words of a verb's parsers that begin with --."""
+    parser = argparse.ArgumentParser()
+    module = importlib.import_module(f"unireg_jax.verbs.{verb.replace('-', '_')}")
+    module.add_arguments(parser)
+    found, parsers = set(), [parser]
+    for parser in parsers:
+        for action in parser._actions:
+            found.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    return found
+
+
+def test_unireg_commands_of_the_pages_are_real():
+    shown = set()
+    for page, words, whole in commands("unireg"):
+        verb, *rest = itertools.takewhile(lambda x: x not in (">", "|"), words[1:])
+        assert verb in cli.VERBS, (page, words)
+        for option in (x.partition("=")[0] for x in rest if x.startswith("--")):
+            assert option in options(verb), (page, words)
+        if whole:
+            cli._parse([verb, *rest])  # argparse exits on what it does not know
+            shown.add(verb)
+    assert shown >= {*cli.VERBS} - {"info", "export"}
+
+
+def test_python_commands_of_the_pages_are_real():
+    for page, (_, _, name, *rest), _ in commands("python -m"):
+        if name in ("unireg_jax", "pytest"):
+            continue
+        module = ROOT / (name.replace(".", "/") + ".py")
+        assert module.is_file(), (page, name)
+        # Some flags are shared by the scripts of a room.
+        source = "".join(p.read_text() for p in module.parent.glob("*.py"))
+        for flag in (x for x in rest if x.startswith("--")):
+            name = flag[2:].split("=")[0].split(".")[0]
+            known = rf'"(--)?{name}"|\b{name}=\('  # the faults' flags are keywords
+            assert re.search(known, source), (page, flag)
+    for preset in ("paper", "real_small", "demo"):
+        assert unireg.get_config(preset).preset == preset
+
+
+@of(PAGES)
 def test_tests_and_pages_that_the_page_names_exist(page):
-    text = (DOCS / page).read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     for name in re.findall(r"tests/[\w/]+\.py", text):
-        assert (DOCS.parent / name).is_file(), name
-    sources = [p.read_text(encoding="utf-8") for p in DOCS.parent.glob("tests/**/*.py")]
+        assert (ROOT / name).is_file(), name
+    sources = [p.read_text(encoding="utf-8") for p in ROOT.glob("tests/**/*.py")]
     for name in re.findall(r"::(test_\w+)", text):
         assert any(f"def {name}(" in source for source in sources), name
-    for name in re.findall(r"\]\(([\w./]+\.md)\)", text):
-        assert (DOCS / name).is_file(), name
+    for name, anchor in re.findall(r"\]\(([\w./]*\.md)?(#[\w-]+)?\)", text):
+        target = page.parent / name if name else page
+        assert target.is_file(), name
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+        assert anchor[1:] in ("", *map(anchored, titles)), (name, anchor)
+
+
+def anchored(title):
+    """A heading's anchor on GitHub."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")

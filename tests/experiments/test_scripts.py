@@ -1,10 +1,6 @@
-"""The experiment scripts: manifest of real scans, pre-alignment, README's commands."""
+"""The experiment scripts: manifest of real scans, pre-alignment, pictures."""
 
-import itertools
 import json
-import re
-import shlex
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +9,7 @@ import pytest
 
 from data_pipeline import loader, synthetic
 from data_pipeline.datasets import manifest
-from experiments import demo, figures, prealign, real_scans, unireg
-from unireg_jax import __main__ as cli
+from experiments import demo, figures, prealign, real_scans
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.evaluation import metrics
@@ -23,8 +18,6 @@ from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.tasks import OUTSIDE_HU
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_real_manifest_holds_out_four_patients(data_root, tmp_path):
@@ -133,44 +126,6 @@ def test_picture_of_a_registration_is_written(tmp_path):
         labels=(labels, labels),
     )
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def _commands(program: str) -> list[list[str]]:
-    """Of the plain blocks of README and docs, comments taken off."""
-    fence = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
-    blocks = [
-        block
-        for page in PAGES
-        for kind, block in fence.findall(page.read_text())
-        if kind in ("", "sh", "text")
-    ]
-    text = "\n".join(blocks).replace("\\\n", " ")
-    lines = [line for line in text.splitlines() if line.startswith(program)]
-    return [shlex.split(line, comments=True) for line in lines]
-
-
-def test_unireg_commands_of_the_pages_are_real():
-    commands = [c for c in _commands("unireg ") if not re.search("[$…]", " ".join(c))]
-    assert {c[1] for c in commands} >= {*cli.VERBS} - {"info", "export"}
-    for command in commands:
-        command = itertools.takewhile(lambda word: word not in (">", "|"), command)
-        cli._parse([*command][1:])  # argparse exits on an unknown flag
-
-
-def test_python_commands_of_the_pages_are_real():
-    for command in _commands("python -m"):
-        module = ROOT / (command[2].replace(".", "/") + ".py")
-        assert module.is_file(), command
-        # Some flags are shared by the scripts of a room.
-        source = "".join(p.read_text() for p in module.parent.glob("*.py"))
-        for flag in (f for f in command[3:] if f.startswith("--")):
-            name = flag[2:].split("=")[0].split(".")[0]
-            assert f'"{name}"' in source or f'"--{name}"' in source, (command, flag)
-    for preset in ("paper", "real_small", "demo"):
-        assert unireg.get_config(preset).preset == preset
 
 
 @pytest.mark.slow
