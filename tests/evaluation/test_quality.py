@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from unireg_jax.evaluation import quality
 from unireg_jax.imaging.nifti import Volume
@@ -126,7 +127,38 @@ def test_turned_axis_is_found_beside_a_tilted_start():
     disp = (world @ (tilt[:3, :3] - np.eye(3)).T + tilt[:3, 3]).astype(np.float32)
     found = quality.measure(scan(), scan(torso(turned=0)), disp, tilt)
     assert found["mirror_axis"] == 0
-    assert found["mirror_gain"] > quality.CHECKS["mirror_gain"].inter
+    assert found["mirror_gain"] > 0.03
+    assert found["mirror_sure"] > quality.CHECKS["mirror_sure"].inter
+
+
+def test_mirror_image_that_fits_better_by_chance_is_not_called_mirrored():
+    """A body that is its own mirror image, with noise of its own on each scan."""
+    rng = np.random.default_rng(2)
+    hu = (torso().astype(float) + torso(turned=0)) / 2
+    pair = []
+    for _ in range(2):
+        noise = ndimage.gaussian_filter(rng.normal(size=SHAPE), 1.5)
+        pair.append(scan((hu + 120 * noise / noise.std()).astype(np.int16)))
+    found = quality.measure(*pair, still(), np.eye(4))
+    assert found["mirror_gain"] > 0.03 and found["mirror_axis"] == 0
+    assert "mirrored" not in {f.reason for f in quality.judge(found, "inter")}
+    # The other way round the gain has the other sign, and the same error.
+    pair[1] = scan(np.ascontiguousarray(pair[1].data[::-1]))
+    turned = quality.measure(*pair, still(), np.eye(4))
+    assert turned["mirror_gain"] == pytest.approx(-found["mirror_gain"], rel=0.01)
+    assert turned["mirror_sure"] == pytest.approx(-found["mirror_sure"], rel=0.01)
+
+
+def test_standard_error_takes_a_block_as_one_observation():
+    """Blocks of 9 voxels that are each of one value: the error of their mean."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 3, 2))
+    wide = np.kron(values, np.ones((9, 9, 9)))
+    mask = np.ones(wide.shape, bool)
+    mean, error = quality._blockwise(wide, mask)
+    assert mean == pytest.approx(values.mean())
+    assert error == pytest.approx(values.std(ddof=1) / np.sqrt(values.size))
+    assert math.isnan(quality._blockwise(wide[:9], mask[:9])[1])
 
 
 @pytest.mark.parametrize("which", ["fixed", "moving"])

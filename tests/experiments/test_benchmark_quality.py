@@ -65,18 +65,27 @@ def test_every_failure_is_seeded_on_the_pair_it_names():
 
 def test_table_names_every_surprise():
     good = {"local_ncc": 0.9, "coverage": 1.0, "type": "intra", "axis": None}
+    near = {"tre": 2.0, "folds": 0.1}
+    first = "liver_pvp"
     rows = [
-        {**good, "kind": "good", "fixed": "a", "moving": "b", "truth": {"tre": 2.0}},
-        {**good, "kind": "good", "fixed": "c", "moving": "d", "coverage": 0.1},
+        {**good, "kind": "good", "fixed": first, "moving": "b", "truth": near},
+        {**good, "kind": "good", "fixed": "c", "moving": "d", "coverage": 0.1}
+        | {"truth": {"folds": 0.0}},
+        {**good, "kind": "good", "fixed": "i", "moving": "j", "coverage": 0.1}
+        | {"truth": near | {"folds": 2.1}},
         {**good, "kind": "wrong", "fixed": "e", "moving": "f"},
         {"kind": "constant", "fixed": "g", "moving": "h", "axis": 0, "refused": "x"},
     ]
     lines = bench.table(rows).splitlines()
     assert "| real, succeeded | 1 | 0 |  |" in lines
-    assert "| real, without truth | 1 | 1 | coverage 1 |" in lines
-    assert "| constant | 1 | 1 | refused: x 1 |" in lines
-    surprises = lines[lines.index("") + 1 :]
+    assert "| real, truth agrees but the map folds | 1 | 1 | coverage 1 |" in lines
+    assert "| real, without labels or landmarks | 1 | 1 | coverage 1 |" in lines
+    assert "| a scan of one value | 1 | 1 | refused: x 1 |" in lines
+    assert "| first half | 0 of 1 | 0 of 0 |" in lines
+    assert "| second half | 1 of 1 | 2 of 3 |" in lines
+    assert "| phantoms | 0 of 0 | 0 of 0 |" in lines
+    surprises = lines[len(lines) - lines[::-1].index("") :]
     assert [line.split(":")[0] for line in surprises] == [
-        "real, without truth, c <- d",
-        "wrong, e <- f",
+        "another part of the body, e <- f",
+        "real, without labels or landmarks, c <- d",
     ]

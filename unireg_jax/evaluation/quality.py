@@ -26,6 +26,8 @@ _FLAT = 1e-3  # variance of windowed intensity, 0 to 1, below which nothing is c
 _BLUR_VOXELS = 2.0  # of the judging grid, while a mirror image settles
 _EVERY = 2  # voxel of it is compared meanwhile, along each axis
 _SETTLING = 12  # steps
+_LEAST_BLOCKS = 8  # for a standard error
+_LEAST_ERROR = 0.002  # of local_ncc: reading between voxels costs as much
 _LEAST_POINTS = 200
 _LEAST_SLICES = 3
 _SIDES = ("left and right", "front and back", "head and feet")
@@ -75,9 +77,9 @@ CHECKS = {
         "what the displacement added to the mean DSC of the pre-alignment",
         "the pre-alignment alone may serve better",
     ),
-    "mirror_gain": Check(
-        *("mirrored", 0.03, 0.03, False, ""),
-        "by how much the pre-aligned moving scan, mirrored, has a higher local_ncc",
+    "mirror_sure": Check(
+        *("mirrored", 2.5, 2.5, False, ""),
+        "mirror_gain in standard errors, taken over blocks of 36 mm",
         "look at the moving scan: an axis of its file may be turned",
     ),
     "fold_percent_body": Check(
@@ -152,7 +154,8 @@ def measure(
 
     Returns:
         coverage, local_ncc_before, local_ncc_affine, local_ncc, local_ncc_gain,
-        mirror_gain, mirror_axis (0, 1, 2 of LPS), fold_percent_body, sdlogj_body,
+        mirror_gain, by how much the moving scan fits better with an axis turned round,
+        mirror_sure, mirror_axis (0, 1, 2 of LPS), fold_percent_body, sdlogj_body,
         p99_mm, max_mm, constant (1 where a scan shows nothing); see CHECKS. NaN where
         undefined.
 
@@ -177,10 +180,14 @@ def measure(
     placed = _through(affine, points)
     window = _window(fixed.data), _window(moving.data)
 
-    def similarity(volume, xyz, of=body):
+    def compared(volume, xyz):
         image, inside = _read(volume, xyz)
         seen = _windowed(target, window[0]), _windowed(image, window[1])
-        return _local_ncc(*seen, of & inside)
+        return _correlation(*seen, body & inside)
+
+    def similarity(volume, xyz):
+        ratio, told = compared(volume, xyz)
+        return float(ratio[told].mean()) if told.any() else math.nan
 
     _, reached = _read(source, points + disp)
     out = {"coverage": float(reached[body].mean()) if body.any() else math.nan}
@@ -197,7 +204,7 @@ def measure(
         for volume, some in shown
     ]
     out["constant"] = float(any(flat))
-    out |= _mirrored(source, target, window, body, grid, affine, similarity)
+    out |= _mirrored(source, target, window, body, grid, affine, compared)
     out |= _shape(disp, affine, points, placed, body, grid)
     return out
 
@@ -378,7 +385,7 @@ def _line(name: str, numbers, limit) -> str:
     got = f"{value:.3g}{unit}" if _known(value) else "none"
     side = "or more" if check.least else "or less"
     where = ""
-    if name == "mirror_gain" and _known(axis := numbers.get("mirror_axis")):
+    if name == "mirror_sure" and _known(axis := numbers.get("mirror_axis")):
         where = f" with {_SIDES[int(axis)]} exchanged"
     return (
         f"{check.reason}: {name} of {limit:g}{unit} {side} expected, got {got}{where}; "
@@ -470,10 +477,10 @@ def _read(volume: Volume, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ndimage.map_coordinates(volume.data, coords, order=1, mode="nearest"), inside
 
 
-def _local_ncc(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
-    """Mean over the mask of the signed correlation in windows cut by the mask."""
-    if not mask.any():
-        return math.nan
+def _correlation(
+    a: np.ndarray, b: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Signed correlation in windows cut by the mask, at its voxels; and where told."""
     size = [min(_WINDOW_VOXELS, n) for n in mask.shape]  # of a slab, all of it
     weight = mask.astype(np.float32)  # the filter itself sums in float64
 
@@ -489,17 +496,17 @@ def _local_ncc(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
     # A window with little in it, or flat in the fixed scan, says nothing; one that is
     # flat in the moving scan alone does not match.
     told = mask & (var_a > _FLAT) & (count > 0.3)
-    if not told.any():
-        return math.nan
     ratio = cov / np.sqrt(np.maximum(var_a, _FLAT) * np.maximum(var_b, _FLAT / 10))
-    return float(np.clip(ratio[told], -1, 1).mean())
+    return np.clip(ratio, -1, 1), told
 
 
-def _mirrored(source, target, windows, body, grid, affine, similarity):
+def _mirrored(source, target, windows, body, grid, affine, compared):
     """Whether the pre-aligned moving scan fits better with an axis turned round.
 
     The plain scan and its three mirror images settle anew from the pre-alignment, each
     by an affine map of its own: one that was found for a turned scan serves no other.
+    They are compared where all lie in view. A body that is nearly its own mirror image
+    fits either way by chance: the gain counts in standard errors.
     """
     image = ndimage.gaussian_filter(_windowed(source.data, windows[1]), _BLUR_VOXELS)
     ground = ndimage.gaussian_filter(_windowed(target, windows[0]), _BLUR_VOXELS)
@@ -516,15 +523,44 @@ def _mirrored(source, target, windows, body, grid, affine, similarity):
             turn[axis, axis], turn[axis, 3] = -1.0, 2 * center[axis]
         place = turn @ source.vox2world
         settled = _settle(Volume(image, place), seen, points[:, some], affine)
-        return similarity(Volume(source.data, place), _through(settled, points))
+        return compared(Volume(source.data, place), _through(settled, points))
 
+    unknown = dict.fromkeys(("mirror_gain", "mirror_sure", "mirror_axis"), math.nan)
     if not some.any() or min(image.shape) < 2:  # no slope along one slice
-        return {"mirror_gain": math.nan, "mirror_axis": math.nan}
-    gains = np.array([fit(axis) for axis in range(3)]) - fit(None)
-    if np.isnan(gains).all():
-        return {"mirror_gain": math.nan, "mirror_axis": math.nan}
-    axis = int(np.nanargmax(gains))
-    return {"mirror_gain": float(gains[axis]), "mirror_axis": float(axis)}
+        return unknown
+    plain, told = fit(None)
+    found = []
+    for axis in range(3):
+        turned, also = fit(axis)
+        gain, error = _blockwise(turned - plain, told & also)
+        found.append((gain, gain / math.hypot(error, _LEAST_ERROR), axis))
+    known = [one for one in found if one[1] == one[1]]
+    if not known:
+        return unknown
+    gain, sure, axis = max(known, key=lambda one: one[1])
+    return {"mirror_gain": gain, "mirror_sure": sure, "mirror_axis": float(axis)}
+
+
+def _blockwise(values: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """Mean over the mask, and its standard error over blocks as wide as a window.
+
+    Neighbouring voxels share most of their windows: a block counts as one observation.
+    """
+    counts = [-(-n // _WINDOW_VOXELS) for n in mask.shape]
+    places = np.unravel_index(np.flatnonzero(mask), mask.shape)
+    block = np.ravel_multi_index([p // _WINDOW_VOXELS for p in places], counts)
+    weight = np.bincount(block)
+    sums = np.bincount(block, weights=values[mask])
+    some = weight > 0
+    count = np.count_nonzero(some)
+    if count < _LEAST_BLOCKS:
+        return math.nan, math.nan
+    weight, means = weight[some], sums[some] / weight[some]
+    mean = float(np.average(means, weights=weight))
+    # Of a weighted mean: blocks at the rim of the body hold less and count less.
+    shares = weight / weight.sum()
+    error = np.sqrt(np.square(shares * (means - mean)).sum() * count / (count - 1))
+    return mean, float(error)
 
 
 def _settle(image: Volume, seen: np.ndarray, points: np.ndarray, matrix) -> np.ndarray:

@@ -9,9 +9,15 @@ from unireg_jax.reports.page import Row
 _CONTEXT = {  # numbers without a limit: name -> meaning
     "local_ncc_before": "local_ncc as the scans lie",
     "local_ncc_affine": "local_ncc after the pre-alignment alone",
+    "mirror_gain": "by how much the pre-aligned moving scan, mirrored, has a higher "
+    "local_ncc",
     "inverse_p95_mm": "95th percentile of the same distance as inverse_mm",
 }
-_PLACE = {"local_ncc_before": "local_ncc", "local_ncc_affine": "local_ncc"}
+_PLACE = {
+    "local_ncc_before": "local_ncc",
+    "local_ncc_affine": "local_ncc",
+    "mirror_gain": "mirror_sure",
+}
 _DSC = ("dsc_before", "dsc_affine", "dsc")
 
 

@@ -15,7 +15,7 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.reports import case, page, pictures
 from unireg_jax.verbs import outputs
 
-COLUMNS = ("coverage", "local_ncc", "local_ncc_gain", "mirror_gain")  # of a table
+COLUMNS = ("coverage", "local_ncc", "local_ncc_gain", "mirror_sure")  # of a table
 _TURNED = 1e6  # volume_factor of a label turned over: JSON has no infinity
 
 
