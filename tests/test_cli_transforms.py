@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +14,7 @@ import SimpleITK as sitk
 
 from tests import oracles, test_cli
 from unireg_jax import __main__ as cli
-from unireg_jax.imaging import mapping, nifti, orientation, transforms
+from unireg_jax.imaging import grids, mapping, nifti, orientation, transforms
 from unireg_jax.imaging.mapping import Grid, Mapping
 
 VERBS = (
@@ -353,6 +354,23 @@ def test_invert_leads_moving_points_back(run, tmp_path):
     # Voxels of the grid, float32 geometry
     np.testing.assert_allclose(there, y, atol=0.012)
     assert nib.load(residual).get_fdata().min() == -1
+
+
+def test_invert_holds_few_copies_of_a_field(run, tmp_path, monkeypatch):
+    """At 512 x 512 x 300 each has 0.9 GiB."""
+    monkeypatch.setattr(grids, "SLAB_POINTS", 2**12)
+    g = Grid((80, 72, 60), np.diag([1.5, 1.5, 2.0, 1.0]))
+    disp_mm = (3 * np.sin(positions(g) / 30)).astype(np.float32)
+    transforms.write_field(tmp_path / "t.nii", disp_mm, g.vox2world)
+    save(tmp_path / "m.nii", np.zeros(g.shape, np.int16), g.vox2world)
+    words = ("-t", tmp_path / "t.nii", "-m", tmp_path / "m.nii")
+    tracemalloc.start()
+    try:
+        code, _, _ = run("invert", *words, "-o", tmp_path / "i.nii")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert code == 0 and peak < 3.6 * disp_mm.nbytes, peak / disp_mm.nbytes
 
 
 def test_invert_of_an_affine_needs_no_scan(run, tmp_path):

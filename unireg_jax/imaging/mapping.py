@@ -451,16 +451,15 @@ def flatten(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.n
         threads: workers; None for one per core, 8 at most.
 
     Returns:
-        [X, Y, Z, 3] float32, LPS mm.
+        [X, Y, Z, 3] float32, LPS mm; of one field on this very grid its own array.
     """
-    out = np.empty((*grid.shape, 3), np.float32)
     if (
         len(mapping.parts) == 1
         and mapping.fields
         and grids.same(mapping.fields[0].grid, grid)
     ):
-        out[:] = mapping.fields[0].disp_mm
-        return out
+        return mapping.fields[0].disp_mm  # no copy: a large one has 0.9 GiB
+    out = np.empty((*grid.shape, 3), np.float32)
 
     def work(part: slice) -> None:
         xyz = grids.positions(grid, part)

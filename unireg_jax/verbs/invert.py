@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     grid = mapping.grid_of(moving) if moving else mapping.Grid((2, 2, 2), np.eye(4))
     inverse = invert(whole, grid, tolerance_mm=args.tolerance)
     stats = inverse.stats
+    del whole  # as large as the inverse
     check_inverse(inverse, args.transforms[0], args.max_unsolved)
     if stats["covered_percent"] < 50 and not warnings:
         warnings.append(
