@@ -203,6 +203,13 @@ def test_evaluate_tells_of_a_transform_of_another_pair(folder, capsys):
     out, err = evaluate(capsys, *words)
     (line,) = strict(out)["warnings"]
     assert line.startswith("similarity: the labels overlap less") and line in err[0]
+    rows = (
+        "id,transform,fixed_label,moving_label\na,u.nii.gz,fixed.nii.gz,moving.nii.gz"
+    )
+    (folder / "one.csv").write_text(rows)
+    listed = ("--manifest", folder / "one.csv", "-o", folder / "out")
+    _, err = evaluate(capsys, *listed)
+    assert err[0].endswith("; warnings: similarity")
     place = PLACE.copy()
     place[0, 3] += 900
     zero = np.zeros((*SHAPE, 3), np.float32)
@@ -330,13 +337,14 @@ def test_evaluate_list_fails_the_bad_and_goes_on(folder, capsys):
 
 
 def test_evaluate_list_paths_do_not_leave_the_machine(folder, capsys):
-    """Results travel: no absolute path in them but in messages of failures."""
+    """Results travel: no absolute path in them, not even in messages of failures."""
     out = folder / "scores"
     arguments = ["--manifest", folder / "cases.csv", "--out", out, "--quiet"]
     _, err = evaluate(capsys, *arguments, code=errors.PARTLY)
     assert err == []
-    for name in ("labels.csv", "summary.tex"):
-        assert str(folder) not in (out / name).read_text()
+    for path in out.iterdir():
+        assert str(folder) not in path.read_text(), path
+    assert '"absent.nii.gz: not_found' in (out / "cases.csv").read_text()
 
 
 def test_evaluate_list_overwrites_only_when_asked(folder, capsys):

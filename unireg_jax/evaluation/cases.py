@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.evaluation import learn2reg, metrics, regularity
 from unireg_jax.evaluation.aggregate import better, quantile_l2r, summarize
 from unireg_jax.evaluation.tables import as_json
@@ -209,6 +209,8 @@ def score_case(
         report = score_files(files, surface=surface, tolerance_mm=tolerance_mm, l2r=l2r)
     except UserError as error:
         message = " ".join(str(error).split())
+        for path in filter(None, files):  # a table names no folder of this machine
+            message = message.replace(shown(path), shown(os.path.basename(path)))
         return Case(name, None, error.reason, message, error.exit_code)
     return Case(name, report)
 

@@ -26,7 +26,7 @@ from unireg_jax.verbs.messages import number, progress
 
 HELP = "metrics of any transform"
 
-SCHEMA = 2  # of the JSON
+SCHEMA = 3  # of the JSON
 EXAMPLES = """examples:
   unireg evaluate -t case_1Warp.nii.gz --fixed-label f.nii.gz --moving-label m.nii.gz
   unireg evaluate --manifest cases.csv --transforms results --out scores
@@ -271,6 +271,8 @@ def _outcome(case: Case, known: bool) -> str:
     row = cases.metric_row(case.report)
     names = [n for n in ("dsc", "tre_mm", "fold_percent_whole") if n in row]
     text = ", ".join(f"{n} {number(row[n])}" for n in names)
+    kinds = dict.fromkeys(line.partition(":")[0] for line in case.report["warnings"])
+    text += f"; warnings: {', '.join(kinds)}" if kinds else ""
     return f"{text} (judged before)" if known else text
 
 
