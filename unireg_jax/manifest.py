@@ -295,6 +295,10 @@ def csv_rows(name: str, text: str, check_header) -> list[Row]:
     ragged = []
     try:
         header = [column.strip() for column in next(reader)]
+        for sign, found in ((";", "semicolons"), ("\t", "tabs")):
+            if len(header) == 1 and sign in header[0]:
+                line = f"{name}: line 1: commas between columns expected, got {found}"
+                raise UserError("schema", f"{line}; save it as CSV with commas", USAGE)
         twice = sorted({c for c in header if header.count(c) > 1})
         if twice:
             raise UserError(

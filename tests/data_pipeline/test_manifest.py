@@ -242,7 +242,8 @@ def test_json_that_is_no_manifest_is_refused(folder, text, says):
         ("id,image,id\n", "columns twice: id"),
         ("id,image,task,subject,split\na,b\n", "line 2: 5 fields expected, 2 found"),
         ('id,image\n"a,b\n', "line 2: "),
-        ("id;image;task\n", "unknown column 'id;image;task'"),
+        ("id;image\na;b\n", "commas between columns expected, got semicolons"),
+        ("id\timage\na\tb\n", "commas between columns expected, got tabs"),
     ],
 )
 def test_csv_that_is_no_manifest_is_refused(folder, text, says):
