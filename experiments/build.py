@@ -150,7 +150,7 @@ def _conv_impl() -> str:
     "auto" would leave it to the compiler, and trace both: a third of the time that
     tracing the step takes.
     """
-    return "winograd" if mesh.all_devices()[0].platform == "cpu" else "direct"
+    return "cpu" if mesh.all_devices()[0].platform == "cpu" else "direct"
 
 
 def _extractor(
@@ -183,6 +183,7 @@ def _extractor(
 _LEAST = {
     "seed": 0,
     "data.batch_size": 1,
+    "data.read_timeout_s": 1,
     "model.svf_steps": 0,
     "loss.ncc_window": 3,
     "train.steps": 0,
@@ -275,7 +276,7 @@ def _dataset(config: ml_collections.ConfigDict, workdir: Path | str) -> loader.D
             "--config.data.root=FOLDER, or try --config=experiments/unireg.py:demo",
             USAGE,
         )
-    dataset = loader.Dataset(root)
+    dataset = loader.Dataset(root, read_timeout_s=data.read_timeout_s)
     spec = dataset.index["spec"]
     wanted = (tuple(data.shape), (data.spacing_mm,) * 3)
     found = (tuple(spec["shape"]), tuple(spec["spacing_mm"]))

@@ -22,7 +22,7 @@ def _inputs(key, shape, channels, features):
     return x, kernel
 
 
-@pytest.mark.parametrize("impl", ["direct", "winograd"])
+@pytest.mark.parametrize("impl", ["direct", "winograd", "planes"])
 def test_conv3d_single_tap_shifts(impl):
     x = jnp.zeros((1, 5, 6, 7, 1)).at[0, 2, 3, 4, 0].set(1.0)
     kernel = jnp.zeros((3, 3, 3, 1, 1)).at[0, 1, 2, 0, 0].set(2.0)
@@ -34,7 +34,7 @@ def test_conv3d_single_tap_shifts(impl):
 
 
 @pytest.mark.parametrize(("shape", "channels", "features"), SHAPES)
-@pytest.mark.parametrize("impl", ["direct", "winograd"])
+@pytest.mark.parametrize("impl", ["direct", "winograd", "planes"])
 def test_conv3d_matches_scipy(key, shape, channels, features, impl):
     x, kernel = _inputs(key, shape, channels, features)
     y = conv.conv3d(x, kernel, impl=impl)
@@ -107,7 +107,7 @@ def test_conv3d_is_the_convolution_of_the_concatenation(key):
     y = np.asarray(conv.conv3d(joined, block["kernel"], impl="direct"))
     y = y + np.asarray(block["bias"])
     expected = np.where(y > 0, y, 0.2 * y)
-    for impl in ("direct", "winograd"):
+    for impl in ("direct", "winograd", "planes"):
         got = _apply(block, impl, 0.2)
         np.testing.assert_allclose(got, expected, atol=1e-4)  # sums of 243 products
 
@@ -129,14 +129,17 @@ def test_conv3d_forms_agree_in_value_and_gradient(key, block, slope):
 
     grad = jax.value_and_grad(loss, has_aux=True)
     (_, expected_y), expected = grad(block, "direct")
-    (_, y), got = grad(block, "winograd")
-    for e, g in zip(
-        jax.tree.leaves((expected_y, expected)), jax.tree.leaves((y, got)), strict=True
-    ):
-        assert g.dtype == e.dtype
-        scale = float(jnp.abs(e).max())
-        # The transforms amplify float32 rounding to about 1e-5.
-        np.testing.assert_allclose(g / scale, e / scale, atol=3e-5)
+    for impl in ("winograd", "planes"):
+        (_, y), got = grad(block, impl)
+        for e, g in zip(
+            jax.tree.leaves((expected_y, expected)),
+            jax.tree.leaves((y, got)),
+            strict=True,
+        ):
+            assert g.dtype == e.dtype
+            scale = float(jnp.abs(e).max())
+            # The transforms amplify float32 rounding to about 1e-5.
+            np.testing.assert_allclose(g / scale, e / scale, atol=3e-5)
 
 
 def test_conv3d_gradient_matches_finite_differences(key):
@@ -206,10 +209,19 @@ def test_conv3d_compiled_cpu_program_holds_no_3d_convolution(key):
     assert "window={size=3x3x3" not in text
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 17, 18), (1, 4, 6, 8)])
+def test_conv3d_of_a_cpu_equals_direct_at_all_sizes(key, shape):
+    x, kernel = _inputs(key, shape, 2, 3)
+    expected = conv.conv3d(x, kernel, impl="direct")
+    program = jax.jit(functools.partial(conv.conv3d, impl="cpu"))
+    np.testing.assert_allclose(program(x, kernel), expected, atol=1e-4)
+    assert ("while" in program.lower(x, kernel).as_text()) == (shape[1] == 16)
+
+
 def test_conv3d_keeps_bfloat16(key):
     x, kernel = _inputs(key, (1, 8, 6, 5), 2, 3)
     expected = conv.conv3d(x, kernel, impl="direct")
-    for impl in ("direct", "winograd"):
+    for impl in ("direct", "winograd", "planes"):
         y = conv.conv3d(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), impl=impl)
         assert y.dtype == jnp.bfloat16
         y, scale = np.asarray(y, np.float32), float(jnp.abs(expected).max())

@@ -15,6 +15,9 @@ four output slices at a time are made from the six input slices that they see:
 - concatenation, bias and activation happen on those slices, so that no other map of
   the size of the volume exists, forward or backward.
 
+Small maps cost more to trace and to compile so than they ever take: there the slices
+along X and the two beside each are one batch of 2-D convolutions.
+
 Timings: docs/performance.md, experiments/benchmark.py.
 """
 
@@ -32,8 +35,10 @@ from unireg_jax.ops import spatial
 # Output slices per Winograd tile, and slices read per tile.
 _TILE = 4
 _TAPS = _TILE + 2
-# Below this many voxels XLA's own kernel is fast enough, and it compiles faster.
+# Below this many voxels a form that compiles faster is fast enough.
 _SMALL = 16**3
+
+IMPLS = ("auto", "direct", "winograd", "planes", "cpu")
 
 # Winograd F(4, 3): transforms of input [6, 6], kernel [6, 3] and output [4, 6].
 _DATA = (
@@ -79,8 +84,9 @@ def conv3d(
         bias: [K], dtype of inputs; None for none.
         coarse: [B, X/2, Y/2, Z/2, C], up-sampled by two; None for none.
         slope: of LeakyReLU below zero; 1 leaves the result linear.
-        impl: "direct" is XLA's convolution, "winograd" the CPU form, "auto" chooses
-            by the platform that the program is compiled for, and by size.
+        impl: "direct" is XLA's convolution, "winograd" and "planes" are the CPU forms,
+            "cpu" chooses among these by size. "auto" chooses by the platform that the
+            program is compiled for, too, and traces the forms of all.
 
     Returns:
         [B, X, Y, Z, K], dtype of inputs. Winograd computes in float32 and differs from
@@ -93,10 +99,13 @@ def conv3d(
     _check(parts, coarse, kernel, bias)
     if bias is None:
         bias = jnp.zeros(kernel.shape[4], kernel.dtype)
-    if impl not in ("auto", "direct", "winograd"):
-        raise ValueError(f"impl must be auto, direct or winograd, got {impl!r}")
-    if math.prod(parts[0].shape[1:4]) < _SMALL and impl == "auto":
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    small = math.prod(parts[0].shape[1:4]) < _SMALL
+    if small and impl == "auto":
         impl = "direct"
+    if impl == "cpu":
+        impl = "planes" if small else "winograd"
     if spatial.splits(*parts):
         return _by_slabs(parts, coarse, kernel, bias, slope=slope, impl=impl)
     return _formulated((parts, coarse, kernel, bias), impl, slope=slope, halo=0)
@@ -109,6 +118,8 @@ def _formulated(args, impl, *, slope, halo):
         return direct(*args)
     if impl == "winograd":
         return tiled(*args)
+    if impl == "planes":
+        return _planes(*args, slope=slope, halo=halo)
     return lax.platform_dependent(*args, cpu=tiled, default=direct)
 
 
@@ -148,8 +159,8 @@ def strided_conv3d(
         kernel: [kx, ky, kz, C, K], dtype of inputs.
         stride: along X, Y, Z.
         halo: inputs already hold the kx // 2 planes before and after along X.
-        impl: "direct" is XLA's 3-D convolution, "planes" the CPU form, "auto" chooses
-            by the platform that the program is compiled for.
+        impl: "direct" is XLA's 3-D convolution, "auto" chooses by the platform that
+            the program is compiled for, all others are the CPU form.
 
     Returns:
         [B, ceil(X / sx), ceil(Y / sy), ceil(Z / sz), K], dtype of inputs; X without
@@ -177,10 +188,10 @@ def strided_conv3d(
     planes = functools.partial(_strided_planes, stride=stride, pads=pads)
     if impl == "direct":
         return direct(inputs, kernel)
-    if impl == "planes":
+    if impl in ("planes", "winograd", "cpu"):
         return planes(inputs, kernel)
-    if impl not in ("auto", "winograd"):
-        raise ValueError(f"impl must be auto, direct or planes, got {impl!r}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     return lax.platform_dependent(inputs, kernel, cpu=planes, default=direct)
 
 
@@ -295,6 +306,24 @@ def _upsampled_whole(coarse, halo):
 
 def _activate(y, slope):
     return y if slope == 1 else jnp.where(y > 0, y, slope * y)
+
+
+def _planes(parts, coarse, kernel, bias, *, slope, halo):
+    """All slices at once; the taps along X count as channels. float32 within."""
+    if coarse is not None:
+        parts = (_upsampled_whole(coarse, halo), *parts)
+    x = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+    if not halo:
+        x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    size = x.shape[1] - 2
+    x = jnp.concatenate([x[:, i : i + size] for i in range(3)], axis=-1)
+    # [3, 3, 3, C, K] -> [3, 3, 3 C, K]
+    flat = jnp.moveaxis(kernel.astype(jnp.float32), 0, 2)
+    flat = flat.reshape(3, 3, -1, kernel.shape[4])
+    # vmap keeps the batch an axis of its own: split over devices, no example moves.
+    y = jax.vmap(_conv2d, in_axes=(0, None))(x, flat)
+    y = _activate(y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape), slope)
+    return y.astype(parts[0].dtype)
 
 
 # --- four slices at a time ----------------------------------------------------------
@@ -442,11 +471,22 @@ def _accumulate(total, slices, first):
 
 
 def _transform(kernel, parts, coarse):
-    """Kernels as the tiles use them, float32: (of coarse or None, of each part)."""
+    """Kernels as the tiles use them, float32: (of coarse or None, of each part).
+
+    As products with constant matrices: spelled out, term by term, they and their
+    gradients were half of what tracing the network took.
+    """
     kernel = kernel.astype(jnp.float32)
     coarse_kernel, kernels = _split(kernel, parts, coarse)
-    kernels = [[_combine(row, list(k)) for row in _WEIGHT] for k in kernels]
+    kernels = [list(_along(np.array(_WEIGHT), k)) for k in kernels]
     return None if coarse is None else _differences(coarse_kernel), kernels
+
+
+def _along(matrix, array):
+    """The product along the array's first axis, in full precision."""
+    return jnp.tensordot(
+        jnp.asarray(matrix, jnp.float32), array, 1, precision=lax.Precision.HIGHEST
+    )
 
 
 def _tile(slices, coarse_slices, kernels):
@@ -455,7 +495,7 @@ def _tile(slices, coarse_slices, kernels):
     products = None
     for six, transformed in zip(slices, part_kernels, strict=True):
         here = [
-            _conv2d(_combine(row, six), k)
+            _conv2d(_combine(row, six)[None], k)[0]
             for row, k in zip(_DATA, transformed, strict=True)
         ]
         products = here if products is None else _add(products, here)
@@ -484,10 +524,10 @@ def _combine(coefficients, arrays):
 
 @jax.custom_vjp
 def _conv2d(x, kernel):
-    """[Y, Z, C] with [3, 3, C, K] -> [Y, Z, K]."""
+    """[N, Y, Z, C] with [3, 3, C, K] -> [N, Y, Z, K]."""
     return lax.conv_general_dilated(
-        x[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )[0]
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def _conv2d_fwd(x, kernel):
@@ -502,8 +542,8 @@ def _conv2d_bwd(residuals, grad):
     x, kernel = residuals
     c, k = kernel.shape[2:]
     flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
-    lhs = jnp.concatenate(_shifts(x, axis=1), -1).reshape(-1, 3 * c)
-    rhs = jnp.concatenate(_shifts(grad, axis=0)[::-1], -1).reshape(-1, 3 * k)
+    lhs = jnp.concatenate(_shifts(x, axis=2), -1).reshape(-1, 3 * c)
+    rhs = jnp.concatenate(_shifts(grad, axis=1)[::-1], -1).reshape(-1, 3 * k)
     product = lax.dot_general(lhs, rhs, (((0,), (0,)), ((), ())))
     return (
         _conv2d(grad, flipped),
@@ -544,17 +584,20 @@ _SHARED = (
 
 def _differences(kernel):
     """[3, 3, 3, C, K] -> [group of X][row of _SHARED], [C, K per group of (Y, Z)]."""
-
-    def groups(array):
-        return [_combine(g, list(array)) for g in _GROUPS]
-
-    return [
+    taps = np.array(_GROUPS)
+    wanted = np.array(
         [
-            jnp.concatenate([groups(groups(plane)[gy])[gz] for gy, gz in shared], -1)
+            np.multiply.outer(taps[gx], np.multiply.outer(taps[gy], taps[gz]))
+            for gx in range(3)
             for shared in _SHARED
+            for gy, gz in shared
         ]
-        for plane in groups(kernel)
-    ]
+    )
+    c, k = kernel.shape[3:]
+    groups = _along(wanted.reshape(27, 27), kernel.reshape(27, c, k))
+    groups = jnp.moveaxis(groups.reshape(3, 9, c, k), 1, 2).reshape(3, c, 9 * k)
+    ends = k * np.cumsum([len(shared) for shared in _SHARED])
+    return [jnp.split(plane, ends[:-1], axis=1) for plane in groups]
 
 
 def _upsampled(slices, kernels):
