@@ -10,12 +10,14 @@ have the same mean and no runs without a task.
 """
 
 import collections
+import contextlib
 import fractions
 import functools
 import hashlib
 import heapq
 import json
 import math
+import os
 import sys
 import threading
 import zlib
@@ -29,7 +31,7 @@ import numpy as np
 from data_pipeline import store
 from data_pipeline.augment import AugmentSpec, make_augment
 from data_pipeline.pairs import Pair, make_pairs, read_alignments
-from unireg_jax.errors import DATA_CHANGED, NOTHING, USAGE, UserError
+from unireg_jax.errors import DATA_CHANGED, NOTHING, STORAGE, USAGE, UserError
 from unireg_jax.tasks import TASKS, PairBatch
 
 # grain's defaults (16 threads, 500 batches ahead) would fill the memory with volumes.
@@ -48,12 +50,20 @@ class Dataset:
     is refused when it is read.
     """
 
-    def __init__(self, root: Path | str, *, cache_gib: float = 64.0):
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        cache_gib: float = 64.0,
+        read_timeout_s: float | None = None,
+    ):
         """Opens a prepared folder.
 
         Args:
             root: folder written by `data_pipeline.prepare`.
             cache_gib: memory for volumes; beyond it the least recently used one goes.
+            read_timeout_s: a volume that takes longer to read is named and ends the
+                process with exit code 6, see `_ends_if_stuck`; None waits for ever.
 
         Raises:
             UserError: see `store.read_index` and `pairs.read_alignments`.
@@ -68,6 +78,7 @@ class Dataset:
             default=0,
         )
         self._budget = cache_gib * 2**30
+        self._timeout = read_timeout_s
         self._held = 0
         self._cache: collections.OrderedDict = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -104,7 +115,9 @@ class Dataset:
             if position in self._cache:
                 self._cache.move_to_end(position)
                 return self._cache[position]
-        arrays = self._read(self.index["volumes"][position])
+        entry = self.index["volumes"][position]
+        with _ends_if_stuck(entry["id"], self._timeout):
+            arrays = self._read(entry)
         with self._lock:
             if position not in self._cache:
                 self._cache[position] = arrays
@@ -163,6 +176,36 @@ class Dataset:
         for array in arrays:
             array.flags.writeable = False
         return arrays
+
+
+@contextlib.contextmanager
+def _ends_if_stuck(volume: str, seconds: float | None) -> Iterator[None]:
+    """Ends the process when the block takes longer.
+
+    A read that hangs, as on a network share that is gone, cannot be interrupted, nor
+    can the threads that wait for it. What was saved is whole at any moment.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def end():
+        text = (
+            f"error: worker_died: {volume}: read within {seconds:g} s expected, still "
+            "reading; mend the disk or the network share, then run the same command "
+            "again\n"
+        )
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+        os._exit(STORAGE)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Stream(NamedTuple):

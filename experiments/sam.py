@@ -28,6 +28,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.root = ""  # folder made by data_pipeline.prepare
+    config.data.read_timeout_s = 600  # as in experiments/unireg.py
     # Volumes of one step over all devices, two views of each; public config: 6 per
     # device.
     config.data.batch_size = 6

@@ -117,6 +117,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
 _LEAST = {
     "seed": 0,
     "data.batch_size": 1,
+    "data.read_timeout_s": 1,
     "model.stem": 1,
     "model.channels": 1,
     "loss.anchors": 1,
@@ -184,7 +185,8 @@ def _dataset(config) -> loader.Dataset:
             "data_pipeline.prepare`",
             USAGE,
         )
-    return loader.Dataset(config.data.root)
+    timeout = config.data.read_timeout_s
+    return loader.Dataset(config.data.root, read_timeout_s=timeout)
 
 
 def _judge(config, dataset, network, recipe, stream_settings, split):

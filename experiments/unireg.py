@@ -29,6 +29,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # the number of devices for the paper's meaning.
     config.data.batch_size = 1
     config.data.on_fault = "fail"  # a volume gone bad; or skip, up to 1 in 100
+    # A volume that takes longer to read ends the run: its disk does not answer.
+    config.data.read_timeout_s = 600
     # Share of each task in the stream; a task without data is left out. Uniform:
     # section 4.4. The paper only tests on lung.
     config.data.weights = ml_collections.ConfigDict(

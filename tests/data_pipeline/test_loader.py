@@ -3,7 +3,10 @@
 import collections
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import grain
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 
 from data_pipeline import loader, store
 from data_pipeline.pairs import Pair
-from unireg_jax.errors import DATA_CHANGED, NOTHING, USAGE, UserError
+from unireg_jax.errors import DATA_CHANGED, NOTHING, STORAGE, USAGE, UserError
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 SHAPE = (12, 10, 8)
@@ -502,3 +505,24 @@ def test_volumes_are_read_once_by_many_threads(root, monkeypatch):
     before = calls.total()
     list(itertools.islice(loader.make_eval_batches(dataset, "train"), 5))
     assert calls.total() == before
+
+
+_STUCK = """
+import sys
+from data_pipeline import loader
+loader.Dataset(sys.argv[1], read_timeout_s=0.2).volume(0)
+"""
+
+
+def test_a_read_that_hangs_is_named_and_ends_the_process(copy):
+    dataset = loader.Dataset(copy, read_timeout_s=30)
+    dataset.volume(1)  # one that does not hang is nothing to it
+    entry = dataset.index["volumes"][0]
+    (copy / entry["image"]).unlink()
+    os.mkfifo(copy / entry["image"])  # nobody will write
+    done = subprocess.run(
+        [sys.executable, "-c", _STUCK, str(copy)], capture_output=True, text=True
+    )
+    assert done.returncode == STORAGE, done.stderr
+    said = f"error: worker_died: {entry['id']}: read within 0.2 s expected"
+    assert said in done.stderr

@@ -292,6 +292,7 @@ def _other(folder: Path, what: str) -> UserError:
 _FREE = (
     "data.root",
     "data.on_fault",
+    "data.read_timeout_s",
     "train.steps",
     "train.log_every",
     "train.eval_every",
