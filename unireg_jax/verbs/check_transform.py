@@ -31,6 +31,15 @@ _SPELLED = {
     "itk": "ITK transform file",
     "itk_image": "NRRD or MetaImage displacement field",
 }
+_TURNED = "turned round (moving to fixed)"
+# How displacements may be meant -> the matrix [3, 3] that makes LPS mm of them, given
+# that of the field's grid, voxel -> LPS mm.
+_MEANT = {
+    "as written": lambda grid: np.eye(3),
+    "mirrored in x and y (RAS for LPS)": lambda grid: np.diag([-1.0, -1.0, 1.0]),
+    _TURNED: lambda grid: -np.eye(3),
+    "in voxels": lambda grid: grid,
+}
 _FAR_MM = 300.0  # no organ is so far from itself in two scans of one frame
 _BROKEN = ("field_nonfinite", "field_range", "affine_nonfinite", "affine_singular")
 
@@ -185,25 +194,16 @@ def _readings(
     """Correlation of the scans, as the map is written and as it may be meant."""
     points = belonging.lattice(mapping.grid_of(fixed))
     there = mapping.sample(fixed, points)
-    read = {
-        "none": Mapping(()),
-        "as written": whole,
-        "mirrored in x and y (RAS for LPS)": _changed(whole, _mirrored),
-        "turned round (moving to fixed)": _changed(whole, _negated),
-        "in voxels": _changed(whole, _in_voxels),
-    }
+    led = {"none": points}
+    led |= {name: _led(whole, points, change) for name, change in _MEANT.items()}
     if not whole.fields:
-        read = {k: read[k] for k in ("none", "as written")}
+        led = {k: led[k] for k in ("none", "as written")}
         if whole.parts:
-            matrix = mapping.compose([whole]).parts[0]
-            read["turned round (moving to fixed)"] = mapping.affine(
-                np.linalg.inv(matrix)
-            )
+            matrix = np.linalg.inv(mapping.compose([whole]).parts[0])
+            led[_TURNED] = mapping.points(mapping.affine(matrix), points)
     scores = {
-        name: belonging.correlation(
-            there, mapping.sample(moving, mapping.points(way, points))
-        )
-        for name, way in read.items()
+        name: belonging.correlation(there, mapping.sample(moving, xyz))
+        for name, xyz in led.items()
     }
     known = {name: score for name, score in scores.items() if score is not None}
     if "as written" not in known:  # no overlap, which was found already
@@ -218,25 +218,14 @@ def _readings(
     return scores
 
 
-def _changed(whole: Mapping, change) -> Mapping:
-    return Mapping(
-        tuple(
-            part._replace(disp_mm=change(part)) if isinstance(part, Field) else part
-            for part in whole.parts
-        )
-    )
-
-
-def _mirrored(part: Field) -> np.ndarray:
-    return part.disp_mm * np.array([-1, -1, 1], np.float32)
-
-
-def _negated(part: Field) -> np.ndarray:
-    return -part.disp_mm
-
-
-def _in_voxels(part: Field) -> np.ndarray:
-    return part.disp_mm @ part.vox2world[:3, :3].T.astype(np.float32)
+def _led(whole: Mapping, xyz: np.ndarray, change) -> np.ndarray:
+    """Points [N, 3] through a map whose displacements are meant in another way."""
+    for part in whole.parts:
+        moved = mapping.points(Mapping((part,)), xyz)
+        if isinstance(part, Field):  # at the points: no second copy of a large field
+            moved = xyz + (moved - xyz) @ change(part.vox2world[:3, :3]).T
+        xyz = moved
+    return xyz
 
 
 def _table(found: dict[str, Any]) -> str:
