@@ -353,6 +353,18 @@ def test_write_composite_compresses_large_fields(tmp_path):
     assert (tmp_path / "a.h5").stat().st_size < 8 * disp_mm.size
 
 
+def test_write_composite_slab_by_slab_is_the_same_file(tmp_path, monkeypatch):
+    disp = np.random.default_rng(0).normal(size=(5, 6, 7, 3)).astype(np.float32)
+    vox2world = np.diag([1.0, 2.0, 3.0, 1.0])
+    transforms.write_composite(tmp_path / "one.h5", np.eye(4), disp, vox2world)
+    monkeypatch.setattr(transforms.itk_containers, "_SLAB_NUMBERS", 2 * 5 * 6 * 3)
+    transforms.write_composite(tmp_path / "many.h5", np.eye(4), disp, vox2world)
+    for name in ("one.h5", "many.h5"):
+        (found, place), _ = transforms.read_parts(tmp_path / name)
+        np.testing.assert_array_equal(found, disp)
+        np.testing.assert_array_equal(place, vox2world)
+
+
 def test_write_composite_from_several_threads(tmp_path):
     disp_mm = displacement(world(oblique())).astype(np.float32)
     paths = [tmp_path / f"{i}.h5" for i in range(8)]

@@ -180,7 +180,7 @@ def _affine_parameters(matrix: np.ndarray, center: np.ndarray) -> np.ndarray:
 def _field_parameters(
     disp_mm: np.ndarray, vox2world: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ITK's 18 numbers of the grid, and the vectors."""
+    """ITK's 18 numbers of the grid, and the vectors, [Z, Y, X, 3], not copied."""
     spacing = np.array(orientation.spacing_mm(vox2world))
     if checks.has_shear(vox2world):
         raise ValueError(
@@ -191,8 +191,7 @@ def _field_parameters(
     left, _, right = np.linalg.svd(vox2world[:3, :3] / spacing)
     grid = [*disp_mm.shape[:3], *vox2world[:3, 3], *spacing, *(left @ right).ravel()]
     # Component fastest, then x, y, z.
-    vectors = disp_mm.transpose(2, 1, 0, 3).ravel()
-    return np.array(grid, np.float64), vectors
+    return np.array(grid, np.float64), disp_mm.transpose(2, 1, 0, 3)
 
 
 def _itk_field(

@@ -18,6 +18,7 @@ from unireg_jax.imaging.nifti import shown
 from unireg_jax.imaging.transforms import checks
 
 FIELD_KIND = "DisplacementFieldTransform"
+_SLAB_NUMBERS = 2**23  # of a field, put in order at once
 # kind, fixed parameters, parameters
 Listed = tuple[str, np.ndarray, np.ndarray]
 
@@ -99,7 +100,8 @@ def write_h5(path: str | os.PathLike, listed: Sequence[Listed]) -> None:
 
     Args:
         path: name of the file.
-        listed: kind, fixed parameters and parameters of its parts.
+        listed: kind, fixed parameters and parameters of its parts; those of a field
+            may have several axes, the last one fastest.
 
     Raises:
         UserError: `storage`.
@@ -134,10 +136,14 @@ def _add_transform(
         packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
         packed = packed if parameters.size > 1000 else {}
         numbers = group.create_dataset(
-            "TransformParameters", parameters.shape, np.float64, **packed
+            "TransformParameters", (parameters.size,), np.float64, **packed
         )
-        # Widened by HDF5, chunk by chunk: no second copy of a large field.
-        numbers[...] = parameters
+        # Put in order slab by slab, and widened by HDF5: no copy of a large field.
+        step = max(1, _SLAB_NUMBERS // parameters[0].size)
+        for first in range(0, len(parameters), step):
+            part = parameters[first : first + step].ravel()
+            start = first * parameters[0].size
+            numbers[start : start + part.size] = part
 
 
 def _h5_transforms(path: str | os.PathLike) -> list[Listed]:
