@@ -534,6 +534,18 @@ def test_exchanged_scans_are_told(run, tmp_path):
         assert "scans exchanged?" in json.loads(stdout)["warnings"][0]
 
 
+def test_a_reference_of_another_resolution_is_no_other_scan(run, tmp_path):
+    """The field lies on the moving scan's grid too, as where a pair shares one."""
+    words = ("-m", "fixed.nii.gz", "-t", "w.nii.gz", "--interp", "nearest")
+    half = Grid(tuple(n // 2 for n in FIXED.shape), FIXED.vox2world.copy())
+    half.vox2world[:3, :3] *= 2
+    half.vox2world[:3, 3] += FIXED.vox2world[:3, :3] @ [0.5, 0.5, 0.5]
+    save(tmp_path / "half.nii", np.zeros(half.shape, np.int16), half.vox2world)
+    call = (*words, "-f", tmp_path / "half.nii", "-o", tmp_path / "o.nii")
+    code, _, stderr = run("warp", *call)
+    assert code == 0 and "grid_mismatch" not in stderr
+
+
 def test_a_transform_of_this_pair_is_not_warned_of(run, tmp_path):
     for name in ("w.nii.gz", "c.h5"):
         words = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz", "-t", name, "--json")

@@ -193,9 +193,19 @@ def _met_by_any(
     return known, inside
 
 
+def _same_box(a: Grid, b: Grid) -> bool:
+    """Whether two grids on LPS+ axes fill the same space, to a voxel."""
+    ends = np.array(list(np.ndindex(2, 2, 2)))
+    here, there = (
+        grids.apply(g.vox2world, (ends * np.array(g.shape) - 0.5).T) for g in (a, b)
+    )
+    largest = max(np.linalg.norm(g.vox2world[:3, :3], axis=0).max() for g in (a, b))
+    return bool(np.linalg.norm(here - there, axis=0).max() < largest)
+
+
 def _starts_from(field: Grid, moving: Grid, fixed: Grid) -> bool:
     """Whether a field that acts first lies on the moving scan, not on the fixed one."""
-    if grids.same(field, fixed):
+    if _same_box(field, fixed):  # another resolution is no other scan
         return False
     if grids.same(field, moving):
         return True
