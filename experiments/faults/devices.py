@@ -14,7 +14,6 @@ differ by rounding, which is reported.
 import hashlib
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -51,23 +50,25 @@ def campaign(folder: Path, *, switches: int, seed: int = 0) -> dict:
         )
     fields = {"data__batch_size": 8, "train__steps": _STEPS * (switches + 1)}
     one = victim.Victim(folder / "one", data, **fields)
-    one.finish(env=_devices(1))
+    one.make(env=_devices(1))
     run = victim.Victim(folder / "run", data, **fields)
     weights = run.workdir / "weights.safetensors"
-    faults: list[str] = []
+    path = folder / "switches.jsonl"
+    rows = victim.known_rows(path)
     used = [8]
-    run.finish(env=_devices(8), train__steps=_STEPS)
+    if not rows:
+        run.finish(env=_devices(8), train__steps=_STEPS)
     for n in range(1, switches + 1):
-        count = rng.choice([c for c in _COUNTS if c != used[-1]])
-        before = weights.read_bytes()
-        run.finish(env=_devices(count), train__steps=_STEPS * n)
-        if weights.read_bytes() != before:
-            faults.append(f"switch {n}: restored differently on {count} devices")
-        run.finish(env=_devices(count), train__steps=_STEPS * (n + 1))
-        used.append(count)
-        print(
-            f"switch {n}: {used[-2]} -> {count} {faults}", file=sys.stderr, flush=True
-        )
+        used.append(rng.choice([c for c in _COUNTS if c != used[-1]]))
+        if n <= len(rows):
+            continue
+        env, before = _devices(used[-1]), weights.read_bytes()
+        run.finish(env=env, train__steps=_STEPS * n)
+        same = weights.read_bytes() == before
+        run.finish(env=env, train__steps=_STEPS * (n + 1))
+        rows.append({"switch": n, "devices": used[-2:], "same": same})
+        victim.add_row(path, rows[-1])
+    faults = [f"{row}: restored differently" for row in rows if not row["same"]]
     ends = [x.steps[x.steps.find_sound()] for x in (one, run)]
     if _place(ends[0]) != _place(ends[1]):
         faults.append("another place in the data than on one device")

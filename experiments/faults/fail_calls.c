@@ -1,13 +1,16 @@
 /* Fails file-system calls that change something below $FAULT_ROOT, by LD_PRELOAD.
 
    Calls are counted from 1. Call number `at` fails with errno `code`, and with `sticky`
-   every later one: nothing more reaches the disk, as after a kill or a power cut.
-   fault_arm() sets them in the process; FAULT_AT, FAULT_ERRNO, FAULT_STICKY before it
-   starts. Calls by descriptor are looked up in /proc/self/fd. */
+   every later one: nothing more reaches the disk, as after a kill or a power cut. With
+   `code` 0 the process is killed before the call. With `only`, calls on other paths than
+   those that hold it do not count.
+   fault_arm() sets them in the process; FAULT_AT, FAULT_ERRNO, FAULT_STICKY, FAULT_ONLY
+   before it starts. Calls by descriptor are looked up in /proc/self/fd. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -21,7 +24,7 @@
 
 static atomic_long calls, at;
 static atomic_int code = ENOSPC, sticky;
-static char root[4096];
+static char root[4096], only[256];
 
 void fault_arm(long call, int number, int forever) {
   calls = 0;
@@ -35,13 +38,15 @@ long fault_calls(void) { return calls; }
 __attribute__((constructor)) static void begin(void) {
   const char *value = getenv("FAULT_ROOT");
   if (value) snprintf(root, sizeof root, "%s", value);
+  if ((value = getenv("FAULT_ONLY"))) snprintf(only, sizeof only, "%s", value);
   if ((value = getenv("FAULT_ERRNO"))) code = atoi(value);
   if ((value = getenv("FAULT_STICKY"))) sticky = atoi(value);
   if ((value = getenv("FAULT_AT"))) at = atol(value);
 }
 
 static int below(const char *path) {
-  return path && root[0] && strncmp(path, root, strlen(root)) == 0;
+  return path && root[0] && strncmp(path, root, strlen(root)) == 0 &&
+         strstr(path, only);
 }
 
 static int below_fd(int fd) {
@@ -61,6 +66,7 @@ static int fails(int counts) {
   if (!counts || at <= 0) return 0;
   long n = atomic_fetch_add(&calls, 1) + 1;
   if (n != at && !(sticky && n > at)) return 0;
+  if (!code) kill(getpid(), SIGKILL);
   errno = code;
   return 1;
 }

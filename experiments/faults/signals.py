@@ -10,11 +10,9 @@ interrupted campaign stopped.
 
 import collections
 import contextlib
-import json
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -44,14 +42,11 @@ def campaign(folder: Path, *, signals: int, steps: int, seed: int = 0) -> dict:
     data = victim.make_data(folder / "data")
     hurt = victim.Victim(folder / "hurt", data, train__steps=steps)
     path = folder / "signals.jsonl"
-    path.touch()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = victim.known_rows(path)
     while len(rows) < signals and not (rows and rows[-1]["fault"]):
         row = _stop_once(hurt, len(rows), seed)
         rows.append(row)
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"signal {len(rows)}: {row}", file=sys.stderr, flush=True)
+        victim.add_row(path, row)
     faults = [f"signal {n}: {row['fault']}" for n, row in enumerate(rows, 1)]
     faults = [text for text, row in zip(faults, rows, strict=True) if row["fault"]]
     hurt.finish()

@@ -28,6 +28,8 @@ from unireg_jax.training import checkpoint, log
 from unireg_jax.training.steps import Steps
 
 ROOT = Path(__file__).resolve().parents[2]
+_SOURCE = Path(__file__).with_name("fail_calls.c")
+STEPS_KEPT = 2  # saved steps, see checkpoint.Checkpoints
 SHAPE, SPACING_MM = (32, 16, 16), 12.0
 FIELDS = {
     "data.shape": SHAPE,
@@ -45,6 +47,7 @@ FIELDS = {
     "model.decoder": (4, 4),
     "model.remaining": (4,),
 }
+_HANGS = 3600.0  # seconds; on a machine that others use, too, a start takes minutes
 # What may be in a work folder at the end, as patterns.
 _KEPT = (
     r"config\.json",
@@ -81,7 +84,7 @@ class Process(NamedTuple):
         """Returns True when its stderr matches; False when it ended before."""
         return self.wait_until(lambda: re.search(pattern, self.said()) is not None)
 
-    def wait_until(self, reached: Callable[[], bool], seconds: float = 600) -> bool:
+    def wait_until(self, reached: Callable[[], bool], seconds: float = _HANGS) -> bool:
         """Returns True when that is so; False when it ended before."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -93,7 +96,7 @@ class Process(NamedTuple):
             time.sleep(0.002)
         raise TimeoutError(f"{self.errors}: {self.said()[-300:]}")
 
-    def end(self, number: int | None = None, seconds: float = 600) -> int:
+    def end(self, number: int | None = None, seconds: float = _HANGS) -> int:
         """Sends a signal, if any, and returns the exit code."""
         if number is not None:
             self.handle.send_signal(number)
@@ -162,10 +165,10 @@ class Victim:
         if code := process.end():
             raise RuntimeError(f"exit code {code}: {process.said()[-2000:]}")
 
-    def make(self) -> None:
-        """Runs it to its end, unless it has been."""
+    def make(self, **kwargs: Any) -> None:
+        """Runs it to its end, unless it has been; `kwargs` as for `start`."""
         if not (self.workdir / "weights.safetensors").exists():
-            self.finish()
+            self.finish(**kwargs)
 
     def config(self) -> ml_collections.ConfigDict:
         """Its config, for use in this process."""
@@ -176,7 +179,7 @@ class Victim:
     @property
     def steps(self) -> Steps:
         """Its saved steps, to look at."""
-        return Steps(self.workdir / checkpoint.FOLDER, keep=2, tidies=False)
+        return Steps(self.workdir / checkpoint.FOLDER, keep=STEPS_KEPT, tidies=False)
 
     def digest(self) -> str:
         """Of all that a run is: state, place in the data, memory of the loop, log."""
@@ -210,6 +213,32 @@ def make_data(folder: Path) -> Path:
             tasks=("headneck", "lung"),
         )
     return folder
+
+
+def known_rows(path: Path) -> list[dict]:
+    """What an interrupted campaign has found out, see `add_row`."""
+    path.touch()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Keeps what a part of a campaign has found out, and tells of it."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{path.stem}: {row}", file=sys.stderr, flush=True)
+
+
+def compile_library(folder: Path) -> Path:
+    """Compiles fail_calls.c, for LD_PRELOAD.
+
+    Raises:
+        OSError: there is no compiler.
+        subprocess.CalledProcessError: it fails.
+    """
+    path = folder.resolve() / "fail_calls.so"
+    command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(path), str(_SOURCE), "-ldl"]
+    subprocess.run(command, check=True)
+    return path
 
 
 def state_digest(folder: Path) -> str:

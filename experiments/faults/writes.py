@@ -6,12 +6,15 @@ Needs a C compiler (fail_calls.c goes before the C library) and Linux. In one pr
 save, with call k failing alone, and with all from call k on failing, as after a kill;
 then the newest step must be sound and the same save must succeed. In processes of their
 own: whole runs of which call k fails, runs on a small tmpfs (root) or with a small
-RLIMIT_FSIZE, each of which the same command then ends as if undisturbed.
+RLIMIT_FSIZE, each of which the same command then ends as if undisturbed. An interrupted
+campaign goes on where it stopped.
 """
 
+import collections
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -29,23 +32,9 @@ from unireg_jax.errors import STORAGE, UserError
 from unireg_jax.training import checkpoint
 from unireg_jax.training import state as train_state
 
-_SOURCE = Path(__file__).with_name("fail_calls.c")
 _NEVER = 2**40
 # (errno, whether all later calls fail, too)
 _MODES = ((errno.ENOSPC, False), (errno.EIO, False), (errno.ENOSPC, True))
-
-
-def compile_library(folder: Path) -> Path:
-    """Compiles fail_calls.c.
-
-    Raises:
-        OSError: there is no compiler.
-        subprocess.CalledProcessError: it fails.
-    """
-    path = folder.resolve() / "fail_calls.so"
-    command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(path), str(_SOURCE), "-ldl"]
-    subprocess.run(command, check=True)
-    return path
 
 
 def cycles(folder: Path, *, every: int) -> dict:
@@ -60,12 +49,25 @@ def cycles(folder: Path, *, every: int) -> dict:
     """
     bench = _Bench(folder)
     count = bench.save_counting()
-    counts = {"calls_of_a_save": count, "cycles": 0, "refused": 0, "saved": 0}
-    for number, sticky in _MODES:
-        for k in range(1, count + 1, every):
-            counts["cycles"] += 1
-            counts[bench.cycle(k, number, sticky)] += 1
-    return {**counts, "faults": bench.faults}
+    path = folder / "cycles.jsonl"
+    rows = {(row["k"], row["mode"]): row for row in victim.known_rows(path)}
+    wanted = list(itertools.product(range(1, count + 1, every), range(len(_MODES))))
+    for k, mode in wanted:
+        if (k, mode) not in rows:
+            ended = bench.cycle(k, *_MODES[mode])
+            faults = [*bench.faults]
+            bench.faults.clear()
+            rows[k, mode] = {"k": k, "mode": mode, "ended": ended, "faults": faults}
+            victim.add_row(path, rows[k, mode])
+    done = [rows[key] for key in wanted]
+    ended = collections.Counter(row["ended"] for row in done)
+    return {
+        "calls_of_a_save": count,
+        "cycles": len(done),
+        "refused": ended["refused"],
+        "saved": ended["saved"],
+        "faults": [fault for row in done for fault in row["faults"]],
+    }
 
 
 class _Bench:
@@ -78,6 +80,13 @@ class _Bench:
         self._calls = library.fault_calls
         self._calls.restype = ctypes.c_long
         self._run = victim.Victim(folder / "run", folder / "data")
+        self._pristine = folder / "pristine"
+        if self._pristine.exists():
+            self._reset()
+        else:
+            new = folder / "pristine.tmp"
+            shutil.copytree(self._run.steps.folder, new, dirs_exist_ok=True)
+            new.rename(self._pristine)
         config = self._run.config()
         experiment = build.build(config, self._run.workdir)
         fresh = train_state.make_state(
@@ -96,14 +105,15 @@ class _Bench:
         with contextlib.closing(self._open()) as checkpoints:
             self._state = checkpoints.restore(fresh, self._stream)
         self._state = self._state._replace(step=self._state.step + 5)
-        self._pristine = folder / "pristine"
-        if not self._pristine.exists():
-            shutil.copytree(self._run.steps.folder, self._pristine)
         self._good = {
             step: victim.state_digest(self._run.steps[step])
             for step in self._run.steps.all()
         }
         self.faults: list[str] = []
+
+    def _reset(self) -> None:
+        shutil.rmtree(self._run.steps.folder)
+        shutil.copytree(self._pristine, self._run.steps.folder)
 
     def _open(self) -> checkpoint.Checkpoints:
         return checkpoint.Checkpoints(self._run.workdir)
@@ -126,8 +136,7 @@ class _Bench:
 
     def cycle(self, k: int, number: int, sticky: bool) -> str:
         """Saves with call k failing, then without; whether it was refused or saved."""
-        shutil.rmtree(self._run.steps.folder)
-        shutil.copytree(self._pristine, self._run.steps.folder)
+        self._reset()
         what = f"call {k}, {errno.errorcode[number]}{', and all later' * sticky}"
         checkpoints = self._open()
         ended = "saved"
@@ -166,7 +175,7 @@ def whole_runs(folder: Path, library: Path, *, runs: int, disks: int) -> dict:
 
     Args:
         folder: where they go.
-        library: from `compile_library`.
+        library: from `victim.compile_library`.
         runs: of them, those with a failing call.
         disks: those on a small file system, and as many with a small file limit.
 
@@ -179,21 +188,22 @@ def whole_runs(folder: Path, library: Path, *, runs: int, disks: int) -> dict:
     whole.make()
     wanted = whole.digest()
     size = sum(p.stat().st_size for p in whole.workdir.rglob("*") if p.is_file())
-    counts = {"runs": 0, "exit_6": 0, "exit_0": 0, "disks": 0, "limits": 0}
-    faults: list[str] = []
+    path = folder / "runs.jsonl"
+    rows = {row["what"]: row for row in victim.known_rows(path)}
 
-    def meet(run, what, lift, **kwargs):
-        code = run.start(**kwargs).end()
-        counts["exit_6"] += code == STORAGE
-        counts["exit_0"] += code == 0
+    def meet(run, kind, what, lift, **kwargs):
+        process = run.start(**kwargs)
+        code = process.end()
+        faults = []
         if code not in (0, STORAGE):
-            said = run.start(**kwargs).said()[-300:]
-            faults.append(f"{what}: exit code {code}: {said}")
+            faults.append(f"{what}: exit code {code}: {process.said()[-300:]}")
         lift()
         run.finish()
         if run.digest() != wanted:
             faults.append(f"{what}: the ends differ")
         faults.extend(f"{what}: litter: {name}" for name in run.litter())
+        rows[what] = {"what": what, "kind": kind, "code": code, "faults": faults}
+        victim.add_row(path, rows[what])
 
     for n in range(runs):
         run = victim.Victim(folder / f"call{n}", data, train__steps=10)
@@ -201,14 +211,18 @@ def whole_runs(folder: Path, library: Path, *, runs: int, disks: int) -> dict:
         env = {"LD_PRELOAD": str(library), "FAULT_ROOT": str(run.workdir)}
         env |= {"FAULT_AT": str(k), "FAULT_STICKY": str(sticky)}
         env["FAULT_ERRNO"] = str((errno.ENOSPC, errno.EIO)[n // 2 % 2])
-        meet(run, f"call {k} of a run, sticky {sticky}", lambda: None, env=env)
-        counts["runs"] += 1
+        what = f"run {n}, call {k}, sticky {sticky}"
+        if what not in rows:
+            meet(run, "runs", what, lambda: None, env=env)
     for n in range(disks):
         run = victim.Victim(folder / f"limit{n}", data, train__steps=10)
-        meet(run, f"limit {n}", lambda: None, largest=4096 * (n + 1))
-        counts["limits"] += 1
+        if f"limit {n}" not in rows:
+            meet(run, "limits", f"limit {n}", lambda: None, largest=4096 * (n + 1))
+        if f"disk {n}" in rows:
+            continue
         disk = folder / f"disk{n}"
         disk.mkdir(exist_ok=True)
+        subprocess.run(["umount", str(disk)], stderr=subprocess.DEVNULL)  # interrupted
         small = size * (n + 1) // (disks + 1) // 4096 * 4096
         mount = ["mount", "-t", "tmpfs", "-o", f"size={small}", "none", str(disk)]
         if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
@@ -218,20 +232,28 @@ def whole_runs(folder: Path, library: Path, *, runs: int, disks: int) -> dict:
             grow = ["mount", "-o", "remount,size=64m", str(disk)]
             meet(
                 run,
-                f"disk of {small} bytes",
+                "disks",
+                f"disk {n}",
                 lambda grow=grow: subprocess.run(grow, check=True),
                 errors=folder / f"disk{n}.err",
             )
-            counts["disks"] += 1
         finally:
             subprocess.run(["umount", str(disk)], check=True)
-    return {**counts, "digest": wanted, "faults": faults}
+    kinds = collections.Counter(row["kind"] for row in rows.values())
+    codes = collections.Counter(row["code"] for row in rows.values())
+    return {
+        **{kind: kinds[kind] for kind in ("runs", "disks", "limits")},
+        "exit_6": codes[STORAGE],
+        "exit_0": codes[0],
+        "digest": wanted,
+        "faults": [fault for row in rows.values() for fault in row["faults"]],
+    }
 
 
 def campaign(folder: Path, *, every: int, runs: int, disks: int) -> dict:
     """Both; this process starts another one that fail_calls is loaded in."""
     began = time.monotonic()
-    library = compile_library(folder)
+    library = victim.compile_library(folder)
     run = victim.Victim(
         folder / "run", victim.make_data(folder / "data"), train__steps=10
     )
