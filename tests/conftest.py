@@ -22,10 +22,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def pytest_configure(config):
+    if "not slow" in config.option.markexpr:
+        # Half the time of compiling, and programs as fast at these sizes. What is slow
+        # is compiled as users' programs are.
+        level = "--xla_backend_optimization_level=1"
+        os.environ["XLA_FLAGS"] = f"{level} {os.environ.get('XLA_FLAGS', '')}".strip()
     # Another run may be writing the same entry: then jax compiles, and says so.
     config.addinivalue_line(
         "filterwarnings", "ignore:Error .* persistent compilation cache entry"
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    """Compiled programs of a module go with it: a worker stays small."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
