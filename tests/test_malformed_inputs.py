@@ -110,19 +110,24 @@ def test_fewer_steps_than_a_run_has_done_are_refused():
 
 def test_second_training_in_one_work_folder_is_refused(tmp_path):
     """At once, and before it touches what the first has written."""
+    grid = {"shape": (32, 16, 16), "spacing_mm": 12.0}
+    root = synthetic.write_dataset(
+        tmp_path / "data", subjects_per_task=4, tasks=("headneck",), **grid
+    )
     config = unireg.get_config("demo")
     with config.unlocked():
         config.train.init_from = ""
-        config.data.shape = (32, 16, 16)
-        config.data.spacing_mm = 12.0
-        config.data.phantoms = 4
-        config.data.weights = {"headneck": 1.0}
-    with store.lock(tmp_path):
+        config.data.update({"root": str(root), "weights": {"headneck": 1.0}, **grid})
+        config.model.update({"encoder": (4,) * 4, "decoder": (4,) * 4})
+        config.model.update({"remaining": (4,), "conv_impl": "direct"})
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with store.lock(workdir):
         with pytest.raises(UserError, match="another run is writing to it") as caught:
-            train.train(config, tmp_path)
+            train.train(config, workdir)
     assert caught.value.exit_code == USAGE
     assert not {"config.json", "checkpoints", "metrics.jsonl"} & {
-        path.name for path in tmp_path.iterdir()
+        path.name for path in workdir.iterdir()
     }
 
 

@@ -22,6 +22,10 @@ SHAPE = (16, 32, 48)
 SMALL = {"encoder": (4, 6, 6, 6), "decoder": (6, 6, 6, 6), "remaining": (4,)}
 LAMBDA = (0.05, 1.0, 0.1, 10.0)  # Table 8
 
+# Eager calls would compile every operation on its own.
+prepare = jax.jit(objective.prepare)
+judged = jax.jit(objective.objective, static_argnames="weights")
+
 
 def _batch(seed=0, batch=1, region=0):
     rng = np.random.default_rng(seed)
@@ -48,19 +52,17 @@ def _weights(**options):
 @pytest.mark.parametrize(("region", "strength"), list(enumerate(LAMBDA)))
 def test_objective_lambda_follows_the_region(key, region, strength):
     """Task -> lambda -> loss, for every row of Table 8."""
-    pair = objective.prepare(_batch(region=region), Extractor("none"))
+    pair = prepare(_batch(region=region), Extractor("none"))
     disp = 0.3 * jax.random.normal(key, (1, *SHAPE, 3))
-    loss, scalars = objective.objective(
-        disp, pair, weights=_weights(dice=0.0, reg_units="voxel")
-    )
+    loss, scalars = judged(disp, pair, weights=_weights(dice=0.0, reg_units="voxel"))
     expected = 1 - scalars["ncc"] + strength * smoothness.diffusion(disp)[0]
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_objective_normalized_units_divide_by_half_the_grid(key):
-    pair = objective.prepare(_batch(), Extractor("none"))
+    pair = prepare(_batch(), Extractor("none"))
     disp = jax.random.normal(key, (1, *SHAPE, 3))
-    _, scalars = objective.objective(disp, pair, weights=_weights())
+    _, scalars = judged(disp, pair, weights=_weights())
     unit = disp * (2 / (np.array(SHAPE, np.float32) - 1))[None, None, None, None]
     expected = smoothness.diffusion(unit)[0]
     np.testing.assert_allclose(scalars["smoothness"], expected, rtol=1e-5)
@@ -69,10 +71,8 @@ def test_objective_normalized_units_divide_by_half_the_grid(key):
 def test_objective_perfect_pair_costs_nothing():
     batch = _batch()
     batch = batch._replace(moving=batch.fixed, moving_labels=batch.fixed_labels)
-    pair = objective.prepare(batch, Extractor("none"))
-    loss, scalars = objective.objective(
-        jnp.zeros((1, *SHAPE, 3)), pair, weights=_weights()
-    )
+    pair = prepare(batch, Extractor("none"))
+    loss, scalars = judged(jnp.zeros((1, *SHAPE, 3)), pair, weights=_weights())
     np.testing.assert_allclose(scalars["dice"], 1.0, atol=1e-6)
     np.testing.assert_allclose(loss, 0.0, atol=1e-3)  # eps of the windowed NCC
 
@@ -80,10 +80,10 @@ def test_objective_perfect_pair_costs_nothing():
 def test_objective_without_common_labels_leaves_dice_out():
     batch = _batch()
     batch = batch._replace(moving_labels=jnp.zeros_like(batch.moving_labels))
-    pair = objective.prepare(batch, Extractor("none"))
+    pair = prepare(batch, Extractor("none"))
     disp = jnp.zeros((1, *SHAPE, 3))
-    loss, scalars = objective.objective(disp, pair, weights=_weights())
-    plain, _ = objective.objective(disp, pair, weights=_weights(dice=0.0))
+    loss, scalars = judged(disp, pair, weights=_weights())
+    plain, _ = judged(disp, pair, weights=_weights(dice=0.0))
     assert np.isnan(scalars["dice"])
     np.testing.assert_allclose(loss, plain, rtol=1e-6)
 
@@ -95,13 +95,11 @@ def test_objective_ignores_what_lies_beyond_either_scan(key):
     other = cut.at[:, :, :, 24:].set(OUTSIDE_HU)
     fixed = batch.fixed.at[:, :, :, 36:].set(777)  # far from what the mask admits
     pairs = [
-        objective.prepare(batch._replace(moving=cut), Extractor("none")),
-        objective.prepare(batch._replace(moving=other, fixed=fixed), Extractor("none")),
+        prepare(batch._replace(moving=cut), Extractor("none")),
+        prepare(batch._replace(moving=other, fixed=fixed), Extractor("none")),
     ]
     disp = jnp.zeros((1, *SHAPE, 3))
-    values = [
-        objective.objective(disp, p, weights=_weights(dice=0.0))[0] for p in pairs
-    ]
+    values = [judged(disp, p, weights=_weights(dice=0.0))[0] for p in pairs]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
 
 
@@ -111,7 +109,7 @@ def test_prepare_applies_the_alignment():
     moving = jnp.roll(batch.fixed, (1, 2, 3), (1, 2, 3))
     labels = jnp.roll(batch.fixed_labels, (1, 2, 3), (1, 2, 3))
     align = jnp.eye(4).at[:3, 3].set(jnp.array([1.0, 2.0, 3.0]))[None]
-    pair = objective.prepare(
+    pair = prepare(
         batch._replace(moving=moving, moving_labels=labels, align=align),
         Extractor("none"),
     )
@@ -157,6 +155,6 @@ def test_compiled_training_step_holds_no_scatter_but_the_label_counts():
     ],
 )
 def test_objective_rejects_bad_weights(weights, match):
-    pair = objective.prepare(_batch(), Extractor("none"))
+    pair = prepare(_batch(), Extractor("none"))
     with pytest.raises(ValueError, match=match):
-        objective.objective(jnp.zeros((1, *SHAPE, 3)), pair, weights=weights)
+        judged(jnp.zeros((1, *SHAPE, 3)), pair, weights=weights)
