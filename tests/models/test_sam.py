@@ -61,9 +61,9 @@ def test_scale_maps_the_published_range():
 def test_folded_equals_trained_and_slabs_equal_the_whole(variables, hu):
     trained = sam.Sam(norm="batch", **SMALL)
     folded = sam.Sam(**SMALL)
-    expected = trained.apply(variables, sam.scale(hu))
+    expected = jax.jit(trained.apply)(variables, sam.scale(hu))
     params = sam.fold(variables)
-    whole = folded.apply({"params": params}, sam.scale(hu))
+    whole = jax.jit(folded.apply)({"params": params}, sam.scale(hu))
     slabs = jax.jit(lambda h, p: sam.extract(h, p, folded))(hu, params)
     for a, b, c in zip(expected, whole, slabs, strict=True):
         np.testing.assert_allclose(b, a, atol=2e-5)  # float32, another order
@@ -93,11 +93,12 @@ def test_cpu_formulation_equals_the_direct_one(last, hu):
 
 def test_bfloat16_stays_near_float32(variables, hu):
     trained = sam.Sam(**SMALL, norm="batch", dtype="bfloat16")
-    fine, _ = trained.apply(variables, sam.scale(hu))
+    fine, _ = jax.eval_shape(trained.apply, variables, sam.scale(hu))
     assert fine.dtype == jnp.float32
     params = sam.fold(variables)
-    exact = sam.extract(hu, params, sam.Sam(**SMALL))
-    rough = sam.extract(hu, params, sam.Sam(**SMALL, dtype="bfloat16"))
+    extract = jax.jit(sam.extract, static_argnums=2)
+    exact = extract(hu, params, sam.Sam(**SMALL))
+    rough = extract(hu, params, sam.Sam(**SMALL, dtype="bfloat16"))
     for a, b in zip(exact, rough, strict=True):
         assert b.dtype == jnp.float32
         assert float(jnp.sum(a * b, axis=-1).mean()) > 0.999  # mean cosine
