@@ -7,6 +7,12 @@ Two real scans stacked (an abdomen with pelvis, and the chest of another patient
 smooth field of 6 mm on average. The packaged weights look through 384 x 384 x 320 mm.
 Prints the mean error of the field over the body, at all heights and in the outer 80 mm,
 and how much it changes from slice to slice there where windows meet.
+
+    python -m experiments.benchmark_fov --data=FOLDER --large=OUT
+
+writes such a pair of 512 x 512 x 700 voxels with a neck on top, OUT/fixed.nii and
+OUT/moving.nii, for `unireg register -o OUT/results --case large`; once that case is
+there, prints the mean error of its field.
 """
 
 import json
@@ -19,13 +25,21 @@ from scipy import ndimage
 
 from experiments import cli
 from unireg_jax import registration
-from unireg_jax.imaging import nifti
+from unireg_jax.imaging import nifti, transforms
 from unireg_jax.imaging.nifti import Volume
 
 _SPACING_MM = 3.0
 _SIDES = (136, 112)  # voxels
 _DROP = 30  # slices of the chest scan, which show the abdomen again
 _ENDS_MM = 80.0
+_LARGE, _LARGE_MM = (512, 512, 700), np.array([0.8, 0.8, 1.0])
+_LARGE_PARTS = (  # file, and mm at its lower end that show what the one below shows
+    ("abdomen_totalseg_example/ct.nii.gz", 0.0),
+    ("chest_lidc0001/ct.nii.gz", 90.0),
+    ("headneck_openkbp/images/case_0004.nii.gz", 120.0),
+)
+_NOISE_HU = 12.0  # of a thin slice
+_REACH = 14  # slices: the known field moves no point further
 
 
 def stacked(data: Path) -> np.ndarray:
@@ -56,6 +70,60 @@ def known_mm(points: np.ndarray) -> np.ndarray:
         ],
         axis=-1,
     )
+
+
+def write_large(data: Path, out: Path) -> None:
+    """Writes the pair of 512 x 512 x 700 voxels, slice by slice."""
+    moving = np.full(_LARGE, -1000, np.float32)
+    top = 0
+    for name, drop in _LARGE_PARTS:
+        scan = nifti.read_image(data / name)
+        spacing, middle = np.array(scan.spacing_mm), np.array(scan.data.shape) / 2 - 0.5
+        x, y = (
+            (np.arange(n) - n / 2 + 0.5) * mm / s + m
+            for n, mm, s, m in zip(_LARGE[:2], _LARGE_MM, spacing, middle, strict=False)
+        )
+        count = int(scan.data.shape[2] * spacing[2] - drop)
+        for k in range(min(count, _LARGE[2] - top)):
+            at = np.meshgrid(x, y, [(k + drop) / spacing[2]], indexing="ij")
+            moving[:, :, top + k] = ndimage.map_coordinates(
+                scan.data, at, np.float32, order=1, mode="constant", cval=-1000
+            )[..., 0]
+        top = min(top + count, _LARGE[2])
+    rng = np.random.default_rng(0)
+    flat = np.moveaxis(np.indices(_LARGE[:2]), 0, -1) * _LARGE_MM[:2]
+    pair = {name: np.empty(_LARGE, np.int16) for name in ("fixed", "moving")}
+    for k in range(_LARGE[2]):
+        points = np.concatenate([flat, np.full((*_LARGE[:2], 1), float(k))], axis=-1)
+        first = max(0, k - _REACH)
+        coords = np.moveaxis((points + known_mm(points)) / _LARGE_MM, -1, 0)
+        coords[2] -= first
+        near = moving[:, :, first : k + _REACH + 1]
+        fixed = ndimage.map_coordinates(near, coords, order=1, mode="nearest")
+        for name, hu in (("fixed", fixed), ("moving", moving[:, :, k])):
+            noise = rng.normal(0, _NOISE_HU, hu.shape) * (hu > -995)
+            pair[name][:, :, k] = np.clip(np.rint(hu + noise), -1024, 3071)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, hu in pair.items():
+        nifti.write_volume(out / f"{name}.nii", hu, np.diag([*_LARGE_MM, 1.0]))
+
+
+def large_error(out: Path, *, step: int = 4) -> dict[str, float]:
+    """Mean error of the large case's field over the body, mm, at every 4th voxel."""
+    disp_mm, _ = transforms.read_field(out / "results" / "large" / "large_1Warp.nii.gz")
+    some = (slice(None, None, step),) * 3
+    points = np.stack(np.mgrid[tuple(slice(0, n, step) for n in _LARGE)], axis=-1)
+    points = points * _LARGE_MM
+    truth = known_mm(points)
+    body = nifti.read_image(out / "fixed.nii").data[some] > -300
+    ends = np.minimum(points[..., 2], _LARGE[2] - points[..., 2]) < _ENDS_MM
+    error = np.linalg.norm(disp_mm[some] - truth, axis=-1)
+    size = np.linalg.norm(truth, axis=-1)
+    return {
+        f"{name}{where}": round(float(values[mask].mean()), 2)
+        for name, values in (("without", size), ("error", error))
+        for where, mask in (("", body), ("_ends", body & ends))
+    }
 
 
 def measure(data: Path, steps: list[int]) -> list[dict]:
@@ -112,11 +180,18 @@ def measure(data: Path, steps: list[int]) -> list[dict]:
 
 def main(argv) -> None:
     del argv
-    measure(Path(flags.FLAGS.data), [int(n) for n in flags.FLAGS.refining])
+    data = Path(flags.FLAGS.data)
+    if flags.FLAGS.large is None:
+        measure(data, [int(n) for n in flags.FLAGS.refining])
+    elif (out := Path(flags.FLAGS.large)) and (out / "results" / "large").is_dir():
+        print(json.dumps(large_error(out)))
+    else:
+        write_large(data, out)
 
 
 if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of real scans.", required=True)
     flags.DEFINE_list("refining", ["0", "50"], "Steps of instance optimisation.")
+    flags.DEFINE_string("large", None, "Where the large pair lies.")
     cli.run(main)
