@@ -818,6 +818,9 @@ def test_register_refuses_what_memory_cannot_hold(calm, monkeypatch):
     assert (error.value.reason, error.value.exit_code) == ("too_large", errors.LIMIT)
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     memory.check_memory((96, 96, 80), (96, 96, 80))  # a small pair is tried anyway
+    # What `register` was measured to take beyond the scans: docs/control.md.
+    with pytest.raises(UserError, match="about 7525 MiB are needed"):
+        memory.check_memory((512, 512, 700), (512, 512, 700))
     monkeypatch.setattr(memory, "_LEAST_BYTES", 0)
     with pytest.raises(UserError, match="too_large|crop or resample"):
         run(*pair(), task="chest", weights=calm)
