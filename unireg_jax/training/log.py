@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from unireg_jax.errors import STORAGE, UserError, shown
-from unireg_jax.training import events, images, manifest
+from unireg_jax.training import images, manifest
 
 NAME = "metrics.jsonl"
 TIMES = "time/"  # prefix of what differs between two runs that are otherwise the same
@@ -90,14 +90,14 @@ class Log:
         }
         self._lines.add({"step": step, **clean})
         known = {k: v for k, v in clean.items() if v is not None}
-        self._board.add(events.scalars(time.time(), step, known))
+        self._board.add("scalars", step, known)
 
     def warn(self, step: int, message: str) -> None:
         """Writes a line with the key `warning`."""
         if self.silent:
             return
         self._lines.add({"step": step, "warning": message})
-        self._board.add(events.text(time.time(), step, "warning", message))
+        self._board.add("text", step, "warning", message)
 
     def draw(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Gives TensorBoard pictures [H, W, 3] uint8."""
@@ -105,7 +105,7 @@ class Log:
             return
         for name, rgb in pictures.items():
             png = images.encode_png(rgb)
-            self._board.add(events.image(time.time(), step, name, png))
+            self._board.add("image", step, name, png)
 
     def sync(self) -> None:
         """Returns when all lines are on the disk, as far as it takes them."""
@@ -175,35 +175,52 @@ class _Lines:
 
 
 class _Board:
-    """TensorBoard's file."""
+    """TensorBoard's file, begun with the first event.
+
+    What makes the events is imported then: tensorboardX imports PyTorch wherever it is
+    installed, which would be a tenth of the time to the first step.
+    """
 
     def __init__(self, folder: Path, resume_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         # A name of its own for every start, and for two within a second.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-        self._file = open(folder / name, "xb", buffering=0)
+        self._path = folder / name
+        self._resume_step = resume_step
+        self._file: io.FileIO | None = None
         self._failed = False
-        now, after = time.time(), resume_step + 1
-        first = [events.version(now)]
-        if resume_step:
-            first += [events.version(now, step=after), events.restart(now, step=after)]
-        _append(self._file, b"".join(first))
 
-    def add(self, event: bytes) -> None:
-        """Writes an event; it is lost where that fails."""
+    def add(self, kind: str, step: int, *content) -> None:
+        """Writes an event, by the function of events.py; lost where that fails."""
+        from unireg_jax.training import events
+
+        event = getattr(events, kind)(time.time(), step, *content)
         try:
-            _append(self._file, event)
+            if self._file is None:
+                self._begin(events)
+            _append(self._file, events.record(event))
         except OSError as error:
             if not self._failed:
                 _warn(f"tb cannot be written ({error.strerror}); steps are missing")
             self._failed = True
 
+    def _begin(self, events) -> None:
+        now, after = time.time(), self._resume_step + 1
+        first = [events.version(now)]
+        if self._resume_step:
+            first += [events.version(now, step=after), events.restart(now, step=after)]
+        file = open(self._path, "wb", buffering=0)
+        _append(file, b"".join(map(events.record, first)))
+        self._file = file
+
     def sync(self) -> None:
-        _sync(self._file, "tb")
+        if self._file is not None:
+            _sync(self._file, "tb")
 
     def close(self) -> None:
         self.sync()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @contextlib.contextmanager
