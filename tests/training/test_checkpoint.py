@@ -208,6 +208,31 @@ def test_a_save_into_a_folder_that_is_gone_is_a_storage_fault(tmp_path):
         assert caught.value.exit_code == STORAGE
 
 
+@pytest.mark.parametrize("folder", ["unfinished-4.", "state.", "data."])
+def test_a_folder_of_a_save_that_cannot_be_made_fails_it_at_once(
+    tmp_path, monkeypatch, folder
+):
+    _save(tmp_path, 2)
+    make = os.mkdir
+
+    def full(path, *args, **kwargs):
+        if os.path.basename(path).startswith(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", full)
+    # One that waits for the folder gives up after this, and with another line.
+    monkeypatch.setattr(ocp.multihost, "coordination_timeout", lambda: 1)
+    with _opened(tmp_path) as checkpoints, pytest.raises(UserError) as caught:
+        checkpoints.save(_state(4), Stream())
+        checkpoints.wait()
+    assert caught.value.exit_code == STORAGE
+    assert "No space left" in str(caught.value)
+    monkeypatch.undo()
+    _save(tmp_path, 4)
+    _assert_same(_restore(tmp_path), 4)
+
+
 def test_what_kills_have_left_is_swept_and_nothing_else(tmp_path):
     _save(tmp_path, 2)
     root = tmp_path / "checkpoints"

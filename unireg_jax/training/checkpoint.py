@@ -70,12 +70,16 @@ class Checkpoints:
         self._began = (workdir / _CONFIG).exists()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
+        # Else a folder that cannot be made holds up the save for 20 minutes: that of the
+        # step by the saver's option, those of its items by the handler's own.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler("state", "data"),
-            # Else a folder that cannot be made holds up the save for 20 minutes.
-            async_options=ocp.options.AsyncOptions(
-                create_directories_asynchronously=False
+            ocp.CompositeCheckpointHandler(
+                "state",
+                "data",
+                composite_options=ocp.CompositeOptions(async_options=options),
             ),
+            async_options=options,
         )
         if tidies:
             with storage(workdir):
