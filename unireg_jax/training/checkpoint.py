@@ -70,8 +70,8 @@ class Checkpoints:
         self._began = (workdir / _CONFIG).exists()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
-        # Else a folder that cannot be made holds up the save for 20 minutes: that of the
-        # step by the saver's option, those of its items by the handler's own.
+        # Else a folder that cannot be made holds up the save for 20 minutes; the saver
+        # makes the step's, the handler those of its items.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
