@@ -12,6 +12,7 @@ from absl import app, flags
 
 from unireg_jax.errors import STORAGE, USAGE, UserError, spelled_out
 from unireg_jax.registration.compilation_cache import use_compilation_cache
+from unireg_jax.verbs.messages import tell
 
 # What a disk refuses, and not a mistake in a path.
 _STORAGE = (
@@ -52,20 +53,18 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args)
         except UserError as error:
-            line = f"error: {error.reason}: {error}"
-            print(spelled_out(line), file=sys.stderr)
+            tell(spelled_out(f"error: {error.reason}: {error}"))
             sys.exit(error.exit_code)
         except OSError as error:
             if error.errno not in _STORAGE:
                 raise
-            print(
+            tell(
                 f"error: storage: {error.filename or 'a file'}: {error.strerror}; free "
-                "space or mend the disk, then run the same command again",
-                file=sys.stderr,
+                "space or mend the disk, then run the same command again"
             )
             sys.exit(STORAGE)
         except KeyboardInterrupt:
-            print("stopped; run again to start again", file=sys.stderr)
+            tell("stopped; run again to start again")
             sys.exit(128 + signal.SIGINT)
 
     return wrapped

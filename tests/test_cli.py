@@ -740,6 +740,15 @@ def process(*arguments, **kwargs):
     )
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is full")
+def test_exit_code_is_the_same_where_the_line_cannot_be_written(tmp_path):
+    command = [sys.executable, "-m", "unireg_jax", "register", "-f", "absent.nii.gz"]
+    command += ["-m", "b.nii.gz", "-o", str(tmp_path), "--task", "lung"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=REPO, stderr=full, check=False)
+    assert done.returncode == errors.FAILED
+
+
 def test_process_exits_with_the_code_and_one_line(tmp_path):
     run = process(
         *("-m", "unireg_jax", "register", "-f", "absent.nii.gz", "-m", "b.nii.gz"),

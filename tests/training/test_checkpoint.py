@@ -545,6 +545,16 @@ def test_a_mistake_in_a_path_is_not_called_storage():
         cli.one_line_errors(main)()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is full")
+def test_a_disk_that_holds_the_log_of_stderr_too_ends_a_command_with_6():
+    code = "from experiments import cli; import sys\n"
+    code += "def main(argv): print('step 1/10', file=sys.stderr, flush=True)\n"
+    code += "cli.run(main)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stderr=full, check=False)
+    assert done.returncode == STORAGE
+
+
 def test_ctrl_c_before_anything_is_done_leaves_with_130():
     code = "from experiments import cli\ndef main(argv): raise KeyboardInterrupt\n"
     code += "cli.run(main)"

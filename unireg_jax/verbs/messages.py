@@ -1,5 +1,6 @@
 """What the person at the terminal reads, on stderr."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,14 +12,26 @@ def progress(quiet: bool) -> Callable[[str], None]:
 
     def say(line: str) -> None:
         if not quiet:
-            print(f"unireg: {one_line(line)}", file=sys.stderr, flush=True)
+            tell(f"unireg: {one_line(line)}")
 
     return say
 
 
 def complain(message: str, code: int) -> int:
-    print(f"unireg: error: {one_line(message)}", file=sys.stderr, flush=True)
+    tell(f"unireg: error: {one_line(message)}")
     return code
+
+
+def tell(line: str) -> None:
+    """Prints on stderr. If that is a file of a full disk, nothing more is told.
+
+    The exit code stays what it is: Python's own would be 1, or 120 for what is still to
+    be written when it ends.
+    """
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def with_reason(error: UserError) -> str:
