@@ -45,7 +45,9 @@ __attribute__((constructor)) static void begin(void) {
 }
 
 static int below(const char *path) {
-  return path && root[0] && strncmp(path, root, strlen(root)) == 0 &&
+  size_t n = strlen(root);
+  /* Not what lies beside it under a longer name: the run's stderr. */
+  return path && n && strncmp(path, root, n) == 0 && (!path[n] || path[n] == '/') &&
          strstr(path, only);
 }
 
