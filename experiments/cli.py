@@ -29,8 +29,9 @@ def setup() -> None:
     """Compilation cache in the user's own folder, quiet libraries."""
     use_compilation_cache()
     logging.getLogger("jax").setLevel(logging.ERROR)
-    # Orbax prints traces of errors that it then raises: those get one line from us.
-    for name in ("absl", "orbax"):
+    # Orbax prints traces of errors that it then raises, and asyncio those of the arrays
+    # that fail along with the first: they get one line from us.
+    for name in ("absl", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
