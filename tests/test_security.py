@@ -165,6 +165,8 @@ def run(tmp_path_factory):
         folder.mkdir()
     environment = {
         **{"PATH": os.environ["PATH"], "HOME": str(empty[0]), "TMPDIR": str(empty[1])},
+        # The tests' own, for the same bits as in their process.
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         **{"UNIREG_CACHE": str(home / "cache"), "JAX_PLATFORMS": "cpu"},
         **{"SECRET": MARKER, "AWS_SECRET_ACCESS_KEY": MARKER, "USER": MARKER},
         "PYTHONDONTWRITEBYTECODE": "1",  # of the packages, not ours

@@ -281,7 +281,12 @@ def test_validation_that_is_made_up_for_twice_has_one_line(phantoms, tmp_path):
 
 
 @pytest.mark.parametrize("number", signals.NUMBERS, ids=lambda n: n.name)
-def test_every_signal_of_a_scheduler_saves_the_next_step(phantoms, tmp_path, number):
+def test_every_signal_of_a_scheduler_saves_the_next_step(
+    phantoms, tmp_path, number, request
+):
+    if number == signal.SIGHUP:  # the tests may run under nohup
+        ours = signal.signal(number, signal.SIG_DFL)
+        request.addfinalizer(lambda: signal.signal(number, ours))
     before = signal.getsignal(number)
     run = _Run(phantoms, tmp_path / "run", evaluate=3, save=100)
     with pytest.raises(SystemExit) as stopped:
@@ -294,8 +299,9 @@ def test_every_signal_of_a_scheduler_saves_the_next_step(phantoms, tmp_path, num
 _CHILD = """
 import hashlib, signal, sys
 from experiments import signals
-if "nohup" in sys.argv:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# Also where the tests themselves run under nohup.
+ignored = "nohup" in sys.argv
+signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 saved = "saved" in sys.argv
 with signals.listening((lambda: saved) if "starting" in sys.argv else None) as stop:
     print("ready", flush=True)
@@ -323,7 +329,7 @@ def _child(*words, numbers):
         out, _ = child.communicate("go\n", timeout=100)
     finally:
         child.kill()
-        child.wait()
+        child.communicate()
     return child.returncode, out.strip()
 
 
