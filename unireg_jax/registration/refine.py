@@ -22,6 +22,9 @@ from unireg_jax.registration.network import Model
 
 # Where each similarity is measured: voxels of the network's grid per voxel of its own.
 LEVELS = {"mind": 2, "sam": 2, "image": 1}
+# HU that "image" compares. A correlation within windows needs no contrast of its own,
+# and the network's -800 HU as the lowest would leave the vessels of a lung out.
+HU_RANGE = (-1000.0, 1500.0)
 _LEAST_DETJ = 0.3  # a margin above 0, where a map folds
 # [1, 1, 1] / 3 three times over, SAMConvex's three average pools along one axis.
 _KERNEL = (1 / 27, 3 / 27, 6 / 27, 7 / 27, 6 / 27, 3 / 27, 1 / 27)
@@ -34,7 +37,7 @@ class Plan(NamedTuple):
 
     Attributes:
         iterations: Adam steps; 0 leaves the displacement as it is.
-        features: "image", squared local correlation of windowed intensities; "mind" or
+        features: "image", squared local correlation of HU within `HU_RANGE`; "mind" or
             "sam", squared difference of unit feature vectors at half resolution, the
             fine map of models/features.
         smoothness: weight of the whole field's diffusion, of differences in voxels per
@@ -56,7 +59,7 @@ class Plan(NamedTuple):
     folding: float = 10.0
     lr: float = 0.1
     eps: float = 1e-2
-    divisor: int = 4
+    divisor: int = 2
     window: int = 9
 
 
@@ -64,7 +67,7 @@ class View(NamedTuple):
     """What the cost compares, on its own grid; see `LEVELS`.
 
     Attributes:
-        values: [B, X', Y', Z', C] float32; windowed intensities, or unit features.
+        values: [B, X', Y', Z', C] float32; intensities in [-1, 1], or unit features.
         valid: [B, X', Y', Z', 1] float32, share of the voxel inside the scan.
     """
 
@@ -181,7 +184,8 @@ def view(
 
     Args:
         scan: B volumes on the network's grid.
-        extractor: of the features that the plan compares, and of the HU window.
+        extractor: of the features that the plan compares; "image" needs none of its
+            own.
         plan: static.
         described: the scan's own features are of this extractor, and serve again.
 
@@ -194,7 +198,7 @@ def view(
     check_plan(plan)
     valid = intensity.valid(scan.hu).astype(jnp.float32)
     if plan.features == "image":
-        low, high = extractor.window
+        low, high = HU_RANGE
         return View(intensity.window(scan.hu, low=low, high=high), valid)
     if extractor.backend != plan.features:
         raise ValueError(
@@ -243,7 +247,7 @@ class Refiner:
     Attributes:
         plan: as compiled.
         shape: (X, Y, Z) voxels of the grid.
-        extractor: of the features that are compared, and of the HU window.
+        extractor: of the features that are compared.
     """
 
     plan: Plan
