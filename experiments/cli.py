@@ -10,9 +10,8 @@ from typing import Any
 
 from absl import app, flags
 
-from unireg_jax.errors import STORAGE, USAGE, UserError, spelled_out
+from unireg_jax.errors import STORAGE, USAGE, UserError, spelled_out, tell
 from unireg_jax.registration.compilation_cache import use_compilation_cache
-from unireg_jax.verbs.messages import tell
 
 # What a disk refuses, and not a mistake in a path.
 _STORAGE = (

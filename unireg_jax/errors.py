@@ -5,6 +5,7 @@ of ours: exit code 1.
 """
 
 import os
+import sys
 
 USAGE = 2  # usage, configuration, manifest: found before any work
 NOTHING = 3  # nothing to do, no valid input
@@ -60,3 +61,15 @@ class UserError(Exception):
     def __reduce__(self):
         # An exception is rebuilt from its args; a worker process needs all three.
         return type(self), (self.reason, str(self), self.exit_code)
+
+
+def tell(line: str) -> None:
+    """Prints on stderr. If that is a file of a full disk, nothing more is told.
+
+    The exit code stays what it is: Python's own would be 1, or 120 for what is still to
+    be written when it ends.
+    """
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

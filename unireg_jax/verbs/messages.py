@@ -1,10 +1,8 @@
 """What the person at the terminal reads, on stderr."""
 
-import os
-import sys
 from collections.abc import Callable
 
-from unireg_jax.errors import UserError, spelled_out
+from unireg_jax.errors import UserError, spelled_out, tell
 
 
 def progress(quiet: bool) -> Callable[[str], None]:
@@ -20,18 +18,6 @@ def progress(quiet: bool) -> Callable[[str], None]:
 def complain(message: str, code: int) -> int:
     tell(f"unireg: error: {one_line(message)}")
     return code
-
-
-def tell(line: str) -> None:
-    """Prints on stderr. If that is a file of a full disk, nothing more is told.
-
-    The exit code stays what it is: Python's own would be 1, or 120 for what is still to
-    be written when it ends.
-    """
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def with_reason(error: UserError) -> str:
