@@ -63,6 +63,30 @@ class UserError(Exception):
         return type(self), (self.reason, str(self), self.exit_code)
 
 
+def bad_file(
+    path: object,
+    reason: str,
+    expected: str,
+    got: str,
+    remedy: str,
+    exit_code: int = FAILED,
+) -> UserError:
+    """Makes the UserError of a file that is not as expected.
+
+    Args:
+        path: of the file, or what names it.
+        reason, exit_code: see UserError.
+        expected: what should be there.
+        got: what is.
+        remedy: what to do.
+
+    Returns:
+        UserError, `path: reason: expected ..., got ...; remedy`.
+    """
+    line = f"{shown(path)}: {reason}: expected {expected}, got {got}; {remedy}"
+    return UserError(reason, line, exit_code)
+
+
 def tell(line: str) -> None:
     """Prints on stderr. If that is a file of a full disk, nothing more is told.
 

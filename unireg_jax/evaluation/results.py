@@ -10,11 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import USAGE, UserError, bad_file
 from unireg_jax.evaluation import comparison, tables
 from unireg_jax.evaluation.aggregate import better, summarize
 from unireg_jax.imaging import nifti
-from unireg_jax.imaging.nifti import shown
 
 _NO_SCORE = ("id", "label", "status", "reason", "message", "undefined")
 _STATISTICS = ("mean", "std", "median", "worst30", "n", "undefined")
@@ -323,8 +322,4 @@ def _number(cell: str) -> float | None:
 
 def _fault(reason: str, path: str | os.PathLike, expected: str, got: str) -> UserError:
     got = " ".join(got.split())[:120]
-    return UserError(
-        reason,
-        f"{shown(path)}: {reason}: expected {expected}, got {got}; mend the table",
-        USAGE,
-    )
+    return bad_file(path, reason, expected, got, "mend the table", USAGE)

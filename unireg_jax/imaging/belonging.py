@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import UserError, shown
+from unireg_jax.errors import bad_file
 from unireg_jax.imaging import grids
 from unireg_jax.imaging.grids import Field, Grid
-from unireg_jax.imaging.mapping import Mapping, points, sample
+from unireg_jax.imaging.mapping import Mapping, grid_of, points, sample
 from unireg_jax.imaging.nifti import Volume
 
 _LATTICE = 48  # points along an axis
@@ -92,18 +92,21 @@ def check(found: Fit, path: str) -> None:
             `no_overlap` when it leads none into the moving scan.
     """
     if not found.covered_percent:
-        raise UserError(
+        raise bad_file(
+            path,
             "grid_mismatch",
-            f"{shown(path)}: grid_mismatch: expected a field on the fixed scan, got "
-            "one that covers none of its voxels; name the transform of this pair, or "
-            "exchange the scans",
+            "a field on the fixed scan",
+            "one that covers none of its voxels",
+            "name the transform of this pair, or exchange the scans",
         )
     if found.reached_percent == 0:
-        raise UserError(
+        raise bad_file(
+            path,
             "no_overlap",
-            f"{shown(path)}: no_overlap: expected a map into the moving scan, got none "
-            "of its voxels; check the order and the direction of the transforms with "
-            "`unireg check-transform`",
+            "a map into the moving scan",
+            "none of its voxels",
+            "check the order and the direction of the transforms with `unireg "
+            "check-transform`",
         )
 
 
@@ -119,7 +122,7 @@ def similarity_warnings(whole: Mapping, fixed: Volume, moving: Volume) -> list[s
         No or one line. None for scans without air at -1000 HU, whose values may mean
         different things.
     """
-    xyz = lattice(Grid(fixed.data.shape[:3], fixed.vox2world))
+    xyz = lattice(grid_of(fixed))
     there = sample(fixed, xyz)
     still = sample(moving, xyz)
     if not max(there.min(), moving.data.min()) < _AIR_HU:

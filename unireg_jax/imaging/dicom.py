@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import FAILED, LIMIT, USAGE, UserError
+from unireg_jax.errors import FAILED, LIMIT, USAGE, UserError, bad_file
 from unireg_jax.imaging import nifti, orientation
-from unireg_jax.imaging.nifti import Native, Volume, shown
+from unireg_jax.imaging.nifti import Native, Volume
 
 _GAP_MM = 0.15  # scanners round positions to 0.1 mm
 _DRIFT = 1e-3  # sideways over along the normal: 0.06 degrees
@@ -195,8 +195,8 @@ def _require_pydicom() -> None:
 
 
 def _fault(reason: str, where: Any, expected: str, got: str, remedy: str) -> UserError:
-    line = f"{shown(where)}: {reason}: expected {expected}, got {got}; {remedy}"
-    return UserError(reason, line, LIMIT if reason == "too_large" else FAILED)
+    code = LIMIT if reason == "too_large" else FAILED
+    return bad_file(where, reason, expected, got, remedy, code)
 
 
 def _sources(

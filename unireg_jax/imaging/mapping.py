@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import NUMERICAL, USAGE, UserError, shown
+from unireg_jax.errors import NUMERICAL, USAGE, UserError, bad_file, shown
 from unireg_jax.imaging import grids, transforms
 from unireg_jax.imaging.grids import Field, Grid
 from unireg_jax.imaging.nifti import Volume
@@ -318,8 +318,7 @@ def write(
 
 
 def _cannot(path: str | os.PathLike, expected: str, got: str, remedy: str) -> UserError:
-    line = f"{shown(path)}: schema: expected {expected}, got {got}; {remedy}"
-    return UserError("schema", line, USAGE)
+    return bad_file(path, "schema", expected, got, remedy, USAGE)
 
 
 # --- applying -----------------------------------------------------------------------

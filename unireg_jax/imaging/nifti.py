@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from unireg_jax.errors import FAILED, LIMIT, STORAGE, UserError, shown
+from unireg_jax.errors import FAILED, LIMIT, STORAGE, UserError, bad_file, shown
 from unireg_jax.imaging import orientation
 
 INTENT_DISPVECT = 1006  # displacements, RAS mm
@@ -274,8 +274,8 @@ def _fault(
 ) -> UserError:
     """One line: what, where, expected, got, remedy."""
     remedy = remedy or _REMEDIES[reason]
-    line = f"{shown(path)}: {reason}: expected {expected}, got {got}; {remedy}"
-    return UserError(reason, line, _EXIT_CODES.get(reason, FAILED))
+    code = _EXIT_CODES.get(reason, FAILED)
+    return bad_file(path, reason, expected, got, remedy, code)
 
 
 def _load(

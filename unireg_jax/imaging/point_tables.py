@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import UserError, bad_file
 from unireg_jax.imaging import nifti
 
 AXES = ("x", "y", "z")
@@ -184,10 +184,7 @@ def fault(path: str | os.PathLike, expected: str, got: str) -> UserError:
     Returns:
         UserError, `schema`.
     """
-    return UserError(
-        "schema",
-        f"{nifti.shown(path)}: schema: expected {expected}, got {got}; mend the table",
-    )
+    return bad_file(path, "schema", expected, got, "mend the table")
 
 
 def _delimiter(line: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from unireg_jax.errors import FAILED, LIMIT, UserError, shown
+from unireg_jax.errors import FAILED, LIMIT, UserError, bad_file
 from unireg_jax.imaging import dicom, itk_files, nifti, orientation
 from unireg_jax.imaging.nifti import Native, Volume
 
@@ -188,5 +188,5 @@ def _narrowed(array: np.ndarray) -> np.ndarray:
 
 
 def _fault(reason, path, expected, got, remedy) -> UserError:
-    line = f"{shown(path)}: {reason}: expected {expected}, got {got}; {remedy}"
-    return UserError(reason, line, LIMIT if reason == "too_large" else FAILED)
+    code = LIMIT if reason == "too_large" else FAILED
+    return bad_file(path, reason, expected, got, remedy, code)

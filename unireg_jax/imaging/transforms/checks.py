@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from unireg_jax.errors import LIMIT, UserError, shown
+from unireg_jax.errors import LIMIT, UserError, bad_file
 from unireg_jax.imaging import nifti, orientation
 from unireg_jax.imaging.nifti import Volume
 
@@ -117,10 +117,9 @@ def checked_matrix(matrix: np.ndarray, path: str | os.PathLike) -> np.ndarray:
         UserError: `affine_singular`.
     """
     if abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
-        raise UserError(
-            "affine_singular",
-            f"{shown(path)}: affine_singular: expected an invertible matrix, got "
-            f"determinant {np.linalg.det(matrix[:3, :3]):.2g}; register again",
+        got = f"determinant {np.linalg.det(matrix[:3, :3]):.2g}"
+        raise bad_file(
+            *(path, "affine_singular", "an invertible matrix", got, "register again")
         )
     return matrix
 
@@ -138,17 +137,13 @@ def refuse_vectors(disp_mm: np.ndarray, path: str | os.PathLike) -> None:
     # No copy of a large field.
     longest = np.maximum(np.abs(disp_mm.max()), np.abs(disp_mm.min()))
     if not np.isfinite(longest):
-        raise UserError(
-            "field_nonfinite",
-            f"{shown(path)}: field_nonfinite: expected finite vectors, got NaN or "
-            "infinity; register again",
+        got = "NaN or infinity"
+        raise bad_file(
+            *(path, "field_nonfinite", "finite vectors", got, "register again")
         )
     if longest > RANGE_MM:
-        raise UserError(
-            "field_range",
-            f"{shown(path)}: field_range: expected vectors within 1 km, "
-            f"got {longest:.4g} mm; check the unit of the field",
-        )
+        got, remedy = f"{longest:.4g} mm", "check the unit of the field"
+        raise bad_file(path, "field_range", "vectors within 1 km", got, remedy)
 
 
 def not_finite(path: str | os.PathLike) -> UserError:
@@ -160,11 +155,8 @@ def not_finite(path: str | os.PathLike) -> UserError:
     Returns:
         UserError, `affine_nonfinite`.
     """
-    return UserError(
-        "affine_nonfinite",
-        f"{shown(path)}: affine_nonfinite: expected finite parameters, got NaN or "
-        "infinity; register again",
-    )
+    expected, got = "finite parameters", "NaN or infinity"
+    return bad_file(path, "affine_nonfinite", expected, got, "register again")
 
 
 def too_large(path: str | os.PathLike, numbers: float) -> UserError:
@@ -177,12 +169,9 @@ def too_large(path: str | os.PathLike, numbers: float) -> UserError:
     Returns:
         UserError, `too_large`, exit code 7.
     """
-    return UserError(
-        "too_large",
-        f"{shown(path)}: too_large: expected at most {MAX_NUMBERS} numbers, got "
-        f"{numbers:.0f}; crop or resample the field",
-        LIMIT,
-    )
+    expected, got = f"at most {MAX_NUMBERS} numbers", f"{numbers:.0f}"
+    remedy = "crop or resample the field"
+    return bad_file(path, "too_large", expected, got, remedy, LIMIT)
 
 
 def ends(path: str | os.PathLike, endings: str | tuple[str, ...]) -> bool:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import h5py
 import numpy as np
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import UserError, bad_file
 from unireg_jax.imaging import nifti
-from unireg_jax.imaging.nifti import shown
 from unireg_jax.imaging.transforms import checks
 
 FIELD_KIND = "DisplacementFieldTransform"
@@ -268,11 +267,8 @@ def no_affine(path: str | os.PathLike, got: str) -> UserError:
     Returns:
         UserError, `schema`.
     """
-    return UserError(
-        "schema",
-        f"{shown(path)}: schema: expected one 3-D affine as ITK text, got {got}; "
-        "convert it with ITK or ANTs",
-    )
+    expected, remedy = "one 3-D affine as ITK text", "convert it with ITK or ANTs"
+    return bad_file(path, "schema", expected, got, remedy)
 
 
 def not_parts(path: str | os.PathLike, got: str) -> UserError:
@@ -285,9 +281,6 @@ def not_parts(path: str | os.PathLike, got: str) -> UserError:
     Returns:
         UserError, `schema`.
     """
-    return UserError(
-        "schema",
-        f"{shown(path)}: schema: expected an ITK transform file of affines and "
-        f"displacement fields in 3-D, got {got}; sample other kinds as a displacement "
-        "field with ITK",
-    )
+    expected = "an ITK transform file of affines and displacement fields in 3-D"
+    remedy = "sample other kinds as a displacement field with ITK"
+    return bad_file(path, "schema", expected, got, remedy)

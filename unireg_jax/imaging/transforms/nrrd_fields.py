@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import UserError, bad_file
 from unireg_jax.imaging import itk_files, nifti, orientation
 from unireg_jax.imaging.nifti import Volume, shown
 from unireg_jax.imaging.transforms import checks
@@ -105,7 +105,4 @@ def _nrrd_space(path: str | os.PathLike) -> str:
 
 
 def _not_field(path: str | os.PathLike, expected: str, got: str) -> UserError:
-    return UserError(
-        "schema",
-        f"{shown(path)}: schema: expected {expected}, got {got}; export it again",
-    )
+    return bad_file(path, "schema", expected, got, "export it again")
