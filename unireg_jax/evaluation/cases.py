@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.errors import USAGE, UserError, bad_file, shown
 from unireg_jax.evaluation import learn2reg, metrics, regularity
 from unireg_jax.evaluation.aggregate import better, quantile_l2r, summarize
 from unireg_jax.evaluation.tables import as_json
@@ -376,10 +376,12 @@ def _landmarks(files: Files) -> PointPairs | None:
         for path in (files.fixed_points, files.moving_points)
     )
     if len(fixed) != len(moving):
-        raise UserError(
+        raise bad_file(
+            files.moving_points,
             "schema",
-            f"{nifti.shown(files.moving_points)}: schema: expected {len(fixed)} points "
-            f"as in the fixed scan's table, got {len(moving)}; mend the tables",
+            f"{len(fixed)} points as in the fixed scan's table",
+            str(len(moving)),
+            "mend the tables",
         )
     return PointPairs([str(n) for n in range(1, len(fixed) + 1)], fixed, moving)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import NUMERICAL, UserError, shown
+from unireg_jax.errors import NUMERICAL, bad_file
 from unireg_jax.imaging import grids
 from unireg_jax.imaging.grids import Field, Grid
 from unireg_jax.imaging.mapping import Mapping, compose
@@ -102,18 +102,22 @@ def check_inverse(inverse: Inverse, path: str, limit_percent: float) -> None:
     """
     stats = inverse.stats
     if not stats["covered_percent"] > 0:
-        raise UserError(
+        raise bad_file(
+            path,
             "no_overlap",
-            f"{shown(path)}: no_overlap: expected a grid that the transform leads to, "
-            "got none of its voxels; name the moving scan as --reference",
+            "a grid that the transform leads to",
+            "none of its voxels",
+            "name the moving scan as --reference",
         )
     if stats["unsolved_percent"] > limit_percent:
-        raise UserError(
+        raise bad_file(
+            path,
             "folding",
-            f"{shown(path)}: folding: expected at most {limit_percent:g} % of voxels "
-            f"off by more than {stats['tolerance_mm']:g} mm, got "
+            f"at most {limit_percent:g} % of voxels off by more than "
+            f"{stats['tolerance_mm']:g} mm",
             f"{stats['unsolved_percent']:.3g} %: the map folds or is too steep to be "
-            "inverted; register again with more smoothness, or raise --max-unsolved",
+            "inverted",
+            "register again with more smoothness, or raise --max-unsolved",
             NUMERICAL,
         )
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import FAILED, USAGE, UserError, shown
+from unireg_jax.errors import USAGE, UserError, bad_file, shown
 from unireg_jax.imaging import nifti
 
 # By name, not by content: ITK has readers for dozens of formats nobody asked for.
@@ -84,10 +84,12 @@ def read(
         array = sitk.GetArrayFromImage(image)
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1][-160:]
-        raise UserError(
+        raise bad_file(
+            path,
             "not_nifti",
-            f"{shown(path)}: not_nifti: expected a whole NRRD or MetaImage file, got "
-            f"none that ITK reads: {last}; export it again, or convert it to NIfTI",
+            "a whole NRRD or MetaImage file",
+            f"none that ITK reads: {last}",
+            "export it again, or convert it to NIfTI",
         ) from error
     components = array.shape[len(size) :]
     # ITK's arrays begin with the last axis, and end with the components.
@@ -139,17 +141,19 @@ def check_own_voxels(path: str | os.PathLike) -> None:
         ends = bool(blank) or len(head) <= _LARGEST_HEADER
         named = _NRRD_NAME.findall(header)
     if not ends:
-        raise UserError(
+        raise bad_file(
+            path,
             "not_nifti",
-            f"{shown(path)}: not_nifti: expected a whole NRRD or MetaImage file, got "
-            f"no end of a header in its first {_LARGEST_HEADER} bytes; export it again",
+            "a whole NRRD or MetaImage file",
+            f"no end of a header in its first {_LARGEST_HEADER} bytes",
+            "export it again",
         )
     if foreign := [name for name in named if name not in allowed]:
-        raise UserError(
+        raise bad_file(
+            path,
             "path_escape",
-            f"{shown(path)}: path_escape: expected its voxels within, or beside it in "
-            f"a file of the same name ending in {', '.join(_DATA_ENDINGS)}, got "
-            f"{ascii(foreign[0].decode('latin-1')[:80])}; save it as one file, .nrrd "
-            "or .mha",
-            FAILED,
+            "its voxels within, or beside it in a file of the same name ending in "
+            f"{', '.join(_DATA_ENDINGS)}",
+            ascii(foreign[0].decode("latin-1")[:80]),
+            "save it as one file, .nrrd or .mha",
         )

@@ -147,22 +147,25 @@ def read(
     kind = transforms.spelling(path)
     if kind == "l2r":
         if fixed is None:
-            raise UserError(
+            raise bad_file(
+                path,
                 "schema",
-                f"{shown(path)}: schema: expected the fixed scan beside a Learn2Reg "
-                "field, whose voxels have no place in the world, got none; name the "
-                "fixed and the moving scan",
+                "the fixed scan beside a Learn2Reg field, whose voxels have no place "
+                "in the world",
+                "none",
+                "name the fixed and the moving scan",
                 USAGE,
             )
         places = [v and (v.native or v).vox2world for v in (fixed, moving)]
         found = Field(*transforms.read_l2r(path, places[0], moving_vox2world=places[1]))
         if found.grid.shape != fixed.data.shape:
-            raise UserError(
+            raise bad_file(
+                path,
                 "grid_mismatch",
-                f"{shown(path)}: grid_mismatch: expected a Learn2Reg field of shape "
-                f"{fixed.data.shape} on LPS axes, as the fixed scan, got "
-                f"{found.grid.shape}; name the scans it was made for, or resize it "
-                "and its vectors",
+                f"a Learn2Reg field of shape {fixed.data.shape} on LPS axes, as the "
+                "fixed scan",
+                str(found.grid.shape),
+                "name the scans it was made for, or resize it and its vectors",
             )
         return Mapping((found,))
     if kind == "nifti":
@@ -231,9 +234,11 @@ def spelling_of(path: str | os.PathLike, to: str | None = None) -> str:
         fits = _BIDS.fullmatch(name) is not None
         expected = "a name such as sub-01_from-MOVING_to-FIXED_mode-image_xfm.h5"
     if not fits:
-        raise UserError(
+        raise bad_file(
+            path,
             "name_mismatch",
-            f"{shown(path)}: name_mismatch: expected {expected}, got {shown(name)}; "
+            expected,
+            shown(name),
             "rename it",
             USAGE,
         )
@@ -298,11 +303,13 @@ def write(
         raise _cannot(path, "the fixed scan, whose grid is needed", "none", "name it")
     longest = max(float(disp_mm.max()), -float(disp_mm.min()))
     if longest > transforms.RANGE_MM:
-        raise UserError(
+        raise bad_file(
+            path,
             "field_range",
-            f"{shown(path)}: field_range: expected displacements within 1 "
-            f"km, got {longest:.4g} mm; check the order and "
-            "frames of the transforms, or write an .h5, which keeps affines apart",
+            "displacements within 1 km",
+            f"{longest:.4g} mm",
+            "check the order and frames of the transforms, or write an .h5, which "
+            "keeps affines apart",
             NUMERICAL,
         )
     if to == "l2r":

@@ -185,27 +185,32 @@ def check_same_grid(a: Volume, b: Volume, *, tolerance_mm: float = 0.05) -> None
         UserError: `grid_mismatch`; `mirrored` when one is the other's mirror image,
             as where RAS was taken for LPS.
     """
-    names = [shown(v.path) if v.path else "the volume" for v in (a, b)]
-    remedy = f"resample it onto the grid of {names[0]} (nearest neighbour for labels)"
+    first, path = shown(a.path or "the volume"), b.path or "the volume"
+    remedy = f"resample it onto the grid of {first} (nearest neighbour for labels)"
     if a.data.shape != b.data.shape:
-        raise UserError(
+        raise bad_file(
+            path,
             "grid_mismatch",
-            f"{names[1]}: grid_mismatch: expected shape {a.data.shape} on LPS axes, "
-            f"got {b.data.shape}; {remedy}",
+            f"shape {a.data.shape} on LPS axes",
+            str(b.data.shape),
+            remedy,
         )
     gap = _corner_distance(a.vox2world, b.vox2world, a.data.shape)
     if gap > tolerance_mm:
         if axes := _mirrored_axes(a, b, tolerance_mm):
-            raise UserError(
+            raise bad_file(
+                path,
                 "mirrored",
-                f"{names[1]}: mirrored: expected the grid of {names[0]}, got its "
-                f"mirror image along {axes} of the world; RAS and LPS were mixed up: "
-                "export the labels again from the image",
+                f"the grid of {first}",
+                f"its mirror image along {axes} of the world",
+                "RAS and LPS were mixed up: export the labels again from the image",
             )
-        raise UserError(
+        raise bad_file(
+            path,
             "grid_mismatch",
-            f"{names[1]}: grid_mismatch: expected corners within {tolerance_mm} mm of "
-            f"those of {names[0]}, got {gap:.3g} mm; {remedy}",
+            f"corners within {tolerance_mm} mm of those of {first}",
+            f"{gap:.3g} mm",
+            remedy,
         )
 
 

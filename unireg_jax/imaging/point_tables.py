@@ -125,10 +125,12 @@ def numbers(
         UserError: `empty` for no row; `schema` for a cell that is no finite number.
     """
     if not table.rows:
-        raise UserError(
+        raise bad_file(
+            path,
             "empty",
-            f"{nifti.shown(path)}: empty: expected one point or more, got none; write "
-            "one per line",
+            "one point or more",
+            "none",
+            "write one per line",
         )
     out = np.empty((len(table.rows), len(columns)))
     for n, (line, row) in enumerate(zip(table.lines, table.rows, strict=True)):

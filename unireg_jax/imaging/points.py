@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import USAGE, UserError, bad_file
 from unireg_jax.imaging import nifti, point_tables
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.point_tables import AXES, FIXED, MOVING, fault
@@ -187,10 +187,12 @@ def read_file(
         table, names, told, content = parse(path, text)
     space = _agreed_space(path, space, told)
     if not len(table):
-        raise UserError(
+        raise bad_file(
+            path,
             "empty",
-            f"{nifti.shown(path)}: empty: expected one point or more, got none; mark "
-            "some",
+            "one point or more",
+            "none",
+            "mark some",
         )
     if not np.isfinite(table).all():
         raise fault(path, "finite coordinates", "NaN or infinity")
@@ -443,5 +445,4 @@ def _cells(path, rows, places):
 
 
 def _usage(path, expected: str, got: str, remedy: str) -> UserError:
-    line = f"{nifti.shown(path)}: schema: expected {expected}, got {got}; {remedy}"
-    return UserError("schema", line, USAGE)
+    return bad_file(path, "schema", expected, got, remedy, USAGE)

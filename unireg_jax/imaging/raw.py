@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import bad_file
 from unireg_jax.imaging import nifti
-from unireg_jax.imaging.nifti import Native, Volume, shown
+from unireg_jax.imaging.nifti import Native, Volume
 
 
 class RawGrid(NamedTuple):
@@ -42,10 +42,12 @@ def read_raw(path: str | os.PathLike, grid: RawGrid) -> Volume:
     """
     size, wanted = nifti.check_file(path), 2 * int(np.prod(grid.shape))
     if size != wanted:
-        raise UserError(
+        raise bad_file(
+            path,
             "dims",
-            f"{shown(path)}: dims: expected {wanted} bytes ({grid.shape} int16), got "
-            f"{size}; unpack the file again",
+            f"{wanted} bytes ({grid.shape} int16)",
+            str(size),
+            "unpack the file again",
         )
     try:
         stored = np.fromfile(path, "<i2")

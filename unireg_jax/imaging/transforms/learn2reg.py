@@ -9,9 +9,9 @@ from typing import IO
 import nibabel as nib
 import numpy as np
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import bad_file
 from unireg_jax.imaging import nifti, orientation
-from unireg_jax.imaging.nifti import Volume, shown
+from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.transforms import checks
 
 
@@ -122,16 +122,20 @@ def _read_l2r_array(path: str | os.PathLike) -> np.ndarray:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise UserError(
+        raise bad_file(
+            path,
             "truncated",
-            f"{shown(path)}: truncated: expected an .npz archive with one array, got "
-            f"{error}; write it again",
+            "an .npz archive with one array",
+            str(error),
+            "write it again",
         ) from error
     if disp.ndim != 4 or disp.shape[3] != 3 or disp.dtype.kind != "f":
-        raise UserError(
+        raise bad_file(
+            path,
             "ndim",
-            f"{shown(path)}: ndim: expected real numbers of shape (X, Y, Z, 3), got "
-            f"{disp.dtype} {disp.shape}; write voxel displacements, channels last",
+            "real numbers of shape (X, Y, Z, 3)",
+            f"{disp.dtype} {disp.shape}",
+            "write voxel displacements, channels last",
         )
     return disp.astype(np.float64)
 

@@ -5,9 +5,9 @@ import os
 import nibabel as nib
 import numpy as np
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import bad_file
 from unireg_jax.imaging import nifti, orientation
-from unireg_jax.imaging.nifti import Volume, shown
+from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.transforms import checks
 
 _TURN = (np.float32(-1), np.float32(-1), np.float32(1))  # LPS <-> RAS, of vectors
@@ -69,10 +69,12 @@ def read_field(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     header, disp_mm, native = nifti.read_vectors(path)
     intent = int(header["intent_code"])
     if intent not in (nifti.INTENT_VECTOR, nifti.INTENT_DISPVECT):
-        raise UserError(
+        raise bad_file(
+            path,
             "dtype",
-            f"{shown(path)}: dtype: expected intent code 1007 (LPS mm) or 1006 (RAS "
-            f"mm), got {intent}; set the code that says in which frame the vectors are",
+            "intent code 1007 (LPS mm) or 1006 (RAS mm)",
+            str(intent),
+            "set the code that says in which frame the vectors are",
         )
     checks.refuse_vectors(disp_mm, path)
     if intent == nifti.INTENT_DISPVECT:

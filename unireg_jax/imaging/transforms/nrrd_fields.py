@@ -73,10 +73,12 @@ def read_itk_image(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 
     def check(size: tuple[int, ...], components: int) -> None:
         if len(size) != 3 or components != 3:
-            raise UserError(
+            raise bad_file(
+                path,
                 "ndim",
-                f"{shown(path)}: ndim: expected a 3-D image of 3 components, got "
-                f"{len(size)}-D of {components}; write one displacement field",
+                "a 3-D image of 3 components",
+                f"{len(size)}-D of {components}",
+                "write one displacement field",
             )
         if 3 * math.prod(size) > checks.MAX_NUMBERS:
             raise checks.too_large(path, 3 * math.prod(size))

@@ -5,9 +5,8 @@ import os
 import struct
 import zlib
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import bad_file
 from unireg_jax.imaging import itk_files, nifti
-from unireg_jax.imaging.nifti import shown
 from unireg_jax.imaging.transforms import checks
 
 
@@ -44,10 +43,11 @@ def spelling(path: str | os.PathLike) -> str:
             return "l2r" if dim[0] == 4 and dim[4] == 3 else "nifti"
     if head.startswith((b"NRRD", b"ObjectType")):
         if not checks.ends(path, tuple(itk_files.IMAGE_IO)):
-            raise UserError(
+            raise bad_file(
+                path,
                 "name_mismatch",
-                f"{shown(path)}: name_mismatch: expected a name in "
-                f"{', '.join(itk_files.IMAGE_IO)}, got {nifti.looks_like(head)}; "
+                f"a name in {', '.join(itk_files.IMAGE_IO)}",
+                nifti.looks_like(head),
                 "rename the file",
             )
         return "itk_image"
@@ -56,9 +56,11 @@ def spelling(path: str | os.PathLike) -> str:
     text = head.startswith(b"#Insight Transform File")
     if text or head.startswith(b"\x89HDF") or checks.ends(path, ".mat"):
         return "itk"
-    raise UserError(
+    raise bad_file(
+        path,
         "schema",
-        f"{shown(path)}: schema: expected a displacement field (NIfTI, NRRD), an ITK "
-        "transform (.h5, .txt, .tfm, .mat) or a Learn2Reg field (.nii.gz, .npz), got "
-        f"{nifti.looks_like(head)}; name the transform itself",
+        "a displacement field (NIfTI, NRRD), an ITK transform (.h5, .txt, .tfm, .mat) "
+        "or a Learn2Reg field (.nii.gz, .npz)",
+        nifti.looks_like(head),
+        "name the transform itself",
     )
