@@ -5,12 +5,14 @@ Not in the paper, and off unless asked for. Per pair, in this order:
   flip      both volumes along x, with the names of left and right organs exchanged
   affine    the moving volume about the grid's centre: rotation, scale, shift
   elastic   the moving volume, by a smooth field that never folds
+  cut       each volume for itself: a field of view that ends earlier along z
   contrast  each volume for itself: gain about 0 HU, shift, noise
 
 What becomes of `align`, the matrix from fixed to moving voxels: a flip mirrors both of
 its ends, and every point keeps its partner. Affine and elastic leave it: they play a
 worse pre-alignment and another anatomy, which the network is to undo; the labels move
-with the image, so that loss and DSC stay right.
+with the image, so that loss and DSC stay right. A cut leaves the labels whole: where an
+organ of the other scan was cut away, the rest of the body has to tell where it lies.
 
 OUTSIDE_HU is no intensity: a voxel that would be interpolated from one, or from beyond
 the grid, is itself outside. Types stay int16 and uint8.
@@ -44,6 +46,7 @@ class AugmentSpec(NamedTuple):
         elastic_mm: bound of its elastic displacement along each axis, mm; at most 0.4
             of elastic_spacing_mm.
         elastic_spacing_mm: distance of the control points, mm.
+        cut: greatest share of the scanned slices along z that is cut away at one end.
         gain: greatest relative change of contrast, about 0 HU.
         shift_hu: greatest change of brightness, HU.
         noise_hu: greatest standard deviation of noise, HU.
@@ -55,6 +58,7 @@ class AugmentSpec(NamedTuple):
     shift_mm: float = 0.0
     elastic_mm: float = 0.0
     elastic_spacing_mm: float = 40.0
+    cut: float = 0.0
     gain: float = 0.0
     shift_hu: float = 0.0
     noise_hu: float = 0.0
@@ -82,6 +86,8 @@ def find_fault(spec: AugmentSpec) -> tuple[str, str] | None:
         return "elastic_spacing_mm", "more than 0"
     if not 0 <= spec.elastic_mm <= _NO_FOLD * spec.elastic_spacing_mm:
         return "elastic_mm", f"0 to {_NO_FOLD} of elastic_spacing_mm, or it would fold"
+    if not 0 <= spec.cut < 1:
+        return "cut", "0 to below 1"
     if not 0 <= spec.gain < 1:
         return "gain", "0 to below 1"
     for name in ("rotate_deg", "shift_mm", "shift_hu", "noise_hu"):
@@ -136,6 +142,11 @@ def make_augment(
             example = example._replace(moving=hu[..., None], moving_labels=ids)
             if more:
                 example = example._replace(moving_more=np.stack(more))
+        if spec.cut:
+            fixed = cut(example.fixed, spec, rng)
+            example = example._replace(
+                fixed=fixed, moving=cut(example.moving, spec, rng)
+            )
         if spec.gain or spec.shift_hu or spec.noise_hu:
             fixed = change_contrast(example.fixed, spec, rng)
             moving = change_contrast(example.moving, spec, rng)
@@ -441,6 +452,27 @@ def _coordinates(affine: np.ndarray, shape: Sequence[int], part: slice) -> np.nd
 def _slabs(count: int) -> Iterator[slice]:
     for start in range(0, count, _SLAB):
         yield slice(start, min(start + _SLAB, count))
+
+
+def cut(hu: np.ndarray, spec: AugmentSpec, rng: np.random.Generator) -> np.ndarray:
+    """Ends a scan earlier along z, at its lower or its upper end.
+
+    Args:
+        hu: [X, Y, Z, ...] int16, HU; OUTSIDE_HU beyond the scan.
+        spec: cut counts.
+        rng: source of all choices.
+
+    Returns:
+        The same with OUTSIDE_HU in the slices that are cut away: up to spec.cut of
+        those that hold any of the scan.
+    """
+    seen = np.flatnonzero((hu != OUTSIDE_HU).any(axis=(0, 1, *range(3, hu.ndim))))
+    count = int(len(seen) * rng.uniform(0, spec.cut))
+    upper = rng.random() < 0.5
+    away = seen[len(seen) - count :] if upper else seen[:count]
+    out = hu.copy()
+    out[:, :, away] = OUTSIDE_HU
+    return out
 
 
 def change_contrast(

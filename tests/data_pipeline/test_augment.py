@@ -19,7 +19,7 @@ MIRRORED = (0, 3, 2, 1, 5, 4, 6)
 AFFINE = augment.AugmentSpec(rotate_deg=10.0, scale=0.1, shift_mm=15.0)
 ELASTIC = augment.AugmentSpec(elastic_mm=16.0)
 CONTRAST = augment.AugmentSpec(gain=0.1, shift_hu=20.0, noise_hu=5.0)
-ALL = augment.AugmentSpec(0.5, 10.0, 0.1, 15.0, 8.0, 40.0, 0.1, 20.0, 5.0)
+ALL = augment.AugmentSpec(0.5, 10.0, 0.1, 15.0, 8.0, 40.0, 0.3, 0.1, 20.0, 5.0)
 
 
 def grid(shape=SHAPE):
@@ -277,6 +277,29 @@ def test_contrast_changes_within_its_bounds():
     assert low.min() >= -1024
 
 
+def test_cut_ends_a_scan_and_keeps_the_rest():
+    hu = np.full((4, 5, 30, 1), 40, np.int16)
+    hu[:, :, :6] = OUTSIDE_HU
+    ends = set()
+    for seed in range(40):
+        out = augment.cut(hu, augment.AugmentSpec(cut=0.5), np.random.default_rng(seed))
+        kept = np.flatnonzero((out != OUTSIDE_HU).any(axis=(0, 1, 3)))
+        assert len(kept) >= 12 and (np.diff(kept) == 1).all()
+        np.testing.assert_array_equal(out[:, :, kept], hu[:, :, kept])
+        assert kept[0] == 6 or kept[-1] == 29
+        ends.add((kept[0] > 6, kept[-1] < 29))
+    assert ends >= {(True, False), (False, True)}
+    assert (hu[:, :, 6:] == 40).all()
+
+
+def test_cut_leaves_labels_whole():
+    pair = example()
+    change = augment.make_augment(augment.AugmentSpec(cut=0.9), {}, VOLUME_MM)
+    out = change(pair, "chest", np.random.default_rng(1))
+    assert (out.fixed != pair.fixed).any() and (out.moving != pair.moving).any()
+    equal(out._replace(fixed=0, moving=0), pair._replace(fixed=0, moving=0))
+
+
 def test_augment_leaves_its_input_and_moves_only_moving():
     pair = example()
     kept = PairBatch(*(np.array(part) for part in pair))
@@ -296,6 +319,7 @@ def test_augment_leaves_its_input_and_moves_only_moving():
         ("flip", 1.5),
         ("scale", 0.9),
         ("gain", 1.0),
+        ("cut", 1.0),
         ("noise_hu", -1.0),
         ("rotate_deg", float("nan")),
         ("elastic_mm", 17.0),

@@ -319,6 +319,7 @@ _NEUTRAL = {
     "data.augment.shift_mm": 0.0,
     "data.augment.elastic_mm": 0.0,
     "data.augment.elastic_spacing_mm": 40.0,
+    "data.augment.cut": 0.0,
     "data.augment.gain": 0.0,
     "data.augment.shift_hu": 0.0,
     "data.augment.noise_hu": 0.0,
