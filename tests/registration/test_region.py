@@ -81,6 +81,16 @@ def test_what_is_no_ct_of_a_person_is_not_told():
     assert "Hounsfield" in region.estimate_region(dim).why
 
 
+def test_values_that_are_no_hu_are_told_to_who_asks_for_the_network():
+    # As an array of an MR comes: no reader has warned of it.
+    mr = np.clip(phantom("headneck").data / 8 + 125, 0, 255).astype(np.uint8)
+    found = region.estimate_region(Volume(mr, phantom("headneck").vox2world))
+    line = region.mismatch(found, "headneck")
+    assert line.startswith("a CT in Hounsfield units expected")
+    assert "--task none" in line
+    assert region.mismatch(found, None) is None
+
+
 def test_choose_task_needs_two_scans_that_agree(seen):
     chest, abdomen = seen["chest"], seen["abdomen"]
     assert region.choose_task([chest, chest]) == "chest"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.imaging import preprocess
+from unireg_jax.imaging import nifti, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.tasks import TASKS, PairType, Region
 
@@ -36,6 +36,7 @@ _HARDLY = 0.3  # share of the asked place, to be contradicted
 _MUCH_AIR = 0.2  # of the body: lungs, whatever more there is
 _CORRELATED_MM = 20.0  # slices nearer than this say much the same
 _LEAST_BONE = 2e-3  # share of the body; less is no CT of a person
+_NO_HU = "the values are no Hounsfield units"
 # See `slice_features`. Means, deviations, and per place a bias and weights, fitted by
 # experiments/benchmark_region.py --fit.
 FEATURES = ("area", "shape", "air", "bone", "dense")
@@ -95,9 +96,14 @@ def estimate_region(volume: Volume, *, model: Model | None = None) -> Seen:
     Raises:
         ValueError: data is not 3-D.
     """
-    if any(line.startswith(("hu_range", "constant")) for line in volume.warnings):
-        return Seen(None, {}, "the values are no Hounsfield units")
     rows, _, step_mm = slice_features(volume)
+    odd = volume.warnings
+    if volume.path is None:  # an array: no reader has looked at it
+        odd = (*odd, *nifti.intensity_warnings(volume.data))
+    if any(line.startswith("constant") for line in odd):
+        return Seen(None, {}, "every voxel is the same")
+    if any(line.startswith("hu_range") for line in odd):
+        return Seen(None, {}, _NO_HU)
     if len(rows) * step_mm < _LEAST_LENGTH_MM:
         return Seen(None, {}, f"a body of {len(rows) * step_mm:.0f} mm is too short")
     bone = float(np.square(rows[:, FEATURES.index("bone")]).mean())
@@ -117,9 +123,17 @@ def mismatch(seen: Seen, region: Region | str | None) -> str | None:
         region: asked for; None asks for nothing.
 
     Returns:
-        What is seen, or None: it agrees, or the image does not tell.
+        What is seen, such as values that are no HU; or None: it agrees, or the image
+        does not tell.
     """
-    if region is None or not seen.shares:
+    if region is None:
+        return None
+    if seen.why == _NO_HU:
+        return (
+            f"a CT in Hounsfield units expected, {_NO_HU}: the network knows nothing "
+            "else; of an MR use --task none with --io-iterations, or none at all"
+        )
+    if not seen.shares:
         return None
     asked = _place(region)
     best = max(seen.shares, key=seen.shares.get)
