@@ -717,8 +717,28 @@ def test_info_lists_tasks_and_weights(capsys, monkeypatch, network):
     info = json.loads(capsys.readouterr().out)
     assert info["tasks"]["lung"] == {"region": "chest", "type": "intra"}
     assert info["weights"]["name"] == "tiny.safetensors"
+    assert info["weights"]["licence"] == "not stated"
     assert cli.main(["info"]) == 0
     assert "headneck" in capsys.readouterr().out
+
+
+def test_info_prints_the_licence_of_the_packages_weights(capsys, monkeypatch):
+    monkeypatch.delenv(weights.VARIABLE, raising=False)
+    card = weights.load_weights(weights.PACKAGE / weights.DEFAULT)[1]
+    assert cli.main(["info"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"weights {weights.DEFAULT}  {card['licence']}"
+
+
+def test_info_says_what_is_wrong_with_weights(capsys, monkeypatch, tmp_path, network):
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(Path(network).read_bytes()[:-1])
+    torn.with_suffix(".json").write_bytes(
+        Path(network).with_suffix(".json").read_bytes()
+    )
+    monkeypatch.setenv(weights.VARIABLE, str(torn))
+    assert cli.main(["info"]) == 0
+    assert "SHA-256" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_choices_are_those_of_the_pipeline():

@@ -1,15 +1,16 @@
-"""`unireg info`: version, tasks and weights."""
+"""`unireg info`: version, tasks, weights and their licence."""
 
 import argparse
 import json
 from typing import Any
 
-from unireg_jax.errors import UserError
+from unireg_jax.errors import UserError, shown
 from unireg_jax.registration import weights
 from unireg_jax.tasks import TASKS
 from unireg_jax.verbs import options, outputs, versions
+from unireg_jax.verbs.messages import one_line
 
-HELP = "version, tasks and weights"
+HELP = "version, tasks, weights and their licence"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,10 @@ def run(args: argparse.Namespace) -> int:
     """Exit code."""
     try:
         found = weights.find_weights()
-        used: dict[str, Any] = {"name": found.name, **outputs.digest(found)}
+        _, card = weights.load_weights(found)
+        licence = card.get("licence", "not stated")
+        used: dict[str, Any] = {"name": found.name, "licence": licence}
+        used |= outputs.digest(found)
     except UserError as error:
         used = {"missing": str(error)}
     info = {
@@ -40,5 +44,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"unireg {info['version']}")
     for name, task in info["tasks"].items():
         print(f"task {name.ljust(10)} {task['region']}, {task['type']}-patient")
-    print(f"weights {used.get('name') or used['missing']}")
+    words = [used["missing"]] if "missing" in used else [used["name"], used["licence"]]
+    print("weights", "  ".join(shown(one_line(word)) for word in words))
     return 0
