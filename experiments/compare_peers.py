@@ -1,0 +1,607 @@
+"""Accuracy beside conventional tools: the same real pairs, start, grid and judge.
+
+    python -m experiments.compare_peers --data=FOLDER --out=runs/peers
+    python -m experiments.compare_peers --data=FOLDER --out=runs/peers \
+        --only=ours --redo
+
+The 12 ordered pairs of the held-out head-neck patients (with --split=train the 4 pairs
+of others on which defaults were chosen), the liver phases and the two lung scans. Each
+pair is pre-aligned once by `registration`, affine "auto", and resampled onto its
+network grid: 96x96x80 voxels of 4 mm, with --spacing=2 192x192x160 of 2 mm. Every
+method finds a displacement on that grid, which is composed with the affine on the fixed
+scan's own grid and judged by one function; folds are counted on the working grid, over
+the fixed body. Only "coarse" starts from matches of its own.
+
+Each run has a process of its own, so that seconds of CPU and memory are its own, and
+one that fails is a row that says why. What is counted begins with two images on the
+working grid and ends with the displacement there: of a tool with reading two files, of
+ours with features, network and refinement, in a second run, when all is compiled; the
+process's seconds before that are given apart. Tools that are not installed (extra
+`peers`; deedsBCV and reg_f3d on PATH) are left out and named.
+
+Rows go to results.json in --out; those that are there, with the same settings and
+version, are not measured again unless --redo; failed ones are.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments import cli, conventional, figures
+from experiments.benchmark_refine import TRAIN_PAIRS
+from experiments.real_results import LANDMARKS
+from experiments.real_scans import HELD_OUT
+from unireg_jax import registration
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.evaluation import metrics, regularity
+from unireg_jax.imaging import grids, mapping, nifti, points, preprocess
+from unireg_jax.imaging.grids import Field, Grid
+from unireg_jax.registration import Plan, pipeline
+from unireg_jax.tasks import TASKS
+
+SHAPES = {4: (96, 96, 80), 2: (192, 192, 160)}
+_LIMIT_S = 7200  # of one run
+_OWN_TASK = "its own"
+
+
+class Own(NamedTuple):
+    """One of our rows.
+
+    Attributes:
+        name: in the table.
+        task: "none" leaves the network out; _OWN_TASK is the pair's.
+        affine: "auto", the shared start, or "coarse".
+        plan: instance optimisation; None for none.
+    """
+
+    name: str
+    task: str
+    affine: str
+    plan: Plan | None
+
+
+def own_rows() -> list[Own]:
+    """Our rows, with the instance optimisation's defaults of now."""
+    rows = []
+    for affine, plan, task in itertools.product(
+        ("auto", "coarse"), (None, Plan()), ("none", _OWN_TASK)
+    ):
+        parts = ["affine" if affine == "auto" else "coarse"]
+        parts += ["network"] * (task != "none") + ["refined"] * (plan is not None)
+        rows.append(Own("ours: " + " + ".join(parts), task, affine, plan))
+    return rows
+
+
+class Pair(NamedTuple):
+    """Two scans with what is known of them.
+
+    Attributes:
+        name: of its folder.
+        task: of tasks.TASKS.
+        fixed, moving: paths of the scans.
+        truth: paths of the two label maps, or of one table of landmarks.
+    """
+
+    name: str
+    task: str
+    fixed: Path
+    moving: Path
+    truth: tuple[Path, ...]
+
+
+def pairs(data: Path, split: str) -> list[Pair]:
+    """Pairs of the collection; those with landmarks, which are quick, come first."""
+    found = [
+        Pair(task, task, data / one, data / other, (data / csv,))
+        for task, (one, other, csv) in LANDMARKS.items()
+    ]
+    folder = data / "headneck_openkbp"
+    named = itertools.permutations(HELD_OUT, 2) if split == "val" else TRAIN_PAIRS
+    for named_pair in named:
+        scans, labels = (
+            [folder / kind / f"case_{c}.nii.gz" for c in named_pair]
+            for kind in ("images", "labels")
+        )
+        name = "_".join(("headneck", *named_pair))
+        found.append(Pair(name, "headneck", *scans, tuple(labels)))
+    return found
+
+
+# --- the shared start, and the judge ------------------------------------------------
+
+
+class Start(NamedTuple):
+    """A pair on its working grid.
+
+    Attributes:
+        grid: shape and vox2world.
+        affine: [4, 4] fixed world -> moving world, LPS mm.
+        body: [X, Y, Z] bool, of the fixed scan.
+        fixed, moving: [X, Y, Z] int16 HU, air where there is no scan.
+        target: the fixed scan's own grid.
+        truth: two label Volumes, or the landmarks.
+    """
+
+    grid: Grid
+    affine: np.ndarray
+    body: np.ndarray
+    fixed: np.ndarray
+    moving: np.ndarray
+    target: Grid
+    truth: Any
+
+
+def settings_of(pair: Pair, task: str, affine: str) -> dict[str, str]:
+    """Of `Session.run`: the pair's usual type, whatever the task."""
+    usual = TASKS[pair.task].pair_type.name.lower()
+    named = pair.task if task == _OWN_TASK else task
+    return pipeline.check_settings(named, usual, affine)
+
+
+def begin(pair: Pair, session: registration.Session) -> Start:
+    """Pre-aligns a pair and brings it onto its working grid."""
+    fixed, moving = nifti.read_image(pair.fixed), nifti.read_image(pair.moving)
+    settings = settings_of(pair, "none", "auto")
+    found = session.prepare(fixed, moving, settings, clock=registration.Clock())
+    air = session.model.preprocess.air_hu
+    images = [np.maximum(hu, air) for hu in (found.fixed_hu, found.moving_hu)]
+    if pair.task == "headneck":
+        truth = [nifti.read_labels(path) for path in pair.truth]
+        target = mapping.grid_of(truth[0])
+    else:
+        truth, target = points.read_points(pair.truth[0]), mapping.grid_of(fixed)
+    body = found.body
+    return Start(found.layout.grid, found.matrix, body, *images, target, truth)
+
+
+def whole_map(field: Field, affine: np.ndarray, grid: Grid) -> np.ndarray:
+    """The displacement of x -> affine (x + u(x)) on another grid.
+
+    Args:
+        field: u on the working grid; beyond it its edge goes on.
+        affine: [4, 4] LPS mm -> LPS mm.
+        grid: where to sample it.
+
+    Returns:
+        [X, Y, Z, 3] float32, LPS mm.
+    """
+    out = np.empty((*grid.shape, 3), np.float32)
+
+    def work(part: slice) -> None:
+        xyz = grids.positions(grid, part)
+        moved, _ = grids.through([field, affine], xyz, edge=True)
+        out[:, :, part] = (moved - xyz).T.reshape(out[:, :, part].shape)
+
+    grids.slabs(work, grid.shape, None)
+    return out
+
+
+def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, float]:
+    """Scores of one result.
+
+    Args:
+        start: of the pair.
+        field: on the working grid, before the affine.
+        affine: None for the shared one.
+
+    Returns:
+        fold_percent and sdlogj over the fixed body, of `field`; and dsc_percent and
+        hd95_mm, means over the organs, or tre_mm, mean over the landmarks.
+
+    Raises:
+        ValueError: the field is on another grid, or not finite.
+    """
+    if not grids.same(field.grid, start.grid):
+        raise ValueError(
+            f"field must be on the working grid of {start.grid.shape} voxels, got "
+            f"{field.grid.shape}, or another place"
+        )
+    mapping.field(*field)  # checks its values
+    smooth = regularity.field_scores(*field, mask=start.body)
+    scores = {key: smooth[key] for key in ("fold_percent", "sdlogj")}
+    matrix = start.affine if affine is None else affine
+    place = whole_map(field, matrix, start.target), start.target.vox2world
+    if isinstance(start.truth, list):
+        fixed, moving = start.truth
+        warped = metrics.warp_labels(*place, moving, fixed)
+        means = metrics.overlap(fixed, moving, {"": warped})["mean"]
+        return scores | {"dsc_percent": 100 * means["dsc"], "hd95_mm": means["hd95_mm"]}
+    _, errors = metrics.landmark_errors(*place, start.truth.fixed, start.truth.moving)
+    return scores | {"tre_mm": float(errors.mean())}
+
+
+def draw(path: Path, pair: Pair, start: Start, field: Field, title: str) -> None:
+    """A picture on the working grid: fixed, moving, warped, field."""
+    xyz = grids.positions(start.grid, slice(None))
+    moved, _ = grids.through([field], xyz)
+    coords = grids.apply(np.linalg.inv(start.grid.vox2world), moved)
+    labels = None
+    if pair.task == "headneck":
+        fixed, moving = (
+            preprocess.prepare_labels(volume, start.grid, matrix=matrix)
+            for volume, matrix in zip(start.truth, (None, start.affine), strict=True)
+        )
+        labels = fixed, grids.nearest(moving, coords).reshape(fixed.shape)
+    figures.save_registration(
+        path,
+        start.fixed,
+        start.moving,
+        grids.linear(start.moving, coords).reshape(start.fixed.shape),
+        field.disp_mm,
+        np.diag(start.grid.vox2world)[:3],
+        title=title,
+        labels=labels,
+    )
+
+
+# --- our own runs, in a process of their own ----------------------------------------
+
+
+class _CpuClock(registration.Clock):
+    """Seconds of CPU instead."""
+
+    def __init__(self):
+        super().__init__()
+        self._last = self._start = conventional.cpu_seconds()
+
+    def lap(self, stage: str) -> None:
+        now = conventional.cpu_seconds()
+        self._stages[stage] = self._stages.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def load(weights: str | None, spacing: int) -> registration.Model:
+    """The model, on the working grid."""
+    model = registration.load_model(weights)
+    spec = dataclasses.replace(
+        model.preprocess, shape=SHAPES[spacing], spacing_mm=(float(spacing),) * 3
+    )
+    return model._replace(preprocess=spec)
+
+
+def register(job: dict[str, Any], folder: Path) -> None:
+    """One of our rows on one pair; the second of two runs counts."""
+    name, task, *paths = job["pair"]
+    pair = Pair(name, task, *map(Path, paths), ())
+    own = Own(**job["own"])
+    plan = None if own.plan is None else Plan(**own.plan)
+    session = registration.Session(
+        load(job["weights"], job["spacing"]), refine=plan, network=own.task != "none"
+    )
+    settings = settings_of(pair, own.task, own.affine)
+    scans = nifti.read_image(pair.fixed), nifti.read_image(pair.moving)
+    bare = own.task == "none" and plan is None
+    # The shared start is found for its own row alone, and otherwise given.
+    affine = own.affine
+    if affine == "auto" and not bare:
+        affine = np.array(job["affine"])
+
+    def run():
+        clock = _CpuClock()
+        # New objects: a session knows scans by their identity.
+        pair_again = (volume._replace() for volume in scans)
+        return session.run(*pair_again, settings, affine=affine, clock=clock), clock
+
+    run()
+    (result, clock), measured = conventional.measure(run)
+    stages = clock.seconds()
+    counted = ["affine"] if bare else ["network", "refine"]
+    counted += ["affine"] * (own.affine == "coarse" and not bare)
+    # What lies between two images on the grid and the displacement there.
+    measured["cpu_all_s"] = measured["cpu_s"]
+    measured["cpu_s"] = sum(stages.get(stage, 0.0) for stage in counted)
+    measured["stages"] = stages
+    del measured["wall_s"]  # of another extent
+    grid = result.network_grid
+    field = conventional.from_voxels(result.network_disp, grid.vox2world)
+    conventional.write_result(folder, field, measured, result.affine)
+
+
+# --- rows ---------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        name: as printed.
+        settings: JSON; a change measures anew.
+        version: of the tool.
+        own: one of `own_rows`, or None.
+    """
+
+    name: str
+    settings: Any
+    version: str
+    own: Own | None = None
+
+
+def methods(only: list[str], spacing: int) -> tuple[list[Method], list[str]]:
+    """What can run here, and the names of what is not installed.
+
+    Args:
+        only: names of tools, and "ours"; empty for all.
+        spacing: mm; the network is left out where it was not trained.
+
+    Raises:
+        UserError: an unknown name, exit code 2.
+    """
+    known = {"ours": "ours"} | {
+        name.split()[0].lower(): name for name in conventional.PEERS
+    }
+    if unknown := [name for name in only if name.lower() not in known]:
+        raise UserError(
+            "schema",
+            f"--only: names among {', '.join(known)} expected, got "
+            f"{', '.join(unknown)}",
+            USAGE,
+        )
+    wanted = {name.lower() for name in only} or set(known)
+    found, missing = [], []
+    if "ours" in wanted:
+        for own in own_rows():
+            if spacing == 4 or (own.task == "none" and own.affine == "auto"):
+                plan = own.plan and own.plan._asdict()
+                settings = own._replace(plan=plan)._asdict()
+                del settings["name"]
+                found.append(Method(own.name, settings, _version(), own))
+    for name, peer in conventional.PEERS.items():
+        if name.split()[0].lower() in wanted:
+            version = conventional.version(peer)
+            if version is None:
+                missing.append(name)
+            else:
+                found.append(Method(name, peer.settings, version))
+    return found, missing
+
+
+def _version() -> str:
+    return f"{importlib.metadata.version('unireg-jax')}, jax {jax.__version__}"
+
+
+def measure(
+    method: Method, pair: Pair, start: Start, folder: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """One row: scores and measures, or why it failed.
+
+    Args:
+        method: what to run.
+        pair: on what.
+        start: of the pair; its images lie in `folder`.
+        folder: of the pair.
+        options: weights, spacing, threads, cache folder, picture folder or None.
+    """
+    threads = str(options["threads"])
+    words = [sys.executable, "-m"]
+    if method.own:
+        job = {
+            "pair": [str(x) for x in pair[:4]],
+            "own": method.own._replace(plan=method.settings["plan"])._asdict(),
+            "affine": start.affine.tolist(),
+            "weights": options["weights"],
+            "spacing": options["spacing"],
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        words += ["experiments.compare_peers", f"--job={folder}"]
+    else:
+        words += ["experiments.conventional", method.name, str(folder), threads]
+    environment = os.environ | {
+        # A thread that waits by spinning would count as work, on shared cores most.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": threads,
+        "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": threads,
+        "UNIREG_CACHE": str(options["cache"]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    for name in (conventional.FIELD, conventional.MEASURED):
+        (folder / name).unlink(missing_ok=True)
+    try:
+        done = subprocess.run(
+            words,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_LIMIT_S,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            return {"failed": f"exit code {done.returncode} {''.join(said)[:200]}"}
+        field, affine, measured = conventional.read_result(folder)
+        scores = judge(start, field, affine)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {_LIMIT_S} s"}
+    except (OSError, ValueError, KeyError) as error:
+        return {"failed": f"no usable field: {error}"[:250]}
+    if options["picture"]:
+        file = "".join(c if c.isalnum() else "_" for c in method.name)
+        name = f"{pair.name}_{file}.png"
+        draw(options["picture"] / name, pair, start, field, method.name)
+    return scores | measured
+
+
+def race(
+    todo: list[Pair], found: list[Method], out: Path, options: dict[str, Any], redo
+) -> list[dict[str, Any]]:
+    """Measures what is not in results.json; returns its rows of these settings."""
+    path = out / "results.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    key = ("spacing", "pair", "method")
+    table = {tuple(row[k] for k in key): row for row in rows}
+    session = None
+    jobs = [(pair, method) for pair in todo for method in found]
+    start, of = None, None
+    for pair, method in tqdm(jobs, disable=not sys.stderr.isatty()):
+        at = (options["spacing"], pair.name, method.name)
+        old = table.get(at, {"failed": "not yet"})
+        same = [old.get(k) for k in ("settings", "version")] == [*method[1:3]]
+        if "failed" not in old and same and not redo:
+            continue
+        folder = out / f"{options['spacing']}mm" / pair.name
+        if of != pair:
+            folder.mkdir(parents=True, exist_ok=True)
+            if session is None:
+                model = load(options["weights"], options["spacing"])
+                session = registration.Session(model, network=False)
+            start, of = begin(pair, session), pair
+            conventional.write_pair(
+                folder, start.fixed, start.moving, start.grid.vox2world
+            )
+        row = {
+            **dict(zip(key, at, strict=True)),
+            "task": pair.task,
+            "settings": method.settings,
+            "version": method.version,
+            "date": datetime.date.today().isoformat(),
+        }
+        table[at] = row | measure(method, pair, start, folder, options)
+        _save(path, list(table.values()))
+        tell = {k: v for k, v in table[at].items() if isinstance(v, float)}
+        said = table[at].get("failed") or ", ".join(
+            f"{k} {v:.2f}" for k, v in tell.items()
+        )
+        tqdm.write(f"{pair.name}: {method.name}: {said}", file=sys.stderr)
+    names = {method.name for method in found}
+    return [
+        row
+        for row in table.values()
+        if row["spacing"] == options["spacing"] and row["method"] in names
+        if row["pair"] in {pair.name for pair in todo}
+    ]
+
+
+def _save(path: Path, rows: list[dict[str, Any]]) -> None:
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps({"rows": rows}, indent=1))
+    whole.replace(path)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one row per method."""
+    lines = [
+        "| method | pairs | head-neck DSC₇ %, mean (min … max) | HD95 mm | "
+        "folds %, mean (max) | liver TRE mm | lung TRE mm | folds %, liver, lung | "
+        "CPU s, median (max) | start s, median (max) | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def span(values, digits, ends="max"):
+        if not len(values):
+            return "-"
+        middle = np.median(values) if ends == "median" else np.mean(values)
+        return f"{middle:.{digits}f} ({np.max(values):.{digits}f})"
+
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == name]
+        good = [row for row in mine if "failed" not in row]
+
+        def column(key, task=None, good=good):
+            chosen = [row for row in good if task in (None, row["task"])]
+            return np.array([row[key] for row in chosen if row.get(key) is not None])
+
+        dsc = column("dsc_percent", "headneck")
+        organs = "-"
+        if len(dsc):
+            organs = f"**{dsc.mean():.1f}** ({dsc.min():.1f} … {dsc.max():.1f})"
+        hd95 = column("hd95_mm", "headneck")
+        errors, folds = [], []
+        for task in LANDMARKS:
+            errors.append("".join(f"{v:.2f}" for v in column("tre_mm", task)) or "-")
+            more = column("fold_percent", task)
+            folds.append("".join(f"{v:.2f}" for v in more) or "-")
+        peak = column("peak_mib")
+        count = f"{len(good)}" if len(good) == len(mine) else f"{len(good)}/{len(mine)}"
+        lines.append(
+            f"| {name} | {count} | {organs} | "
+            f"{f'{hd95.mean():.1f}' if len(hd95) else '-'} | "
+            f"{span(column('fold_percent', 'headneck'), 2)} | "
+            f"{errors[0]} | {errors[1]} | {', '.join(folds)} | "
+            f"{span(column('cpu_s'), 1, 'median')} | "
+            f"{span(column('start_s'), 1, 'median')} | "
+            f"{f'{peak.max():.0f}' if len(peak) else '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv) -> None:
+    del argv
+    cli.setup()
+    options = flags.FLAGS
+    if options.job:
+        folder = Path(options.job)
+        register(json.loads((folder / "job.json").read_text()), folder)
+        return
+    if not options.data:
+        raise UserError("schema", "flags: --data=FOLDER expected; see --help", USAGE)
+    data, out = Path(options.data), Path(options.out)
+    if not data.is_dir():
+        raise UserError("not_found", f"--data: {data} is not there", USAGE)
+    todo = pairs(data, options.split)
+    if options.pairs:
+        named = {pair.name: pair for pair in todo}
+        if unknown := [name for name in options.pairs if name not in named]:
+            raise UserError(
+                "schema",
+                f"--pairs: names among {', '.join(named)} expected, got "
+                f"{', '.join(unknown)}",
+                USAGE,
+            )
+        todo = [named[name] for name in options.pairs]
+    found, missing = methods(options.only, options.spacing)
+    out.mkdir(parents=True, exist_ok=True)
+    picture = None
+    if options.pictures:
+        picture = out / "pictures"
+        picture.mkdir(exist_ok=True)
+    rows = race(
+        todo,
+        found,
+        out,
+        {
+            "weights": options.weights,
+            "spacing": options.spacing,
+            "threads": options.threads or len(os.sched_getaffinity(0)),
+            "cache": out.resolve() / "cache",
+            "picture": picture,
+        },
+        options.redo,
+    )
+    print(table(rows))
+    print()
+    for method in found:
+        print(f"- {method.name}: {method.version}; {json.dumps(method.settings)}")
+    for row in rows:
+        if "failed" in row:
+            print(f"- failed: {row['method']} on {row['pair']}: {row['failed']}")
+    for name in missing:
+        print(f"- left out, not installed: {name}")
+
+
+if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_string("data", None, "Folder of the collection.")
+    flags.DEFINE_string("out", "runs/peers", "Where rows and pictures go.")
+    flags.DEFINE_enum("split", "val", ["val", "train"], "Head-neck patients.")
+    flags.DEFINE_list("only", [], "Tools by their first word, and ours.")
+    flags.DEFINE_list("pairs", [], "Names of pairs; none: all.")
+    flags.DEFINE_integer("spacing", 4, "mm of the working grid, 4 or 2.")
+    flags.register_validator("spacing", lambda n: n in SHAPES, "4 or 2 expected")
+    flags.DEFINE_integer("threads", None, "Of every run; none: one per core.")
+    flags.DEFINE_bool("redo", False, "Measure again what is there.")
+    flags.DEFINE_bool("pictures", False, "A picture of every result measured now.")
+    flags.DEFINE_string("weights", None, "File; none: the package's own.")
+    flags.DEFINE_string("job", None, "Folder of one of our runs, which this starts.")
+    cli.run(main)

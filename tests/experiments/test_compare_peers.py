@@ -1,0 +1,246 @@
+"""The race's conventions and bookkeeping, on made volumes; tools where installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from experiments import compare_peers as race
+from experiments import conventional
+from tests.registration import test_pipeline
+from unireg_jax import registration
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.imaging import mapping
+from unireg_jax.imaging.grids import Field, Grid
+from unireg_jax.registration import Plan
+
+SHAPE = (48, 42, 36)
+SPACING = np.array([3.0, 4.0, 5.0])
+SHIFT = np.array([1.5, -1.0, 1.0])  # voxels; sign and size differ per axis
+VOX2WORLD = np.diag([*SPACING, 1.0])
+VOX2WORLD[:3, 3] = (-60, 35, -700)
+
+
+def made(shift=(0, 0, 0)):
+    """A textured ellipsoid in air, moved by `shift` voxels; its body."""
+    texture = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=SHAPE), 2)
+    x = np.stack(np.indices(SHAPE), -1)
+    half = np.array(SHAPE) / 2
+    body = (((x + 0.5 - half) / (0.8 * half)) ** 2).sum(axis=-1) < 1
+    hu = np.where(body, 200 + 150 * texture / texture.std(), -1000.0)
+    hu = ndimage.shift(hu, shift, order=1, mode="nearest")
+    return np.rint(hu).astype(np.int16), body
+
+
+@pytest.fixture
+def pair(tmp_path):
+    fixed, body = made()
+    conventional.write_pair(tmp_path, fixed, made(SHIFT)[0], VOX2WORLD)
+    return tmp_path, ndimage.binary_erosion(body, iterations=3)
+
+
+SLOW = ("elastix", "ANTs SyN")  # minutes, on the smallest volumes too
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in conventional.PEERS
+    ],
+)
+def test_peer_finds_a_known_shift_in_lps_mm(pair, name):
+    """moving(x + s) = fixed(x): the field is s, its sign and axes too."""
+    folder, inner = pair
+    if conventional.version(conventional.PEERS[name]) is None:
+        pytest.skip(f"{name} is not installed")
+    # In a process of its own, as in the race: a crash there is a failed test here.
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.conventional", name, str(folder), "1"],
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    field, affine, measured = conventional.read_result(folder)
+    assert field.disp_mm.shape == (*SHAPE, 3) and affine is None
+    np.testing.assert_allclose(field.vox2world, VOX2WORLD, atol=1e-4)
+    found = np.median(field.disp_mm[inner], axis=0)
+    # mm: a third of the shift; a wrong sign, axis or unit is off by more.
+    np.testing.assert_allclose(found, SHIFT * SPACING, atol=1.5)
+    assert measured["cpu_s"] > 0 and measured["peak_mib"] > 10
+
+
+def test_by_coordinates_recovers_what_a_tool_does(pair):
+    folder, _ = pair
+    disp = np.broadcast_to((SHIFT * SPACING).astype(np.float32), (*SHAPE, 3))
+    inner = (slice(2, -2),) * 3
+
+    def warp(image, out):  # stands for a tool that reads files of its own
+        volume = race.nifti.read_image(image)
+        moved = mapping.resample(
+            mapping.field(disp, VOX2WORLD), volume, mapping.grid_of(volume)
+        )
+        race.nifti.write_volume(out, moved, VOX2WORLD)
+
+    field = conventional.by_coordinates(folder, warp)
+    # mm: float32 of coordinates of 700.
+    np.testing.assert_allclose(field.disp_mm[inner], disp[inner], atol=1e-3)
+
+
+def test_whole_map_is_that_of_registration(tmp_path):
+    """The judge composes as the library itself does."""
+    hu, _ = made()
+    model = registration.load_model(test_pipeline.saved(tmp_path))
+    matrix = np.eye(4)
+    matrix[:3, :3] += [[0.02, 0.05, 0], [-0.05, 0.01, 0.03], [0, -0.03, 0.04]]
+    matrix[:3, 3] = (7, -5, 11)
+    result = registration.register(
+        hu,
+        made(SHIFT)[0],
+        task="none",
+        weights=model,
+        affine=matrix,
+        fixed_vox2world=VOX2WORLD,
+        moving_vox2world=VOX2WORLD,
+        refine=Plan(5),
+    )
+    grid = result.network_grid
+    field = conventional.from_voxels(result.network_disp, grid.vox2world)
+    assert np.abs(field.disp_mm).max() > 0.1
+    whole = race.whole_map(field, matrix, Grid(SHAPE, VOX2WORLD))
+    # mm: float32 in the library's programs, float64 here.
+    np.testing.assert_allclose(whole, result.disp_mm, atol=2e-3)
+
+
+@pytest.fixture
+def start():
+    fixed, body = made()
+    grid = Grid(SHAPE, VOX2WORLD)
+    points = np.argwhere(ndimage.binary_erosion(body, iterations=4))[::50]
+    world = points @ VOX2WORLD[:3, :3].T + VOX2WORLD[:3, 3]
+    matrix = np.eye(4)
+    matrix[:3, 3] = (4, 0, 0)
+    truth = race.points.PointPairs(("",) * len(world), world, world + SHIFT * SPACING)
+    return race.Start(grid, matrix, body, fixed, made(SHIFT)[0], grid, truth)
+
+
+def test_judge_counts_field_and_affine_once(start):
+    left = SHIFT * SPACING - (4, 0, 0)
+    disp = np.broadcast_to(left.astype(np.float32), (*SHAPE, 3))
+    scores = race.judge(start, Field(disp, VOX2WORLD), None)
+    assert scores["tre_mm"] < 1e-3 and scores["fold_percent"] == 0
+    scores = race.judge(start, Field(disp, VOX2WORLD), np.eye(4))
+    assert scores["tre_mm"] == pytest.approx(4, abs=1e-3)
+
+
+def test_judge_counts_folds_on_the_working_grid(start):
+    turned = np.zeros((*SHAPE, 3), np.float32)
+    turned[..., 0] = -2 * SPACING[0] * np.arange(SHAPE[0])[:, None, None]
+    scores = race.judge(start, Field(turned, VOX2WORLD), None)
+    assert scores["fold_percent"] == 100
+
+
+def test_judge_refuses_another_grid(start):
+    disp = np.zeros((*SHAPE, 3), np.float32)
+    with pytest.raises(ValueError, match="working grid"):
+        race.judge(start, Field(disp[:-1], VOX2WORLD), None)
+    moved = VOX2WORLD.copy()
+    moved[0, 3] += 1
+    with pytest.raises(ValueError, match="working grid"):
+        race.judge(start, Field(disp, moved), None)
+
+
+@pytest.fixture
+def bare(start, monkeypatch, tmp_path):
+    """A race of one pair that needs no scans; counts what is run."""
+    runs = []
+
+    def run(words, **_):
+        runs.append(words[3])
+        folder = tmp_path / "4mm" / "liver"
+        if words[3] == "greedy":
+            return subprocess.CompletedProcess(words, -11, "", "one\nSegmentation")
+        disp = np.full((*SHAPE, 3), 1, np.float32)
+        measured = {"cpu_s": 2.0, "start_s": 1.0, "wall_s": 3.0, "peak_mib": 99.0}
+        conventional.write_result(folder, Field(disp, VOX2WORLD), measured)
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(race.subprocess, "run", run)
+    monkeypatch.setattr(race, "load", lambda *_: None)
+    monkeypatch.setattr(race.registration, "Session", lambda *_, **__: None)
+    monkeypatch.setattr(race, "begin", lambda *_: start)
+    pair = race.Pair("liver", "liver", tmp_path, tmp_path, (tmp_path,))
+    options = {"weights": None, "spacing": 4, "threads": 1, "cache": tmp_path}
+
+    def again(redo=False, settings="s"):
+        found = [
+            race.Method("greedy", settings, "1"),
+            race.Method("convexAdam", settings, "1"),
+        ]
+        out = race.race([pair], found, tmp_path, options | {"picture": None}, redo)
+        done, runs[:] = list(runs), []
+        return out, done
+
+    return again
+
+
+def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare):
+    rows, done = bare()
+    assert done == ["greedy", "convexAdam"]
+    assert rows[0]["failed"] == "exit code -11 Segmentation"
+    assert rows[1]["tre_mm"] > 0 and rows[1]["cpu_s"] == 2
+    assert bare()[1] == ["greedy"]  # what failed is tried again
+    assert bare(settings="t")[1] == ["greedy", "convexAdam"]
+    rows, done = bare(redo=True, settings="t")
+    assert done == ["greedy", "convexAdam"] and len(rows) == 2
+    lines = race.table(rows).splitlines()
+    assert lines[2].startswith("| greedy | 0/1 | - |")
+    assert lines[3].startswith("| convexAdam | 1 | - |") and "| 99 |" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_methods_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found, missing = race.methods(["deeds", "ours"], 4)
+    assert missing == ["deeds"] and [m.own for m in found] == race.own_rows()
+    json.dumps([m.settings for m in found])
+    plans = [m.settings["plan"] for m in found if m.settings["plan"]]
+    assert plans == [Plan()._asdict()] * 4
+    with pytest.raises(UserError, match="got gredy") as error:
+        race.methods(["gredy"], 4)
+    assert error.value.exit_code == USAGE
+
+
+def test_own_run_measures_and_writes_a_field(tmp_path, monkeypatch):
+    """What the race starts for one of our rows, on a small grid."""
+    weights = test_pipeline.saved(tmp_path)
+    shape = test_pipeline.SPEC.shape
+    monkeypatch.setitem(race.SHAPES, 4, shape)
+    for name, shift in (("a", (0, 0, 0)), ("b", SHIFT)):
+        race.nifti.write_volume(tmp_path / f"{name}.nii", made(shift)[0], VOX2WORLD)
+    own = race.Own("x", "none", "auto", Plan(3))._asdict() | {"plan": {"iterations": 3}}
+    job = {
+        "pair": ["liver", "liver", *(str(tmp_path / f"{n}.nii") for n in "ab")],
+        "own": own,
+        "affine": np.eye(4).tolist(),
+        "weights": str(weights),
+        "spacing": 4,
+    }
+    race.register(job, tmp_path)
+    field, affine, measured = conventional.read_result(tmp_path)
+    assert field.disp_mm.shape == (*shape, 3) and np.array_equal(affine, np.eye(4))
+    assert np.abs(field.disp_mm).max() > 0
+    assert 0 < measured["cpu_s"] <= measured["cpu_all_s"] and measured["start_s"] > 0
+
+
+def test_pairs_of_both_splits(tmp_path):
+    val, train = (race.pairs(tmp_path, split) for split in ("val", "train"))
+    assert [p.name for p in val[:2]] == ["liver", "lung"] and len(val) == 14
+    assert len(train) == 6 and not {p.name for p in val[2:]} & {p.name for p in train}
