@@ -40,7 +40,9 @@ LANDMARKS = {
 }
 
 
-def headneck(data: Path, model, *, picture: Path | None) -> list[dict]:
+def headneck(
+    data: Path, model, *, picture: Path | None = None, affine: str = "auto"
+) -> list[dict]:
     """One row per ordered pair of the held-out patients."""
     rows = []
     folder = data / "headneck_openkbp"
@@ -52,7 +54,9 @@ def headneck(data: Path, model, *, picture: Path | None) -> list[dict]:
         fixed, moving = (
             nifti.read_labels(folder / f"labels/case_{c}.nii.gz") for c in (one, other)
         )
-        result = registration.register(*scans, task="headneck", weights=model)
+        result = registration.register(
+            *scans, task="headneck", weights=model, affine=affine
+        )
         stages = metrics.warp_stages(
             result.disp_mm, result.vox2world, result.affine, moving, fixed
         )
@@ -77,17 +81,21 @@ def headneck(data: Path, model, *, picture: Path | None) -> list[dict]:
     return rows
 
 
-def landmarks(data: Path, model, task: str, *, picture: Path | None) -> dict:
+def landmarks(
+    data: Path, model, task: str, *, picture: Path | None = None, affine: str = "auto"
+) -> dict:
     """Landmark errors of one intra-patient pair, mm."""
     fixed_path, moving_path, csv = (data / name for name in LANDMARKS[task])
     fixed, moving = nifti.read_image(fixed_path), nifti.read_image(moving_path)
-    result = registration.register(fixed, moving, task=task, weights=model)
+    result = registration.register(
+        fixed, moving, task=task, weights=model, affine=affine
+    )
     pairs = points.read_points(csv)
     initial, network = metrics.landmark_errors(
         result.disp_mm, result.vox2world, pairs.fixed, pairs.moving
     )
     moved = pairs.fixed @ result.affine[:3, :3].T + result.affine[:3, 3]
-    affine = np.linalg.norm(moved - pairs.moving, axis=1)
+    aligned = np.linalg.norm(moved - pairs.moving, axis=1)
     if picture:
         figures.save_registration(
             picture / f"{task}.png",
@@ -98,7 +106,7 @@ def landmarks(data: Path, model, task: str, *, picture: Path | None) -> dict:
             fixed.spacing_mm,
             title=f"{task}: TRE {affine.mean():.2f} -> {network.mean():.2f} mm",
         )
-    stages = {"initial": initial, "affine": affine, "network": network}
+    stages = {"initial": initial, "affine": aligned, "network": network}
     return {
         "points": len(network),
         "affine_used": result.settings["affine_used"],

@@ -1,0 +1,347 @@
+"""What the ids, the pre-alignment and an unseen task change, on real scans.
+
+    python -m experiments.ablations --data=FOLDER --out=runs/ablations
+
+UniReg, Tables 5 and 3, with weights as they are: nothing is trained. The 12 ordered
+head-neck pairs that training never saw, the liver and lung pairs of real_results, and
+an inter-patient liver, a task that no training stream has: the CHAOS scan, seen by no
+training, with two others. Each pair is predicted under every region and pair type in
+one pass of the backbone (registration/sweeps.py; scores on the network's grid). Then
+the first three again with each pre-alignment, as real_results measures them, on the
+scans' own grids; and the four patients onto themselves. Writes a JSON file per part and
+prints Markdown.
+
+Intervals: 95 %, over all equally likely draws of the patients with replacement; a pair
+counts as often as both of its patients were drawn. Four patients give a rough one.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments import cli, real_results
+from experiments.real_scans import HELD_OUT
+from unireg_jax import registration
+from unireg_jax.evaluation import metrics
+from unireg_jax.evaluation.comparison import signed_rank
+from unireg_jax.imaging import nifti, orientation, points, preprocess
+from unireg_jax.imaging.nifti import Volume
+from unireg_jax.registration import sweeps
+from unireg_jax.tasks import TASKS, PairType, Region, Task
+
+RIGHT = {**TASKS, "liver_inter": Task(Region.LIVER, PairType.INTER)}
+AFFINES = ("auto", "features", "coarse")
+# Fixed, moving: image, labels, id of the liver. CHAOS was never in training.
+_CHAOS = ("abdomen_chaos/ct.nii.gz", "abdomen_chaos/label_liver.nii.gz", 1)
+_OTHERS = {
+    "lidc": ("chest_lidc0001/ct.nii.gz", "chest_lidc0001/labels_totalseg.nii.gz", 5),
+    "totalseg": (
+        "abdomen_totalseg_example/ct.nii.gz",
+        "abdomen_totalseg_example/labels_totalseg.nii.gz",
+        5,
+    ),
+}
+
+
+class Case(NamedTuple):
+    """One pair.
+
+    Attributes:
+        group: headneck, liver, lung, or liver_inter.
+        patients: of fixed and of moving.
+        scans: fixed and moving.
+        labels: of both, or None.
+        landmarks: corresponding points, or None.
+        affine: pre-alignment of the sweep.
+    """
+
+    group: str
+    patients: tuple[str, str]
+    scans: tuple[Volume, Volume]
+    labels: tuple[Volume, Volume] | None
+    landmarks: points.PointPairs | None
+    affine: str
+
+
+def cases(data: Path, affine_used: dict[str, str]) -> Iterator[Case]:
+    """All pairs, read one by one.
+
+    Args:
+        data: folder of the collection.
+        affine_used: pre-alignment of liver and lung, as "auto" chose it.
+
+    Yields:
+        Case.
+    """
+    folder = data / "headneck_openkbp"
+    for pair in itertools.permutations(HELD_OUT, 2):
+        scans = tuple(
+            nifti.read_image(folder / f"images/case_{c}.nii.gz") for c in pair
+        )
+        labels = tuple(
+            nifti.read_labels(folder / f"labels/case_{c}.nii.gz") for c in pair
+        )
+        yield Case("headneck", pair, scans, labels, None, "affine")
+    for task, (*images, table) in real_results.LANDMARKS.items():
+        scans = tuple(nifti.read_image(data / image) for image in images)
+        landmarks = points.read_points(data / table)
+        yield Case(task, (task, task), scans, None, landmarks, affine_used[task])
+    if not (data / _CHAOS[0]).is_file():
+        return
+    for name, other in _OTHERS.items():
+        ends = {"chaos": _CHAOS, name: other}
+        for pair in itertools.permutations(ends):
+            scans = tuple(nifti.read_image(data / ends[c][0]) for c in pair)
+            labels = tuple(_liver(data, *ends[c][1:]) for c in pair)
+            yield Case("liver_inter", pair, scans, labels, None, "affine")
+
+
+def _liver(data: Path, path: str, liver: int) -> Volume:
+    volume = nifti.read_labels(data / path)
+    return volume._replace(data=(volume.data == liver).astype(np.uint8))
+
+
+def conditions(case: Case, model) -> list[dict]:
+    """One row per condition, pre-alignment first.
+
+    Args:
+        case: the pair.
+        model: from `load_model`.
+
+    Returns:
+        Rows of `sweep` with group, patients; score, DSC in % or mean landmark error in
+        mm; shift_mm, mean distance over the fixed body to the field of the right
+        condition.
+    """
+    found = sweeps.sweep(
+        *case.scans, labels=case.labels, weights=model, affine=case.affine
+    )
+    right = sweeps.CONDITIONS.index(RIGHT[case.group])
+    spacing = orientation.spacing_mm(found.grid.vox2world)
+    hu = preprocess.prepare_image(case.scans[0], found.grid, model.preprocess)
+    body = hu > -500
+    rows = []
+    for i, row in enumerate(found.rows):
+        disp = found.disp[i - 1] if i else np.zeros_like(found.disp[0])
+        if case.landmarks is None:
+            score = 100 * row["dsc"]
+        else:
+            errors = _landmark_errors(disp * spacing, found, case.landmarks)
+            score = float(errors.mean())
+        apart = (disp - found.disp[right])[body] * spacing
+        row |= {
+            "group": case.group,
+            "patients": case.patients,
+            "score": score,
+            "shift_mm": float(np.linalg.norm(apart, axis=-1).mean()),
+        }
+        rows.append(row)
+    return rows
+
+
+def _landmark_errors(shift_mm, found: sweeps.Sweep, pairs) -> np.ndarray:
+    """Of a displacement that acts before the pre-alignment, mm; [N]."""
+    at = np.stack(np.indices(found.grid.shape), axis=-1)
+    at = at @ found.grid.vox2world[:3, :3].T + found.grid.vox2world[:3, 3]
+    # The grid's axes are those of the world.
+    there = (at + shift_mm) @ found.affine[:3, :3].T + found.affine[:3, 3]
+    _, after = metrics.landmark_errors(
+        (there - at).astype(np.float32),
+        found.grid.vox2world,
+        pairs.fixed,
+        pairs.moving,
+    )
+    return after
+
+
+def interval(rows: Sequence[dict], values: Sequence[float]) -> tuple[float, float]:
+    """95 % of the means over all draws of patients with replacement.
+
+    Args:
+        rows: pairs, each with `patients`.
+        values: of the same pairs.
+
+    Returns:
+        Lower and upper end; NaN unless there are four to six patients.
+    """
+    names = sorted({name for row in rows for name in row["patients"]})
+    if not 4 <= len(names) <= 6:
+        return float("nan"), float("nan")
+    means = []
+    for draw in itertools.product(names, repeat=len(names)):
+        count = [np.prod([draw.count(p) for p in row["patients"]]) for row in rows]
+        if sum(count):
+            means.append(np.average(values, weights=count))
+    return tuple(float(v) for v in np.percentile(means, (2.5, 97.5)))
+
+
+def table_of_conditions(rows: list[dict], group: str) -> str:
+    """Markdown: one line per condition of one group of pairs."""
+    mine = [row for row in rows if row["group"] == group]
+    unit = "DSC %" if mine[0].get("dsc") is not None else "TRE mm"
+    region, pair_type = (part.name.lower() for part in RIGHT[group])
+    by_condition: dict = {}
+    for row in mine:
+        by_condition.setdefault((row["region"], row["type"]), []).append(row)
+    right = [row["score"] for row in by_condition[region, pair_type]]
+    lines = [
+        f"| region, type | {unit} | against the right one | p | field differs by mm | "
+        "folds % | SDlogJ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (where, kind), here in by_condition.items():
+        score = np.array([row["score"] for row in here])
+        name = "pre-alignment alone" if where is None else f"{where}, {kind}"
+        more, p = "", ""
+        if (where, kind) == (region, pair_type):
+            name = f"**{name}** (right)"
+        else:
+            change = score - right
+            more = f"{change.mean():+.2f}{_span(interval(here, change))}"
+            p = _chance(change) if len(here) > 5 else "–"
+        lines.append(
+            f"| {name} | {score.mean():.2f}{_span(interval(here, score))} | {more} | "
+            f"{p} | {np.mean([r['shift_mm'] for r in here]):.2f} | "
+            f"{np.mean([r['fold_percent_network'] for r in here]):.2f} | "
+            f"{np.mean([r['sdlogj_network'] for r in here]):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _chance(change: np.ndarray) -> str:
+    p, _ = signed_rank(change[change != 0])
+    return "< 0.001" if p < 1e-3 else f"{p:.3f}"
+
+
+def _span(ends: tuple[float, float]) -> str:
+    return "" if ends[0] != ends[0] else f" ({ends[0]:.2f} … {ends[1]:.2f})"
+
+
+def prealignments(data: Path, model, affine: str) -> dict:
+    """Results of `real_results` from one pre-alignment."""
+    rows = real_results.headneck(data, model, affine=affine)
+    for row in rows:
+        row["patients"] = (row["fixed"], row["moving"])
+    return {"headneck": rows} | {
+        task: real_results.landmarks(data, model, task, affine=affine)
+        for task in real_results.LANDMARKS
+    }
+
+
+def table_of_prealignments(results: dict[str, dict]) -> str:
+    """Markdown: one line per pre-alignment."""
+    lines = [
+        "| `--affine` | DSC₇ after it | network | pairs better | folds % | "
+        "liver TRE mm | lung TRE mm |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        rows = result["headneck"]
+        before, after = (
+            100 * np.array([row[f"dsc_{stage}"] for row in rows])
+            for stage in ("affine", "network")
+        )
+        folds = np.mean([row["fold_percent_network"] for row in rows])
+        errors = [
+            " → ".join(f"{result[task][f'tre_{s}']:.2f}" for s in ("affine", "network"))
+            for task in real_results.LANDMARKS
+        ]
+        lines.append(
+            f"| {name} | {before.mean():.1f}{_span(interval(rows, before))} | "
+            f"**{after.mean():.1f}**{_span(interval(rows, after))} | "
+            f"{int((after > before).sum())} of {len(rows)} | {folds:.2f} | "
+            f"{errors[0]} | {errors[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def itself(data: Path, model) -> list[dict]:
+    """Each held-out patient onto itself: a perfect network would not move."""
+    rows = []
+    for case in HELD_OUT:
+        scan = nifti.read_image(data / f"headneck_openkbp/images/case_{case}.nii.gz")
+        found = registration.register(
+            scan, scan, task="headneck", weights=model, affine="none"
+        )
+        keys = ("max_mm", "p99_mm", "fold_percent_network")
+        rows.append({"patient": case} | {key: found.qc[key] for key in keys})
+    return rows
+
+
+def table_of_itself(rows: list[dict]) -> str:
+    """Markdown: one line per patient."""
+    lines = [
+        "| patient onto itself | longest vector mm | 99 % below mm | folds % |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['patient']} | {row['max_mm']:.1f} | {row['p99_mm']:.1f} | "
+        f"{row['fold_percent_network']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def all_conditions(data: Path, model) -> list[dict]:
+    """Rows of `conditions` of every pair."""
+    used = {
+        task: real_results.landmarks(data, model, task)["affine_used"]
+        for task in real_results.LANDMARKS
+    }
+    return [
+        row
+        for case in tqdm(cases(data, used), disable=not sys.stderr.isatty())
+        for row in conditions(case, model)
+    ]
+
+
+def tables_of_conditions(rows: list[dict]) -> str:
+    """Markdown: a table per group of pairs."""
+    text = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        count = sum(r["group"] == group and r["region"] is None for r in rows)
+        text.append(f"{group}, {count} pairs\n\n{table_of_conditions(rows, group)}")
+    return "\n\n".join(text)
+
+
+def all_prealignments(data: Path, model) -> dict[str, dict]:
+    """Results from each pre-alignment."""
+    return {kind: prealignments(data, model, kind) for kind in AFFINES}
+
+
+PARTS = {
+    "conditions": (all_conditions, tables_of_conditions),
+    "prealignments": (all_prealignments, table_of_prealignments),
+    "itself": (itself, table_of_itself),
+}
+
+
+def main(argv) -> None:
+    del argv
+    cli.setup()
+    data, out = Path(flags.FLAGS.data), Path(flags.FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model = registration.load_model(flags.FLAGS.weights)
+    for part in flags.FLAGS.parts:
+        measure, table = PARTS[part]
+        found = measure(data, model)
+        kept = {"weights_sha256": model.spec.get("sha256"), part: found}
+        (out / f"{part}.json").write_text(json.dumps(kept, indent=1))
+        print(f"{table(found)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_string("data", None, "Folder of the collection.")
+    flags.DEFINE_string("out", "runs/ablations", "Where a .json per part goes.")
+    flags.DEFINE_string("weights", None, "File; none: the package's own.")
+    flags.DEFINE_multi_enum("parts", [*PARTS], [*PARTS], "What to measure.")
+    flags.mark_flags_as_required(["data"])
+    cli.run(main)
