@@ -54,6 +54,7 @@ from unireg_jax.tasks import TASKS
 SHAPES = {4: (96, 96, 80), 2: (192, 192, 160)}
 _LIMIT_S = 7200  # of one run
 _OWN_TASK = "its own"
+_KEY = ("spacing", "pair", "method")
 
 
 class Own(NamedTuple):
@@ -129,7 +130,7 @@ class Start(NamedTuple):
         grid: shape and vox2world.
         affine: [4, 4] fixed world -> moving world, LPS mm.
         body: [X, Y, Z] bool, of the fixed scan.
-        fixed, moving: [X, Y, Z] int16 HU, air where there is no scan.
+        fixed, moving: [X, Y, Z] int16 HU, OUTSIDE_HU where there is no scan.
         target: the fixed scan's own grid.
         truth: two label Volumes, or the landmarks.
     """
@@ -155,15 +156,20 @@ def begin(pair: Pair, session: registration.Session) -> Start:
     fixed, moving = nifti.read_image(pair.fixed), nifti.read_image(pair.moving)
     settings = settings_of(pair, "none", "auto")
     found = session.prepare(fixed, moving, settings, clock=registration.Clock())
-    air = session.model.preprocess.air_hu
-    images = [np.maximum(hu, air) for hu in (found.fixed_hu, found.moving_hu)]
     if pair.task == "headneck":
         truth = [nifti.read_labels(path) for path in pair.truth]
         target = mapping.grid_of(truth[0])
     else:
         truth, target = points.read_points(pair.truth[0]), mapping.grid_of(fixed)
-    body = found.body
-    return Start(found.layout.grid, found.matrix, body, *images, target, truth)
+    return Start(
+        found.layout.grid,
+        found.matrix,
+        found.body,
+        found.fixed_hu,
+        found.moving_hu,
+        target,
+        truth,
+    )
 
 
 def whole_map(field: Field, affine: np.ndarray, grid: Grid) -> np.ndarray:
@@ -332,38 +338,40 @@ def methods(only: list[str], spacing: int) -> tuple[list[Method], list[str]]:
     """What can run here, and the names of what is not installed.
 
     Args:
-        only: names of tools, and "ours"; empty for all.
+        only: how names of methods begin, in any case; empty for all.
         spacing: mm; the network is left out where it was not trained.
 
     Raises:
-        UserError: an unknown name, exit code 2.
+        UserError: one that begins no name, exit code 2.
     """
-    known = {"ours": "ours"} | {
-        name.split()[0].lower(): name for name in conventional.PEERS
-    }
-    if unknown := [name for name in only if name.lower() not in known]:
-        raise UserError(
-            "schema",
-            f"--only: names among {', '.join(known)} expected, got "
-            f"{', '.join(unknown)}",
-            USAGE,
-        )
-    wanted = {name.lower() for name in only} or set(known)
+    own = {row.name: row for row in own_rows()}
+    names = [*own, *conventional.PEERS]
+    wanted = {n for one in only for n in names if n.lower().startswith(one.lower())}
+    for one in only:
+        if not any(name.lower().startswith(one.lower()) for name in names):
+            raise UserError(
+                "schema",
+                f"--only: the beginning of one of {', '.join(names)} expected, got "
+                f"{one}",
+                USAGE,
+            )
     found, missing = [], []
-    if "ours" in wanted:
-        for own in own_rows():
-            if spacing == 4 or (own.task == "none" and own.affine == "auto"):
-                plan = own.plan and own.plan._asdict()
-                settings = own._replace(plan=plan)._asdict()
+    for name in names:
+        if only and name not in wanted:
+            continue
+        if row := own.get(name):
+            if spacing == 4 or (row.task == "none" and row.affine == "auto"):
+                plan = row.plan and row.plan._asdict()
+                settings = row._replace(plan=plan)._asdict()
                 del settings["name"]
-                found.append(Method(own.name, settings, _version(), own))
-    for name, peer in conventional.PEERS.items():
-        if name.split()[0].lower() in wanted:
-            version = conventional.version(peer)
-            if version is None:
-                missing.append(name)
-            else:
-                found.append(Method(name, peer.settings, version))
+                found.append(Method(name, settings, _version(), row))
+            continue
+        peer = conventional.PEERS[name]
+        version = conventional.version(peer)
+        if version is None:
+            missing.append(name)
+        else:
+            found.append(Method(name, peer.settings, version))
     return found, missing
 
 
@@ -437,16 +445,13 @@ def race(
     todo: list[Pair], found: list[Method], out: Path, options: dict[str, Any], redo
 ) -> list[dict[str, Any]]:
     """Measures what is not in results.json; returns its rows of these settings."""
-    path = out / "results.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    key = ("spacing", "pair", "method")
-    table = {tuple(row[k] for k in key): row for row in rows}
-    session = None
+    path, session = out / "results.json", None
+    known = _rows(path)
     jobs = [(pair, method) for pair in todo for method in found]
     start, of = None, None
     for pair, method in tqdm(jobs, disable=not sys.stderr.isatty()):
         at = (options["spacing"], pair.name, method.name)
-        old = table.get(at, {"failed": "not yet"})
+        old = known.get(at, {"failed": "not yet"})
         same = [old.get(k) for k in ("settings", "version")] == [*method[1:3]]
         if "failed" not in old and same and not redo:
             continue
@@ -461,32 +466,34 @@ def race(
                 folder, start.fixed, start.moving, start.grid.vox2world
             )
         row = {
-            **dict(zip(key, at, strict=True)),
+            **dict(zip(_KEY, at, strict=True)),
             "task": pair.task,
             "settings": method.settings,
             "version": method.version,
             "date": datetime.date.today().isoformat(),
         }
-        table[at] = row | measure(method, pair, start, folder, options)
-        _save(path, list(table.values()))
-        tell = {k: v for k, v in table[at].items() if isinstance(v, float)}
-        said = table[at].get("failed") or ", ".join(
-            f"{k} {v:.2f}" for k, v in tell.items()
-        )
+        row |= measure(method, pair, start, folder, options)
+        # Read again: another run may have added rows of other methods.
+        known = _rows(path) | {at: row}
+        whole = path.with_suffix(".part")
+        whole.write_text(json.dumps({"rows": list(known.values())}, indent=1))
+        whole.replace(path)
+        tell = {k: v for k, v in row.items() if isinstance(v, float)}
+        said = row.get("failed") or ", ".join(f"{k} {v:.2f}" for k, v in tell.items())
         tqdm.write(f"{pair.name}: {method.name}: {said}", file=sys.stderr)
     names = {method.name for method in found}
     return [
         row
-        for row in table.values()
+        for row in known.values()
         if row["spacing"] == options["spacing"] and row["method"] in names
         if row["pair"] in {pair.name for pair in todo}
     ]
 
 
-def _save(path: Path, rows: list[dict[str, Any]]) -> None:
-    whole = path.with_suffix(".part")
-    whole.write_text(json.dumps({"rows": rows}, indent=1))
-    whole.replace(path)
+def _rows(path: Path) -> dict[tuple, dict[str, Any]]:
+    """Rows of results.json by what tells them apart."""
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return {tuple(row[k] for k in _KEY): row for row in rows}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -595,7 +602,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", "runs/peers", "Where rows and pictures go.")
     flags.DEFINE_enum("split", "val", ["val", "train"], "Head-neck patients.")
-    flags.DEFINE_list("only", [], "Tools by their first word, and ours.")
+    flags.DEFINE_list("only", [], "Methods whose names begin so; none: all.")
     flags.DEFINE_list("pairs", [], "Names of pairs; none: all.")
     flags.DEFINE_integer("spacing", 4, "mm of the working grid, 4 or 2.")
     flags.register_validator("spacing", lambda n: n in SHAPES, "4 or 2 expected")

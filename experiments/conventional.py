@@ -4,7 +4,8 @@
 
 is what experiments/compare_peers.py starts, a process per pair, so that seconds and
 memory are the tool's own: no JAX in here. FOLDER holds fixed.nii.gz and moving.nii.gz
-on one grid, air where there is no scan; field.npz and measured.json are written there.
+on one grid, air where there is no scan, and masks of where there is; field.npz and
+measured.json are written there.
 
 Every function of `PEERS` imports what it needs and returns another, which registers
 once, from the two files to a displacement in memory, x -> x + disp_mm(x), x in LPS mm.
@@ -28,9 +29,12 @@ import numpy as np
 
 from unireg_jax.imaging import grids, mapping, nifti
 from unireg_jax.imaging.grids import Field, Grid
+from unireg_jax.tasks import OUTSIDE_HU
 
 FIXED, MOVING = "fixed.nii.gz", "moving.nii.gz"
+MASKS = ("fixed_mask.nii.gz", "moving_mask.nii.gz")
 FIELD, MEASURED = "field.npz", "measured.json"
+_AIR_HU = np.int16(mapping.AIR_HU)
 _GREEDY = "-m NCC 2x2x2 -n 100x50x10"
 
 
@@ -50,7 +54,7 @@ class Peer(NamedTuple):
     programs: tuple[str, ...] = ()
 
 
-def greedy(folder: Path, threads: int) -> Callable[[], Field]:
+def greedy(folder: Path, threads: int, more: str = "") -> Callable[[], Field]:
     """Greedy: local correlation, three resolutions."""
     from picsl_greedy import Greedy3D
 
@@ -58,11 +62,17 @@ def greedy(folder: Path, threads: int) -> Callable[[], Field]:
         tool = Greedy3D()
         fixed, moving, out = (folder / n for n in (FIXED, MOVING, "greedy.nii.gz"))
         tool.execute(
-            f"-d 3 {_GREEDY} -i {fixed} {moving} -o {out} -threads {threads} -V 0"
+            f"-d 3 {_GREEDY} -i {fixed} {moving} -o {out} -threads {threads} -V 0{more}"
         )
         return mapping.read(out).fields[0]
 
     return run
+
+
+def greedy_masked(folder: Path, threads: int) -> Callable[[], Field]:
+    """The same, told where the scans end."""
+    fixed, moving = (folder / name for name in MASKS)
+    return greedy(folder, threads, f" -gm {fixed} -mm {moving}")
 
 
 def convex_adam(folder: Path, threads: int) -> Callable[[], Field]:
@@ -173,6 +183,7 @@ def deeds(folder: Path, threads: int) -> Callable[[], Field]:
 
 PEERS = {
     "greedy": Peer(greedy, _GREEDY, "picsl_greedy"),
+    "greedy with masks": Peer(greedy_masked, f"{_GREEDY} -gm -mm", "picsl_greedy"),
     "convexAdam": Peer(convex_adam, "MIND, its defaults", "convexadam"),
     "ANTs SyN": Peer(ants_syn, "SyNOnly, CC radius 4, 40x20x0", "antspyx"),
     "elastix": Peer(elastix, 'default map "bspline"', "itk-elastix"),
@@ -271,16 +282,17 @@ def _call(words: list[str]) -> None:
 def write_pair(
     folder: Path, fixed: np.ndarray, moving: np.ndarray, vox2world: np.ndarray
 ) -> None:
-    """Writes two images on one grid for `register`.
+    """Writes two images on one grid, and their masks, for `register`.
 
     Args:
         folder: exists.
-        fixed: [X, Y, Z] int16 HU.
-        moving: [X, Y, Z] int16 HU, pre-aligned.
+        fixed: [X, Y, Z] int16 HU; OUTSIDE_HU, where there is no scan, becomes air.
+        moving: [X, Y, Z] the same, pre-aligned.
         vox2world: [4, 4], voxel -> LPS mm.
     """
-    for name, image in ((FIXED, fixed), (MOVING, moving)):
-        nifti.write_volume(folder / name, image, vox2world)
+    for name, mask, image in zip((FIXED, MOVING), MASKS, (fixed, moving), strict=True):
+        nifti.write_volume(folder / name, np.maximum(image, _AIR_HU), vox2world)
+        nifti.write_volume(folder / mask, image != OUTSIDE_HU, vox2world)
 
 
 def register(name: str, folder: Path, threads: int) -> None:
