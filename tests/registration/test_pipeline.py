@@ -804,6 +804,16 @@ def test_register_warns_where_a_scan_shows_another_region(calm, bodies):
     assert "seen" not in result.settings  # nobody asked
 
 
+def test_register_warns_of_arrays_that_are_no_hu(calm, bodies):
+    (chest, _), places = scans_of(bodies, "chest", "chest")
+    mr = np.clip((chest.astype(float) + 1000) / 8, 0, 255).astype(np.int16)
+    result = run((mr, chest), places, task="chest", weights=calm, affine="none")
+    (line,) = result.warnings
+    assert line.startswith("task: fixed: a CT in Hounsfield units expected")
+    result = run((mr, mr), places, task="none", weights=calm, affine="none")
+    assert not result.warnings
+
+
 def test_register_rejects_an_unknown_fov(calm):
     with pytest.raises(ValueError, match="fov must be one of"):
         run(*pair(), task="chest", weights=calm, fov="patches")
