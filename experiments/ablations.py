@@ -220,8 +220,9 @@ def _chance(change: np.ndarray) -> str:
     return "< 0.001" if p < 1e-3 else f"{p:.3f}"
 
 
-def _span(ends: tuple[float, float]) -> str:
-    return "" if ends[0] != ends[0] else f" ({ends[0]:.2f} … {ends[1]:.2f})"
+def _span(ends: tuple[float, float], digits: int = 2) -> str:
+    low, high = (f"{end:.{digits}f}" for end in ends)
+    return "" if ends[0] != ends[0] else f" ({low} … {high})"
 
 
 def prealignments(data: Path, model, affine: str) -> dict:
@@ -254,8 +255,8 @@ def table_of_prealignments(results: dict[str, dict]) -> str:
             for task in real_results.LANDMARKS
         ]
         lines.append(
-            f"| {name} | {before.mean():.1f}{_span(interval(rows, before))} | "
-            f"**{after.mean():.1f}**{_span(interval(rows, after))} | "
+            f"| {name} | {before.mean():.1f}{_span(interval(rows, before), 1)} | "
+            f"**{after.mean():.1f}**{_span(interval(rows, after), 1)} | "
             f"{int((after > before).sum())} of {len(rows)} | {folds:.2f} | "
             f"{errors[0]} | {errors[1]} |"
         )

@@ -5,7 +5,9 @@
         --sources=experiments/sam_lite_sources.json
 
 Copies the run's weights into unireg_jax/weights/, completes their card: licence, data
-with their licences, and the measured results.
+with their licences, and the measured results. Two things depend on the weights and are
+then made anew: docs/weights.md by experiments.model_card, and the reference field of
+tests/registration/test_golden.py by that file.
 """
 
 import json
