@@ -75,7 +75,7 @@ def table(rows: list[dict]) -> str:
         return f"{np.mean(values):.1f} ({' / '.join(f'{v:.1f}' for v in values)})"
 
     lines = [
-        "| intensities | method | DSC % initial | affine | after it all | folds % |",
+        "| intensities | method | DSC % initial | affine | after | folds % |",
         "|---|---|---|---|---|---|",
     ]
     keys = dict.fromkeys((row["intensities"], row["method"]) for row in rows)
