@@ -10,7 +10,7 @@ from unireg_jax.tasks import TASKS
 from unireg_jax.verbs import options, outputs, versions
 from unireg_jax.verbs.messages import one_line
 
-HELP = "version, tasks, weights and their licence"
+HELP = "version, tasks and weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
