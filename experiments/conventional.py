@@ -12,6 +12,7 @@ once, from the two files to a displacement in memory, x -> x + disp_mm(x), x in 
 It raises ImportError where the tool is missing.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -297,8 +298,10 @@ def write_pair(
 
 def register(name: str, folder: Path, threads: int) -> None:
     """Registers the pair of a folder with a tool, and measures that."""
+    folder = folder.resolve()
     run = PEERS[name].prepare(folder, threads)
-    found, measured = measure(run)
+    with contextlib.chdir(folder):  # where some leave files of their own
+        found, measured = measure(run)
     write_result(folder, found, measured)
 
 
