@@ -129,6 +129,7 @@ class Start(NamedTuple):
 
     Attributes:
         grid: shape and vox2world.
+        kind: of the pre-alignment, as "auto" chose it.
         affine: [4, 4] fixed world -> moving world, LPS mm.
         body: [X, Y, Z] bool, of the fixed scan.
         fixed, moving: [X, Y, Z] int16 HU, OUTSIDE_HU where there is no scan.
@@ -137,6 +138,7 @@ class Start(NamedTuple):
     """
 
     grid: Grid
+    kind: str
     affine: np.ndarray
     body: np.ndarray
     fixed: np.ndarray
@@ -155,7 +157,8 @@ def settings_of(pair: Pair, task: str, affine: str) -> dict[str, str]:
 def begin(pair: Pair, session: registration.Session) -> Start:
     """Pre-aligns a pair and brings it onto its working grid."""
     fixed, moving = nifti.read_image(pair.fixed), nifti.read_image(pair.moving)
-    settings = settings_of(pair, "none", "auto")
+    # By its own task: "auto" looks at the region, too.
+    settings = settings_of(pair, _OWN_TASK, "auto")
     found = session.prepare(fixed, moving, settings, clock=registration.Clock())
     if pair.task == "headneck":
         truth = [nifti.read_labels(path) for path in pair.truth]
@@ -164,6 +167,7 @@ def begin(pair: Pair, session: registration.Session) -> Start:
         truth, target = points.read_points(pair.truth[0]), mapping.grid_of(fixed)
     return Start(
         found.layout.grid,
+        found.settings["affine_used"],
         found.matrix,
         found.body,
         found.fixed_hu,
@@ -292,8 +296,8 @@ def register(job: dict[str, Any], folder: Path) -> None:
     bare = own.task == "none" and plan is None
     # The shared start is found for its own row alone, and otherwise given.
     affine = own.affine
-    if affine == "auto" and not bare:
-        affine = np.array(job["affine"])
+    if affine == "auto":
+        affine = job["kind"] if bare else np.array(job["affine"])
 
     # What lies between two images on the grid and the displacement there.
     counted = ["affine"] if bare else ["network", "refine"]
@@ -399,6 +403,7 @@ def measure(
         job = {
             "pair": [str(x) for x in pair[:4]],
             "own": method.own._replace(plan=method.settings["plan"])._asdict(),
+            "kind": start.kind,
             "affine": start.affine.tolist(),
             "weights": options["weights"],
             "spacing": options["spacing"],

@@ -128,7 +128,7 @@ def start():
     matrix = np.eye(4)
     matrix[:3, 3] = (4, 0, 0)
     truth = race.points.PointPairs(("",) * len(world), world, world + SHIFT * SPACING)
-    return race.Start(grid, matrix, body, fixed, made(SHIFT)[0], grid, truth)
+    return race.Start(grid, "none", matrix, body, fixed, made(SHIFT)[0], grid, truth)
 
 
 def test_judge_counts_field_and_affine_once(start):
@@ -229,6 +229,7 @@ def test_own_run_measures_and_writes_a_field(tmp_path, monkeypatch):
     job = {
         "pair": ["liver", "liver", *(str(tmp_path / f"{n}.nii") for n in "ab")],
         "own": own,
+        "kind": "none",
         "affine": np.eye(4).tolist(),
         "weights": str(weights),
         "spacing": 4,
