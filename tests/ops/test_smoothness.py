@@ -1,4 +1,4 @@
-"""Diffusion and bending against closed forms, loops and finite differences."""
+"""Penalties and means of a field against closed forms, loops, finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -93,3 +93,25 @@ def test_rejects_thin_grid(function, least):
 def test_rejects_channels_first(function):
     with pytest.raises(ValueError, match=r"disp must be \(B, X, Y, Z, 3\)"):
         function(np.zeros((1, 3, 5, 6, 7), np.float32))
+
+
+@pytest.mark.parametrize("edge", [1, 3, 5])
+def test_box_mean_equals_a_loop(edge):
+    rng = np.random.default_rng(0)
+    disp = rng.normal(size=(2, 4, 6, 7, 3)).astype(np.float32)
+    half, expected = edge // 2, np.empty_like(disp)
+    for place in np.ndindex(4, 6, 7):
+        cube = tuple(slice(max(i - half, 0), i + half + 1) for i in place)
+        expected[(slice(None), *place)] = disp[(slice(None), *cube)].mean((1, 2, 3))
+    for function in (ops.box_mean, jax.jit(ops.box_mean, static_argnums=1)):
+        np.testing.assert_allclose(function(disp, edge), expected, atol=1e-6)
+
+
+def test_box_mean_keeps_a_constant_up_to_the_border():
+    disp = analytic.shift_disp((5, 6, 7), (1.0, -2.0, 3.0))
+    np.testing.assert_allclose(ops.box_mean(disp, 5), disp, rtol=1e-6)
+
+
+def test_box_mean_refuses_an_even_edge():
+    with pytest.raises(ValueError, match="odd and positive"):
+        ops.box_mean(analytic.shift_disp((5, 6, 7), (1.0, 0.0, 0.0)), 4)

@@ -734,7 +734,7 @@ def test_register_tiles_refine_every_window(calm):
     images, grids = long_pair()
     common = dict(task="lung", weights=calm, affine="none")
     plain = run(images, grids, **common)
-    plan = Plan(iterations=8, lr=0.5)
+    plan = Plan(iterations=8)
     result = run(images, grids, refine=plan, **common)
     assert result.qc["refine_after"] < result.qc["refine_before"]
     assert result.qc["ncc_after"] > plain.qc["ncc_after"] + 0.005

@@ -17,7 +17,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor, sam
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.ops import jacobian
+from unireg_jax.ops import jacobian, smoothness
 from unireg_jax.registration import batch, embedding, pipeline, refine, weights
 from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
@@ -35,10 +35,7 @@ ARCHITECTURE = {
     "field_level": 1,
     "conv_impl": "direct",
 }
-PLANS = {
-    "image": Plan(20, "image", smoothness=0.1, lr=0.2, divisor=2, window=5),
-    "mind": Plan(20, "mind", smoothness=0.1, lr=0.1, divisor=2),
-}
+PLANS = {"image": Plan(20, "image"), "mind": Plan(20, "mind")}
 
 
 def known_disp():
@@ -104,14 +101,33 @@ def test_refine_recovers_a_known_field(kind, scans, programs):
 
 
 def test_refine_unfolds_a_folded_start(scans):
-    """With nothing to compare, the folding term alone pulls."""
+    """With nothing to compare, the smoothing of the field alone acts."""
     axis = np.arange(SHAPE[0])
     folded = STILL.copy()
     folded[..., 0] = (3.0 * np.sin(axis / 1.6))[:, None, None]
-    _, program = compiled(Plan(20, smoothness=0.0, folding=10.0, lr=0.3, divisor=2))
+    _, program = compiled(Plan(20))
     out = program(scans, folded, np.zeros_like(EVERYWHERE))
     before, after = (float(jacobian.folding_fraction(d)[0]) for d in (folded, out.disp))
-    assert before > 0.2 and after < 0.5 * before
+    assert before > 0.2 and after == 0.0
+
+
+def test_refine_smoothness_weighs_more_than_once(scans):
+    """A fraction and several passes over the field."""
+    rough = []
+    for weight in (0.5, 8.0):
+        _, program = compiled(Plan(20, smoothness=weight))
+        out = program(scans, STILL, EVERYWHERE)
+        rough.append(float(smoothness.diffusion(out.disp)[0]))
+    assert rough[1] < 0.6 * rough[0]
+
+
+def test_refine_steps_are_as_long_as_asked(scans):
+    """One step on each grid and no smoothing of the field: at most 4 + 2 + 1 voxels."""
+    _, program = compiled(Plan(1, smoothness=0.0, step=0.25))
+    out = program(scans, STILL, EVERYWHERE)
+    length = np.linalg.norm(out.disp, axis=-1).max()
+    # Two steps on the coarsest grid, whose voxels are four of the finest.
+    assert 0.25 < length <= 0.25 * (2 * 4 + 2 + 1) + 1e-3
 
 
 def test_refine_without_iterations_is_exact(scans):
@@ -122,8 +138,8 @@ def test_refine_without_iterations_is_exact(scans):
 
 
 def test_refine_never_ends_worse_than_it_began(scans):
-    """A rate far too high, from the truth itself: the start is the best seen."""
-    _, program = compiled(PLANS["image"]._replace(lr=50.0, iterations=3))
+    """Steps far too long, from the truth itself: the start is the best seen."""
+    _, program = compiled(PLANS["image"]._replace(step=50.0, iterations=3))
     out = program(scans, known_disp(), EVERYWHERE)
     np.testing.assert_array_equal(out.cost_before, out.cost_after)
     np.testing.assert_array_equal(out.disp, known_disp())
@@ -167,7 +183,7 @@ def test_refine_holds_no_scatter(kind, programs):
         assert re.search(r"\bgather\"?\(", text)
         assert not re.search(r"\bscatter\"?\(", text)
         assert not re.search(r"\bselect[-_]and[-_]scatter\"?\(", text)
-        assert len(re.findall(r"\bwhile\"?\(", text)) >= 1  # one loop, in the program
+        assert len(re.findall(r"\bwhile\"?\(", text)) >= 1  # loops, in the program
 
 
 @pytest.fixture(scope="module")
@@ -214,9 +230,10 @@ def test_refiner_serves_all_tasks_and_reads_no_parameter(model, scans, monkeypat
     [
         ({"features": "sift"}, "features must be one of"),
         ({"iterations": -1}, "iterations must be at least 0"),
-        ({"lr": 0.0}, "lr must be positive"),
+        ({"step": 0.0}, "step must be positive"),
         ({"smoothness": float("nan")}, "smoothness must be"),
-        ({"features": "mind", "divisor": 1}, "multiple of 2 with 'mind'"),
+        ({"smoothness": 21.0}, "smoothness must be 0 to 20"),
+        ({"window": 4}, "window must be odd"),
     ],
 )
 def test_plan_refuses_what_cannot_be_done(change, match):
@@ -229,9 +246,8 @@ def test_refine_rejects_a_view_of_another_plan():
     wrong = refine.View(jnp.zeros((*half, 12)), jnp.ones((*half, 1)))
     with pytest.raises(ValueError, match="with `view` and the same plan"):
         refine.refine(STILL, wrong, wrong, plan=PLANS["image"])
-    with pytest.raises(ValueError, match="multiples of 8 voxels"):
-        plan = PLANS["mind"]._replace(divisor=8)
-        refine.refine(STILL[:, :, :4], wrong, wrong, plan=plan)
+    with pytest.raises(ValueError, match="multiples of 4 voxels"):
+        refine.refine(STILL[:, :, :6], wrong, wrong, plan=PLANS["mind"])
 
 
 @pytest.fixture(scope="module")

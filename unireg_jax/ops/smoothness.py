@@ -1,7 +1,9 @@
-"""Smoothness penalties of a displacement or velocity field."""
+"""Smoothness penalties of a displacement or velocity field, and smoothing."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from unireg_jax.ops.stencil import (
     central_difference,
@@ -80,3 +82,42 @@ def _check_size(disp, least):
         raise ValueError(
             f"disp must have at least {least} voxels along each axis, got {disp.shape}"
         )
+
+
+def box_mean(disp: jax.Array, edge: int) -> jax.Array:
+    """Mean over the cube about every voxel, cut at the border.
+
+    Three of them in a row come close to a Gaussian; one has the variance of a Gaussian
+    of sqrt((edge^2 - 1) / 12) voxels.
+
+    Args:
+        disp: [B, X, Y, Z, 3] float32, voxels.
+        edge: of the cube, odd, voxels.
+
+    Returns:
+        The same shape.
+
+    Raises:
+        ValueError: wrong shape or dtype, or an edge that is not odd.
+    """
+    check_disp(disp)
+    if edge < 1 or edge % 2 == 0:
+        raise ValueError(f"edge must be odd and positive, got {edge}; it has a centre")
+    # Components beside each other along the last axis: windows of a whole row at once,
+    # not of three values. A sum of slices would be fused with what it reads, and that
+    # computed again for each of them.
+    half = edge // 2
+    out = disp.reshape(*disp.shape[:3], -1)
+    for axis in (1, 2, 3):
+        stride = disp.shape[4] if axis == 3 else 1
+        size, dilation, pads = [1] * 4, [1] * 4, [(0, 0)] * 4
+        size[axis], dilation[axis] = edge, stride
+        pads[axis] = (half * stride, half * stride)
+        out = lax.reduce_window(
+            out, 0.0, lax.add, size, (1,) * 4, pads, window_dilation=dilation
+        )
+        index = np.arange(disp.shape[axis])
+        count = np.minimum(index, half) + np.minimum(index[::-1], half) + 1
+        share = jnp.asarray(np.repeat(1.0 / count, stride), jnp.float32)
+        out = out * lax.broadcast_in_dim(share, out.shape, (axis,))
+    return out.reshape(disp.shape)

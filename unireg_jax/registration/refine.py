@@ -1,21 +1,22 @@
-"""Instance optimisation: a few Adam steps on one pair, on top of any displacement.
+"""Instance optimisation: a pair's own similarity, followed from any displacement.
 
-The correction lives on a coarser grid than the network's and is smoothed in every step,
-as in SAMConvex (Z. Li et al., MICCAI 2023) and convexAdam; the network's parameters are
-not touched. One compiled loop; features are computed before it.
+The greedy algorithm (Yushkevich et al., greedy; the optimiser of ANTs' "greedy SyN" and
+of its like): in every step the gradient of the similarity is smoothed, scaled to a
+fixed length and composed with the displacement, which is smoothed in turn, on a
+pyramid of three grids. The network's parameters are not touched.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
-from unireg_jax.ops import intensity, jacobian, ncc, resample, smoothness, warp
+from unireg_jax.ops import intensity, ncc, resample, smoothness, warp
 from unireg_jax.registration.compiled import Described, check_shape
 from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.network import Model
@@ -25,9 +26,13 @@ LEVELS = {"mind": 2, "sam": 2, "image": 1}
 # HU that "image" compares. A correlation within windows needs no contrast of its own,
 # and the network's -800 HU as the lowest would leave the vessels of a lung out.
 HU_RANGE = (-1000.0, 1500.0)
-_LEAST_DETJ = 0.3  # a margin above 0, where a map folds
-# [1, 1, 1] / 3 three times over, SAMConvex's three average pools along one axis.
-_KERNEL = (1 / 27, 3 / 27, 6 / 27, 7 / 27, 6 / 27, 3 / 27, 1 / 27)
+# Voxels of the network's grid per voxel of a level, along an axis, and steps there in
+# shares of `Plan.iterations`: 100, 50 and 10 for 50.
+PYRAMID = ((4, 2.0), (2, 1.0), (1, 0.2))
+MOST_SMOOTHNESS = 20.0  # passes over the field in every step
+# Edges of the boxes that smooth a step, one after another: a Gaussian of 1.6 voxels.
+_STEP_BOXES = (5, 3)
+_FIELD_BOX = 3
 
 
 class Plan(NamedTuple):
@@ -36,31 +41,23 @@ class Plan(NamedTuple):
     Defaults chosen on head-neck scans at 4 mm, see experiments/benchmark_refine.py.
 
     Attributes:
-        iterations: Adam steps; 0 leaves the displacement as it is.
+        iterations: steps on the grid of half resolution; twice as many before on that
+            of a quarter, a fifth after on the full one, see `PYRAMID`. 0 leaves the
+            displacement as it is.
         features: "image", squared local correlation of HU within `HU_RANGE`; "mind" or
-            "sam", squared difference of unit feature vectors at half resolution, the
-            fine map of models/features.
-        smoothness: weight of the whole field's diffusion, of differences in voxels per
-            voxel, against a similarity of at most 1. SAMConvex's 1000, on fields in
-            [-1, 1] units, is about 1.3 at 96 voxels.
-        folding: weight of the mean of max(0, 0.3 - detj) over the correction's grid,
-            detj of the whole field there; keeps it from folding. 0 leaves it out.
-        lr: learning rate, voxels of the correction's own grid.
-        eps: of Adam, against the gradient of the cost's sum over voxels. Of the order
-            of that gradient, flat places move less than edges.
-        divisor: voxels of the network's grid per voxel of the correction, along an
-            axis; a multiple of 2 with "mind" and "sam".
-        window: edge of the window of "image", voxels.
+            "sam", squared difference of unit feature vectors, down to half resolution,
+            the fine map of models/features.
+        smoothness: how often the displacement becomes the mean of its 3^3 neighbours in
+            every step; a fraction counts in part. 1 is a Gaussian of 0.8 voxels.
+        step: greatest length of a step, voxels of its grid.
+        window: edge of the window of "image", voxels of its grid.
     """
 
     iterations: int = 50
     features: str = "image"
-    smoothness: float = 4.0
-    folding: float = 10.0
-    lr: float = 0.1
-    eps: float = 1e-2
-    divisor: int = 2
-    window: int = 9
+    smoothness: float = 0.5
+    step: float = 0.5
+    window: int = 5
 
 
 class View(NamedTuple):
@@ -97,18 +94,21 @@ def refine(
     *,
     plan: Plan,
 ) -> Refined:
-    """Lowers the cost of a displacement by Adam steps on a smooth correction.
+    """Follows the similarity of a pair from a displacement to a better one.
 
-    out = disp + upsample(S d),   S the smoothing, d from 0
-    cost = 1 - similarity + smoothness * diffusion + folding * mean max(0, 0.3 - detj)
-    of the whole displacement
+    u <- S2 (s + u(x + s)),   s = step * S1 g / max |S1 g|
 
-    The cost is that of the correction on the cost's own grid. The best correction seen
-    is returned, `disp` itself if none is better.
+    g is the gradient of the similarity, S1 and S2 are box means, u the whole
+    displacement on the grid of a level; what it gained there is up-sampled and added to
+    the finer start. Steps shorter than the smoothing keep the map from folding. The
+    result is compared with the start on the finest grid, and the start kept if it is
+    the better one.
+
+    cost = 1 - similarity
 
     Args:
         disp: [B, X, Y, Z, 3] float32, voxels; a network's, or zeros. X, Y, Z multiples
-            of plan.divisor.
+            of 4.
         fixed: from `view`, B volumes.
         moving: the same, pre-aligned on the fixed grid.
         mask: [B, X, Y, Z] bool, where to compare; None is the whole fixed scan.
@@ -121,60 +121,35 @@ def refine(
         ValueError: the plan is not as above, or shapes do not fit.
     """
     check_plan(plan)
-    level = LEVELS[plan.features]
-    _check(disp, fixed, moving, mask, plan)
+    finest = LEVELS[plan.features]
+    _check(disp, fixed, moving, mask, finest)
     disp, fixed, moving = jax.lax.stop_gradient((disp, fixed, moving))
-    start = resample.downsample_disp(disp, level) if level > 1 else disp
-    coarse = resample.downsample_disp(disp, plan.divisor)
-    weight = fixed.valid[..., 0]
+    weight = None
     if mask is not None:
-        share = mask[..., None].astype(jnp.float32)
-        weight = weight * resample.downsample_mean(share, level)[..., 0]
-    scanned = jnp.concatenate([moving.values, moving.valid], axis=-1)
+        weight = mask[..., None].astype(jnp.float32)
 
-    def costs(correction):
-        """[B], of a smoothed correction."""
-        whole = correction
-        if plan.divisor > level:
-            whole = resample.upsample_disp(correction, plan.divisor // level)
-        whole = start + whole
-        likeness = _likeness(fixed.values, moving, scanned, weight, whole, plan)
-        cost = 1.0 - likeness + plan.smoothness * smoothness.diffusion(whole)
-        if plan.folding:
-            detj = jacobian.determinant(coarse + correction)
-            narrow = jnp.mean(jnp.maximum(_LEAST_DETJ - detj, 0.0), axis=(1, 2, 3))
-            cost = cost + plan.folding * narrow
-        return cost
+    levels = [(factor, share) for factor, share in PYRAMID if factor >= finest]
+    gain, before = None, 0
+    for factor, share in levels:
+        start = _coarser_disp(disp, factor)
+        whole = start
+        if gain is not None:
+            whole = start + _finer_disp(gain, before // factor)
+        costs = _costs_at(factor, finest, fixed, moving, weight, plan)
+        count = math.ceil(share * plan.iterations)
+        whole = jax.lax.fori_loop(0, count, _stepper(costs, plan), whole)
+        gain, before = whole - start, factor
 
-    def summed(correction):
-        values = costs(correction)
-        return values.sum(), values
-
-    optimizer = optax.adam(plan.lr, eps=plan.eps)
-    count = float(np.prod(start.shape[1:4]))
-
-    def step(_, carry):
-        d, state, best, least, before = carry
-        correction = _smooth(d)
-        (_, values), slope = jax.value_and_grad(summed, has_aux=True)(correction)
-        best, least = _better(correction, values, best, least)
-        before = jnp.where(jnp.isfinite(before), before, values)
-        # S is its own adjoint.
-        update, state = optimizer.update(_smooth(slope) * count, state)
-        return d + update, state, best, least, before
-
-    shape = (*(n // plan.divisor for n in disp.shape[1:4]), 3)
-    still = jnp.zeros((disp.shape[0], *shape), jnp.float32)
-    none = jnp.full(disp.shape[0], jnp.inf)
-    carry = (still, optimizer.init(still), still, none, none)
-    d, _, best, least, before = jax.lax.fori_loop(0, plan.iterations, step, carry)
-    correction = _smooth(d)
-    values = costs(correction)
-    best, least = _better(correction, values, best, least)
-    before = jnp.where(jnp.isfinite(before), before, values)
-    # A start that is not finite has no cost: it stays as it is.
-    least = jnp.where(jnp.isfinite(before), least, before)
-    return Refined(disp + resample.upsample_disp(best, plan.divisor), before, least)
+    cost_before, cost_after = costs(start), costs(whole)
+    # Neither a start without a cost nor a worse end: NaN is never at most anything.
+    better = cost_after <= cost_before
+    gain = _finer_disp(gain, finest)
+    where = jnp.broadcast_to(jnp.expand_dims(better, (1, 2, 3, 4)), disp.shape)
+    return Refined(
+        jnp.where(where, disp + gain, disp),
+        cost_before,
+        jnp.where(better, cost_after, cost_before),
+    )
 
 
 def view(
@@ -216,8 +191,7 @@ def check_plan(plan: Plan) -> None:
         plan: see Plan.
 
     Raises:
-        ValueError: unknown features, a number out of range, or a divisor that is no
-            multiple of the level of the features.
+        ValueError: unknown features, or a number out of range.
     """
     if plan.features not in LEVELS:
         raise ValueError(
@@ -225,18 +199,13 @@ def check_plan(plan: Plan) -> None:
         )
     if plan.iterations < 0:
         raise ValueError(f"iterations must be at least 0, got {plan.iterations}")
-    for name in ("lr", "eps"):
-        if not 0 < getattr(plan, name) < np.inf:
-            raise ValueError(
-                f"{name} must be positive, got {getattr(plan, name)}; see Plan"
-            )
-    for name in ("smoothness", "folding"):
-        if not 0 <= getattr(plan, name) < np.inf:
-            raise ValueError(f"{name} must be at least 0, got {getattr(plan, name)}")
-    if plan.divisor not in (1, 2, 4, 8) or plan.divisor % LEVELS[plan.features]:
+    if not 0 < plan.step < np.inf:
+        raise ValueError(f"step must be positive, got {plan.step}; see Plan")
+    if plan.window < 3 or plan.window % 2 == 0:
+        raise ValueError(f"window must be odd and at least 3, got {plan.window}")
+    if not 0 <= plan.smoothness <= MOST_SMOOTHNESS:
         raise ValueError(
-            f"divisor must be 1, 2, 4 or 8 and a multiple of {LEVELS[plan.features]} "
-            f"with {plan.features!r}, got {plan.divisor}"
+            f"smoothness must be 0 to {MOST_SMOOTHNESS}, got {plan.smoothness}"
         )
 
 
@@ -336,6 +305,65 @@ def _refine_described(fixed, moving, extractor, body, disp, *, plan, described):
     return refine(disp, *views, body, plan=plan)
 
 
+def _coarser_disp(disp, factor):
+    return disp if factor == 1 else resample.downsample_disp(disp, factor)
+
+
+def _finer_disp(disp, factor):
+    return disp if factor == 1 else resample.upsample_disp(disp, factor)
+
+
+def _costs_at(factor, finest, fixed, moving, weight, plan):
+    """Cost of displacements on the grid of one level, as a function: [B]."""
+    fixed, moving = (_coarser(scan, factor // finest) for scan in (fixed, moving))
+    share = fixed.valid[..., 0]
+    if weight is not None:
+        share = share * resample.downsample_mean(weight, factor)[..., 0]
+    scanned = jnp.concatenate([moving.values, moving.valid], axis=-1)
+
+    def costs(disp):
+        return 1.0 - _likeness(fixed.values, moving, scanned, share, disp, plan)
+
+    return costs
+
+
+def _coarser(scan: View, factor: int) -> View:
+    """Means over blocks of what lies inside the scan; -1, air, where nothing does."""
+    if factor == 1:
+        return scan
+    valid = resample.downsample_mean(scan.valid, factor)
+    total = resample.downsample_mean(scan.values * _spread(scan), factor)
+    share = jnp.broadcast_to(valid, total.shape)
+    values = jnp.where(share > 0.0, total / jnp.where(share > 0.0, share, 1.0), -1.0)
+    return View(values, valid)
+
+
+def _spread(scan: View) -> jax.Array:
+    """Validity for every channel."""
+    return jnp.broadcast_to(scan.valid, scan.values.shape)
+
+
+def _stepper(costs, plan):
+    """Body of a level's loop."""
+    slope_of = jax.grad(lambda disp: costs(disp).sum())
+    passes = math.ceil(plan.smoothness)
+    part = plan.smoothness / max(passes, 1)
+
+    def step(_, disp):
+        downhill = -slope_of(disp)
+        for edge in _STEP_BOXES:
+            downhill = smoothness.box_mean(downhill, edge)
+        longest = jnp.sqrt(jnp.max(jnp.sum(downhill**2, axis=-1), axis=(1, 2, 3)))
+        scale = plan.step / jnp.where(longest > 0.0, longest, jnp.inf)
+        scale = jnp.expand_dims(scale, (1, 2, 3, 4))
+        disp = warp.compose(downhill * jnp.broadcast_to(scale, downhill.shape), disp)
+        for _ in range(passes):
+            disp = disp + part * (smoothness.box_mean(disp, _FIELD_BOX) - disp)
+        return disp
+
+    return step
+
+
 def _likeness(fixed, moving, scanned, weight, disp, plan):
     """Similarity of the warped moving view, [B], at most 1, 0 without common voxels."""
     if plan.features == "image":
@@ -354,40 +382,16 @@ def _likeness(fixed, moving, scanned, weight, disp, plan):
     return summed / jnp.where(total > 0.0, total, 1.0)
 
 
-def _smooth(field):
-    """Three 3^3 means in one, zeros beyond the border: symmetric in place and weight.
-
-    The barrier keeps XLA from computing the first axes again for each tap of the last.
-    """
-    half = len(_KERNEL) // 2
-    for axis in (1, 2, 3):
-        pads = [(half, half) if a == axis else (0, 0) for a in range(field.ndim)]
-        padded, size = jnp.pad(field, pads), field.shape[axis]
-        taps = (
-            weight * jax.lax.slice_in_dim(padded, k, k + size, axis=axis)
-            for k, weight in enumerate(_KERNEL)
-        )
-        field = jax.lax.optimization_barrier(sum(taps))
-    return field
-
-
-def _better(correction, values, best, least):
-    """Keeps the cheaper correction of each example; NaN is never cheaper."""
-    wins = values < least
-    where = jnp.broadcast_to(jnp.expand_dims(wins, (1, 2, 3, 4)), best.shape)
-    return jnp.where(where, correction, best), jnp.where(wins, values, least)
-
-
-def _check(disp, fixed, moving, mask, plan):
+def _check(disp, fixed, moving, mask, finest):
     """Shapes of everything, on the network's grid and on the cost's."""
     warp.check_disp(disp)
-    grid, level = disp.shape[:4], LEVELS[plan.features]
-    if any(n % plan.divisor for n in grid[1:]):
+    grid, coarsest = disp.shape[:4], PYRAMID[0][0]
+    if any(n % coarsest for n in grid[1:]):
         raise ValueError(
-            f"disp must have multiples of {plan.divisor} voxels along each axis, got "
-            f"{disp.shape}; pad it or use a smaller divisor"
+            f"disp must have multiples of {coarsest} voxels along each axis, got "
+            f"{disp.shape}; pad it"
         )
-    expected = (grid[0], *(n // level for n in grid[1:]))
+    expected = (grid[0], *(n // finest for n in grid[1:]))
     for name, scan in (("fixed", fixed), ("moving", moving)):
         if scan.values.shape[:4] != expected or scan.valid.shape != (*expected, 1):
             raise ValueError(
