@@ -23,6 +23,7 @@ from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
 from unireg_jax.registration.refine import Plan
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
+from unireg_jax.verbs import options
 from unireg_jax.verbs import results as verb
 
 SHAPE = (32, 16, 48)
@@ -294,10 +295,14 @@ def test_command_register_optimises_and_records_it(files, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--io-iterations", "-1"])
     assert "whole number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--io-iterations", "2", "--reg-weight", "21"])
+    assert "from 0 to 20 expected" in capsys.readouterr().err
 
 
 def test_choices_are_those_of_refine():
     assert verb.IO_FEATURES == tuple(sorted(refine.LEVELS))
+    assert options.MOST_SMOOTHNESS == refine.MOST_SMOOTHNESS
 
 
 def test_many_pairs_are_refined_as_one(files, model):

@@ -5,6 +5,9 @@ import argparse
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
 
+# That of registration/refine.py, which a command line is read without.
+MOST_SMOOTHNESS = 20.0
+
 
 def add_messages(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
     """--quiet, --json and --debug, which every verb has."""
@@ -104,3 +107,13 @@ def weight(text: str) -> float:
             f"a number of at least 0 such as 1.5 expected, got {text[:40]!r}"
         )
     return weight
+
+
+def smoothness(text: str) -> float:
+    """Of an instance optimisation."""
+    value = weight(text)
+    if value > MOST_SMOOTHNESS:
+        raise argparse.ArgumentTypeError(
+            f"a number from 0 to {MOST_SMOOTHNESS:g} expected, got {text[:40]!r}"
+        )
+    return value
