@@ -104,7 +104,7 @@ def landmarks(
             result.warped,
             registration.residual_mm(result),
             fixed.spacing_mm,
-            title=f"{task}: TRE {affine.mean():.2f} -> {network.mean():.2f} mm",
+            title=f"{task}: TRE {aligned.mean():.2f} -> {network.mean():.2f} mm",
         )
     stages = {"initial": initial, "affine": aligned, "network": network}
     return {
