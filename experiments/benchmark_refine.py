@@ -2,22 +2,24 @@
 
     python -m experiments.benchmark_refine --shape=96,96,80 --shape=192,192,160
     python -m experiments.benchmark_refine --data=FOLDER [--split=train]
+    python -m experiments.benchmark_refine --data=FOLDER --smoothness=0.25,0.5,1
 
 The first form times the default plans on textured volumes: seconds of CPU and of the
 clock of all steps, of `--iterations`, taken as the difference to none; seconds to
 compile; scratch. Where PyTorch is installed, the same steps run in turn with ours, and
 both costs after the last one are printed.
 
-The second form registers pairs of the real collection through `registration`, with 0
-and 50 iterations: the 12 ordered pairs of the held-out head-neck patients or, with
---split=train, 4 pairs of others, on which the defaults were chosen; the liver phases
-and the two lung scans, which have no other pair.
+The others register pairs of the real collection through `registration`, with 0 and 50
+iterations or with several weights of the smoothness: the 12 ordered pairs of the
+held-out head-neck patients or, with --split=train, 4 pairs of others, on which the
+defaults were chosen; the liver phases and the two lung scans, which have no other pair.
 """
 
 import functools
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -246,15 +248,16 @@ def _torch_loop(disp, fixed, moving, plan):
 # --- real scans ---------------------------------------------------------------------
 
 
-def judge(data: Path, model, split: str) -> list[dict]:
+def judge(data: Path, model, split: str, runs: Sequence[Run] = RUNS) -> list[dict]:
     """One row per pair and run.
 
     Args:
         data: folder of the collection.
         model: from `load_model`.
         split: "val", the held-out patients, or "train".
+        runs: what to do with each pair.
     """
-    sessions = {run.plan: pipeline.Session(model, refine=run.plan) for run in RUNS}
+    sessions = {run.plan: pipeline.Session(model, refine=run.plan) for run in runs}
     folder = data / "headneck_openkbp"
     pairs = TRAIN_PAIRS
     if split == "val":
@@ -277,7 +280,7 @@ def judge(data: Path, model, split: str) -> list[dict]:
             truth = points.read_points(data / LANDMARKS[task][2])
         usual = TASKS[task].pair_type.name.lower()
         found: dict[str, np.ndarray | str] = {}
-        for run in RUNS:
+        for run in runs:
             named = pipeline.check_settings(
                 task if run.network else "none", usual, run.affine
             )
@@ -294,6 +297,7 @@ def judge(data: Path, model, split: str) -> list[dict]:
                     "run": run,
                     "score": _score(task, result, truth),
                     "fold_percent_network": result.qc["fold_percent_network"],
+                    "sdlogj_network": result.qc["sdlogj_network"],
                     "seconds": result.timings.get("refine", 0.0),
                 }
             )
@@ -312,35 +316,37 @@ def _score(task, result, truth) -> float:
     return float(error.mean())
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: one row per run."""
+def table(rows: list[dict], runs: Sequence[Run] = RUNS) -> str:
+    """Markdown: one row per run; "better" than the first one."""
     lines = [
-        "| start | features | iterations | head-neck DSC₇, mean (min … max) | "
-        "pairs better | folds %, mean (max) | liver TRE mm | lung TRE mm | "
-        "folds %, liver, lung | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| start | features | iterations | smoothness | head-neck DSC₇, mean "
+        "(min … max) | pairs better | folds %, mean (max) | SDlogJ | liver TRE mm | "
+        "lung TRE mm | folds %, liver, lung | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def column(run, task, key):
         chosen = [r for r in rows if r["run"] == run and r["task"] == task]
         return np.array([r[key] for r in chosen])
 
-    base = column(RUNS[0], "headneck", "score")
-    for run in RUNS:
+    base = column(runs[0], "headneck", "score")
+    for run in runs:
         plan = run.plan
-        dsc, folds, seconds = (
+        dsc, folds, uneven, seconds = (
             column(run, "headneck", k)
-            for k in ("score", "fold_percent_network", "seconds")
+            for k in ("score", "fold_percent_network", "sdlogj_network", "seconds")
         )
         tre = [column(run, task, "score")[0] for task in LANDMARKS]
         other = [column(run, task, "fold_percent_network")[0] for task in LANDMARKS]
         start = run.affine + " + network" * run.network
         name = plan.features if plan.iterations else "none"
+        weight = f"{plan.smoothness:g}" if plan.iterations else ""
         lines.append(
-            f"| {start} | {name} | {plan.iterations} | **{dsc.mean():.1f}** "
+            f"| {start} | {name} | {plan.iterations} | {weight} | **{dsc.mean():.1f}** "
             f"({dsc.min():.1f} … {dsc.max():.1f}) | "
             f"{int((dsc > base).sum())} of {len(dsc)} | "
-            f"{folds.mean():.2f} ({folds.max():.2f}) | {tre[0]:.2f} | {tre[1]:.2f} | "
+            f"{folds.mean():.2f} ({folds.max():.2f}) | {uneven.mean():.2f} | "
+            f"{tre[0]:.2f} | {tre[1]:.2f} | "
             f"{other[0]:.2f}, {other[1]:.2f} | {np.median(seconds):.1f} |"
         )
     return "\n".join(lines)
@@ -353,7 +359,11 @@ def main(argv) -> None:
     options = flags.FLAGS
     if options.data:
         model = registration.load_model(options.weights)
-        print(table(judge(Path(options.data), model, options.split)))
+        runs = RUNS
+        if options.smoothness:
+            weights = [float(w) for w in options.smoothness]
+            runs = [Run("auto", False, Plan(50, smoothness=w)) for w in weights]
+        print(table(judge(Path(options.data), model, options.split, runs), runs))
         return
     print(
         "| grid | features | CPU s | wall s | compile s | scratch MiB | cost after | "
@@ -373,5 +383,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 3, "Counted runs.", lower_bound=1)
     flags.DEFINE_string("data", None, "Folder of the collection: accuracy instead.")
     flags.DEFINE_enum("split", "val", ["val", "train"], "Head-neck patients.")
+    flags.DEFINE_list("smoothness", [], "Numbers: no network, with each of them.")
     flags.DEFINE_string("weights", None, "File; none: the package's own.")
     app.run(main)
