@@ -229,7 +229,7 @@ def _torch_loop(disp, fixed, moving, plan):
 
     def run():
         gain = None
-        for factor, share in refine.PYRAMID:
+        for factor, share in refine.pyramid(disp.shape[1:4]):
             if factor < finest:
                 break
             cost, sample, start = level(factor)

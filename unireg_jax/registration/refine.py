@@ -3,11 +3,12 @@
 The greedy algorithm (Yushkevich et al., greedy; the optimiser of ANTs' "greedy SyN" and
 of its like): in every step the gradient of the similarity is smoothed, scaled to a
 fixed length and composed with the displacement, which is smoothed in turn, on a
-pyramid of three grids. The network's parameters are not touched.
+pyramid of grids. The network's parameters are not touched.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +27,10 @@ LEVELS = {"mind": 2, "sam": 2, "image": 1}
 # HU that "image" compares. A correlation within windows needs no contrast of its own,
 # and the network's -800 HU as the lowest would leave the vessels of a lung out.
 HU_RANGE = (-1000.0, 1500.0)
-# Voxels of the network's grid per voxel of a level, along an axis, and steps there in
-# shares of `Plan.iterations`: 100, 50 and 10 for 50.
-PYRAMID = ((4, 2.0), (2, 1.0), (1, 0.2))
+# The coarsest grid has at least so many voxels along each axis: voxels of 16 mm on the
+# grid of a body, where one vertebra is not mistaken for the next.
+_LEAST_VOXELS = 20
+_LEAST_FACTOR = 4
 MOST_SMOOTHNESS = 20.0  # passes over the field in every step
 # Edges of the boxes that smooth a step, one after another: a Gaussian of 1.6 voxels.
 _STEP_BOXES = (5, 3)
@@ -41,8 +43,8 @@ class Plan(NamedTuple):
     Defaults chosen on head-neck scans at 4 mm, see experiments/benchmark_refine.py.
 
     Attributes:
-        iterations: steps on the grid of half resolution; twice as many before on that
-            of a quarter, a fifth after on the full one, see `PYRAMID`. 0 leaves the
+        iterations: steps on the second of three or more grids; twice as many before on
+            the coarsest, a fifth after on the full one, see `pyramid`. 0 leaves the
             displacement as it is.
         features: "image", squared local correlation of HU within `HU_RANGE`; "mind" or
             "sam", squared difference of unit feature vectors, down to half resolution,
@@ -128,7 +130,7 @@ def refine(
     if mask is not None:
         weight = mask[..., None].astype(jnp.float32)
 
-    levels = [(factor, share) for factor, share in PYRAMID if factor >= finest]
+    levels = [level for level in pyramid(disp.shape[1:4]) if level[0] >= finest]
     gain, before = None, 0
     for factor, share in levels:
         start = _coarser_disp(disp, factor)
@@ -150,6 +152,29 @@ def refine(
         cost_before,
         jnp.where(better, cost_after, cost_before),
     )
+
+
+def pyramid(shape: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    """Says on which grids `refine` works, coarsest first.
+
+    Args:
+        shape: (X, Y, Z) voxels of the network's grid.
+
+    Returns:
+        Voxels of that grid per voxel of the level, along an axis, and steps there in
+        shares of `Plan.iterations`: 2, 1, 0.4 for all between, and 0.2. 100, 50 and 10
+        steps at 96x96x80, 100, 50, 20 and 10 at 192x192x160.
+    """
+    coarsest = _LEAST_FACTOR
+    while all(
+        n % (2 * coarsest) == 0 and n // (2 * coarsest) >= _LEAST_VOXELS for n in shape
+    ):
+        coarsest *= 2
+    factors = [coarsest]
+    while factors[-1] > 1:
+        factors.append(factors[-1] // 2)
+    shares = (2.0, 1.0, *[0.4] * (len(factors) - 3), 0.2)
+    return tuple(zip(factors, shares, strict=True))
 
 
 def view(
@@ -385,10 +410,10 @@ def _likeness(fixed, moving, scanned, weight, disp, plan):
 def _check(disp, fixed, moving, mask, finest):
     """Shapes of everything, on the network's grid and on the cost's."""
     warp.check_disp(disp)
-    grid, coarsest = disp.shape[:4], PYRAMID[0][0]
-    if any(n % coarsest for n in grid[1:]):
+    grid = disp.shape[:4]
+    if any(n % _LEAST_FACTOR for n in grid[1:]):
         raise ValueError(
-            f"disp must have multiples of {coarsest} voxels along each axis, got "
+            f"disp must have multiples of {_LEAST_FACTOR} voxels along each axis, got "
             f"{disp.shape}; pad it"
         )
     expected = (grid[0], *(n // finest for n in grid[1:]))
