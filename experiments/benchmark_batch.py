@@ -142,7 +142,7 @@ def commands(
     listed.write_text("\n".join(["id,fixed,moving,task", *lines]) + "\n")
     unireg = (sys.executable, "-m", "unireg_jax")
     common = ("--overwrite", "--quiet", "--affine", pairs[0].affine)
-    common = (*common, "--weights", weights)
+    common = (*common, "--weights", weights, "--io-iterations", "0")
 
     def many():
         start((*unireg, "batch", listed, "--out", out / "batch", *common))

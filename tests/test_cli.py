@@ -134,6 +134,7 @@ def command(paths, out, network, *more):
         "register",
         *("--fixed", paths["fixed"], "--moving", paths["moving"]),
         *("--out", str(out), "--task", "lung", "--weights", network),
+        *("--io-iterations", "0"),  # a compilation less
         *more,
     ]
 

@@ -279,6 +279,7 @@ def test_gate_of_a_batch_fails_the_bad_case_alone(apart, tmp_path):
     argv = [
         *("batch", str(listed), "--out", str(out), "--task", "chest"),
         *("--weights", still, "--affine", "none", "--qc-gate", "--quiet"),
+        *("--io-iterations", "0"),
     ]
     assert cli.main(argv) == errors.PARTLY
     assert record(out, "good")["status"] == "ok"

@@ -132,7 +132,7 @@ def command(folder: Path, name: str, out: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "unireg_jax", "batch", str(folder / name)),
         *("--out", str(out), "--task", "lung", "--affine", "none", "--skip-existing"),
-        *("--weights", str(folder / "tiny.safetensors")),
+        *("--weights", str(folder / "tiny.safetensors"), "--io-iterations", "0"),
     ]
 
 

@@ -131,6 +131,14 @@ def test_refine_steps_are_as_long_as_asked(scans):
     assert 0.25 < length <= 0.25 * (2 * 4 + 2 + 1) + 1e-3
 
 
+def test_pyramid_starts_as_coarse_as_the_body_allows():
+    assert refine.pyramid((96, 96, 80)) == ((4, 2.0), (2, 1.0), (1, 0.2))
+    assert refine.pyramid((96, 96, 160)) == refine.pyramid((96, 96, 80))
+    fine = ((8, 2.0), (4, 1.0), (2, 0.4), (1, 0.2))
+    assert refine.pyramid((192, 192, 160)) == fine
+    assert refine.pyramid(SHAPE)[0][0] == 4  # however small
+
+
 def test_refine_without_iterations_is_exact(scans):
     _, program = compiled(PLANS["mind"]._replace(iterations=0))
     out = program(scans, known_disp(), EVERYWHERE)
@@ -278,18 +286,19 @@ def test_command_register_optimises_and_records_it(files, tmp_path, capsys):
         *("register", "-f", files["fixed"], "-m", files["moving"], "--task", "lung"),
         *("--weights", files["weights"], "-o", str(tmp_path), "--json"),
     ]
-    plan = ("--io-iterations", "3", "--io-features", "image", "--io-smoothness", "2.5")
+    plan = ("--io-features", "image", "--io-smoothness", "2.5")
     assert cli.main([*arguments, *plan]) == 0
     record = json.loads(capsys.readouterr().out)
     used = record["settings"]["refine"]
     assert (used["iterations"], used["features"], used["smoothness"]) == (
-        *(3, "image", 2.5),
+        *(50, "image", 2.5),  # without being asked for
     )
     qc = record["qc"]
     assert qc["refine_after"] < qc["refine_before"]
     assert record["timings"]["refine"] > 0
 
     line = [*arguments, "--case", "other", "--io-smoothness", "1"]
+    line += ["--io-iterations", "0"]
     assert cli.main(line) == errors.USAGE
     assert "need --io-iterations" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -131,7 +131,7 @@ def mismatch(seen: Seen, region: Region | str | None) -> str | None:
     if seen.why == _NO_HU:
         return (
             f"a CT in Hounsfield units expected, {_NO_HU}: the network knows nothing "
-            "else; of an MR use --task none with --io-iterations, or none at all"
+            "else; of an MR use --task none"
         )
     if not seen.shares:
         return None

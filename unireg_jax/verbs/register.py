@@ -20,8 +20,7 @@ HELP = "one pair of scans -> transform and warped image"
 EXAMPLES = """examples:
   unireg register -f fixed.nii.gz -m moving.nii.gz --task abdomen -o results
   unireg register -f day1_dicom -m day2_dicom --task auto --type intra -o results
-  unireg register -f f.nii.gz -m m.nii.gz --task chest -o results \\
-      --io-iterations 50 --reg-weight 2
+  unireg register -f f.nii.gz -m m.nii.gz --task chest -o results --reg-weight 2
 """
 
 

@@ -74,10 +74,10 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
     add(
         "--io-iterations",
         type=options.count,
-        default=0,
+        default=50,
         metavar="N",
-        help="instance optimisation of each pair: steps at half resolution, twice as "
-        "many before at a quarter, a fifth after at full; 50 is enough, default 0",
+        help="instance optimisation of each pair: steps on the second of its grids, "
+        "twice as many on the coarsest, a fifth on the finest; default 50, 0 for none",
     )
     add(
         "--io-features",
@@ -97,7 +97,7 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuses options of an instance optimisation that is not asked for."""
+    """Refuses options of an instance optimisation that is left out."""
     if not args.io_iterations and (args.io_features or args.reg_weight is not None):
         raise UserError(
             "schema",
