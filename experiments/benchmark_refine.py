@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark_refine --shape=96,96,80 --shape=192,192,160
     python -m experiments.benchmark_refine --data=FOLDER [--split=train]
-    python -m experiments.benchmark_refine --data=FOLDER --smoothness=0.25,0.5,1
+    python -m experiments.benchmark_refine --data=FOLDER --sweep=smoothness=0.25,0.5,1
 
 The first form times the default plans on textured volumes: seconds of CPU and of the
 clock of all steps, of `--iterations`, taken as the difference to none; seconds to
@@ -10,7 +10,7 @@ compile; scratch. Where PyTorch is installed, the same steps run in turn with ou
 both costs after the last one are printed.
 
 The others register pairs of the real collection through `registration`, with 0 and 50
-iterations or with several weights of the smoothness: the 12 ordered pairs of the
+iterations or with several values of one field of the plan: the 12 ordered pairs of the
 held-out head-neck patients or, with --split=train, 4 pairs of others, on which the
 defaults were chosen; the liver phases and the two lung scans, which have no other pair.
 """
@@ -34,6 +34,7 @@ from experiments import cli, timing
 from experiments.real_results import LANDMARKS
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
+from unireg_jax.errors import USAGE, UserError
 from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti, points
 from unireg_jax.models import features
@@ -304,6 +305,29 @@ def judge(data: Path, model, split: str, runs: Sequence[Run] = RUNS) -> list[dic
     return rows
 
 
+def swept(text: str) -> list[Run]:
+    """Runs from the affine alone, one for each value of a field of the plan.
+
+    Args:
+        text: FIELD=A,B,C.
+
+    Raises:
+        UserError: no such field, or no numbers.
+    """
+    name, _, values = text.partition("=")
+    kinds = {k: type(v) for k, v in Plan._field_defaults.items() if k != "features"}
+    try:
+        values = [kinds[name](value) for value in values.split(",")]
+    except (KeyError, ValueError):
+        raise UserError(
+            "schema",
+            f"--sweep: FIELD=A,B,C with FIELD of {sorted(kinds)} and numbers expected, "
+            f"got {text!r}",
+            USAGE,
+        ) from None
+    return [Run("auto", False, Plan()._replace(**{name: value})) for value in values]
+
+
 def _score(task, result, truth) -> float:
     """Mean DSC of the organs in percent, or mean landmark error in mm."""
     place = result.disp_mm, result.vox2world
@@ -360,9 +384,8 @@ def main(argv) -> None:
     if options.data:
         model = registration.load_model(options.weights)
         runs = RUNS
-        if options.smoothness:
-            weights = [float(w) for w in options.smoothness]
-            runs = [Run("auto", False, Plan(50, smoothness=w)) for w in weights]
+        if options.sweep:
+            runs = swept(options.sweep)
         print(table(judge(Path(options.data), model, options.split, runs), runs))
         return
     print(
@@ -383,6 +406,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 3, "Counted runs.", lower_bound=1)
     flags.DEFINE_string("data", None, "Folder of the collection: accuracy instead.")
     flags.DEFINE_enum("split", "val", ["val", "train"], "Head-neck patients.")
-    flags.DEFINE_list("smoothness", [], "Numbers: no network, with each of them.")
+    flags.DEFINE_string("sweep", None, "FIELD=A,B,C of Plan: no network, with each.")
     flags.DEFINE_string("weights", None, "File; none: the package's own.")
     app.run(main)
