@@ -27,8 +27,8 @@ LEVELS = {"mind": 2, "sam": 2, "image": 1}
 # HU that "image" compares. A correlation within windows needs no contrast of its own,
 # and the network's -800 HU as the lowest would leave the vessels of a lung out.
 HU_RANGE = (-1000.0, 1500.0)
-# The coarsest grid has at least so many voxels along each axis: voxels of 16 mm on the
-# grid of a body, where one vertebra is not mistaken for the next.
+# A grid coarser than a quarter is added while it has so many voxels along each axis: on
+# the grids of 384 mm, voxels of 16 mm, where one vertebra is not taken for the next.
 _LEAST_VOXELS = 20
 _LEAST_FACTOR = 4
 MOST_SMOOTHNESS = 20.0  # passes over the field in every step
@@ -44,8 +44,8 @@ class Plan(NamedTuple):
 
     Attributes:
         iterations: steps on the second of three or more grids; twice as many before on
-            the coarsest, a fifth after on the full one, see `pyramid`. 0 leaves the
-            displacement as it is.
+            the coarsest, a fifth after on the full one, which "mind" and "sam" do not
+            reach, see `pyramid`. 0 leaves the displacement as it is.
         features: "image", squared local correlation of HU within `HU_RANGE`; "mind" or
             "sam", squared difference of unit feature vectors, down to half resolution,
             the fine map of models/features.
@@ -102,9 +102,9 @@ def refine(
 
     g is the gradient of the similarity, S1 and S2 are box means, u the whole
     displacement on the grid of a level; what it gained there is up-sampled and added to
-    the finer start. Steps shorter than the smoothing keep the map from folding. The
-    result is compared with the start on the finest grid, and the start kept if it is
-    the better one.
+    the finer start. Steps well below the smoothing make folds rare; nothing forbids
+    them. The result is compared with the start on the finest grid, and the start kept
+    unless the result is better.
 
     cost = 1 - similarity
 
@@ -143,8 +143,8 @@ def refine(
         gain, before = whole - start, factor
 
     cost_before, cost_after = costs(start), costs(whole)
-    # Neither a start without a cost nor a worse end: NaN is never at most anything.
-    better = cost_after <= cost_before
+    # Neither a start without a cost nor an end no better: NaN is below nothing.
+    better = cost_after < cost_before
     gain = _finer_disp(gain, finest)
     where = jnp.broadcast_to(jnp.expand_dims(better, (1, 2, 3, 4)), disp.shape)
     return Refined(
@@ -353,7 +353,11 @@ def _costs_at(factor, finest, fixed, moving, weight, plan):
 
 
 def _coarser(scan: View, factor: int) -> View:
-    """Means over blocks of what lies inside the scan; -1, air, where nothing does."""
+    """Means over blocks of what lies inside the scan; -1 where nothing does.
+
+    That is air in an image; of features, whose means are no unit vectors either,
+    nothing that is compared: its validity is 0.
+    """
     if factor == 1:
         return scan
     valid = resample.downsample_mean(scan.valid, factor)
@@ -399,7 +403,7 @@ def _likeness(fixed, moving, scanned, weight, disp, plan):
     # One gather of rows for features and validity.
     warped = warp.warp(scanned, disp)
     reached = jax.lax.stop_gradient(warped[..., -1]) * warp.inside(disp)
-    # Unit vectors: half the squared difference is 1 - cosine.
+    # Half the squared difference of unit vectors is 1 - cosine.
     distance = 0.5 * jnp.sum(jnp.square(warped[..., :-1] - fixed), axis=-1)
     share = weight * reached
     total = jnp.sum(share, axis=(1, 2, 3))
