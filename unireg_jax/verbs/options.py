@@ -5,8 +5,8 @@ import argparse
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
 
-# That of registration/refine.py, which a command line is read without.
-MOST_SMOOTHNESS = 20.0
+# Those of registration/refine.py, which a command line is read without.
+SMOOTHNESS, MOST_SMOOTHNESS = 0.5, 20.0
 
 
 def add_messages(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:

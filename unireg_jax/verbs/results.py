@@ -31,6 +31,8 @@ SCHEMA = 1  # of <case>_run.json
 # Spelled here so that --help imports no JAX; a test compares them.
 AFFINES = ("auto", "none", "com", "rigid", "affine", "features", "coarse")
 IO_FEATURES = ("image", "mind", "sam")
+# Of instance optimisation: what another one left is not what was asked for.
+_IO_ALGORITHM = "greedy 1"
 FOVS = ("auto", "crop", "tiles", "whole")
 _UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
 
@@ -77,7 +79,7 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
         default=50,
         metavar="N",
         help="instance optimisation of each pair: steps on the second of its grids, "
-        "twice as many on the coarsest, a fifth on the finest; default 50, 0 for none",
+        "twice as many on the coarsest, fewer on finer ones; default 50, 0 for none",
     )
     add(
         "--io-features",
@@ -132,7 +134,10 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         "type": case.type or usual,
         "affine": "given" if case.init else args.affine,
         "io": args.io_iterations
-        and [args.io_iterations, args.io_features, args.reg_weight],
+        and [
+            *(_IO_ALGORITHM, args.io_iterations, args.io_features or "image"),
+            options.SMOOTHNESS if args.reg_weight is None else args.reg_weight,
+        ],
     }
     if args.fov != "auto":
         asked["fov"] = args.fov
