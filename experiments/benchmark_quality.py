@@ -383,7 +383,8 @@ def main(argv) -> None:
     done = {Job(**{k: row[k] for k in Job._fields}) for row in rows}
     todo = [job for job in jobs() if job not in done]
     scans = Scans(Path(flags.FLAGS.data))
-    session = registration.Session(registration.load_model(None))
+    plan = registration.Plan() if flags.FLAGS.refine else None
+    session = registration.Session(registration.load_model(None), refine=plan)
     for job in tqdm(todo, disable=not sys.stderr.isatty()):
         rows.append(judge(job, scans, session))
         path.write_text(json.dumps(rows, indent=1))
@@ -396,5 +397,6 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", "runs/quality", "Where quality.json goes.")
+    flags.DEFINE_bool("refine", False, "Instance optimisation, too; its own --out.")
     flags.mark_flags_as_required(["data"])
     cli.run(main)

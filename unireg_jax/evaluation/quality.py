@@ -85,12 +85,12 @@ CHECKS = {
     "fold_percent_body": Check(
         *("folding", 2.0, 1.0, False, "%"),
         "share of the fixed body where the map turns over (J <= 0)",
-        "look at the grid; try another pre-alignment or task, or a larger --reg-weight",
+        "look at the grid; refine the field, try another pre-alignment or task",
     ),
     "sdlogj_body": Check(
         *("folding", 3.5, 2.0, False, ""),
         "standard deviation of log max(J, 1e-9) over the fixed body",
-        "look at the Jacobian; try another pre-alignment, or a larger --reg-weight",
+        "look at the Jacobian; refine the field, try another pre-alignment or task",
     ),
     "p99_mm": Check(
         *("field_range", 60.0, 40.0, False, "mm"),
