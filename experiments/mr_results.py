@@ -25,7 +25,7 @@ from unireg_jax.registration.refine import Plan
 
 SUBJECTS = ("subject_a", "subject_b")
 METHODS = {  # task, instance optimisation
-    "network, `--task headneck`": ("headneck", None),
+    "network, `--task headneck --io-iterations 0`": ("headneck", None),
     "`--task none --io-iterations 50`": ("none", Plan(50)),
     "the same with `--io-features mind`": ("none", Plan(50, features="mind")),
     "network, then 50 iterations of `mind`": ("headneck", Plan(50, features="mind")),
