@@ -164,6 +164,25 @@ def test_refine_never_ends_worse_than_it_began(scans):
     assert np.isnan(out.cost_after[0])
 
 
+def test_refine_examples_of_a_batch_are_independent(scans, programs):
+    """Two pairs at once, one from a start without a cost."""
+    plan = PLANS["image"]
+    hu = np.repeat(scans[:, None, ..., None], 2, axis=1)
+    start = np.repeat(STILL, 2, axis=0)
+    start[1, 5, 6, 7, 0] = np.nan
+
+    @jax.jit
+    def both(hu, disp):
+        views = (refine.view(Described(v, None), MIND, plan=plan) for v in hu)
+        return refine.refine(disp, *views, plan=plan)
+
+    out = both(hu, start)
+    alone = programs["image"][1](scans, STILL, EVERYWHERE)
+    np.testing.assert_allclose(out.disp[0], alone.disp[0], atol=1e-3)
+    assert out.cost_after[0] < out.cost_before[0]
+    np.testing.assert_array_equal(out.disp[1], start[1])
+
+
 @pytest.mark.parametrize("kind", sorted(PLANS))
 def test_refine_sees_neither_outside_the_scans_nor_the_mask(kind, scans, programs):
     """Where nothing may be compared, what lies there changes nothing."""
@@ -247,6 +266,7 @@ def test_refiner_serves_all_tasks_and_reads_no_parameter(model, scans, monkeypat
         ({"smoothness": float("nan")}, "smoothness must be"),
         ({"smoothness": 21.0}, "smoothness must be 0 to 20"),
         ({"window": 4}, "window must be odd"),
+        ({"iterations": 2.5}, "iterations must be an int"),
     ],
 )
 def test_plan_refuses_what_cannot_be_done(change, match):

@@ -222,6 +222,9 @@ def check_plan(plan: Plan) -> None:
         raise ValueError(
             f"features must be one of {sorted(LEVELS)}, got {plan.features!r}"
         )
+    for name in ("iterations", "window"):
+        if not isinstance(getattr(plan, name), int):
+            raise ValueError(f"{name} must be an int, got {getattr(plan, name)!r}")
     if plan.iterations < 0:
         raise ValueError(f"iterations must be at least 0, got {plan.iterations}")
     if not 0 < plan.step < np.inf:
