@@ -230,16 +230,14 @@ def _torch_loop(disp, fixed, moving, plan):
 
     def run():
         gain = None
-        for factor, share in refine.pyramid(disp.shape[1:4]):
-            if factor < finest:
-                break
+        for factor, count in refine.steps(plan, disp.shape[1:4]):
             cost, sample, start = level(factor)
             u = start
             if gain is not None:
                 u = start + 2 * functional.interpolate(
                     gain, scale_factor=2, mode="trilinear", align_corners=False
                 )
-            u = steps(cost, sample, u, math.ceil(share * plan.iterations))
+            u = steps(cost, sample, u, count)
             gain = u - start
         return float(cost(u))
 

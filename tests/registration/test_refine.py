@@ -135,12 +135,15 @@ def test_refine_steps_are_as_long_as_asked(scans):
     assert 0.25 < length <= 0.25 * (2 * 4 + 2 + 1) + 1e-3
 
 
-def test_pyramid_starts_as_coarse_as_the_body_allows():
-    assert refine.pyramid((96, 96, 80)) == ((4, 2.0), (2, 1.0), (1, 0.2))
-    assert refine.pyramid((96, 96, 160)) == refine.pyramid((96, 96, 80))
-    fine = ((8, 2.0), (4, 1.0), (2, 0.4), (1, 0.2))
-    assert refine.pyramid((192, 192, 160)) == fine
-    assert refine.pyramid(SHAPE)[0][0] == 4  # however small
+def test_steps_start_as_coarse_as_the_grid_allows():
+    plan, usual = Plan(), [(4, 100), (2, 50), (1, 10)]
+    assert refine.steps(plan, (96, 96, 80)) == usual
+    assert refine.steps(plan, (96, 96, 160)) == usual
+    fine = [(8, 100), (4, 50), (2, 20), (1, 10)]
+    assert refine.steps(plan, (192, 192, 160)) == fine
+    assert refine.steps(plan, SHAPE) == usual  # however small
+    assert refine.steps(Plan(3, "mind"), (96, 96, 80)) == [(4, 6), (2, 3)]
+    assert [count for _, count in refine.steps(Plan(1), SHAPE)] == [2, 1, 1]
 
 
 def test_refine_without_iterations_is_exact(scans):

@@ -34,7 +34,7 @@ from unireg_jax.registration.compiled import (
 from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.memory import check_memory
 from unireg_jax.registration.network import Model, load_model
-from unireg_jax.registration.refine import Plan, Refiner, compile_refine
+from unireg_jax.registration.refine import Plan, Refiner, compile_refine, steps
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 NO_TASK = "none"
@@ -282,7 +282,8 @@ class Session:
                         "was trained on, the grid has "
                         f"{self.model.preprocess.spacing_mm}"
                     )
-            say(f"refinement: {plan.iterations} iterations")
+            counts = [str(count) for _, count in steps(plan, layout.window)]
+            say(f"refinement: {plan.features}, {' + '.join(counts)} steps")
         pair = pair._replace(settings=settings)
         if len(layout.starts) == 1:
             disp, scores = self._one_window(layout, pair, clock)

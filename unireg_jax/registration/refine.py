@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     Attributes:
         iterations: steps on the second of three or more grids; twice as many before on
             the coarsest, a fifth after on the full one, which "mind" and "sam" do not
-            reach, see `pyramid`. 0 leaves the displacement as it is.
+            reach, see `steps`. 0 leaves the displacement as it is.
         features: "image", squared local correlation of HU within `HU_RANGE`; "mind" or
             "sam", squared difference of unit feature vectors, down to half resolution,
             the fine map of models/features.
@@ -130,15 +130,13 @@ def refine(
     if mask is not None:
         weight = mask[..., None].astype(jnp.float32)
 
-    levels = [level for level in pyramid(disp.shape[1:4]) if level[0] >= finest]
     gain, before = None, 0
-    for factor, share in levels:
+    for factor, count in steps(plan, disp.shape[1:4]):
         start = _coarser_disp(disp, factor)
         whole = start
         if gain is not None:
             whole = start + _finer_disp(gain, before // factor)
         costs = _costs_at(factor, finest, fixed, moving, weight, plan)
-        count = math.ceil(share * plan.iterations)
         whole = jax.lax.fori_loop(0, count, _stepper(costs, plan), whole)
         gain, before = whole - start, factor
 
@@ -154,16 +152,17 @@ def refine(
     )
 
 
-def pyramid(shape: Sequence[int]) -> tuple[tuple[int, float], ...]:
-    """Says on which grids `refine` works, coarsest first.
+def steps(plan: Plan, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Says on which grids `refine` works, coarsest first, and how long.
 
     Args:
+        plan: see Plan.
         shape: (X, Y, Z) voxels of the network's grid.
 
     Returns:
-        Voxels of that grid per voxel of the level, along an axis, and steps there in
-        shares of `Plan.iterations`: 2, 1, 0.4 for all between, and 0.2. 100, 50 and 10
-        steps at 96x96x80, 100, 50, 20 and 10 at 192x192x160.
+        Voxels of that grid per voxel of the level, along an axis, and steps there: 2,
+        1, 0.4 for all between, and 0.2 times `plan.iterations`. 100, 50 and 10 at
+        96x96x80, 100, 50, 20 and 10 at 192x192x160; of "mind" and "sam" not the last.
     """
     coarsest = _LEAST_FACTOR
     while all(
@@ -174,7 +173,11 @@ def pyramid(shape: Sequence[int]) -> tuple[tuple[int, float], ...]:
     while factors[-1] > 1:
         factors.append(factors[-1] // 2)
     shares = (2.0, 1.0, *[0.4] * (len(factors) - 3), 0.2)
-    return tuple(zip(factors, shares, strict=True))
+    return [
+        (factor, math.ceil(share * plan.iterations))
+        for factor, share in zip(factors, shares, strict=True)
+        if factor >= LEVELS[plan.features]
+    ]
 
 
 def view(
