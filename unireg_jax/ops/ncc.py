@@ -7,8 +7,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+
+from unireg_jax.ops import stencil
 
 
 def local_ncc(
@@ -159,21 +160,15 @@ def _moments(fixed, moving, window):
 def _box(volume, window):
     """Sum over a cubic window cut at the border, one axis after another."""
     for axis in (1, 2, 3):
-        size = [1, 1, 1, 1]
-        size[axis] = window
-        volume = lax.reduce_window(volume, 0.0, lax.add, size, (1, 1, 1, 1), "SAME")
+        volume = stencil.box_sum(volume, window, axis)
     return volume
 
 
 def _window_count(shape, window):
     """Voxels in the window around each voxel, [B, X, Y, Z] from three short vectors."""
-    half = window // 2
     total = jnp.ones(shape, jnp.float32)
     for axis in (1, 2, 3):
-        index = np.arange(shape[axis])
-        below = np.minimum(index, half)
-        above = np.minimum(shape[axis] - 1 - index, half)
-        line = jnp.asarray((below + above + 1).astype(np.float32))
+        line = jnp.asarray(stencil.box_count(shape[axis], window), jnp.float32)
         total = total * lax.broadcast_in_dim(line, shape, (axis,))
     return total
 

@@ -6,6 +6,8 @@ import numpy as np
 from jax import lax
 
 from unireg_jax.ops.stencil import (
+    box_count,
+    box_sum,
     central_difference,
     crop_interior,
     forward_difference,
@@ -106,18 +108,11 @@ def box_mean(disp: jax.Array, edge: int) -> jax.Array:
     # Components beside each other along the last axis: windows of a whole row at once,
     # not of three values. A sum of slices would be fused with what it reads, and that
     # computed again for each of them.
-    half = edge // 2
     out = disp.reshape(*disp.shape[:3], -1)
-    for axis in (1, 2, 3):
+    for axis in _SPACE:
         stride = disp.shape[4] if axis == 3 else 1
-        size, dilation, pads = [1] * 4, [1] * 4, [(0, 0)] * 4
-        size[axis], dilation[axis] = edge, stride
-        pads[axis] = (half * stride, half * stride)
-        out = lax.reduce_window(
-            out, 0.0, lax.add, size, (1,) * 4, pads, window_dilation=dilation
-        )
-        index = np.arange(disp.shape[axis])
-        count = np.minimum(index, half) + np.minimum(index[::-1], half) + 1
+        out = box_sum(out, edge, axis, stride=stride)
+        count = box_count(disp.shape[axis], edge)
         share = jnp.asarray(np.repeat(1.0 / count, stride), jnp.float32)
         out = out * lax.broadcast_in_dim(share, out.shape, (axis,))
     return out.reshape(disp.shape)

@@ -1,6 +1,7 @@
-"""Finite differences with unit step; arrays shrink, no border value is made up."""
+"""Finite differences and box sums, of which no border value is made up."""
 
 import jax
+import numpy as np
 from jax import lax
 
 
@@ -61,6 +62,33 @@ def second_difference(field: jax.Array, axis: int) -> jax.Array:
     """
     _size(field, axis, 3)
     return forward_difference(forward_difference(field, axis), axis)
+
+
+def box_sum(volume: jax.Array, window: int, axis: int, *, stride: int = 1) -> jax.Array:
+    """Sums over a window along one axis, cut at the border.
+
+    Args:
+        volume: any shape, floating.
+        window: odd, voxels.
+        axis: array axis.
+        stride: entries from one voxel to the next along it.
+
+    Returns:
+        As volume; `box_count` says how many voxels each sum holds.
+    """
+    size, dilation = [1] * volume.ndim, [1] * volume.ndim
+    pads, half = [(0, 0)] * volume.ndim, window // 2 * stride
+    size[axis], dilation[axis], pads[axis] = window, stride, (half, half)
+    ones = (1,) * volume.ndim
+    return lax.reduce_window(
+        volume, 0.0, lax.add, size, ones, pads, window_dilation=dilation
+    )
+
+
+def box_count(size: int, window: int) -> np.ndarray:
+    """Voxels in the window about each of `size` voxels, cut at the border: [size]."""
+    index, half = np.arange(size), window // 2
+    return np.minimum(index, half) + np.minimum(index[::-1], half) + 1
 
 
 def crop_interior(field: jax.Array, axes: tuple[int, ...], *, width: int = 1):
