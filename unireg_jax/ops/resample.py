@@ -87,6 +87,8 @@ def upsample_disp(disp: jax.Array, factor: int) -> jax.Array:
     check_disp(disp)
     if factor < 1:
         raise ValueError(f"factor must be at least 1, got {factor}")
+    if factor == 1:
+        return disp
     shape = tuple(factor * size for size in disp.shape[1:4])
     return _interpolate(disp * factor, shape, True)
 

@@ -132,10 +132,10 @@ def refine(
 
     gain, before = None, 0
     for factor, count in steps(plan, disp.shape[1:4]):
-        start = _coarser_disp(disp, factor)
+        start = resample.downsample_disp(disp, factor)
         whole = start
         if gain is not None:
-            whole = start + _finer_disp(gain, before // factor)
+            whole = start + resample.upsample_disp(gain, before // factor)
         costs = _costs_at(factor, finest, fixed, moving, weight, plan)
         whole = jax.lax.fori_loop(0, count, _stepper(costs, plan), whole)
         gain, before = whole - start, factor
@@ -143,7 +143,7 @@ def refine(
     cost_before, cost_after = costs(start), costs(whole)
     # Neither a start without a cost nor an end no better: NaN is below nothing.
     better = cost_after < cost_before
-    gain = _finer_disp(gain, finest)
+    gain = resample.upsample_disp(gain, finest)
     where = jnp.broadcast_to(jnp.expand_dims(better, (1, 2, 3, 4)), disp.shape)
     return Refined(
         jnp.where(where, disp + gain, disp),
@@ -336,14 +336,6 @@ def _refine_described(fixed, moving, extractor, body, disp, *, plan, described):
     return refine(disp, *views, body, plan=plan)
 
 
-def _coarser_disp(disp, factor):
-    return disp if factor == 1 else resample.downsample_disp(disp, factor)
-
-
-def _finer_disp(disp, factor):
-    return disp if factor == 1 else resample.upsample_disp(disp, factor)
-
-
 def _costs_at(factor, finest, fixed, moving, weight, plan):
     """Cost of displacements on the grid of one level, as a function: [B]."""
     fixed, moving = (_coarser(scan, factor // finest) for scan in (fixed, moving))
@@ -367,15 +359,11 @@ def _coarser(scan: View, factor: int) -> View:
     if factor == 1:
         return scan
     valid = resample.downsample_mean(scan.valid, factor)
-    total = resample.downsample_mean(scan.values * _spread(scan), factor)
+    inside = scan.values * jnp.broadcast_to(scan.valid, scan.values.shape)
+    total = resample.downsample_mean(inside, factor)
     share = jnp.broadcast_to(valid, total.shape)
     values = jnp.where(share > 0.0, total / jnp.where(share > 0.0, share, 1.0), -1.0)
     return View(values, valid)
-
-
-def _spread(scan: View) -> jax.Array:
-    """Validity for every channel."""
-    return jnp.broadcast_to(scan.valid, scan.values.shape)
 
 
 def _stepper(costs, plan):
