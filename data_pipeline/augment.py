@@ -8,11 +8,15 @@ Not in the paper, and off unless asked for. Per pair, in this order:
   cut       each volume for itself: a field of view that ends earlier along z
   contrast  each volume for itself: gain about 0 HU, shift, noise
 
+Scans of one patient are moved alike, by one affine and one elastic map, and not cut:
+that is another patient, with the motion between the scans that was really there.
+
 What becomes of `align`, the matrix from fixed to moving voxels: a flip mirrors both of
 its ends, and every point keeps its partner. Affine and elastic leave it: they play a
-worse pre-alignment and another anatomy, which the network is to undo; the labels move
-with the image, so that loss and DSC stay right. A cut leaves the labels whole: where an
-organ of the other scan was cut away, the rest of the body has to tell where it lies.
+worse pre-alignment and another anatomy, which the network is to undo, or move both ends
+alike; the labels move with the image, so that loss and DSC stay right. A cut leaves the
+labels whole: where an organ of the other scan was cut away, the rest of the body has to
+tell where it lies.
 
 OUTSIDE_HU is no intensity: a voxel that would be interpolated from one, or from beyond
 the grid, is itself outside. Types stay int16 and uint8.
@@ -22,11 +26,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import ndimage, special
 
 from data_pipeline import anatomy
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.tasks import OUTSIDE_HU, PairBatch
+from unireg_jax.tasks import OUTSIDE_HU, PairBatch, PairType
 
 _AIR_HU, _MAX_HU = -1024, 32767
 # Cubic B-splines do not fold below 1 / 2.48 of their spacing (Choi and Lee, 2000).
@@ -131,18 +135,16 @@ def make_augment(
     def augment(example: PairBatch, task: str, rng: np.random.Generator) -> PairBatch:
         if spec.flip and rng.random() < spec.flip:
             example = flip(example, mirrors[task])
+        one_patient = int(example.pair_type) == PairType.INTRA
         if spec.rotate_deg or spec.scale or spec.shift_mm or spec.elastic_mm:
             shape = example.moving.shape[:3]
             affine = draw_affine(spec, shape, spacing, rng)
             disp = draw_elastic(spec, shape, spacing, rng)
-            layers = [example.moving_labels[None], example.moving_more]
-            hu, (ids, *more) = deform(
-                example.moving[..., 0], np.concatenate(layers), affine, disp
-            )
-            example = example._replace(moving=hu[..., None], moving_labels=ids)
-            if more:
-                example = example._replace(moving_more=np.stack(more))
-        if spec.cut:
+            if one_patient:
+                carried = carry(affine, disp, example.align, example.fixed.shape[:3])
+                example = _move(example, "fixed", *carried)
+            example = _move(example, "moving", affine, disp)
+        if spec.cut and not one_patient:
             fixed = cut(example.fixed, spec, rng)
             example = example._replace(
                 fixed=fixed, moving=cut(example.moving, spec, rng)
@@ -154,6 +156,52 @@ def make_augment(
         return example
 
     return augment
+
+
+def _move(
+    example: PairBatch, which: str, affine: np.ndarray, disp: np.ndarray | None
+) -> PairBatch:
+    """The pair with one volume and its labels resampled; see `deform`."""
+    hu, ids, more = (
+        getattr(example, name) for name in (which, f"{which}_labels", f"{which}_more")
+    )
+    hu, layers = deform(hu[..., 0], np.concatenate([ids[None], more]), affine, disp)
+    return example._replace(
+        **{which: hu[..., None], f"{which}_labels": layers[0]},
+        **{f"{which}_more": layers[1:]},
+    )
+
+
+def carry(
+    affine: np.ndarray,
+    disp: np.ndarray | None,
+    align: np.ndarray,
+    shape: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Gives the map of the fixed volume that moves each point as its partner.
+
+    T = affine + disp on the moving volume,  S = align^-1 T align on the fixed one
+
+    Args:
+        affine: [4, 4] float64, voxels of the changed moving volume -> of the volume.
+        disp: [3, X, Y, Z] float32, voxels of the moving volume, or None.
+        align: [4, 4], fixed voxel -> moving voxel.
+        shape: (X, Y, Z) of the fixed volume.
+
+    Returns:
+        affine and disp of S, as `deform` takes them.
+    """
+    align = align.astype(np.float64)
+    back = np.linalg.inv(align)
+    if disp is not None:
+        there = [
+            ndimage.affine_transform(
+                part, align, output_shape=tuple(shape), order=1, mode="nearest"
+            )
+            for part in disp
+        ]
+        disp = np.tensordot(back[:3, :3].astype(np.float32), np.stack(there), axes=1)
+    return back @ affine @ align, disp
 
 
 def mirror_ids(task: str, names: Sequence[str]) -> np.ndarray:

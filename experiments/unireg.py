@@ -201,11 +201,11 @@ PRESETS = {
             "smoothness": (3.0, 3.0, 3.0, 8.0),
             "dice": 2.0,
         },
-        "optim": {**_REAL_SMALL["optim"], "decay_steps": 2000},
+        "optim": {**_REAL_SMALL["optim"], "decay_steps": 3000},
         "train": {
             **_REAL_SMALL["train"],
             "init_from": "package",
-            "steps": 2000,
+            "steps": 3000,
             "ema": 0.995,
             "eval_every": 500,
             "image_every": 500,

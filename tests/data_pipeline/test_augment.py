@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from data_pipeline import augment, loader, store
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairBatch
+from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairBatch, PairType
 
 SHAPE = (40, 36, 30)
 VOLUME_MM = np.array((4.0, 5.0, 6.0))
@@ -311,6 +311,37 @@ def test_augment_leaves_its_input_and_moves_only_moving():
         out._replace(moving=0, moving_labels=0, moving_more=0),
         pair._replace(moving=0, moving_labels=0, moving_more=0),
     )
+
+
+def test_one_patient_is_moved_alike_and_keeps_the_motion():
+    """A changed fixed voxel and its partner show what they showed at their places."""
+    pair = example()._replace(pair_type=np.int32(PairType.INTRA))
+    spec = ALL._replace(flip=0.0, gain=0.0, shift_hu=0.0, noise_hu=0.0)
+    out = augment.make_augment(spec, {}, VOLUME_MM)(
+        pair, "liver", np.random.default_rng(0)
+    )
+    np.testing.assert_array_equal(out.align, pair.align)
+    rng = np.random.default_rng(0)
+    affine = augment.draw_affine(spec, SHAPE, VOLUME_MM, rng)
+    disp = augment.draw_elastic(spec, SHAPE, VOLUME_MM, rng)
+    align = pair.align.astype(float)
+    points = grid().reshape(-1, 3).astype(float)
+    partner = apply(align, points)
+    shift = [ndimage.map_coordinates(part, partner.T, order=1) for part in disp]
+    place = apply(affine, partner) + np.stack(shift, axis=1)  # of the moving volume
+    own = apply(np.linalg.inv(align), place)  # of the fixed one
+    last = np.array(SHAPE) - 1
+    for spot, volume, offset in ((own, out.fixed, 0), (place, out.moving, 100)):
+        at = points if volume is out.fixed else partner
+        inside = ((at > 1) & (at < last - 1) & (spot > 4) & (spot < last - 1)).all(1)
+        inside &= (partner > 1).all(1) & (partner < last - 1).all(1)
+        inside &= spot.sum(axis=1) < 86
+        assert inside.sum() > 4000
+        image = np.where(volume == OUTSIDE_HU, np.nan, volume.astype(float))[..., 0]
+        seen = ndimage.map_coordinates(image, at[inside].T, order=1)
+        error = np.abs(seen - (spot[inside] @ SLOPE + offset))
+        assert np.isfinite(seen).mean() > 0.95
+        assert np.nanpercentile(error, 99) < 3
 
 
 @pytest.mark.parametrize(
