@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 
 from data_pipeline import synthetic
-from experiments import cli
+from experiments import cli, conventional
 from unireg_jax.imaging import nifti, transforms
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import batch, compiled, network, pipeline
@@ -120,12 +120,12 @@ _SPLINE = '(Transform "BSplineTransform")\n(FinalGridSpacingInPhysicalUnits 16 1
 _GREEDY = """
 import sys
 from picsl_greedy import Greedy3D
-fixed, moving, out = sys.argv[1:]
+fixed, moving, out, how = sys.argv[1:]
 greedy = Greedy3D()
 images = f"-i {fixed} {moving}"
-metric = "-m NCC 2x2x2"
-greedy.execute(f"{images} -a -dof 12 -ia-image-centers {metric} -n 100x50 -o {out}.mat")
-greedy.execute(f"{images} -it {out}.mat {metric} -n 100x50x10 -o {out}_warp.nii.gz")
+affine = "-a -dof 12 -ia-image-centers -m NCC 2x2x2 -n 100x50"
+greedy.execute(f"{images} {affine} -o {out}.mat")
+greedy.execute(f"{images} -it {out}.mat {how} -o {out}_warp.nii.gz")
 warped = f"-rf {fixed} -rm {moving} {out}.nii.gz -r {out}_warp.nii.gz {out}.mat"
 greedy.execute(warped)
 """
@@ -180,7 +180,7 @@ def commands(
 
         def greedy(pair):
             files = (pair.fixed, pair.moving, out / "greedy" / pair.name)
-            return (sys.executable, "-c", _GREEDY, *files)
+            return (sys.executable, "-c", _GREEDY, *files, conventional.GREEDY)
 
         found["greedy"] = each(greedy)
     return found

@@ -36,7 +36,7 @@ FIXED, MOVING = "fixed.nii.gz", "moving.nii.gz"
 MASKS = ("fixed_mask.nii.gz", "moving_mask.nii.gz")
 FIELD, MEASURED = "field.npz", "measured.json"
 _AIR_HU = np.int16(mapping.AIR_HU)
-_GREEDY = "-m NCC 2x2x2 -n 100x50x10"
+GREEDY = "-m NCC 2x2x2 -n 100x50x10"
 
 
 class Peer(NamedTuple):
@@ -63,7 +63,7 @@ def greedy(folder: Path, threads: int, more: str = "") -> Callable[[], Field]:
         tool = Greedy3D()
         fixed, moving, out = (folder / n for n in (FIXED, MOVING, "greedy.nii.gz"))
         tool.execute(
-            f"-d 3 {_GREEDY} -i {fixed} {moving} -o {out} -threads {threads} -V 0{more}"
+            f"-d 3 {GREEDY} -i {fixed} {moving} -o {out} -threads {threads} -V 0{more}"
         )
         return mapping.read(out).fields[0]
 
@@ -183,8 +183,8 @@ def deeds(folder: Path, threads: int) -> Callable[[], Field]:
 
 
 PEERS = {
-    "greedy": Peer(greedy, _GREEDY, "picsl_greedy"),
-    "greedy with masks": Peer(greedy_masked, f"{_GREEDY} -gm -mm", "picsl_greedy"),
+    "greedy": Peer(greedy, GREEDY, "picsl_greedy"),
+    "greedy with masks": Peer(greedy_masked, f"{GREEDY} -gm -mm", "picsl_greedy"),
     "convexAdam": Peer(convex_adam, "MIND, its defaults", "convexadam"),
     "ANTs SyN": Peer(ants_syn, "SyNOnly, CC radius 4, 40x20x0", "antspyx"),
     "elastix": Peer(elastix, 'default map "bspline"', "itk-elastix"),
