@@ -474,6 +474,7 @@ def test_results_that_do_not_agree_are_replaced_only_when_asked(
     line = told(done)[0]["a2"]
     assert (line["status"], line["reason"]) == ("refused", "id_duplicate")
     assert why in line["message"] and "stay as they are" in line["message"]
+    assert line["message"].startswith("id_duplicate: ")  # the id stands before it
     assert times(done) == before
     table = (done / "out" / "batch.csv").read_text()
     assert "a2,refused,id_duplicate," in table and ",failed," not in table

@@ -460,7 +460,7 @@ def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
             if why is None and record is not None:
                 return "keep", "", ""
             if why is not None and not (args.skip_existing or args.overwrite):
-                raise worker.in_the_way(Path(args.out) / case.id, why)
+                raise worker.in_the_way(why)
             files.read(case)
         except UserError as error:
             known = dict(weights_sha256=digest, settings=settings, seconds=0.0)

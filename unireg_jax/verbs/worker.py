@@ -107,7 +107,7 @@ class Worker:
             judging.check_kept(args, record)
             return record, True
         if why is not None and not (args.skip_existing or args.overwrite):
-            raise in_the_way(self._out / case.id, why)
+            raise in_the_way(why)
         started = time.perf_counter()
         replace = args.skip_existing or args.overwrite
         with outputs.case_folder(
@@ -204,11 +204,11 @@ def standing(
     )
 
 
-def in_the_way(folder: Path, why: str) -> UserError:
+def in_the_way(why: str) -> UserError:
     """Makes the UserError of results that do not agree."""
     return UserError(
         "id_duplicate",
-        f"{folder.name}: results that agree with what would be made now expected, or "
+        "id_duplicate: results that agree with what would be made now expected, or "
         f"none, got {why}; they stay as they are: pass --skip-existing to replace such "
         "results, or another --out",
         USAGE,
