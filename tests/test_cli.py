@@ -320,6 +320,82 @@ def test_register_overwrites_only_when_asked(scans, tmp_path, network, capsys):
     assert os.listdir(out) == ["fixed__moving"]
 
 
+@pytest.fixture
+def earlier(tmp_path):
+    """Results of before in out/fixed__moving, and a file of the user's beside them."""
+    case = tmp_path / "out" / "fixed__moving"
+    case.mkdir(parents=True)
+    (case / "notes.txt").write_text("mine")
+    for ending in outputs.OUTPUTS:
+        (case / f"{case.name}_{ending}").write_text(f"earlier {ending}")
+    return case
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (KeyboardInterrupt, 130),
+        (RuntimeError, 1),
+        (MemoryError, errors.LIMIT),
+        (lambda: errors.bad_file("f", "spacing", "a", "b", "c"), errors.FAILED),
+    ],
+)
+def test_register_that_fails_keeps_earlier_results_and_says_so(
+    fault, code, earlier, scans, network, capsys, monkeypatch
+):
+    def fail(*args, **kwargs):
+        error = fault()
+        error.add_note("a library's own")
+        raise error
+
+    monkeypatch.setattr(pipeline, "register", fail)
+    before = contents(earlier)
+    arguments = command(scans, earlier.parent, network, "--overwrite", "--quiet")
+    line = refused(capsys, arguments, code)
+    assert line.endswith(f"; earlier results stay in {earlier}")
+    assert "library" not in line
+    assert contents(earlier) == before
+    # What has no record is no whole result.
+    (earlier / f"{earlier.name}_run.json").unlink()
+    assert "earlier" not in refused(capsys, arguments, code)
+
+
+def test_replacing_results_is_done_or_undone(earlier, monkeypatch):
+    """Whichever call of the file system fails; the new ones have another file more."""
+    (earlier / f"{earlier.name}_warped_label.nii.gz").unlink()
+    before, real = contents(earlier), os.replace
+    left = [0]
+
+    def replace(source, target, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(5, "Input/output error")
+        return real(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for failing in range(1, 99):
+        try:
+            with outputs.case_folder(earlier.parent, earlier.name, True) as temp:
+                for ending in outputs.OUTPUTS:
+                    (temp / f"{earlier.name}_{ending}").write_text("new")
+                left[0] = failing
+        except errors.UserError as error:
+            assert error.exit_code == errors.STORAGE
+            assert error.__notes__ == [f"earlier results stay in {earlier}"]
+            assert contents(earlier) == before
+        else:
+            break
+    assert failing == 1 + 5 + 6  # the earlier ones away, the new ones in
+    after = contents(earlier)
+    assert after.pop("notes.txt") == b"mine" and set(after.values()) == {b"new"}
+    assert len(after) == len(outputs.OUTPUTS)
+    assert os.listdir(earlier.parent) == [earlier.name]
+
+
 # --- mistakes -----------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from unireg_jax.errors import LIMIT, STORAGE, USAGE, UserError, shown
 from unireg_jax.verbs import versions
-from unireg_jax.verbs.messages import complain, one_line, with_reason
+from unireg_jax.verbs.messages import complain, one_line, with_notes, with_reason
 
 # Verb -> its line in --help: the module of that name is imported only when called. A
 # test compares the lines with the modules'.
@@ -66,20 +66,21 @@ def main(argv: list[str] | None = None) -> int:
         with _terminable():
             return args.run(args)
     except UserError as error:
-        return complain(with_reason(error), error.exit_code)
-    except KeyboardInterrupt:
-        return complain("interrupted: no file is half written", 128 + signal.SIGINT)
+        return complain(with_notes(with_reason(error), error), error.exit_code)
+    except KeyboardInterrupt as error:
+        line = with_notes("interrupted: no file is half written", error)
+        return complain(line, 128 + signal.SIGINT)
     except BrokenPipeError:
         # Who read stdout has left: nothing more to say to them, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return STORAGE
     except Exception as error:  # the one place where all else ends
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return complain(
+            line = (
                 "out_of_memory: more is needed than this machine has; crop the scans "
-                "or use a larger machine",
-                LIMIT,
+                "or use a larger machine"
             )
+            return complain(with_notes(line, error), LIMIT)
         return _internal(error, args)
 
 
@@ -157,11 +158,11 @@ def _internal(error: Exception, args: argparse.Namespace) -> int:
                 file.write(trace)
             where = f"trace in {shown(Path(folder) / name)}"
             break
-    return complain(
+    line = (
         f"internal: {type(error).__name__}, a fault of this program; {where}; please "
-        "report it",
-        _INTERNAL,
+        "report it"
     )
+    return complain(with_notes(line, error), _INTERNAL)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,10 @@ class UserError(Exception):
         return type(self), (self.reason, str(self), self.exit_code)
 
 
+class Note(str):
+    """A note on an exception (PEP 678) for the user; those of others are not."""
+
+
 def bad_file(
     path: object,
     reason: str,

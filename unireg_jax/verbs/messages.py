@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from unireg_jax.errors import UserError, spelled_out, tell
+from unireg_jax.errors import Note, UserError, spelled_out, tell
 
 
 def progress(quiet: bool) -> Callable[[str], None]:
@@ -25,6 +25,12 @@ def with_reason(error: UserError) -> str:
     message = str(error)
     named = f"{error.reason}:" in message
     return message if named else f"{error.reason}: {message}"
+
+
+def with_notes(message: str, error: BaseException) -> str:
+    """The message, then each Note that its error has got."""
+    notes = getattr(error, "__notes__", ())
+    return "; ".join([message, *(n for n in notes if isinstance(n, Note))])
 
 
 def one_line(text: str) -> str:

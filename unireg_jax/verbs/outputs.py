@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unireg_jax.errors import STORAGE, USAGE, UserError, shown
+from unireg_jax.errors import STORAGE, USAGE, Note, UserError, shown
 from unireg_jax.manifest import stem
 
 OUTPUTS = (  # the record comes last: it says that a case is whole
@@ -61,6 +61,8 @@ def case_folder(
     """A temporary folder whose files reach OUT/CASE when the block ends well.
 
     Results of the same case that were held back or set aside before are removed then.
+    What ends it otherwise gets a Note if whole results of before are there:
+    they stay whole.
 
     Args:
         out: folder, made if absent.
@@ -104,6 +106,10 @@ def case_folder(
             raise storage_fault(final, error) from error
         for held in (REJECTED, SUPERSEDED):
             _release(out / held / case, case)
+    except BaseException as error:
+        if mine and (final / _names(case)[-1]).exists():
+            error.add_note(Note(f"earlier results stay in {shown(final)}"))
+        raise
     finally:
         shutil.rmtree(temp, ignore_errors=True)
         if made:
@@ -153,14 +159,30 @@ def _publish(temp: Path, final: Path, case: str) -> None:
         sync(temp)
         os.rename(temp, final)
     else:
-        names = _names(case)
+        _replace(temp, final, _names(case))
+    sync(final.parent)
+
+
+def _replace(temp: Path, final: Path, names: Sequence[str]) -> None:
+    """Puts new results in the place of others, all or none of them."""
+    there = {name for name in names if (final / name).exists()}
+    earlier = temp / "earlier"
+    try:
+        earlier.mkdir()
         for name in reversed(names):
-            (final / name).unlink(missing_ok=True)
+            if name in there:
+                os.replace(final / name, earlier / name)
         for name in names:
             if (temp / name).exists():
                 os.replace(temp / name, final / name)
         sync(final)
-    sync(final.parent)
+    except BaseException:
+        for name in names:
+            if (earlier / name).exists():
+                os.replace(earlier / name, final / name)
+            elif name not in there:
+                (final / name).unlink(missing_ok=True)
+        raise
 
 
 def _names(case: str) -> tuple[str, ...]:
