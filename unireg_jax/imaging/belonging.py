@@ -17,7 +17,7 @@ from unireg_jax.imaging.nifti import Volume
 _LATTICE = 48  # points along an axis
 _COVERED = 50.0  # percent of the fixed scan; a field of the pair has 100
 _REACHED = 10.0  # percent of the fixed scan; heads are found in whole bodies
-_WORSE = 0.01  # of a correlation
+WORSE = 0.01  # of a correlation: a smaller loss says nothing
 _AIR_HU = -500.0
 
 
@@ -129,7 +129,7 @@ def similarity_warnings(whole: Mapping, fixed: Volume, moving: Volume) -> list[s
         return []
     before = correlation(there, still)
     after = correlation(there, sample(moving, points(whole, xyz)))
-    if before is None or after is None or before <= after + _WORSE:
+    if before is None or after is None or before <= after + WORSE:
         return []
     return [
         f"similarity: the scans agree better without the transform ({before:.3f}) "

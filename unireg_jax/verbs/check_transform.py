@@ -209,7 +209,7 @@ def _readings(
     if "as written" not in known:  # no overlap, which was found already
         return scores
     best, written = max(known, key=known.get), known["as written"]
-    if known[best] > written + 0.01:
+    if known[best] > written + belonging.WORSE:
         way = "without the transform" if best == "none" else f"read as '{best}'"
         findings.append(
             f"similarity: the scans agree better ({known[best]:.3f}) {way} than as "
