@@ -3,7 +3,7 @@
     python -m experiments.ablations --data=FOLDER --out=runs/ablations
 
 UniReg, Tables 5 and 3, with weights as they are: nothing is trained. The 12 ordered
-head-neck pairs that training never saw, the liver and lung pairs of real_results, and
+head-neck pairs that training never saw, the liver and lung pairs of real_pairs, and
 an inter-patient liver, a task that no training stream has: the CHAOS scan, seen by no
 training, with two others. Each pair is predicted under every region and pair type in
 one pass of the backbone (registration/sweeps.py; scores on the network's grid). Then
@@ -26,12 +26,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli, real_results
+from experiments import cli, conventional, real_pairs, real_results
+from experiments.real_pairs import LANDMARKS, Truth
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
-from unireg_jax.evaluation import metrics
 from unireg_jax.evaluation.comparison import signed_rank
-from unireg_jax.imaging import nifti, orientation, points, preprocess
+from unireg_jax.imaging import nifti, orientation, preprocess
+from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.registration import sweeps
 from unireg_jax.tasks import TASKS, PairType, Region, Task
@@ -57,16 +58,14 @@ class Case(NamedTuple):
         group: headneck, liver, lung, or liver_inter.
         patients: of fixed and of moving.
         scans: fixed and moving.
-        labels: of both, or None.
-        landmarks: corresponding points, or None.
+        truth: labels of both, or landmarks.
         affine: pre-alignment of the sweep.
     """
 
     group: str
     patients: tuple[str, str]
     scans: tuple[Volume, Volume]
-    labels: tuple[Volume, Volume] | None
-    landmarks: points.PointPairs | None
+    truth: Truth
     affine: str
 
 
@@ -80,19 +79,10 @@ def cases(data: Path, affine_used: dict[str, str]) -> Iterator[Case]:
     Yields:
         Case.
     """
-    folder = data / "headneck_openkbp"
-    for pair in itertools.permutations(HELD_OUT, 2):
-        scans = tuple(
-            nifti.read_image(folder / f"images/case_{c}.nii.gz") for c in pair
-        )
-        labels = tuple(
-            nifti.read_labels(folder / f"labels/case_{c}.nii.gz") for c in pair
-        )
-        yield Case("headneck", pair, scans, labels, None, "affine")
-    for task, (*images, table) in real_results.LANDMARKS.items():
-        scans = tuple(nifti.read_image(data / image) for image in images)
-        landmarks = points.read_points(data / table)
-        yield Case(task, (task, task), scans, None, landmarks, affine_used[task])
+    for pair in real_pairs.pairs(data):
+        scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
+        affine = affine_used.get(pair.task, "affine")
+        yield Case(pair.task, pair.patients, scans, truth, affine)
     if not (data / _CHAOS[0]).is_file():
         return
     for name, other in _OTHERS.items():
@@ -100,7 +90,7 @@ def cases(data: Path, affine_used: dict[str, str]) -> Iterator[Case]:
         for pair in itertools.permutations(ends):
             scans = tuple(nifti.read_image(data / ends[c][0]) for c in pair)
             labels = tuple(_liver(data, *ends[c][1:]) for c in pair)
-            yield Case("liver_inter", pair, scans, labels, None, "affine")
+            yield Case("liver_inter", pair, scans, labels, "affine")
 
 
 def _liver(data: Path, path: str, liver: int) -> Volume:
@@ -120,8 +110,12 @@ def conditions(case: Case, model) -> list[dict]:
         mm; shift_mm, mean distance over the fixed body to the field of the right
         condition.
     """
+    marked = case.group in LANDMARKS
     found = sweeps.sweep(
-        *case.scans, labels=case.labels, weights=model, affine=case.affine
+        *case.scans,
+        labels=None if marked else case.truth,
+        weights=model,
+        affine=case.affine,
     )
     right = sweeps.CONDITIONS.index(RIGHT[case.group])
     spacing = orientation.spacing_mm(found.grid.vox2world)
@@ -130,35 +124,19 @@ def conditions(case: Case, model) -> list[dict]:
     rows = []
     for i, row in enumerate(found.rows):
         disp = found.disp[i - 1] if i else np.zeros_like(found.disp[0])
-        if case.landmarks is None:
-            score = 100 * row["dsc"]
-        else:
-            errors = _landmark_errors(disp * spacing, found, case.landmarks)
-            score = float(errors.mean())
+        scored = row
+        if marked:
+            field = conventional.from_voxels(disp, found.grid.vox2world)
+            scored = real_pairs.scores(case.truth, Mapping((field, found.affine)))
         apart = (disp - found.disp[right])[body] * spacing
         row |= {
             "group": case.group,
             "patients": case.patients,
-            "score": score,
+            "score": real_pairs.told(scored),
             "shift_mm": float(np.linalg.norm(apart, axis=-1).mean()),
         }
         rows.append(row)
     return rows
-
-
-def _landmark_errors(shift_mm, found: sweeps.Sweep, pairs) -> np.ndarray:
-    """Of a displacement that acts before the pre-alignment, mm; [N]."""
-    at = np.stack(np.indices(found.grid.shape), axis=-1)
-    at = at @ found.grid.vox2world[:3, :3].T + found.grid.vox2world[:3, 3]
-    # The grid's axes are those of the world.
-    there = (at + shift_mm) @ found.affine[:3, :3].T + found.affine[:3, 3]
-    _, after = metrics.landmark_errors(
-        (there - at).astype(np.float32),
-        found.grid.vox2world,
-        pairs.fixed,
-        pairs.moving,
-    )
-    return after
 
 
 def interval(rows: Sequence[dict], values: Sequence[float]) -> tuple[float, float]:
@@ -232,7 +210,7 @@ def prealignments(data: Path, model, affine: str) -> dict:
         row["patients"] = (row["fixed"], row["moving"])
     return {"headneck": rows} | {
         task: real_results.landmarks(data, model, task, affine=affine)
-        for task in real_results.LANDMARKS
+        for task in LANDMARKS
     }
 
 
@@ -252,7 +230,7 @@ def table_of_prealignments(results: dict[str, dict]) -> str:
         folds = np.mean([row["fold_percent_network"] for row in rows])
         errors = [
             " → ".join(f"{result[task][f'tre_{s}']:.2f}" for s in ("affine", "network"))
-            for task in real_results.LANDMARKS
+            for task in LANDMARKS
         ]
         lines.append(
             f"| {name} | {before.mean():.1f}{_span(interval(rows, before), 1)} | "
@@ -267,7 +245,7 @@ def itself(data: Path, model) -> list[dict]:
     """Each held-out patient onto itself: a perfect network would not move."""
     rows = []
     for case in HELD_OUT:
-        scan = nifti.read_image(data / f"headneck_openkbp/images/case_{case}.nii.gz")
+        scan = nifti.read_image(real_pairs.headneck_case(data, case)[0])
         found = registration.register(
             scan, scan, task="headneck", weights=model, affine="none"
         )
@@ -294,7 +272,7 @@ def all_conditions(data: Path, model) -> list[dict]:
     """Rows of `conditions` of every pair."""
     used = {
         task: real_results.landmarks(data, model, task)["affine_used"]
-        for task in real_results.LANDMARKS
+        for task in LANDMARKS
     }
     return [
         row

@@ -15,7 +15,6 @@ With --split=train, head-neck pairs of training patients, on which options are c
 """
 
 import functools
-import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -28,14 +27,14 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
-from experiments.benchmark_refine import TRAIN_PAIRS
-from experiments.real_results import LANDMARKS
-from experiments.real_scans import HELD_OUT
+from experiments import cli, conventional, real_pairs
+from experiments.real_pairs import LANDMARKS, Pair, Truth
 from experiments.sam import PRESETS
-from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import nifti, points, preprocess
+from unireg_jax.imaging import nifti, preprocess
+from unireg_jax.imaging.grids import Field
+from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
+from unireg_jax.imaging.points import PointPairs
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor, Maps, sam
@@ -62,50 +61,36 @@ class Scan(NamedTuple):
     body: np.ndarray
 
 
-class Pair(NamedTuple):
-    """Two scans and what is known about them.
+class Case(NamedTuple):
+    """A pair and what is known about it.
 
     Attributes:
-        task: "headneck", "liver" or "lung".
-        fixed: path of the fixed scan.
-        moving: path of the moving scan.
-        fixed_mm: [N, 3] LPS mm, points.
+        pair: its paths.
+        truth: of `real_pairs.read_truth`.
+        fixed_mm: [N, 3] LPS mm, landmarks or centroids of organs.
         moving_mm: [N, 3] LPS mm, the same spots.
-        labels: organs of both scans, head-neck only.
     """
 
-    task: str
-    fixed: Path
-    moving: Path
+    pair: Pair
+    truth: Truth
     fixed_mm: np.ndarray
     moving_mm: np.ndarray
-    labels: tuple[Volume, Volume] | None
 
 
-def pairs_of(data: Path, split: str) -> list[Pair]:
+def cases_of(data: Path, split: str) -> list[Case]:
     """Head-neck pairs of a split, and the liver and lung pairs."""
-    folder = data / "headneck_openkbp"
-    pairs = TRAIN_PAIRS
-    if split == "val":
-        pairs = tuple(itertools.permutations(HELD_OUT, 2))
     out = []
-    for cases in pairs:
-        paths = [folder / f"images/case_{case}.nii.gz" for case in cases]
-        labels = tuple(
-            nifti.read_labels(folder / f"labels/case_{case}.nii.gz") for case in cases
-        )
+    for pair in real_pairs.pairs(data, split):
+        truth = real_pairs.read_truth(pair)
+        if isinstance(truth, PointPairs):
+            out.append(Case(pair, truth, truth.fixed, truth.moving))
+            continue
         centers = [
-            [_center(volume, organ) for volume in labels]
+            [_center(volume, organ) for volume in truth]
             for organ in ORGANS
-            if all((volume.data == organ).any() for volume in labels)
+            if all((volume.data == organ).any() for volume in truth)
         ]
-        ends = np.moveaxis(np.array(centers), 1, 0)
-        out.append(Pair("headneck", *paths, *ends, labels))
-    for task, (fixed, moving, csv) in LANDMARKS.items():
-        marks = points.read_points(data / csv)
-        out.append(
-            Pair(task, data / fixed, data / moving, marks.fixed, marks.moving, None)
-        )
+        out.append(Case(pair, truth, *np.moveaxis(np.array(centers), 1, 0)))
     return out
 
 
@@ -139,10 +124,10 @@ def make_extractor(name: str) -> Extractor:
 # --- points -------------------------------------------------------------------------
 
 
-def match_errors(fixed: Scan, moving: Scan, maps: tuple[Maps, Maps], pair: Pair):
+def match_errors(fixed: Scan, moving: Scan, maps: tuple[Maps, Maps], case: Case):
     """Distance of the most similar place from the true one, [N] mm."""
     to_voxel = np.linalg.inv(fixed.grid.vox2world)
-    fine = (_apply(to_voxel, pair.fixed_mm) - 0.5) / 2
+    fine = (_apply(to_voxel, case.fixed_mm) - 0.5) / 2
     limit = np.array(fixed.hu.shape) // 2 - 1
     query = np.clip(np.rint(fine), 0, limit).astype(np.int32)
     # One program for few and for many points.
@@ -153,43 +138,27 @@ def match_errors(fixed: Scan, moving: Scan, maps: tuple[Maps, Maps], pair: Pair)
     found, _ = find(*maps, padded, mask, plan=matching.Plan())
     found = matching.network_points(np.asarray(found)[: len(query)])
     place = _apply(moving.grid.vox2world, found)
-    return np.linalg.norm(place - pair.moving_mm, axis=1)
+    return np.linalg.norm(place - case.moving_mm, axis=1)
 
 
 # --- maps ---------------------------------------------------------------------------
 
 
-def judge(pair: Pair, matrix: np.ndarray) -> float:
-    """Mean DSC of the organs in percent, or mean landmark error in mm."""
-    if pair.labels is None:
-        moved = _apply(matrix, pair.fixed_mm)
-        return float(np.linalg.norm(moved - pair.moving_mm, axis=1).mean())
-    fixed, moving = pair.labels
-    placed = moving._replace(vox2world=np.linalg.inv(matrix) @ moving.vox2world)
-    still = np.zeros((*fixed.data.shape, 3), np.float32)
-    warped = metrics.warp_labels(still, fixed.vox2world, placed, fixed)
-    scores = metrics.overlap(fixed, moving, {"": warped}, surface=False)
-    return 100 * scores["mean"]["dsc"]
+def judge(case: Case, *parts: Field | np.ndarray) -> float:
+    """Mean DSC of the organs in percent, or mean landmark error in mm.
+
+    Args:
+        case: the pair.
+        parts: of a Mapping, the first one acts first.
+    """
+    return real_pairs.told(real_pairs.scores(case.truth, Mapping(parts)))
 
 
-def judge_coarse(pair: Pair, fixed: Scan, found) -> float:
-    """The same after SAM-coarse; moving is read at matrix (x + disp(x))."""
+def coarse(fixed: Scan, found) -> Field:
+    """What SAM-coarse adds before the matrix."""
     vox2world = fixed.grid.vox2world
     disp = feature_affine.coarse_align(found, vox2world, shape=fixed.grid.shape)
-    disp_mm = np.asarray(disp[0]) @ vox2world[:3, :3].T.astype(np.float32)
-    if pair.labels is None:
-        _, error = metrics.landmark_errors(
-            disp_mm,
-            vox2world,
-            pair.fixed_mm,
-            _apply(np.linalg.inv(found.matrix), pair.moving_mm),
-        )
-        return float(error.mean())
-    target, moving = pair.labels
-    placed = moving._replace(vox2world=np.linalg.inv(found.matrix) @ moving.vox2world)
-    warped = metrics.warp_labels(disp_mm, vox2world, placed, target)
-    scores = metrics.overlap(target, moving, {"": warped}, surface=False)
-    return 100 * scores["mean"]["dsc"]
+    return conventional.from_voxels(np.asarray(disp[0]), vox2world)
 
 
 def timed(function: Callable):
@@ -199,11 +168,11 @@ def timed(function: Callable):
     return value, time.process_time() - start
 
 
-def run(pairs: list[Pair], spec: PreprocessSpec, names: list[str]) -> list[dict]:
+def run(cases: list[Case], spec: PreprocessSpec, names: list[str]) -> list[dict]:
     """One row per pair and method.
 
     Args:
-        pairs: from `pairs_of`.
+        cases: from `cases_of`.
         spec: network grid.
         names: of extractors.
 
@@ -213,37 +182,37 @@ def run(pairs: list[Pair], spec: PreprocessSpec, names: list[str]) -> list[dict]
     load = functools.lru_cache(8)(lambda path: load_scan(path, spec))
     rows = []
 
-    def add(method, pair, score, seconds, **more):
-        row = {"method": method, "task": pair.task, "score": score, "seconds": seconds}
-        rows.append(row | more)
+    def add(method, case, score, seconds, **more):
+        row = {"method": method, "task": case.pair.task, "score": score}
+        rows.append(row | {"seconds": seconds} | more)
 
-    def ends(pair):
-        fixed, moving = load(pair.fixed), load(pair.moving)
+    def ends(case):
+        fixed, moving = load(case.pair.fixed), load(case.pair.moving)
         places = {
             "fixed_vox2world": fixed.grid.vox2world,
             "moving_vox2world": moving.grid.vox2world,
         }
         return fixed, moving, (fixed.hu, moving.hu), places
 
-    for pair in tqdm(pairs, desc="intensity", disable=not sys.stderr.isatty()):
-        _, _, images, places = ends(pair)
-        add("worlds", pair, judge(pair, np.eye(4)), 0.0)
+    for case in tqdm(cases, desc="intensity", disable=not sys.stderr.isatty()):
+        _, _, images, places = ends(case)
+        add("worlds", case, judge(case, np.eye(4)), 0.0)
         search = functools.partial(affine.affine_align, *images, **places)
         found, seconds = timed(search)
-        add("intensity", pair, judge(pair, found), seconds)
+        add("intensity", case, judge(case, found), seconds)
     for name in names:
         extractor = make_extractor(name)
         program = jax.jit(features.describe)
         plan = matching.plan_for(extractor.backend, spec.spacing_mm)
-        for pair in tqdm(pairs, desc=name, disable=not sys.stderr.isatty()):
-            fixed, moving, images, places = ends(pair)
+        for case in tqdm(cases, desc=name, disable=not sys.stderr.isatty()):
+            fixed, moving, images, places = ends(case)
             maps, describe = [], 0.0
             for hu in images:
                 hu = jnp.asarray(hu[None, ..., None])
                 described, seconds = timed(functools.partial(program, hu, extractor))
                 maps.append(described)
                 describe += seconds / 2
-            errors = match_errors(fixed, moving, maps, pair)
+            errors = match_errors(fixed, moving, maps, case)
             for robust in (True, False):
                 align = functools.partial(
                     feature_affine.feature_align,
@@ -258,16 +227,18 @@ def run(pairs: list[Pair], spec: PreprocessSpec, names: list[str]) -> list[dict]
                 method = name if robust else f"{name}, least squares"
                 add(
                     method,
-                    pair,
-                    judge(pair, found.matrix),
+                    case,
+                    judge(case, found.matrix),
                     seconds,
                     errors=errors,
                     describe=describe,
                     fell_back=found.kind != "features",
-                    alone=judge(pair, found.fit.matrix),
+                    alone=judge(case, found.fit.matrix),
                     matches=found.fit.points,
                     close=found.fit.close,
-                    coarse=judge_coarse(pair, fixed, found) if robust else None,
+                    coarse=judge(case, coarse(fixed, found), found.matrix)
+                    if robust
+                    else None,
                 )
     return rows
 
@@ -341,8 +312,8 @@ def main(argv) -> None:
     spec = PreprocessSpec(
         shape=tuple(int(n) for n in options.shape), spacing_mm=(options.spacing,) * 3
     )
-    pairs = pairs_of(Path(options.data), options.split)
-    rows = run(pairs, spec, options.features)
+    cases = cases_of(Path(options.data), options.split)
+    rows = run(cases, spec, options.features)
     print(table_points(rows, options.features), "", table_maps(rows), sep="\n")
 
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from data_pipeline import synthetic
 from experiments import cli
-from experiments.real_results import LANDMARKS
+from experiments.real_pairs import LANDMARKS
+from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
 from unireg_jax.errors import UserError
 from unireg_jax.evaluation import metrics, quality, regularity
@@ -69,7 +70,8 @@ SCANS: dict[str, tuple[str, str, str | None, dict[int, int]]] = {
     ),
 }
 HEADNECK = (
-    *("0022", "0061", "0096", "0112", "0004", "0013", "0017", "0034"),
+    *HELD_OUT,
+    *("0004", "0013", "0017", "0034"),
     *("0059", "0060", "0082", "0083", "0087", "0095", "0099", "0109"),
 )
 for _case in HEADNECK:

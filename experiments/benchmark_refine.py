@@ -16,7 +16,6 @@ defaults were chosen; the liver phases and the two lung scans, which have no oth
 """
 
 import functools
-import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -30,23 +29,18 @@ from absl import app, flags
 from scipy import ndimage
 from tqdm import tqdm
 
-from experiments import cli, timing
-from experiments.real_results import LANDMARKS
-from experiments.real_scans import HELD_OUT
+from experiments import cli, real_pairs, timing
+from experiments.real_pairs import LANDMARKS
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import nifti, points
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.registration import pipeline, refine
 from unireg_jax.registration.compiled import Described
 from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.refine import Plan
-from unireg_jax.tasks import TASKS
 
 MIND = Extractor("mind")
-TRAIN_PAIRS = (("0004", "0034"), ("0060", "0013"), ("0017", "0087"), ("0095", "0082"))
 
 
 class Run(NamedTuple):
@@ -257,32 +251,12 @@ def judge(data: Path, model, split: str, runs: Sequence[Run] = RUNS) -> list[dic
         runs: what to do with each pair.
     """
     sessions = {run.plan: pipeline.Session(model, refine=run.plan) for run in runs}
-    folder = data / "headneck_openkbp"
-    pairs = TRAIN_PAIRS
-    if split == "val":
-        pairs = tuple(itertools.permutations(HELD_OUT, 2))
-    todo = [("headneck", *pair) for pair in pairs]
-    todo += [(task, *paths[:2]) for task, paths in LANDMARKS.items()]
-    rows = []
-    for task, one, other in tqdm(todo, disable=not sys.stderr.isatty()):
-        if task == "headneck":
-            scans = [
-                nifti.read_image(folder / f"images/case_{c}.nii.gz")
-                for c in (one, other)
-            ]
-            truth = [
-                nifti.read_labels(folder / f"labels/case_{c}.nii.gz")
-                for c in (one, other)
-            ]
-        else:
-            scans = [nifti.read_image(data / name) for name in (one, other)]
-            truth = points.read_points(data / LANDMARKS[task][2])
-        usual = TASKS[task].pair_type.name.lower()
+    todo, rows = real_pairs.pairs(data, split), []
+    for pair in tqdm(todo, disable=not sys.stderr.isatty()):
+        scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
         found: dict[str, np.ndarray | str] = {}
         for run in runs:
-            named = pipeline.check_settings(
-                task if run.network else "none", usual, run.affine
-            )
+            named = real_pairs.settings(pair, run.affine, network=run.network)
             session, clock = sessions[run.plan], pipeline.Clock()
             # An affine map is found once per pair; "coarse" is more than a matrix.
             affine = found.get(run.affine, run.affine)
@@ -291,10 +265,9 @@ def judge(data: Path, model, split: str, runs: Sequence[Run] = RUNS) -> list[dic
                 found[run.affine] = result.affine
             rows.append(
                 {
-                    "task": task,
-                    "pair": (one, other),
+                    "task": pair.task,
                     "run": run,
-                    "score": _score(task, result, truth),
+                    **real_pairs.scores(truth, real_pairs.stages(result)["network"]),
                     "fold_percent_network": result.qc["fold_percent_network"],
                     "sdlogj_network": result.qc["sdlogj_network"],
                     "seconds": result.timings.get("refine", 0.0),
@@ -326,24 +299,12 @@ def swept(text: str) -> list[Run]:
     return [Run("auto", False, Plan()._replace(**{name: value})) for value in values]
 
 
-def _score(task, result, truth) -> float:
-    """Mean DSC of the organs in percent, or mean landmark error in mm."""
-    place = result.disp_mm, result.vox2world
-    if task == "headneck":
-        fixed, moving = truth
-        warped = metrics.warp_labels(*place, moving, fixed)
-        scores = metrics.overlap(fixed, moving, {"": warped}, surface=False)
-        return 100 * scores["mean"]["dsc"]
-    _, error = metrics.landmark_errors(*place, truth.fixed, truth.moving)
-    return float(error.mean())
-
-
 def table(rows: list[dict], runs: Sequence[Run] = RUNS) -> str:
     """Markdown: one row per run; "better" than the first one."""
     lines = [
         "| start | features | iterations | smoothness | head-neck DSC₇, mean "
-        "(min … max) | pairs better | folds %, mean (max) | SDlogJ | liver TRE mm | "
-        "lung TRE mm | folds %, liver, lung | seconds |",
+        "(min … max) | pairs better | folds %, mean (max) | SDlogJ | liver TRE mm, "
+        "mean / median | lung TRE mm, mean / median | folds %, liver, lung | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -351,14 +312,20 @@ def table(rows: list[dict], runs: Sequence[Run] = RUNS) -> str:
         chosen = [r for r in rows if r["run"] == run and r["task"] == task]
         return np.array([r[key] for r in chosen])
 
-    base = column(runs[0], "headneck", "score")
+    base = column(runs[0], "headneck", "dsc")
     for run in runs:
         plan = run.plan
         dsc, folds, uneven, seconds = (
             column(run, "headneck", k)
-            for k in ("score", "fold_percent_network", "sdlogj_network", "seconds")
+            for k in ("dsc", "fold_percent_network", "sdlogj_network", "seconds")
         )
-        tre = [column(run, task, "score")[0] for task in LANDMARKS]
+        better, dsc = int((dsc > base).sum()), 100 * dsc
+        tre = [
+            " / ".join(
+                f"{column(run, task, k)[0]:.2f}" for k in ("tre_mm", "tre_median_mm")
+            )
+            for task in LANDMARKS
+        ]
         other = [column(run, task, "fold_percent_network")[0] for task in LANDMARKS]
         start = run.affine + " + network" * run.network
         name = plan.features if plan.iterations else "none"
@@ -366,9 +333,9 @@ def table(rows: list[dict], runs: Sequence[Run] = RUNS) -> str:
         lines.append(
             f"| {start} | {name} | {plan.iterations} | {weight} | **{dsc.mean():.1f}** "
             f"({dsc.min():.1f} … {dsc.max():.1f}) | "
-            f"{int((dsc > base).sum())} of {len(dsc)} | "
+            f"{better} of {len(dsc)} | "
             f"{folds.mean():.2f} ({folds.max():.2f}) | {uneven.mean():.2f} | "
-            f"{tre[0]:.2f} | {tre[1]:.2f} | "
+            f"{tre[0]} | {tre[1]} | "
             f"{other[0]:.2f}, {other[1]:.2f} | {np.median(seconds):.1f} |"
         )
     return "\n".join(lines)

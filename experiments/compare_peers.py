@@ -40,17 +40,14 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli, conventional, figures
-from experiments.benchmark_refine import TRAIN_PAIRS
-from experiments.real_results import LANDMARKS
-from experiments.real_scans import HELD_OUT
+from experiments import cli, conventional, figures, real_pairs
+from experiments.real_pairs import LANDMARKS, Pair, Truth
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.evaluation import metrics, regularity
-from unireg_jax.imaging import grids, mapping, nifti, points, preprocess
+from unireg_jax.evaluation import regularity
+from unireg_jax.imaging import grids, mapping, preprocess
 from unireg_jax.imaging.grids import Field, Grid
-from unireg_jax.registration import Plan, pipeline
-from unireg_jax.tasks import TASKS
+from unireg_jax.registration import Plan
 
 SHAPES = {4: (96, 96, 80), 2: (192, 192, 160)}
 _LIMIT_S = 7200  # of one run
@@ -86,41 +83,6 @@ def own_rows() -> list[Own]:
     return rows
 
 
-class Pair(NamedTuple):
-    """Two scans with what is known of them.
-
-    Attributes:
-        name: of its folder.
-        task: of tasks.TASKS.
-        fixed, moving: paths of the scans.
-        truth: paths of the two label maps, or of one table of landmarks.
-    """
-
-    name: str
-    task: str
-    fixed: Path
-    moving: Path
-    truth: tuple[Path, ...]
-
-
-def pairs(data: Path, split: str) -> list[Pair]:
-    """Pairs of the collection; those with landmarks, which are quick, come first."""
-    found = [
-        Pair(task, task, data / one, data / other, (data / csv,))
-        for task, (one, other, csv) in LANDMARKS.items()
-    ]
-    folder = data / "headneck_openkbp"
-    named = itertools.permutations(HELD_OUT, 2) if split == "val" else TRAIN_PAIRS
-    for named_pair in named:
-        scans, labels = (
-            [folder / kind / f"case_{c}.nii.gz" for c in named_pair]
-            for kind in ("images", "labels")
-        )
-        name = "_".join(("headneck", *named_pair))
-        found.append(Pair(name, "headneck", *scans, tuple(labels)))
-    return found
-
-
 # --- the shared start, and the judge ------------------------------------------------
 
 
@@ -134,7 +96,7 @@ class Start(NamedTuple):
         body: [X, Y, Z] bool, of the fixed scan.
         fixed, moving: [X, Y, Z] int16 HU, OUTSIDE_HU where there is no scan.
         target: the fixed scan's own grid.
-        truth: two label Volumes, or the landmarks.
+        truth: of `real_pairs.read_truth`.
     """
 
     grid: Grid
@@ -144,27 +106,15 @@ class Start(NamedTuple):
     fixed: np.ndarray
     moving: np.ndarray
     target: Grid
-    truth: Any
-
-
-def settings_of(pair: Pair, task: str, affine: str) -> dict[str, str]:
-    """Of `Session.run`: the pair's usual type, whatever the task."""
-    usual = TASKS[pair.task].pair_type.name.lower()
-    named = pair.task if task == _OWN_TASK else task
-    return pipeline.check_settings(named, usual, affine)
+    truth: Truth
 
 
 def begin(pair: Pair, session: registration.Session) -> Start:
     """Pre-aligns a pair and brings it onto its working grid."""
-    fixed, moving = nifti.read_image(pair.fixed), nifti.read_image(pair.moving)
+    scans = real_pairs.read_scans(pair)
     # By its own task: "auto" looks at the region, too.
-    settings = settings_of(pair, _OWN_TASK, "auto")
-    found = session.prepare(fixed, moving, settings, clock=registration.Clock())
-    if pair.task == "headneck":
-        truth = [nifti.read_labels(path) for path in pair.truth]
-        target = mapping.grid_of(truth[0])
-    else:
-        truth, target = points.read_points(pair.truth[0]), mapping.grid_of(fixed)
+    settings = real_pairs.settings(pair, "auto")
+    found = session.prepare(*scans, settings, clock=registration.Clock())
     return Start(
         found.layout.grid,
         found.settings["affine_used"],
@@ -172,8 +122,8 @@ def begin(pair: Pair, session: registration.Session) -> Start:
         found.body,
         found.fixed_hu,
         found.moving_hu,
-        target,
-        truth,
+        mapping.grid_of(scans[0]),
+        real_pairs.read_truth(pair),
     )
 
 
@@ -209,7 +159,7 @@ def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, fl
 
     Returns:
         fold_percent and sdlogj over the fixed body, of `field`; and dsc_percent and
-        hd95_mm, means over the organs, or tre_mm, mean over the landmarks.
+        hd95_mm, means over the organs, or tre_mm and tre_median_mm of the landmarks.
 
     Raises:
         ValueError: the field is on another grid, or not finite.
@@ -223,14 +173,14 @@ def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, fl
     smooth = regularity.field_scores(*field, mask=start.body)
     scores = {key: smooth[key] for key in ("fold_percent", "sdlogj")}
     matrix = start.affine if affine is None else affine
-    place = whole_map(field, matrix, start.target), start.target.vox2world
-    if isinstance(start.truth, list):
-        fixed, moving = start.truth
-        warped = metrics.warp_labels(*place, moving, fixed)
-        means = metrics.overlap(fixed, moving, {"": warped})["mean"]
-        return scores | {"dsc_percent": 100 * means["dsc"], "hd95_mm": means["hd95_mm"]}
-    _, errors = metrics.landmark_errors(*place, start.truth.fixed, start.truth.moving)
-    return scores | {"tre_mm": float(errors.mean())}
+    whole = mapping.field(
+        whole_map(field, matrix, start.target), start.target.vox2world
+    )
+    found = real_pairs.scores(start.truth, whole, surface=True)
+    if "dsc" in found:
+        found["dsc_percent"] = 100 * found["dsc"]
+    kept = ("dsc_percent", "hd95_mm", "tre_mm", "tre_median_mm")
+    return scores | {key: found[key] for key in kept if key in found}
 
 
 def draw(path: Path, pair: Pair, start: Start, field: Field, title: str) -> None:
@@ -284,15 +234,15 @@ def load(weights: str | None, spacing: int) -> registration.Model:
 
 def register(job: dict[str, Any], folder: Path) -> None:
     """One of our rows on one pair."""
-    name, task, *paths = job["pair"]
-    pair = Pair(name, task, *map(Path, paths), ())
+    task, *paths = job["pair"]
+    pair = Pair(task, (task, task), *map(Path, paths), ())
     own = Own(**job["own"])
     plan = None if own.plan is None else Plan(**own.plan)
     session = registration.Session(
         load(job["weights"], job["spacing"]), refine=plan, network=own.task != "none"
     )
-    settings = settings_of(pair, own.task, own.affine)
-    scans = nifti.read_image(pair.fixed), nifti.read_image(pair.moving)
+    settings = real_pairs.settings(pair, own.affine, network=own.task != "none")
+    scans = real_pairs.read_scans(pair)
     bare = own.task == "none" and plan is None
     # The shared start is found for its own row alone, and otherwise given.
     affine = own.affine
@@ -401,7 +351,7 @@ def measure(
     words = [sys.executable, "-m"]
     if method.own:
         job = {
-            "pair": [str(x) for x in pair[:4]],
+            "pair": [pair.task, str(pair.fixed), str(pair.moving)],
             "own": method.own._replace(plan=method.settings["plan"])._asdict(),
             "kind": start.kind,
             "affine": start.affine.tolist(),
@@ -507,8 +457,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one row per method."""
     lines = [
         "| method | pairs | head-neck DSC₇ %, mean (min … max) | HD95 mm | "
-        "folds %, mean (max) | liver TRE mm | lung TRE mm | folds %, liver, lung | "
-        "CPU s, median (max) | start s, median (max) | peak MiB |",
+        "folds %, mean (max) | liver TRE mm, mean / median | lung TRE mm, mean / "
+        "median | folds %, liver, lung | CPU s, median (max) | start s, median (max) | "
+        "peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -533,7 +484,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         hd95 = column("hd95_mm", "headneck")
         errors, folds = [], []
         for task in LANDMARKS:
-            errors.append("".join(f"{v:.2f}" for v in column("tre_mm", task)) or "-")
+            two = (column(key, task) for key in ("tre_mm", "tre_median_mm"))
+            errors.append(" / ".join(f"{v:.2f}" for v in np.concatenate([*two])) or "-")
             more = column("fold_percent", task)
             folds.append("".join(f"{v:.2f}" for v in more) or "-")
         peak = column("peak_mib")
@@ -563,7 +515,8 @@ def main(argv) -> None:
     data, out = Path(options.data), Path(options.out)
     if not data.is_dir():
         raise UserError("not_found", f"--data: {data} is not there", USAGE)
-    todo = pairs(data, options.split)
+    # Those with landmarks, which are quick, come first.
+    todo = real_pairs.pairs(data, options.split, tasks=(*LANDMARKS, "headneck"))
     if options.pairs:
         named = {pair.name: pair for pair in todo}
         if unknown := [name for name in options.pairs if name not in named]:

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments import cli, real_pairs
 from unireg_jax import registration
-from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.registration.refine import Plan
@@ -48,21 +47,17 @@ def measure(data: Path, model) -> list[dict]:
     rows = []
     for pair in itertools.permutations(SUBJECTS):
         scans = [nifti.read_image(folder / f"{s}.nii.gz") for s in pair]
-        fixed, moving = (nifti.read_labels(folder / f"{s}_seg.nii.gz") for s in pair)
+        truth = tuple(nifti.read_labels(folder / f"{s}_seg.nii.gz") for s in pair)
         for kind, prepare in INTENSITIES.items():
             images = [prepare(scan) for scan in scans]
             for method, (task, plan) in METHODS.items():
                 result = registration.register(
                     *images, task=task, weights=model, refine=plan
                 )
-                warped = metrics.warp_stages(
-                    result.disp_mm, result.vox2world, result.affine, moving, fixed
-                )
                 row = {"pair": pair, "intensities": kind, "method": method}
                 row["folds"] = result.qc["fold_percent_network"]
-                for stage, labels in warped.items():
-                    scores = metrics.overlap(fixed, moving, {"": labels}, surface=False)
-                    row[stage] = 100 * scores["mean"]["dsc"]
+                for stage, found in real_pairs.stages(result).items():
+                    row[stage] = real_pairs.told(real_pairs.scores(truth, found))
                 rows.append(row)
     return rows
 

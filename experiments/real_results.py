@@ -11,7 +11,6 @@ both pairs were in training, without landmarks). Writes results.json, a picture 
 of the first weights, and prints the table of the README.
 """
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,24 +19,10 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli, figures
-from experiments.real_scans import HELD_OUT
+from experiments import cli, figures, real_pairs
+from experiments.real_pairs import LANDMARKS
 from unireg_jax import registration
 from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import nifti, points
-
-LANDMARKS = {
-    "liver": (
-        "liver_multiphase/liver_hcc007_t1/pvp.nii.gz",
-        "liver_multiphase/liver_hcc007_t1/art.nii.gz",
-        "liver_multiphase/liver_hcc007_t1/auto_keypoints_pvp_fixed_art_moving.csv",
-    ),
-    "lung": (
-        "lung_elastix/baseline.nii.gz",
-        "lung_elastix/followup.nii.gz",
-        "lung_elastix/landmarks.csv",
-    ),
-}
 
 
 def headneck(
@@ -45,28 +30,24 @@ def headneck(
 ) -> list[dict]:
     """One row per ordered pair of the held-out patients."""
     rows = []
-    folder = data / "headneck_openkbp"
-    todo = list(itertools.permutations(HELD_OUT, 2))
-    for one, other in tqdm(todo, disable=not sys.stderr.isatty()):
-        scans = [
-            nifti.read_image(folder / f"images/case_{c}.nii.gz") for c in (one, other)
-        ]
-        fixed, moving = (
-            nifti.read_labels(folder / f"labels/case_{c}.nii.gz") for c in (one, other)
-        )
+    todo = real_pairs.pairs(data, tasks=["headneck"])
+    for pair in tqdm(todo, disable=not sys.stderr.isatty()):
+        scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
+        one, other = pair.patients
         result = registration.register(
             *scans, task="headneck", weights=model, affine=affine
         )
-        stages = metrics.warp_stages(
-            result.disp_mm, result.vox2world, result.affine, moving, fixed
-        )
         row = {"fixed": one, "moving": other, **_regularity(result)}
-        for name, warped in stages.items():
-            scores = metrics.overlap(fixed, moving, {"": warped}, surface=False)
-            row[f"dsc_{name}"] = scores["mean"]["dsc"]
-            row[f"labels_{name}"] = {k: v["dsc"] for k, v in scores["labels"].items()}
+        for name, stage in real_pairs.stages(result).items():
+            scores = real_pairs.scores(truth, stage)
+            row[f"dsc_{name}"] = scores["dsc"]
+            row[f"labels_{name}"] = scores["labels"]
         rows.append(row)
         if picture:
+            fixed, moving = truth
+            warped = metrics.warp_labels(
+                result.disp_mm, result.vox2world, moving, fixed
+            )
             figures.save_registration(
                 picture / f"headneck_{one}_{other}.png",
                 scans[0].data,
@@ -76,7 +57,7 @@ def headneck(
                 fixed.spacing_mm,
                 title=f"{other} -> {one}: DSC {row['dsc_affine']:.3f} -> "
                 f"{row['dsc_network']:.3f}",
-                labels=(fixed.data, stages["network"]),
+                labels=(fixed.data, warped),
             )
     return rows
 
@@ -85,17 +66,16 @@ def landmarks(
     data: Path, model, task: str, *, picture: Path | None = None, affine: str = "auto"
 ) -> dict:
     """Landmark errors of one intra-patient pair, mm."""
-    fixed_path, moving_path, csv = (data / name for name in LANDMARKS[task])
-    fixed, moving = nifti.read_image(fixed_path), nifti.read_image(moving_path)
+    (pair,) = real_pairs.pairs(data, tasks=[task])
+    fixed, moving = real_pairs.read_scans(pair)
     result = registration.register(
         fixed, moving, task=task, weights=model, affine=affine
     )
-    pairs = points.read_points(csv)
-    initial, network = metrics.landmark_errors(
-        result.disp_mm, result.vox2world, pairs.fixed, pairs.moving
-    )
-    moved = pairs.fixed @ result.affine[:3, :3].T + result.affine[:3, 3]
-    aligned = np.linalg.norm(moved - pairs.moving, axis=1)
+    truth = real_pairs.read_truth(pair)
+    stages = {
+        name: real_pairs.scores(truth, stage)["errors_mm"]
+        for name, stage in real_pairs.stages(result).items()
+    }
     if picture:
         figures.save_registration(
             picture / f"{task}.png",
@@ -104,11 +84,11 @@ def landmarks(
             result.warped,
             registration.residual_mm(result),
             fixed.spacing_mm,
-            title=f"{task}: TRE {aligned.mean():.2f} -> {network.mean():.2f} mm",
+            title=f"{task}: TRE {stages['affine'].mean():.2f} -> "
+            f"{stages['network'].mean():.2f} mm",
         )
-    stages = {"initial": initial, "affine": aligned, "network": network}
     return {
-        "points": len(network),
+        "points": len(truth.fixed),
         "affine_used": result.settings["affine_used"],
         **{f"tre_{k}": float(v.mean()) for k, v in stages.items()},
         **{f"tre_p95_{k}": float(np.percentile(v, 95)) for k, v in stages.items()},

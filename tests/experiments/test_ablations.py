@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import ablations, mr_results
-from unireg_jax.imaging.grids import Grid
 from unireg_jax.imaging.nifti import Volume
-from unireg_jax.imaging.points import PointPairs
-from unireg_jax.registration.sweeps import Sweep
 
 PAIRS = [{"patients": pair} for pair in itertools.permutations("abcd", 2)]
 
@@ -22,23 +19,6 @@ def test_interval_is_that_of_draws_of_patients():
     assert low == 0 and high == 1
     three = [{"patients": pair} for pair in itertools.permutations("abc", 2)]
     assert np.isnan(ablations.interval(three, np.ones(6))).all()
-
-
-def test_landmark_errors_follow_displacement_then_alignment():
-    place = np.diag([4.0, 5.0, 6.0, 1.0])
-    place[:3, 3] = (-10, 3, 7)
-    matrix = np.array(
-        [[0, -1, 0, 3.0], [1, 0, 0, -2.0], [0, 0, 1.1, 5.0], [0, 0, 0, 1]]
-    )
-    shift = np.array([2.0, -3.0, 1.5])
-    found = Sweep([], {}, Grid((8, 7, 6), place), matrix, None, {}, ())
-    fixed = place[:3, 3] + np.array([[5.0, 9.0, 11.0], [13.0, 8.0, 20.0]])
-    moving = (fixed + shift) @ matrix[:3, :3].T + matrix[:3, 3]
-    moving[1, 0] += 2.5
-    field = np.broadcast_to(shift, (8, 7, 6, 3))
-    pairs = PointPairs(["1", "2"], fixed, moving)
-    got = ablations._landmark_errors(field, found, pairs)
-    np.testing.assert_allclose(got, [0, 2.5], atol=1e-4)
 
 
 def test_table_compares_with_the_right_condition():

@@ -9,11 +9,9 @@ import pytest
 
 from data_pipeline import loader, synthetic
 from data_pipeline.datasets import manifest
-from experiments import demo, figures, prealign, real_scans
+from experiments import demo, figures, prealign, real_pairs, real_scans
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import nifti
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
@@ -164,24 +162,16 @@ def test_network_runs_at_the_papers_size():
 def test_released_weights_improve_patients_they_never_saw(data_root):
     """Two held-out head-neck pairs, from the affine start, without folding much."""
     model = registration.load_model()
-    for one, other in (("0096", "0061"), ("0112", "0061")):
-        folder = data_root / "headneck_openkbp"
-        scans = [folder / f"images/case_{c}.nii.gz" for c in (one, other)]
-        labels = [
-            nifti.read_labels(folder / f"labels/case_{c}.nii.gz") for c in (one, other)
-        ]
-        result = registration.register(*scans, task="headneck", weights=model)
-        still = np.zeros_like(result.disp_mm)
-        placed = labels[1]._replace(
-            vox2world=np.linalg.inv(result.affine) @ labels[1].vox2world
+    for pair in real_pairs.pairs(data_root, tasks=["headneck"]):
+        if pair.patients not in {("0096", "0061"), ("0112", "0061")}:
+            continue
+        truth = real_pairs.read_truth(pair)
+        result = registration.register(
+            pair.fixed, pair.moving, task="headneck", weights=model
         )
-        before = metrics.warp_labels(still, result.vox2world, placed, labels[0])
-        after = metrics.warp_labels(
-            result.disp_mm, result.vox2world, labels[1], labels[0]
-        )
-        scores = [
-            metrics.overlap(labels[0], labels[1], {"": w}, surface=False)["mean"]["dsc"]
-            for w in (before, after)
-        ]
-        assert scores[1] > scores[0] + 0.03
+        dsc = {
+            name: real_pairs.scores(truth, stage)["dsc"]
+            for name, stage in real_pairs.stages(result).items()
+        }
+        assert dsc["network"] > dsc["affine"] + 0.03
         assert result.qc["fold_percent_network"] < 3
