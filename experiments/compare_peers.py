@@ -1,8 +1,7 @@
 """Accuracy beside conventional tools: the same real pairs, start, grid and judge.
 
     python -m experiments.compare_peers --data=FOLDER --out=runs/peers
-    python -m experiments.compare_peers --data=FOLDER --out=runs/peers \
-        --only=ours --redo
+    python -m experiments.compare_peers --data=FOLDER --out=runs/peers --only=ours
 
 The 12 ordered pairs of the held-out head-neck patients (with --split=train the 4 pairs
 of others on which defaults were chosen), the liver phases and the two lung scans. Each
@@ -20,12 +19,14 @@ seconds before that are given apart: libraries, and of ours weights and programs
 the first pair compiles and the others find in a cache. Tools that are not installed
 (extra `peers`; deedsBCV and reg_f3d on PATH) are left out and named.
 
-Rows go to results.json in --out; those that are there, with the same settings and
-version, are not measured again unless --redo; failed ones are.
+Rows go to results.json in --out; those that are there are not measured again unless
+settings, version, the judge's sources or, of ours, anything in the library or the
+weights changed, or with --redo; failed ones are.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -48,11 +49,13 @@ from unireg_jax.evaluation import regularity
 from unireg_jax.imaging import grids, mapping, preprocess
 from unireg_jax.imaging.grids import Field, Grid
 from unireg_jax.registration import Plan
+from unireg_jax.registration.weights import find_weights
 
 SHAPES = {4: (96, 96, 80), 2: (192, 192, 160)}
 _LIMIT_S = 7200  # of one run
 _OWN_TASK = "its own"
 _KEY = ("spacing", "pair", "method")
+_SAME = ("settings", "version", "sources")  # of a row that is not measured again
 
 
 class Own(NamedTuple):
@@ -279,28 +282,56 @@ class Method(NamedTuple):
 
     Attributes:
         name: as printed.
-        settings: JSON; a change measures anew.
+        settings: JSON; a change of this or of the next two measures anew.
         version: of the tool.
+        sources: digest of the code that the row depends on, see `digest`.
         own: one of `own_rows`, or None.
     """
 
     name: str
     settings: Any
     version: str
+    sources: str
     own: Own | None = None
 
 
-def methods(only: list[str], spacing: int) -> tuple[list[Method], list[str]]:
+def digest(weights: str | None = None, *, own: bool) -> str:
+    """Start of the SHA-256 of what a row depends on besides its settings.
+
+    Args:
+        weights: file; None for those that `find_weights` names.
+        own: True for our rows: the judge, all of the library, and the weights. False
+            for tools, which take long: the judge alone, so that after a change of the
+            pre-alignment they are measured anew by --redo only.
+    """
+    files = [Path(__file__), Path(conventional.__file__), Path(real_pairs.__file__)]
+    if own:
+        library = Path(registration.__file__).parents[1]
+        kinds = ("*.py", "*.safetensors", "*.json")
+        files += sorted(path for kind in kinds for path in library.rglob(kind))
+        used = find_weights(weights)
+        files += [used, used.with_suffix(".json")]
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:12]
+
+
+def methods(
+    only: list[str], spacing: int, weights: str | None = None
+) -> tuple[list[Method], list[str]]:
     """What can run here, and the names of what is not installed.
 
     Args:
         only: how names of methods begin, in any case; empty for all.
         spacing: mm; the network is left out where it was not trained.
+        weights: file of our rows; None for the usual ones.
 
     Raises:
         UserError: one that begins no name, exit code 2.
     """
     own = {row.name: row for row in own_rows()}
+    ours, theirs = (digest(weights, own=flag) for flag in (True, False))
     names = [*own, *conventional.PEERS]
     wanted = {n for one in only for n in names if n.lower().startswith(one.lower())}
     for one in only:
@@ -320,14 +351,14 @@ def methods(only: list[str], spacing: int) -> tuple[list[Method], list[str]]:
                 plan = row.plan and row.plan._asdict()
                 settings = row._replace(plan=plan)._asdict()
                 del settings["name"]
-                found.append(Method(name, settings, _version(), row))
+                found.append(Method(name, settings, _version(), ours, row))
             continue
         peer = conventional.PEERS[name]
         version = conventional.version(peer)
         if version is None:
             missing.append(name)
         else:
-            found.append(Method(name, peer.settings, version))
+            found.append(Method(name, peer.settings, version, theirs))
     return found, missing
 
 
@@ -409,7 +440,7 @@ def race(
     for pair, method in tqdm(jobs, disable=not sys.stderr.isatty()):
         at = (options["spacing"], pair.name, method.name)
         old = known.get(at, {"failed": "not yet"})
-        same = [old.get(k) for k in ("settings", "version")] == [*method[1:3]]
+        same = all(old.get(key) == getattr(method, key) for key in _SAME)
         if "failed" not in old and same and not redo:
             continue
         folder = out / f"{options['spacing']}mm" / pair.name
@@ -425,8 +456,7 @@ def race(
         row = {
             **dict(zip(_KEY, at, strict=True)),
             "task": pair.task,
-            "settings": method.settings,
-            "version": method.version,
+            **{key: getattr(method, key) for key in _SAME},
             "date": datetime.date.today().isoformat(),
         }
         row |= measure(method, pair, start, folder, options)
@@ -527,7 +557,7 @@ def main(argv) -> None:
                 USAGE,
             )
         todo = [named[name] for name in options.pairs]
-    found, missing = methods(options.only, options.spacing)
+    found, missing = methods(options.only, options.spacing, options.weights)
     out.mkdir(parents=True, exist_ok=True)
     picture = None
     if options.pictures:

@@ -181,9 +181,9 @@ def bare(start, monkeypatch, tmp_path):
     pair = real_pairs.Pair("liver", ("", ""), tmp_path, tmp_path, (tmp_path,))
     options = {"weights": None, "spacing": 4, "threads": 1, "cache": tmp_path}
 
-    def again(redo=False, settings="s"):
+    def again(redo=False, settings="s", sources="a"):
         names = ("greedy", "convexAdam")
-        found = [race.Method(name, settings, "1") for name in names]
+        found = [race.Method(name, settings, "1", sources) for name in names]
         out = race.race([pair], found, tmp_path, options | {"picture": None}, redo)
         done, runs[:] = list(runs), []
         return out, done
@@ -198,6 +198,7 @@ def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare):
     assert rows[1]["tre_mm"] > 0 and rows[1]["cpu_s"] == 2
     assert bare()[1] == ["greedy"]  # what failed is tried again
     assert bare(settings="t")[1] == ["greedy", "convexAdam"]
+    assert bare(settings="t", sources="b")[1] == ["greedy", "convexAdam"]
     rows, done = bare(redo=True, settings="t")
     assert done == ["greedy", "convexAdam"] and len(rows) == 2
     lines = race.table(rows).splitlines()
@@ -243,3 +244,19 @@ def test_own_run_measures_and_writes_a_field(tmp_path, monkeypatch):
     stages = measured["stages"]
     assert 0 < measured["cpu_s"] == pytest.approx(stages["network"] + stages["refine"])
     assert measured["cpu_s"] < stages["total"] and measured["start_s"] > 0
+
+
+def test_digest_changes_with_library_and_weights(tmp_path, monkeypatch):
+    weights = test_pipeline.saved(tmp_path)
+    library = tmp_path / "library"
+    room = library / "registration"
+    room.mkdir(parents=True)
+    (room / "refine.py").write_text("step = 1")
+    monkeypatch.setattr(race.registration, "__file__", str(room / "__init__.py"))
+    ours, theirs = [race.digest(weights, own=own) for own in (True, False)]
+    assert ours == race.digest(weights, own=True) != theirs
+    (room / "refine.py").write_text("step = 2")
+    changed = race.digest(weights, own=True)
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert len({ours, changed, race.digest(weights, own=True)}) == 3
+    assert race.digest(weights, own=False) == theirs  # minutes a row: the judge alone
