@@ -740,6 +740,11 @@ def test_register_tiles_refine_every_window(calm):
     assert result.qc["ncc_after"] > plain.qc["ncc_after"] + 0.005
     moved = np.abs(result.network_disp).max(axis=(0, 1, 3))
     assert (moved[10:86] > 0.1).all()  # in every window
+    fine = run(images, grids, refine=plan._replace(finer=2), **common)
+    assert fine.network_grid.shape == tuple(2 * n for n in result.network_grid.shape)
+    assert fine.qc["ncc_after"] > plain.qc["ncc_after"] + 0.005
+    moved = np.abs(fine.network_disp).max(axis=(0, 1, 3))
+    assert (moved[20:172] > 0.1).all()
 
 
 def test_register_one_larger_window_holds_the_whole_body(model):

@@ -142,6 +142,8 @@ def test_steps_start_as_coarse_as_the_grid_allows():
     fine = [(8, 100), (4, 50), (2, 20), (1, 10)]
     assert refine.steps(plan, (192, 192, 160)) == fine
     assert refine.steps(plan, SHAPE) == usual  # however small
+    finer = [(4, 100), (2, 50), (1, 20), (0.5, 10)]
+    assert refine.steps(plan._replace(finer=2), (96, 96, 80)) == finer
     assert refine.steps(Plan(3, "mind"), (96, 96, 80)) == [(4, 6), (2, 3)]
     assert [count for _, count in refine.steps(Plan(1), SHAPE)] == [2, 1, 1]
 
@@ -269,6 +271,7 @@ def test_refiner_serves_all_tasks_and_reads_no_parameter(model, scans, monkeypat
         ({"smoothness": float("nan")}, "smoothness must be"),
         ({"smoothness": 21.0}, "smoothness must be 0 to 20"),
         ({"window": 4}, "window must be odd"),
+        ({"finer": 3}, "finer must be one of"),
         ({"iterations": 2.5}, "iterations must be an int"),
     ],
 )
@@ -338,6 +341,7 @@ def test_command_register_optimises_and_records_it(files, tmp_path, capsys):
 
 def test_choices_are_those_of_refine():
     assert verb.IO_FEATURES == tuple(sorted(refine.LEVELS))
+    assert verb.IO_FINER == refine.FINER
     assert options.MOST_SMOOTHNESS == refine.MOST_SMOOTHNESS
     assert options.SMOOTHNESS == Plan().smoothness
     assert Plan().features == "image"  # as `results.settings_sha256` has it
@@ -346,17 +350,17 @@ def test_choices_are_those_of_refine():
 def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     def digest(**given):
         asked = {"affine": "auto", "fov": "auto", "io_iterations": 50}
-        asked |= {"io_features": None, "reg_weight": None} | given
+        asked |= {"io_features": None, "reg_weight": None, "io_finer": None} | given
         case = Case("a", "f.nii", "m.nii", "lung")
         return verb.settings_sha256(argparse.Namespace(**asked), case)
 
     plain = digest()
-    assert digest(io_features="image", reg_weight=0.5) == plain
-    others = [digest(reg_weight=1.0), digest(io_features="mind")]
+    assert digest(io_features="image", reg_weight=0.5, io_finer=1) == plain
+    others = [digest(reg_weight=1.0), digest(io_features="mind"), digest(io_finer=2)]
     others += [digest(io_iterations=0), digest(io_iterations=49)]
     monkeypatch.setattr(verb, "_IO_ALGORITHM", "another")
-    assert len({plain, *others, digest()}) == 6
-    assert digest(io_iterations=0) == others[2]
+    assert len({plain, *others, digest()}) == 7
+    assert digest(io_iterations=0) == others[3]
 
 
 def test_many_pairs_are_refined_as_one(files, model):
@@ -391,6 +395,61 @@ def test_task_none_refines_from_the_affine_alone(files, model):
         compile_register(model, network=False)(
             *(np.zeros(SHAPE, np.int16) for _ in range(2)), 0, 0
         )
+
+
+@pytest.mark.parametrize("kind", ["image", "mind"])
+def test_finer_grid_sees_what_the_network_s_cannot(kind, scans, model):
+    """Scans on twice the voxels: the same place, and an error in mm that is less."""
+    fine = [
+        ndimage.zoom(hu.astype(np.float32), 2, order=3, grid_mode=True, mode="nearest")
+        for hu in scans
+    ]
+    place = np.diag([4.0, 4.5, 4.0, 1.0])
+    run = functools.partial(
+        pipeline.register,
+        *(np.rint(hu).astype(np.int16) for hu in fine),
+        task="none",
+        weights=model,
+        affine="none",
+        fixed_vox2world=place,
+        moving_vox2world=place,
+    )
+    truth = np.stack(
+        [
+            ndimage.zoom(part * mm, 2, order=1, grid_mode=True, mode="nearest")
+            for part, mm in zip(
+                np.moveaxis(known_disp()[0], -1, 0), (8, 9, 8), strict=True
+            )
+        ],
+        axis=-1,
+    )
+    left = {}
+    for finer in (1, 2):
+        result = run(refine=Plan(20, kind, finer=finer))
+        assert result.network_disp.shape[:3] == tuple(finer * n for n in SHAPE)
+        assert result.network_grid.shape == result.network_disp.shape[:3]
+        corner = result.network_grid.vox2world @ [-0.5, -0.5, -0.5, 1.0]
+        spacing = np.diag(result.network_grid.vox2world)[:3]
+        np.testing.assert_allclose(spacing * finer, SPEC.spacing_mm)
+        if finer == 1:
+            first = corner
+        np.testing.assert_allclose(corner, first)
+        assert result.settings["refine"]["finer"] == finer
+        assert result.qc["refine_after"] < result.qc["refine_before"]
+        gap = np.linalg.norm(result.disp_mm - truth, axis=-1)
+        left[finer] = gap[8:-8, 8:-8, 8:-8].mean()
+    assert left[2] < 0.9 * left[1]
+
+
+def test_command_finer(files, tmp_path, capsys):
+    line = [
+        *("register", "-f", files["fixed"], "-m", files["moving"], "--task", "lung"),
+        *("--weights", files["weights"], "-o", str(tmp_path), "--json"),
+        *("--io-iterations", "2", "--io-finer", "2"),
+    ]
+    assert cli.main(line) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["settings"]["refine"]["finer"] == 2
 
 
 def test_command_task_none(files, tmp_path, capsys):

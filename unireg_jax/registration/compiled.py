@@ -28,11 +28,12 @@ class Described(NamedTuple):
 
     Attributes:
         hu: [1, X, Y, Z, 1], HU on the network's grid.
-        features: see models/features.
+        features: see models/features; None where only the refinement looks, on its own
+            grid.
     """
 
     hu: jax.Array
-    features: Maps
+    features: Maps | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

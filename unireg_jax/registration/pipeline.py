@@ -21,7 +21,7 @@ from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import mapping, nifti, orientation, preprocess, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
-from unireg_jax.ops import intensity, warp
+from unireg_jax.ops import intensity, resample, warp
 from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import feature_affine, matcher, tiles
 from unireg_jax.registration import region as regions
@@ -56,8 +56,8 @@ class Registration(NamedTuple):
         affine: [4, 4] float64, fixed world -> moving world, LPS mm: the pre-alignment.
         network_disp: [x, y, z, 3] float32, voxels of `network_grid`: the part of the
             network, of "coarse" and of `refine`, which acts before `affine`.
-        network_grid: shape and vox2world of the network's grid; of all its windows,
-            where there are several.
+        network_grid: shape and vox2world of the network's grid, or of the finer one
+            of `refine`; of all windows, where there are several.
         warped: [X, Y, Z], moving on the grid of `fixed`, in moving's dtype; air (or the
             smallest value, where that is not air) beyond the moving scan.
         settings: task, region, pair_type, affine: asked and used; fov asked and used,
@@ -210,6 +210,8 @@ class Session:
         self._grids, self._bodies, self._described, self._read, self._seen = (
             Kept(keep) for _ in range(5)
         )
+        # A window of `finer` has many times the voxels.
+        self._fine = Kept(1)
         self._larger = Kept(1)
         self._matcher = matcher.Matcher(
             model, self._device, keep=keep, describe=self._describe
@@ -285,11 +287,13 @@ class Session:
             counts = [str(count) for _, count in steps(plan, layout.window)]
             say(f"refinement: {plan.features}, {' + '.join(counts)} steps")
         pair = pair._replace(settings=settings)
+        fine = self._finer(pair, source, mask)
+        clock.lap("preprocess")
         if len(layout.starts) == 1:
-            disp, scores = self._one_window(layout, pair, clock)
+            disp, scores = self._one_window(pair, fine, clock)
         else:
-            disp, scores = self._windows(layout, pair, clock, say)
-        grid, matrix = layout.grid, pair.matrix
+            disp, scores = self._windows(pair, fine, clock, say)
+        grid, matrix = fine.layout.grid, pair.matrix
         qc = _quality(disp, scores, orientation.spacing_mm(grid.vox2world))
         clock.lap("quality")
 
@@ -456,6 +460,25 @@ class Session:
 
         return self._grids.get(id(volume), lay, volume)
 
+    def _finer(self, pair, source, mask) -> "Prepared":
+        """The pair on the grid of the refinement, its own or a finer one."""
+        if self.refiner is None or self.refiner.plan.finer == 1:
+            return pair
+        layout = pair.layout.finer(self.refiner.plan.finer)
+        spec, target = self.model.preprocess, pair.target
+
+        def make():
+            hu = preprocess.prepare_image(target, layout.grid, spec)
+            return hu, matcher.body(mask, target, layout.grid, hu)
+
+        fixed_hu, body = self._fine.get((id(target), id(mask)), make, (target, mask))
+        moving_hu = preprocess.prepare_image(
+            source, layout.grid, spec, matrix=pair.matrix
+        )
+        return pair._replace(
+            layout=layout, fixed_hu=fixed_hu, moving_hu=moving_hu, body=body
+        )
+
     def _programs_for(self, shape) -> tuple[Compiled, Refiner | None]:
         """Programs for one window; a larger one than usual is compiled now."""
         if shape == self.programs.shape:
@@ -475,9 +498,9 @@ class Session:
 
         return self._larger.get(shape, build)
 
-    def _one_window(self, layout, pair, clock) -> tuple[np.ndarray, dict[str, float]]:
+    def _one_window(self, pair, fine, clock) -> tuple[np.ndarray, dict[str, float]]:
         """Displacement and its scores where one window holds all."""
-        programs, refiner = self._programs_for(layout.window)
+        programs, refiner = self._programs_for(pair.layout.window)
         seen = None
         with self._device:
             if programs is self.programs:
@@ -492,25 +515,42 @@ class Session:
             clock.lap("network")
             costs = {}
             if refiner:
-                disp, *costs = refiner(fixed, moving, pair.body, disp)
+                if fine is not pair:
+                    fixed, moving = _undescribed(fine.fixed_hu, fine.moving_hu)
+                disp, *costs = refiner(fixed, moving, fine.body, disp)
                 costs = dict(zip(("refine_before", "refine_after"), costs, strict=True))
                 jax.block_until_ready(disp)
                 clock.lap("refine")
-            scores = programs.judge(fixed, moving, pair.body, disp) | costs
-            disp, scores = jax.device_get((disp, scores))
+            if fine is pair:
+                scores = programs.judge(fixed, moving, fine.body, disp)
+            else:
+                scores = self._judge(fine, disp[0])
+            disp, scores = jax.device_get((disp, scores | costs))
         return disp[0], {name: float(value[0]) for name, value in scores.items()}
 
-    def _windows(self, layout, pair, clock, say) -> tuple[np.ndarray, dict[str, float]]:
+    def _judge(self, pair, disp) -> dict[str, jax.Array]:
+        """Scores of a displacement on a grid of any size."""
+        spec = self.model.preprocess
+        return judge_field(
+            pair.fixed_hu,
+            pair.moving_hu,
+            pair.body,
+            disp,
+            window=(spec.hu_low, spec.hu_high),
+        )
+
+    def _windows(self, pair, fine, clock, say) -> tuple[np.ndarray, dict[str, float]]:
         """Displacement blended from overlapping windows, and its scores.
 
         The device holds one window at a time, the host one field on the whole grid.
         """
-        blend, costs = tiles.Blend(layout), []
+        layout, blend, costs = pair.layout, tiles.Blend(fine.layout), []
         with self._device:
             seen_hu = None
             if pair.coarse is not None and pair.settings["region"] is not None:
                 seen_hu = _prewarp(pair.moving_hu, pair.coarse)
-            for number, start in enumerate(layout.starts, 1):
+            windows = zip(layout.starts, fine.layout.starts, strict=True)
+            for number, (start, fine_start) in enumerate(windows, 1):
                 say(f"window {number} of {len(layout.starts)}")
                 part = layout.part(start)
                 fixed, moving = (
@@ -526,20 +566,20 @@ class Session:
                     self.programs, fixed, moving, seen, coarse, pair.settings
                 )
                 clock.lap("network")
-                body = np.ascontiguousarray(pair.body[part])
+                part = fine.layout.part(fine_start)
+                body = np.ascontiguousarray(fine.body[part])
                 if self.refiner and body.any():
+                    if fine is not pair:
+                        fixed, moving = _undescribed(
+                            fine.fixed_hu[part], fine.moving_hu[part]
+                        )
                     disp, *cost = self.refiner(fixed, moving, body, disp)
                     costs.append([float(c[0]) for c in cost] + [float(body.sum())])
                     clock.lap("refine")
-                blend.add(start, np.asarray(disp[0]))
-            spec = self.model.preprocess
-            scores = judge_field(
-                pair.fixed_hu,
-                pair.moving_hu,
-                pair.body,
-                blend.disp,
-                window=(spec.hu_low, spec.hu_high),
-            )
+                elif fine is not pair:
+                    disp = resample.upsample_disp(disp, self.refiner.plan.finer)
+                blend.add(fine_start, np.asarray(disp[0]))
+            scores = self._judge(fine, blend.disp)
             scores = {k: float(v[0]) for k, v in jax.device_get(scores).items()}
         if costs:  # mean over the windows, by how much body each holds
             before, after, weight = np.array(costs).T
@@ -571,6 +611,14 @@ class Prepared(NamedTuple):
     coarse: Any
     settings: dict[str, Any]
     warnings: tuple[str, ...]
+
+
+def _undescribed(*images: np.ndarray) -> tuple[Described, ...]:
+    """Volumes on the device, features left to those who need them."""
+    return tuple(
+        Described(jax.device_put(np.ascontiguousarray(hu)[None, ..., None]), None)
+        for hu in images
+    )
 
 
 def _predict(programs, fixed, moving, seen, coarse, settings) -> jax.Array:

@@ -32,6 +32,7 @@ HU_RANGE = (-1000.0, 1500.0)
 _LEAST_VOXELS = 20
 _LEAST_FACTOR = 4
 MOST_SMOOTHNESS = 20.0  # passes over the field in every step
+FINER = (1, 2, 4)  # voxels of the grid of `refine` per voxel of the network's
 # Edges of the boxes that smooth a step, one after another: a Gaussian of 1.6 voxels.
 _STEP_BOXES = (5, 3)
 _FIELD_BOX = 3
@@ -53,6 +54,8 @@ class Plan(NamedTuple):
             every step; a fraction counts in part. 1 is a Gaussian of 0.8 voxels.
         step: greatest length of a step, voxels of its grid.
         window: edge of the window of "image", voxels of its grid.
+        finer: voxels of the finest grid per voxel of the network's, along each axis; of
+            `FINER`. The grid of the result.
     """
 
     iterations: int = 50
@@ -60,10 +63,11 @@ class Plan(NamedTuple):
     smoothness: float = 0.5
     step: float = 0.5
     window: int = 5
+    finer: int = 1
 
 
 class View(NamedTuple):
-    """What the cost compares, on its own grid; see `LEVELS`.
+    """What the cost compares, on its own grid; see `LEVELS` and `Plan.finer`.
 
     Attributes:
         values: [B, X', Y', Z', C] float32; intensities in [-1, 1], or unit features.
@@ -78,7 +82,7 @@ class Refined(NamedTuple):
     """Result of `refine`.
 
     Attributes:
-        disp: [B, X, Y, Z, 3] float32, voxels.
+        disp: [B, f X, f Y, f Z, 3] float32, voxels; f is `Plan.finer`.
         cost_before: [B] float32, no unit; of the start.
         cost_after: [B] float32, never above cost_before.
     """
@@ -109,11 +113,11 @@ def refine(
     cost = 1 - similarity
 
     Args:
-        disp: [B, X, Y, Z, 3] float32, voxels; a network's, or zeros. X, Y, Z multiples
-            of 4.
-        fixed: from `view`, B volumes.
+        disp: [B, X, Y, Z, 3] float32, voxels; a network's, or zeros. f X, f Y, f Z
+            multiples of 4, f being `plan.finer`.
+        fixed: from `view`, B volumes of [f X, f Y, f Z] voxels.
         moving: the same, pre-aligned on the fixed grid.
-        mask: [B, X, Y, Z] bool, where to compare; None is the whole fixed scan.
+        mask: [B, f X, f Y, f Z] bool, where to compare; None is the whole fixed scan.
         plan: static.
 
     Returns:
@@ -124,6 +128,7 @@ def refine(
     """
     check_plan(plan)
     finest = LEVELS[plan.features]
+    disp = resample.upsample_disp(disp, plan.finer)
     _check(disp, fixed, moving, mask, finest)
     disp, fixed, moving = jax.lax.stop_gradient((disp, fixed, moving))
     weight = None
@@ -131,7 +136,7 @@ def refine(
         weight = mask[..., None].astype(jnp.float32)
 
     gain, before = None, 0
-    for factor, count in steps(plan, disp.shape[1:4]):
+    for factor, count in _pyramid(plan, disp.shape[1:4]):
         start = resample.downsample_disp(disp, factor)
         whole = start
         if gain is not None:
@@ -152,7 +157,7 @@ def refine(
     )
 
 
-def steps(plan: Plan, shape: Sequence[int]) -> list[tuple[int, int]]:
+def steps(plan: Plan, shape: Sequence[int]) -> list[tuple[float, int]]:
     """Says on which grids `refine` works, coarsest first, and how long.
 
     Args:
@@ -162,8 +167,15 @@ def steps(plan: Plan, shape: Sequence[int]) -> list[tuple[int, int]]:
     Returns:
         Voxels of that grid per voxel of the level, along an axis, and steps there: 2,
         1, 0.4 for all between, and 0.2 times `plan.iterations`. 100, 50 and 10 at
-        96x96x80, 100, 50, 20 and 10 at 192x192x160; of "mind" and "sam" not the last.
+        96x96x80, 100, 50, 20 and 10 at 192x192x160 or with `plan.finer` 2; of "mind"
+        and "sam" not the last.
     """
+    fine = tuple(plan.finer * n for n in shape)
+    return [(factor / plan.finer, count) for factor, count in _pyramid(plan, fine)]
+
+
+def _pyramid(plan, shape):
+    """`steps`, by voxels of the finest grid."""
     coarsest = _LEAST_FACTOR
     while all(
         n % (2 * coarsest) == 0 and n // (2 * coarsest) >= _LEAST_VOXELS for n in shape
@@ -186,7 +198,7 @@ def view(
     """Prepares a described volume for `refine`; traced, as part of a program.
 
     Args:
-        scan: B volumes on the network's grid.
+        scan: B volumes on the finest grid of the plan.
         extractor: of the features that the plan compares; "image" needs none of its
             own.
         plan: static.
@@ -225,7 +237,7 @@ def check_plan(plan: Plan) -> None:
         raise ValueError(
             f"features must be one of {sorted(LEVELS)}, got {plan.features!r}"
         )
-    for name in ("iterations", "window"):
+    for name in ("iterations", "window", "finer"):
         if not isinstance(getattr(plan, name), int):
             raise ValueError(f"{name} must be an int, got {getattr(plan, name)!r}")
     if plan.iterations < 0:
@@ -234,6 +246,8 @@ def check_plan(plan: Plan) -> None:
         raise ValueError(f"step must be positive, got {plan.step}; see Plan")
     if plan.window < 3 or plan.window % 2 == 0:
         raise ValueError(f"window must be odd and at least 3, got {plan.window}")
+    if plan.finer not in FINER:
+        raise ValueError(f"finer must be one of {FINER}, got {plan.finer}")
     if not 0 <= plan.smoothness <= MOST_SMOOTHNESS:
         raise ValueError(
             f"smoothness must be 0 to {MOST_SMOOTHNESS}, got {plan.smoothness}"
@@ -246,13 +260,14 @@ class Refiner:
 
     Attributes:
         plan: as compiled.
-        shape: (X, Y, Z) voxels of the grid.
+        shape: (X, Y, Z) voxels of the grid where scans are compared.
         extractor: of the features that are compared.
     """
 
     plan: Plan
     shape: tuple[int, int, int]
     extractor: Extractor
+    _described: bool
     _program: jax.stages.Compiled
 
     def __call__(
@@ -261,10 +276,11 @@ class Refiner:
         """Optimises the displacement of one pair.
 
         Args:
-            fixed: from `Compiled.describe`.
-            moving: from `Compiled.describe`, pre-aligned on the fixed grid.
+            fixed: on `shape`; from `Compiled.describe`, or without features where the
+                plan's grid is finer or its features are others.
+            moving: the same, pre-aligned on the fixed grid.
             body: [X, Y, Z] bool, where to compare.
-            disp: [1, X, Y, Z, 3] float32, voxels, from a call of `Compiled`.
+            disp: [1, x, y, z, 3] float32, voxels, from a call of `Compiled`.
 
         Returns:
             Refined, on the device.
@@ -277,6 +293,8 @@ class Refiner:
                 f"body must be {self.shape} bool, got {body.shape} {body.dtype}"
             )
         body = jax.device_put(body[None])
+        if not self._described:
+            fixed, moving = (scan._replace(features=None) for scan in (fixed, moving))
         return self._program(fixed, moving, self.extractor, body, disp)
 
 
@@ -293,7 +311,8 @@ def compile_refine(
     Args:
         model: from `load_model`; its parameters are not read.
         plan: static.
-        shape: (X, Y, Z) voxels, multiples of 16; None for the model's grid.
+        shape: (X, Y, Z) voxels of the displacement, multiples of 16; None for the
+            model's grid.
         dtype: of the HU volumes, int16 or float32.
         extractor: of plan.features; None for the model's own, or else the default one
             of that name, see `load_extractor`.
@@ -312,19 +331,23 @@ def compile_refine(
         extractor = own
         if plan.features not in ("image", own.backend):
             extractor = load_extractor(plan.features, window=own.window)
+    # The network's own features serve again where they are those that are compared.
+    described = extractor is own and plan.finer == 1 and plan.features != "image"
     of = jax.ShapeDtypeStruct
-    hu = of((1, *shape, 1), dtype)
-    scan = Described(hu, jax.eval_shape(features.describe, hu, own))
+    fine = tuple(plan.finer * n for n in shape)
+    hu = of((1, *fine, 1), dtype)
+    maps = jax.eval_shape(features.describe, hu, own) if described else None
+    scan = Described(hu, maps)
     program = jax.jit(_refine_described, static_argnames=("plan", "described")).lower(
         scan,
         scan,
         extractor,
-        of((1, *shape), bool),
+        of((1, *fine), bool),
         of((1, *shape, 3), jnp.float32),
         plan=plan,
-        described=extractor is own,
+        described=described,
     )
-    return Refiner(plan, shape, extractor, program.compile())
+    return Refiner(plan, fine, extractor, described, program.compile())
 
 
 def _refine_described(fixed, moving, extractor, body, disp, *, plan, described):
@@ -406,13 +429,13 @@ def _likeness(fixed, moving, scanned, weight, disp, plan):
 
 
 def _check(disp, fixed, moving, mask, finest):
-    """Shapes of everything, on the network's grid and on the cost's."""
+    """Shapes of everything, on the finest grid and on the cost's."""
     warp.check_disp(disp)
     grid = disp.shape[:4]
     if any(n % _LEAST_FACTOR for n in grid[1:]):
         raise ValueError(
-            f"disp must have multiples of {_LEAST_FACTOR} voxels along each axis, got "
-            f"{disp.shape}; pad it"
+            f"the finest grid must have multiples of {_LEAST_FACTOR} voxels along each "
+            f"axis, got {disp.shape}; pad disp"
         )
     expected = (grid[0], *(n // finest for n in grid[1:]))
     for name, scan in (("fixed", fixed), ("moving", moving)):

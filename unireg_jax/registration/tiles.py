@@ -48,6 +48,20 @@ class Layout(NamedTuple):
         """Slices of the window that begins at `start`."""
         return tuple(slice(a, a + n) for a, n in zip(start, self.window, strict=True))
 
+    def finer(self, factor: int) -> "Layout":
+        """The same windows on `factor` times as many voxels along each axis."""
+        if factor == 1:
+            return self
+        vox2world = self.grid.vox2world.copy()
+        # The outer faces stay: voxel 0 moves towards its corner.
+        vox2world[:3, 3] += vox2world[:3, :3] @ np.full(3, (1 / factor - 1) / 2)
+        vox2world[:3, :3] /= factor
+        grid, window = (
+            tuple(factor * n for n in shape) for shape in (self.grid.shape, self.window)
+        )
+        starts = tuple(tuple(factor * a for a in start) for start in self.starts)
+        return self._replace(grid=Grid(grid, vox2world), window=window, starts=starts)
+
 
 def lay_out(volume: Volume, spec: PreprocessSpec, fov: str = "auto") -> Layout:
     """Lays windows over a scan.
