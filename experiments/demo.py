@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from data_pipeline import synthetic
-from experiments import cli, figures, train, unireg
+from experiments import cli, figures, real_pairs, train, unireg
 from unireg_jax import registration
 from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti
@@ -74,15 +74,9 @@ def _pair(folder: Path, task: str) -> tuple[list[Path], list[nifti.Volume]]:
 
 def _judge(result, labels) -> dict:
     """DSC as the scans lie, pre-aligned and registered; regularity."""
-    fixed, moving = labels
-    stages = metrics.warp_stages(
-        result.disp_mm, result.vox2world, result.affine, moving, fixed
-    )
     scores = {
-        f"dsc_{name}": metrics.overlap(fixed, moving, {"": warped}, surface=False)[
-            "mean"
-        ]["dsc"]
-        for name, warped in stages.items()
+        f"dsc_{name}": real_pairs.scores(labels, stage)["dsc"]
+        for name, stage in real_pairs.stages(result).items()
     }
     keys = (
         "fold_percent_network",
