@@ -28,7 +28,7 @@ from data_pipeline.datasets.manifest import Collection, Record
 from data_pipeline.examine import examine, nothing_known
 from data_pipeline.findings import Finding
 from data_pipeline.pairs import SPLITS
-from unireg_jax.errors import FAILED, NOTHING, PARTLY, PREEMPTED, USAGE, UserError
+from unireg_jax.errors import FAILED, NOTHING, PARTLY, PREEMPTED, USAGE, UserError, tell
 from unireg_jax.tasks import TASKS, PairType
 
 REPORT_VERSION = 1
@@ -566,10 +566,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             store.write_atomic(options.markdown, markdown(report).encode())
         return exit_code(report)
     except UserError as error:
-        print(f"error: {error.reason}: {error}", file=sys.stderr)
+        tell(f"error: {error.reason}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        tell("interrupted: nothing was written")
         return PREEMPTED
 
 

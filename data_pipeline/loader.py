@@ -31,7 +31,7 @@ import numpy as np
 from data_pipeline import store
 from data_pipeline.augment import AugmentSpec, make_augment
 from data_pipeline.pairs import Pair, make_pairs, read_alignments
-from unireg_jax.errors import DATA_CHANGED, NOTHING, STORAGE, USAGE, UserError
+from unireg_jax.errors import DATA_CHANGED, NOTHING, STORAGE, USAGE, UserError, tell
 from unireg_jax.tasks import TASKS, PairBatch
 
 # grain's defaults (16 threads, 500 batches ahead) would fill the memory with volumes.
@@ -459,7 +459,7 @@ class _Examples:
             with self._lock:
                 if volume not in self._faults:
                     self._faults[volume] = error
-                    print(f"warning: skipped: {error}", file=sys.stderr, flush=True)
+                    tell(f"warning: skipped: {error}")
                 if len(self._faults) > self._budget:
                     raise UserError(
                         error.reason,

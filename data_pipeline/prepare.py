@@ -35,6 +35,7 @@ from unireg_jax.errors import (
     STORAGE,
     USAGE,
     UserError,
+    tell,
 )
 from unireg_jax.imaging import nifti, points, preprocess
 from unireg_jax.imaging.nifti import Volume
@@ -431,12 +432,12 @@ def _summary(index: dict[str, Any]) -> int:
     """Prints what happened and gives the exit code."""
     lines = [f"{v['id']}: {line}" for v in index["volumes"] for line in v["warnings"]]
     for line in lines + index.get("warnings", []) + _pair_warnings(index):
-        print(f"warning: {line}", file=sys.stderr)
+        tell(f"warning: {line}")
     for item in index["failed"]:
         line = f"failed: {item['id']} ({item['reason']}): {item['message']}"
-        print(line, file=sys.stderr)
+        tell(line)
     done, failed = len(index["volumes"]), len(index["failed"])
-    print(f"{done} of {done + failed} scans prepared", file=sys.stderr)
+    tell(f"{done} of {done + failed} scans prepared")
     if not failed:
         return 0
     return PARTLY if done else FAILED
@@ -538,7 +539,7 @@ def _run_command(options: argparse.Namespace) -> int:
     records, pairs, notes = read_source(options)
     _check_out(options)
     for line in notes:
-        print(f"note: {line}", file=sys.stderr)
+        tell(f"note: {line}")
     spec = PreprocessSpec(shape=options.shape, spacing_mm=options.spacing)
     progress = _Progress(len(records))
     try:
@@ -570,10 +571,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with parallel.terminable():
             return _run_command(options)
     except UserError as error:
-        print(f"error: {error.reason}: {error}", file=sys.stderr)
+        tell(f"error: {error.reason}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: run the same command to go on", file=sys.stderr)
+        tell("interrupted: run the same command to go on")
         return PREEMPTED
 
 

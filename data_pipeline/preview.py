@@ -36,6 +36,7 @@ from unireg_jax.errors import (
     USAGE,
     UserError,
     spelled_out,
+    tell,
 )
 from unireg_jax.tasks import OUTSIDE_HU, TASKS
 
@@ -544,14 +545,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=bar,
             )
     except UserError as error:
-        print(f"error: {error.reason}: {error}", file=sys.stderr)
+        tell(f"error: {error.reason}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        tell("interrupted: nothing was written")
         return PREEMPTED
     bad = [d for d in drawings if d.problem]
     for drawing in bad:
-        print(f"failed: {drawing.job.id}: {drawing.problem}", file=sys.stderr)
+        tell(f"failed: {drawing.job.id}: {drawing.problem}")
     print(spelled_out(f"{options.out}: {', '.join(names)}"))
     if not bad:
         return 0

@@ -24,7 +24,7 @@ import tqdm
 
 from data_pipeline import generate, store
 from data_pipeline.prepare import grid_arguments
-from unireg_jax.errors import DATA_CHANGED, USAGE, UserError
+from unireg_jax.errors import DATA_CHANGED, USAGE, UserError, tell
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.tasks import TASKS, PairType
 
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         made = write_pairs(options.out, _sources(options), options.count)
     except UserError as error:
-        print(f"error: {error.reason}: {error}", file=sys.stderr)
+        tell(f"error: {error.reason}: {error}")
         return error.exit_code
     print(made)
     return 0

@@ -26,7 +26,7 @@ from data_pipeline.datasets import manifest
 from data_pipeline.phantoms import headneck, motion, torso
 from data_pipeline.phantoms.canvas import AIR_HU, Canvas, Noise
 from data_pipeline.prepare import grid_arguments
-from unireg_jax.errors import UserError
+from unireg_jax.errors import UserError, tell
 from unireg_jax.imaging import nifti, orientation
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.tasks import TASKS, PairType
@@ -552,7 +552,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tasks=tasks,
         )
     except UserError as error:
-        print(f"error: {error.reason}: {error}", file=sys.stderr)
+        tell(f"error: {error.reason}: {error}")
         return error.exit_code
     print(made)
     return 0

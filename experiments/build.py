@@ -4,7 +4,6 @@ The only reader of the config: below this file, functions take plain arguments.
 """
 
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import optax
 
 from data_pipeline import augment, loader, store, streams, synthetic
 from experiments import prealign, settings
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import USAGE, UserError, tell
 from unireg_jax.models import backbone
 from unireg_jax.models.conditioning import HEADS
 from unireg_jax.models.features import COMBINE, FEATURES, Extractor
@@ -171,10 +170,9 @@ def _extractor(
         card["embedding"] = {"name": EMBEDDING, "sha256": extractor.digest}
     spacing = (config.data.spacing_mm,) * 3
     if extractor.spacing_mm not in (None, spacing):
-        print(
+        tell(
             f"warning: the embedding was trained on voxels of {extractor.spacing_mm} "
-            f"mm, config.data.spacing_mm is {config.data.spacing_mm}",
-            file=sys.stderr,
+            f"mm, config.data.spacing_mm is {config.data.spacing_mm}"
         )
     return extractor, source, card
 

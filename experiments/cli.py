@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import app, flags
 
-from unireg_jax.errors import STORAGE, USAGE, UserError, spelled_out, tell
+from unireg_jax.errors import STORAGE, USAGE, UserError, tell
 from unireg_jax.registration.compilation_cache import use_compilation_cache
 
 # What a disk refuses, and not a mistake in a path.
@@ -53,7 +53,7 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args)
         except UserError as error:
-            tell(spelled_out(f"error: {error.reason}: {error}"))
+            tell(f"error: {error.reason}: {error}")
             sys.exit(error.exit_code)
         except OSError as error:
             if error.errno not in _STORAGE:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unireg_jax.errors import DATA_CHANGED, USAGE, UserError
+from unireg_jax.errors import DATA_CHANGED, USAGE, UserError, tell
 from unireg_jax.training import checkpoint
 
 # Number of processes, as launchers state it.
@@ -185,12 +184,10 @@ def watched(watchdog_s: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        print(
+        tell(
             f"error: process {jax.process_index()} of {jax.process_count()} lost "
             f"another one ({str(error).splitlines()[0][:200]}); waiting up to "
-            f"{watchdog_s} s for the watchdog to name it",
-            file=sys.stderr,
-            flush=True,
+            f"{watchdog_s} s for the watchdog to name it"
         )
         # JAX's own watchdog ends this process with the name of the one that is gone.
         threading.Event().wait(2 * watchdog_s)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiments import clock, launch, signals
 from experiments.recent import Followed, Recent, Row
-from unireg_jax.errors import PREEMPTED, USAGE, UserError
+from unireg_jax.errors import PREEMPTED, USAGE, UserError, tell
 from unireg_jax.training import checkpoint, log
 from unireg_jax.training.state import TrainState
 
@@ -157,7 +157,7 @@ def run(
         state, stopped = loop.steps(state)
     if stopped:
         text = f"stopped at step {int(state.step)}; run again to go on"
-        print(text, file=sys.stderr)
+        tell(text)
         sys.exit(PREEMPTED if int(state.step) else 128 + stop.number)
     return state
 

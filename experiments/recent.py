@@ -7,7 +7,6 @@ run has the means, warnings and counts of one that was never stopped.
 import collections
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import grain
 import jax
 import numpy as np
 
-from unireg_jax.errors import NUMERICAL, UserError
+from unireg_jax.errors import NUMERICAL, UserError, tell
 from unireg_jax.training import log, manifest
 
 _SIGMAS = 6  # beyond them a loss is an explosion
@@ -193,7 +192,7 @@ class Recent:
             f"{mean:.4g}, its standard deviation {math.sqrt(variance):.2g}; on "
             f"{_listed(rows)}"
         )
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        tell(f"warning: {message}")
         self._writer.warn(n, message)
 
     def _refuse(self, n, rows, scalars, skipped) -> None:
@@ -209,7 +208,7 @@ class Recent:
             count = self._memory["skipped"]
             if count <= self._skip:
                 message = f"{what}: skipped, {count} of {self._skip} ({where})"
-                print(f"warning: {message}", file=sys.stderr, flush=True)
+                tell(f"warning: {message}")
                 self._writer.warn(n, message)
                 return
             what += f", and {self._skip} steps were skipped already"

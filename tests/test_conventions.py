@@ -145,6 +145,19 @@ def test_rooms_have_no_import_cycles():
         visit(module, [])
 
 
+def test_faults_are_told_in_one_way():
+    """By `errors.tell`: `print` would end a run whose stderr is on a full disk."""
+    found = []
+    for path in _files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+                said = " ".join(ast.unparse(arg) for arg in node.args).lstrip("f'\"")
+                words = ("warning", "error", "failed", "interrupted", "stopped")
+                if said.startswith(words):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
+
+
 def test_every_verb_has_a_module_and_its_line():
     modules = {p.stem for p in (ROOT / PACKAGE / "verbs").glob("*.py")}
     shared = {"__init__", "journal", "messages", "options", "outputs", "results"}

@@ -92,12 +92,14 @@ def bad_file(
 
 
 def tell(line: str) -> None:
-    """Prints on stderr. If that is a file of a full disk, nothing more is told.
+    """Prints on stderr, as `spelled_out`: what warns of a fault, or ends a run.
+
+    If that is a file of a full disk, nothing more is told.
 
     The exit code stays what it is: Python's own would be 1, or 120 for what is still to
     be written when it ends.
     """
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(spelled_out(line), file=sys.stderr, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

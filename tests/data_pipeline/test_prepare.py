@@ -278,6 +278,17 @@ def test_full_disk_stops_the_run(raw, tmp_path, monkeypatch, capsys):
     assert "no space left" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is full")
+@pytest.mark.parametrize("name", ["check", "prepare", "preview"])
+def test_exit_code_is_the_same_where_the_line_cannot_be_written(name, tmp_path):
+    command = [sys.executable, "-m", f"data_pipeline.{name}", "--manifest", "absent"]
+    if name != "check":
+        command += ["--out", str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stderr=full, check=False)
+    assert done.returncode == USAGE
+
+
 def test_second_run_on_one_folder_is_refused(raw, tmp_path):
     _prepare(raw, tmp_path)
     with open(tmp_path / ".lock") as held:

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import resource
 import struct
 import subprocess
@@ -76,6 +77,26 @@ def test_lines_wait_while_the_disk_is_full(writer, tmp_path, capsys):
     assert "can be written again; nothing of it was lost" in said
     assert said.count("tb cannot be written") == 1
     assert [e.step for e in _events(tmp_path)] == [0, 1, 4]  # nothing torn
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is full")
+def test_warning_that_cannot_be_written_either_ends_nothing(
+    writer, tmp_path, monkeypatch
+):
+    """stderr is a file of the same disk."""
+    writer.write(1, {"x": 1.0})
+    real = log._append
+    monkeypatch.setattr(log, "_append", _refuse)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        writer.write(2, {"x": 2.0})
+        monkeypatch.setattr(log, "_append", real)
+        writer.write(3, {"x": 3.0})
+    assert [x["step"] for x in _lines(tmp_path)] == [1, 2, 3]
+
+
+def _refuse(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_log_that_cannot_be_opened_is_refused(tmp_path):

@@ -5,7 +5,6 @@ manifest.json, see steps.py and manifest.py. What holds when: docs/reliability.m
 """
 
 import json
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from unireg_jax.errors import CHECKPOINT, DATA_CHANGED, USAGE, UserError, shown
+from unireg_jax.errors import CHECKPOINT, DATA_CHANGED, USAGE, UserError, shown, tell
 from unireg_jax.registration import weights
 from unireg_jax.training import manifest
 from unireg_jax.training.state import TrainState
@@ -95,7 +94,7 @@ class Checkpoints:
         found = self._steps.latest()
         if found is None and self._began and self._first:
             # Killed before its first save: told, so that it is no silent fresh start.
-            print("no step was saved yet: starts at step 0", file=sys.stderr)
+            tell("no step was saved yet: starts at step 0")
         return found
 
     def save(self, state: TrainState, iterator: Any) -> None:
@@ -245,7 +244,7 @@ class Checkpoints:
             raise _other(folder, f"feature weights: {differs['features']}")
         if "code" in differs:
             line = f"code: {differs['code']}"
-            print(f"warning: {line}; the run goes on", file=sys.stderr, flush=True)
+            tell(f"warning: {line}; the run goes on")
             if changes is not None:
                 changes.append(line)
 

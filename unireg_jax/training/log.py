@@ -11,14 +11,13 @@ import json
 import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from unireg_jax.errors import STORAGE, UserError, shown
+from unireg_jax.errors import STORAGE, UserError, shown, tell
 from unireg_jax.training import images, manifest
 
 NAME = "metrics.jsonl"
@@ -259,7 +258,7 @@ def _sync(file: io.FileIO, name: str) -> None:
 
 
 def _warn(what: str) -> None:
-    print(f"warning: storage: {what}; the run goes on", file=sys.stderr, flush=True)
+    tell(f"warning: storage: {what}; the run goes on")
 
 
 def _is_of(line: str, step: int, prefix: str) -> bool:

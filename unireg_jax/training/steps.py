@@ -12,12 +12,11 @@ whole step at every moment.
 import contextlib
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unireg_jax.errors import CHECKPOINT, STORAGE, UserError, shown
+from unireg_jax.errors import CHECKPOINT, STORAGE, UserError, shown, tell
 from unireg_jax.training import manifest
 
 _LITTER = ("unfinished-*", "deleted-*", "*.orbax-checkpoint-tmp*")
@@ -164,11 +163,9 @@ class Steps:
                     self[step].rename(aside)
                     manifest.flush(self.folder)
                 where = f"set aside as {aside.name}"
-            print(
+            tell(
                 f"warning: checkpoint_damaged: {shown(self[step])}: {error}; {where}, "
-                f"step {used} is used",
-                file=sys.stderr,
-                flush=True,
+                f"step {used} is used"
             )
 
     def _no_sound_step(self, what: str) -> UserError:
