@@ -75,15 +75,16 @@ class Own(NamedTuple):
 
 
 def own_rows() -> list[Own]:
-    """Our rows, with the instance optimisation's defaults of now."""
+    """Our rows, with the instance optimisation's defaults of now, or a finer grid."""
     rows = []
-    for affine, plan, task in itertools.product(
-        ("auto", "coarse"), (None, Plan()), ("none", _OWN_TASK)
+    plans = {"": None, "refined": Plan(), "refined finer": Plan(finer=2)}
+    for affine, (refined, plan), task in itertools.product(
+        ("auto", "coarse"), plans.items(), ("none", _OWN_TASK)
     ):
         parts = ["affine" if affine == "auto" else "coarse"]
-        parts += ["network"] * (task != "none") + ["refined"] * (plan is not None)
+        parts += ["network"] * (task != "none") + [refined] * (plan is not None)
         rows.append(Own("ours: " + " + ".join(parts), task, affine, plan))
-    return rows
+    return [row for row in rows if row.affine == "auto" or "finer" not in row.name]
 
 
 # --- the shared start, and the judge ------------------------------------------------
@@ -157,7 +158,7 @@ def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, fl
 
     Args:
         start: of the pair.
-        field: on the working grid, before the affine.
+        field: on the working grid or a finer one, before the affine.
         affine: None for the shared one.
 
     Returns:
@@ -167,13 +168,17 @@ def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, fl
     Raises:
         ValueError: the field is on another grid, or not finite.
     """
-    if not grids.same(field.grid, start.grid):
+    factor = max(1, field.grid.shape[0] // start.grid.shape[0])
+    if not grids.same(field.grid, grids.finer(start.grid, factor)):
         raise ValueError(
             f"field must be on the working grid of {start.grid.shape} voxels, got "
             f"{field.grid.shape}, or another place"
         )
     mapping.field(*field)  # checks its values
-    smooth = regularity.field_scores(*field, mask=start.body)
+    body = start.body
+    for axis in range(3):
+        body = body.repeat(factor, axis)
+    smooth = regularity.field_scores(*field, mask=body)
     scores = {key: smooth[key] for key in ("fold_percent", "sdlogj")}
     matrix = start.affine if affine is None else affine
     whole = mapping.field(
@@ -203,7 +208,7 @@ def draw(path: Path, pair: Pair, start: Start, field: Field, title: str) -> None
         start.fixed,
         start.moving,
         grids.linear(start.moving, coords).reshape(start.fixed.shape),
-        field.disp_mm,
+        (moved - xyz).T.reshape(*start.fixed.shape, 3),
         np.diag(start.grid.vox2world)[:3],
         title=title,
         labels=labels,
@@ -347,8 +352,10 @@ def methods(
         if only and name not in wanted:
             continue
         if row := own.get(name):
-            if spacing == 4 or (row.task == "none" and row.affine == "auto"):
-                plan = row.plan and row.plan._asdict()
+            plan = row.plan and row.plan._asdict()
+            # The network knows its own voxels alone, and these are fine already.
+            plain = row.task == "none" and row.affine == "auto"
+            if spacing == 4 or (plain and row.plan in (None, Plan())):
                 settings = row._replace(plan=plan)._asdict()
                 del settings["name"]
                 found.append(Method(name, settings, _version(), ours, row))

@@ -15,7 +15,7 @@ from experiments import conventional, real_pairs
 from tests.registration import test_pipeline
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.imaging import mapping, nifti
+from unireg_jax.imaging import grids, mapping, nifti
 from unireg_jax.imaging.grids import Field, Grid
 from unireg_jax.imaging.points import PointPairs
 from unireg_jax.registration import Plan
@@ -142,6 +142,18 @@ def test_judge_counts_field_and_affine_once(start):
     assert scores["tre_mm"] == pytest.approx(4, abs=1e-3)
 
 
+def test_judge_takes_a_finer_grid(start):
+    left = SHIFT * SPACING - (4, 0, 0)
+    grid = grids.finer(start.grid, 2)
+    disp = np.broadcast_to(left.astype(np.float32), (*grid.shape, 3)).copy()
+    scores = race.judge(start, Field(disp, grid.vox2world), None)
+    assert scores["tre_mm"] < 1e-3 and scores["fold_percent"] == 0
+    inside = np.argwhere(start.body)[start.body.sum() // 2] * 2
+    part = tuple(slice(n - 3, n + 4) for n in inside)
+    disp[part] += 3 * SPACING * (-1) ** np.arange(7)[:, None, None, None]
+    assert race.judge(start, Field(disp, grid.vox2world), None)["fold_percent"] > 0
+
+
 def test_judge_counts_folds_on_the_working_grid(start):
     turned = np.zeros((*SHAPE, 3), np.float32)
     turned[..., 0] = -2 * SPACING[0] * np.arange(SHAPE[0])[:, None, None]
@@ -215,7 +227,10 @@ def test_methods_names_what_is_missing(monkeypatch):
     assert missing == ["deeds"] and [m.own for m in found] == race.own_rows()
     json.dumps([m.settings for m in found])
     plans = [m.settings["plan"] for m in found if m.settings["plan"]]
-    assert plans == [Plan()._asdict()] * 4
+    assert plans.count(Plan()._asdict()) == 4
+    assert plans.count(Plan(finer=2)._asdict()) == 2 and len(plans) == 6
+    found, _ = race.methods(["ours"], 2)
+    assert [m.name for m in found] == ["ours: affine", "ours: affine + refined"]
     with pytest.raises(UserError, match="got gredy") as error:
         race.methods(["gredy"], 4)
     assert error.value.exit_code == USAGE

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unireg_jax.imaging import preprocess
+from unireg_jax.imaging import grids, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 
@@ -52,15 +52,11 @@ class Layout(NamedTuple):
         """The same windows on `factor` times as many voxels along each axis."""
         if factor == 1:
             return self
-        vox2world = self.grid.vox2world.copy()
-        # The outer faces stay: voxel 0 moves towards its corner.
-        vox2world[:3, 3] += vox2world[:3, :3] @ np.full(3, (1 / factor - 1) / 2)
-        vox2world[:3, :3] /= factor
-        grid, window = (
-            tuple(factor * n for n in shape) for shape in (self.grid.shape, self.window)
+        return self._replace(
+            grid=grids.finer(self.grid, factor),
+            window=tuple(factor * n for n in self.window),
+            starts=tuple(tuple(factor * a for a in start) for start in self.starts),
         )
-        starts = tuple(tuple(factor * a for a in start) for start in self.starts)
-        return self._replace(grid=Grid(grid, vox2world), window=window, starts=starts)
 
 
 def lay_out(volume: Volume, spec: PreprocessSpec, fov: str = "auto") -> Layout:
