@@ -132,7 +132,7 @@ greedy.execute(warped)
 
 
 def commands(
-    pairs: list[batch.Pair], folder: Path, weights: Path
+    pairs: list[batch.Pair], folder: Path, weights: Path, iterations: int
 ) -> dict[str, Callable[[], None]]:
     """What a shell would start, for all pairs; only what is installed."""
     out = folder / "commands"
@@ -142,7 +142,7 @@ def commands(
     listed.write_text("\n".join(["id,fixed,moving,task", *lines]) + "\n")
     unireg = (sys.executable, "-m", "unireg_jax")
     common = ("--overwrite", "--quiet", "--affine", pairs[0].affine)
-    common = (*common, "--weights", weights, "--io-iterations", "0")
+    common = (*common, "--weights", weights, "--io-iterations", str(iterations))
 
     def many():
         start((*unireg, "batch", listed, "--out", out / "batch", *common))
@@ -263,7 +263,7 @@ def main(argv) -> None:
     if "functions" in options.only:
         _functions(pairs, folder, options)
     if "commands" in options.only:
-        _commands(pairs, folder, options.repeats)
+        _commands(pairs, folder, options)
     if "heads" in options.only:
         _heads(options.repeats)
 
@@ -280,11 +280,12 @@ def _functions(pairs, folder, options) -> None:
         report(f"{name}, per pair", wall / len(pairs), cpu / len(pairs))
 
 
-def _commands(pairs, folder, repeats) -> None:
+def _commands(pairs, folder, options) -> None:
     shutil.rmtree(folder / "cache", ignore_errors=True)
     os.environ["UNIREG_CACHE"] = str(folder / "cache")
-    candidates = commands(pairs, folder, released.find_weights())
-    rounds = command_rounds(candidates, repeats)
+    weights = released.find_weights()
+    candidates = commands(pairs, folder, weights, options.io_iterations)
+    rounds = command_rounds(candidates, options.repeats)
     medians = {name: np.median(s[1:], axis=0) for name, s in rounds.items()}
     for name, (wall, cpu) in medians.items():
         report(f"{name}, per pair", wall / len(pairs), cpu / len(pairs))
@@ -310,6 +311,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("shape", ["160", "128", "100"], "Voxels of the atlas.")
     flags.DEFINE_float("spacing", 2.5, "Voxel edge, mm.")
     flags.DEFINE_string("affine", "auto", "Pre-alignment.")
+    flags.DEFINE_integer("io_iterations", 0, "Instance optimisation of `commands`.")
     flags.DEFINE_integer("workers", 3, "Threads of the batch.")
     flags.DEFINE_list("only", ["functions", "commands", "heads"], "Parts to be timed.")
     flags.DEFINE_integer("repeats", 2, "Counted rounds.")
