@@ -194,6 +194,7 @@ def memory(shape: tuple[int, int, int]) -> None:
 
 def main(argv) -> None:
     del argv
+    cli.keep_freed_memory()
     shape = tuple(int(n) for n in flags.FLAGS.shape)
     device = jax.devices()[0]
     print(

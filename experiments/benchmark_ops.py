@@ -396,6 +396,7 @@ def _describe_machine() -> str:
 
 def main(argv) -> None:
     del argv
+    cli.keep_freed_memory()
     shape = tuple(int(n) for n in flags.FLAGS.shape)
     names = flags.FLAGS.only or list(OPS)
     if unknown := sorted(set(names) - set(OPS)):

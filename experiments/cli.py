@@ -1,8 +1,10 @@
 """What every experiment's `main` shares: JAX settings, and errors as one line."""
 
+import ctypes
 import errno
 import functools
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +24,14 @@ _STORAGE = (
     errno.EROFS,
     errno.ESTALE,
 )
+# Of malloc.h: no block from the system for itself, none of the heap back to it, 64 MiB
+# more than asked for each time, one heap for all threads.
+_MALLOC = {
+    "mmap_max": (-4, 0),
+    "trim_threshold": (-1, -1),
+    "top_pad": (-2, 2**26),
+    "arena_max": (-8, 1),
+}
 
 
 def setup() -> None:
@@ -32,6 +42,23 @@ def setup() -> None:
     # that fail along with the first: they get one line from us.
     for name in ("absl", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed memory for the next step of a process that takes the same again.
+
+    XLA's CPU backend takes the buffers of every call from malloc. glibc gives large
+    ones back to the system when they are freed, which clears each of their pages before
+    the next call may have them: half the time of the local NCC at 192x192x160
+    (docs/performance.md). What was the peak then stays with the process, so this is for
+    training and timing. Nothing where there is no glibc, or where the environment says
+    how malloc is to work.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option, value in _MALLOC.values() if mallopt else ():
+        mallopt(option, value)
 
 
 def run(main: Callable[[list[str]], Any]) -> None:

@@ -247,6 +247,7 @@ def _judge(config, experiment: build.Experiment, mesh):
 def main(argv) -> None:
     del argv
     cli.setup()
+    cli.keep_freed_memory()
     config = flags.FLAGS.config
     workdir = Path(flags.FLAGS.workdir)
     with signals.listening(loop.saved(workdir)) as stop:

@@ -245,6 +245,7 @@ def _card(config, dataset) -> dict:
 def main(argv) -> None:
     del argv
     cli.setup()
+    cli.keep_freed_memory()
     workdir = Path(flags.FLAGS.workdir)
     with signals.listening(loop.saved(workdir)) as stop:
         print(train(flags.FLAGS.config, workdir, stop=stop))

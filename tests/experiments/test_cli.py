@@ -1,0 +1,41 @@
+"""Settings that every experiment shares."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+_PROGRAM = """
+import resource, sys
+import numpy as np
+from experiments import cli
+if "keep" in sys.argv:
+    cli.keep_freed_memory()
+for n in range(12):
+    if n == 2:  # the first rounds bring in what stays
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**23)  # 64 MiB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
+)
+def test_freed_memory_is_kept_unless_the_environment_says_how():
+    def faults(*words, **more):
+        environment = {k: v for k, v in os.environ.items() if "MALLOC" not in k}
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, *words],
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout)
+
+    plain, kept = faults(), faults("keep")
+    told = faults("keep", MALLOC_TOP_PAD_="0")
+    assert kept < 0.1 * plain < 0.5 * told
