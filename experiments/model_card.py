@@ -39,7 +39,11 @@ def _about(name: str, card: dict[str, Any]) -> list[str]:
     shape = "×".join(map(str, grid["shape"]))
     spacing = "×".join(f"{s:g}" for s in grid["spacing_mm"])
     architecture = ", ".join(f"{k} {v}" for k, v in card["architecture"].items())
-    training = ", ".join(f"{k} {v}" for k, v in card.get("training", {}).items())
+    training = dict(card.get("training", {}))
+    start = training.pop("init_from", None)
+    training = ", ".join(f"{k} {v}" for k, v in training.items())
+    if start:
+        training += f", from weights of SHA-256 {start['sha256'][:16]}…"
     held_out = card.get("held_out", "nothing")
     lines = [
         f"### `{name}`",
