@@ -162,8 +162,9 @@ def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, fl
         affine: None for the shared one.
 
     Returns:
-        fold_percent and sdlogj over the fixed body, of `field`; and dsc_percent and
-        hd95_mm, means over the organs, or tre_mm and tre_median_mm of the landmarks.
+        fold_percent and sdlogj over the fixed body, of `field`; and dsc_percent,
+        shared_percent (`shared_slices`) and hd95_mm, means over the organs, or tre_mm
+        and tre_median_mm of the landmarks.
 
     Raises:
         ValueError: the field is on another grid, or not finite.
@@ -187,7 +188,8 @@ def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, fl
     found = real_pairs.scores(start.truth, whole, surface=True)
     if "dsc" in found:
         found["dsc_percent"] = 100 * found["dsc"]
-    kept = ("dsc_percent", "hd95_mm", "tre_mm", "tre_median_mm")
+        found["shared_percent"] = 100 * found["dsc_shared"]
+    kept = ("dsc_percent", "shared_percent", "hd95_mm", "tre_mm", "tre_median_mm")
     return scores | {key: found[key] for key in kept if key in found}
 
 
@@ -493,11 +495,12 @@ def _rows(path: Path) -> dict[tuple, dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one row per method."""
     lines = [
-        "| method | pairs | head-neck DSC₇ %, mean (min … max) | HD95 mm | "
+        "| method | pairs | head-neck DSC₇ %, mean (min … max) | in shared slices | "
+        "HD95 mm | "
         "folds %, mean (max) | liver TRE mm, mean / median | lung TRE mm, mean / "
         "median | folds %, liver, lung | CPU s, median (max) | start s, median (max) | "
         "peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def span(values, digits, ends="max"):
@@ -518,7 +521,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         organs = "-"
         if len(dsc):
             organs = f"**{dsc.mean():.1f}** ({dsc.min():.1f} … {dsc.max():.1f})"
-        hd95 = column("hd95_mm", "headneck")
+        shared, hd95 = (
+            f"{values.mean():.1f}" if len(values) else "-"
+            for values in (column(k, "headneck") for k in ("shared_percent", "hd95_mm"))
+        )
         errors, folds = [], []
         for task in LANDMARKS:
             two = (column(key, task) for key in ("tre_mm", "tre_median_mm"))
@@ -529,7 +535,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         count = f"{len(good)}" if len(good) == len(mine) else f"{len(good)}/{len(mine)}"
         lines.append(
             f"| {name} | {count} | {organs} | "
-            f"{f'{hd95.mean():.1f}' if len(hd95) else '-'} | "
+            f"{shared} | {hd95} | "
             f"{span(column('fold_percent', 'headneck'), 2)} | "
             f"{errors[0]} | {errors[1]} | {', '.join(folds)} | "
             f"{span(column('cpu_s'), 1, 'median')} | "

@@ -59,11 +59,12 @@ def test_labels_are_scored_after_the_map():
     truth = Volume(fixed, PLACE), Volume(np.roll(fixed, 1, axis=0), PLACE)
     still = real_pairs.scores(truth, Mapping(()))
     # One of two slices of each structure still overlaps.
-    assert still == {"dsc": 0.5, "labels": {"1": 0.5, "2": 0.5}}
+    assert still == {"dsc": 0.5, "labels": {"1": 0.5, "2": 0.5}, "dsc_shared": 0.5}
     moved = np.eye(4)
     moved[0, 3] = 4  # mm: one voxel
     found = real_pairs.scores(truth, mapping.affine(moved), surface=True)
-    assert found == {"dsc": 1, "hd95_mm": 0, "labels": {"1": 1, "2": 1}}
+    whole = {"dsc": 1, "hd95_mm": 0, "labels": {"1": 1, "2": 1}, "dsc_shared": 1}
+    assert found == whole
     assert real_pairs.told(found) == 100
 
 
@@ -82,3 +83,14 @@ def test_real_pairs_are_read(data_root):
         else:
             assert len(truth.fixed) == {"liver": 327, "lung": 17}[pair.task]
             assert np.isfinite(real_pairs.scores(truth, Mapping(()))["tre_mm"])
+
+
+def test_shared_slices_forgive_how_far_an_organ_was_drawn():
+    fixed, warped = np.zeros((2, 6, 6, 10), np.uint8)
+    fixed[1:4, 1:4, :6] = 1
+    warped[1:4, 1:4, 3:] = 1
+    fixed[5, 5, 0], warped[5, 5, 9] = 2, 2
+    one, none = real_pairs.shared_slices(fixed, warped, [1, 2])
+    assert one == 1 and np.isnan(none)
+    warped[1] = 0  # a third of it
+    assert real_pairs.shared_slices(fixed, warped, [1]) == [pytest.approx(0.8)]
