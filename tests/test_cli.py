@@ -396,6 +396,43 @@ def test_replacing_results_is_done_or_undone(earlier, monkeypatch):
     assert os.listdir(earlier.parent) == [earlier.name]
 
 
+def test_new_results_are_not_called_earlier_ones(earlier, monkeypatch):
+    """The disk fails once they are in place."""
+    real = outputs.sync
+
+    def sync(path):
+        if path == earlier.parent:
+            raise OSError(5, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(outputs, "sync", sync)
+    with pytest.raises(errors.UserError) as caught:
+        with outputs.case_folder(earlier.parent, earlier.name, True) as temp:
+            for ending in outputs.OUTPUTS:
+                (temp / f"{earlier.name}_{ending}").write_text("new")
+    assert not getattr(caught.value, "__notes__", [])
+    assert (earlier / f"{earlier.name}_run.json").read_text() == "new"
+    assert os.listdir(earlier.parent) == [earlier.name]
+
+
+def test_results_that_cannot_be_put_back_are_not_deleted(earlier, monkeypatch):
+    before, real, calls = contents(earlier), os.replace, []
+
+    def replace(source, target, **kwargs):
+        calls.append(source)
+        if len(calls) > 3:
+            raise OSError(5, "Input/output error")
+        return real(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(errors.UserError) as caught:
+        with outputs.case_folder(earlier.parent, earlier.name, True):
+            pass
+    (note,) = caught.value.__notes__
+    left = Path(note.removeprefix("some earlier results are left in "))
+    assert {**contents(earlier), **contents(left)} == before
+
+
 # --- mistakes -----------------------------------------------------------------------
 
 

@@ -102,16 +102,22 @@ def case_folder(
         claim()
         try:
             _publish(temp, final, case)
+            mine = False  # from here on they are the new ones
+            sync(final.parent)
         except OSError as error:
             raise storage_fault(final, error) from error
         for held in (REJECTED, SUPERSEDED):
             _release(out / held / case, case)
     except BaseException as error:
-        if mine and (final / _names(case)[-1]).exists():
+        if _left(temp):
+            kept = shown(temp / "earlier")
+            error.add_note(Note(f"some earlier results are left in {kept}"))
+        elif mine and (final / _names(case)[-1]).exists():
             error.add_note(Note(f"earlier results stay in {shown(final)}"))
         raise
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        if not _left(temp):
+            shutil.rmtree(temp, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):
                 out.rmdir()  # only if empty
@@ -160,7 +166,6 @@ def _publish(temp: Path, final: Path, case: str) -> None:
         os.rename(temp, final)
     else:
         _replace(temp, final, _names(case))
-    sync(final.parent)
 
 
 def _replace(temp: Path, final: Path, names: Sequence[str]) -> None:
@@ -178,11 +183,19 @@ def _replace(temp: Path, final: Path, names: Sequence[str]) -> None:
         sync(final)
     except BaseException:
         for name in names:
-            if (earlier / name).exists():
-                os.replace(earlier / name, final / name)
-            elif name not in there:
-                (final / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the others, all the same
+                if (earlier / name).exists():
+                    os.replace(earlier / name, final / name)
+                elif name not in there:
+                    (final / name).unlink(missing_ok=True)
         raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _left(temp: Path) -> bool:
+    """Whether earlier results could not be put back, and lie there alone."""
+    earlier = temp / "earlier"
+    return earlier.is_dir() and any(earlier.iterdir())
 
 
 def _names(case: str) -> tuple[str, ...]:
