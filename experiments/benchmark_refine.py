@@ -329,6 +329,9 @@ def table(rows: list[dict], runs: Sequence[Run] = RUNS) -> str:
         other = [column(run, task, "fold_percent_network")[0] for task in LANDMARKS]
         start = run.affine + " + network" * run.network
         name = plan.features if plan.iterations else "none"
+        for field in ("step", "window", "finer"):
+            if (value := getattr(plan, field)) != Plan._field_defaults[field]:
+                name += f", {field} {value:g}"
         weight = f"{plan.smoothness:g}" if plan.iterations else ""
         lines.append(
             f"| {start} | {name} | {plan.iterations} | {weight} | **{dsc.mean():.1f}** "

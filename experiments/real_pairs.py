@@ -96,6 +96,8 @@ def pairs(
         Pairs; whether their files are there is seen when they are read.
     """
     found = []
+    if unknown := set(tasks) - {"headneck", *LANDMARKS}:
+        raise ValueError(f"tasks must be of headneck, liver, lung, got {unknown}")
     for task in tasks:
         if task in LANDMARKS:
             fixed, moving, table = (data / name for name in LANDMARKS[task])

@@ -6,7 +6,7 @@ Presets are diffs of `paper`:
   paper       the published setting; needs --config.data.root=PREPARED (2 mm).
   real_small  scans in a manifest at 4 mm on a CPU; needs --config.data.root=PREPARED.
   real_small_finish  its second stage; also needs --config.train.init_from=WEIGHTS.
-  real_small_varied  the third: pairs changed at random; from those of the second.
+  real_small_varied  its third: pairs changed at random; needs init_from, too.
   real_small_made  as real_small, a quarter of the pairs painted or deformed.
   demo        the shipped weights, tuned on phantoms: minutes on a CPU.
 """

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,8 @@ def test_faults_are_told_in_one_way():
     for path in _files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
-                said = " ".join(ast.unparse(arg) for arg in node.args).lstrip("f'\"")
+                said = " ".join(ast.unparse(arg) for arg in node.args)
+                said = re.sub(r"^f?['\"]", "", said)
                 words = ("warning", "error", "failed", "interrupted", "stopped")
                 if said.startswith(words):
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
