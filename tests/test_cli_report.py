@@ -14,6 +14,7 @@ from tests.test_cli import command, save_network, write_pair
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.evaluation import quality
+from unireg_jax.reports import case as told
 from unireg_jax.reports import index
 from unireg_jax.verbs import batch, sweep
 
@@ -71,7 +72,7 @@ def test_register_records_quality_of_the_written_map(made):
     mean = found["scores"]["mean"]
     assert numbers["dsc_gain"] == pytest.approx(mean["dsc"] - mean["dsc_affine"])
     expected = quality.judge(
-        {k: v for k, v in numbers.items() if not isinstance(v, dict)}, "intra"
+        {k: v for k, v in numbers.items() if not isinstance(v, dict)}, told.kind(found)
     )
     assert [f.line for f in expected] == [
         w for w in found["warnings"] if w.split(":")[0] in {f.reason for f in expected}

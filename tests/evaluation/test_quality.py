@@ -10,10 +10,11 @@ from scipy import ndimage
 
 from unireg_jax.evaluation import quality
 from unireg_jax.imaging.nifti import Volume
+from unireg_jax.registration.refine import Plan
 from unireg_jax.verbs import judging
 
 SHAPE, SPACING = (50, 40, 44), (5.3, 6.5, 6.0)
-BOUNDS = [(name, kind) for name in quality.CHECKS for kind in ("inter", "intra")]
+BOUNDS = [(name, kind) for name in quality.CHECKS for kind in quality.KINDS]
 
 
 def place(*, center=(12.0, -40.0, 300.0), spacing=SPACING, shape=SHAPE):
@@ -267,10 +268,27 @@ def test_unknown_numbers_are_no_findings(same):
     ]
 
 
+def test_limits_of_refined_pairs_are_for_the_default_and_more():
+    assert {k: getattr(Plan(), k) for k in quality._REFINED} == quality._REFINED
+    settings = {"pair_type": "intra", "refine": Plan()._asdict()}
+    assert quality.kind_of(settings) == "intra refined"
+    assert quality.kind_of({**settings, "pair_type": "inter"}) == "inter refined"
+    changed = [{"features": "mind"}, {"iterations": 5}, {"smoothness": 0.0}]
+    for change in changed:
+        plan = Plan()._replace(**change)._asdict()
+        assert quality.kind_of(settings | {"refine": plan}) == "intra"
+    damaged = [None, 3, {}, {"features": "image", "iterations": "x"}]
+    assert {quality.kind_of({"refine": d}) for d in damaged} == {"inter"}
+
+
 def test_limits_are_stricter_within_a_patient():
     for check in quality.CHECKS.values():
-        gap = check.intra - check.inter
-        assert gap >= 0 if check.least else gap <= 0
+        for refined in ("", " refined"):
+            inter, intra = (
+                quality.limit_of(check, kind + refined) for kind in ("inter", "intra")
+            )
+            gap = intra - inter
+            assert gap >= 0 if check.least else gap <= 0
 
 
 def test_every_number_limit_and_reason_is_in_the_docs():
@@ -281,7 +299,8 @@ def test_every_number_limit_and_reason_is_in_the_docs():
     for name, check in quality.CHECKS.items():
         (row,) = (r for r in lines if r.startswith("| `") and f"`{name}`" in r[:60])
         assert f"`{check.reason}`" in row and f"`{check.reason}`" in errors
-        for limit in (check.inter, check.intra):
+        for kind in quality.KINDS:
+            limit = quality.limit_of(check, kind)
             assert f"{limit:g}" in row, (name, limit)
 
 

@@ -60,7 +60,10 @@ def test_every_failure_is_seeded_on_the_pair_it_names():
     assert np.ptp(flat.data) == 0 and same.data is data
     kinds = {job.kind for job in bench.jobs()}
     assert kinds == {"good", "phantom", "wrong", "flip", "shift", "constant"}
-    assert len(set(bench.jobs())) == len(bench.jobs())
+    first, others = bench.jobs(), bench.jobs(others=True)
+    assert len({*first, *others}) == len(first) + len(others)
+    for job in others:
+        assert job.kind == "phantom" or {job.fixed, job.moving} <= set(bench.SCANS)
 
 
 def test_table_names_every_surprise():

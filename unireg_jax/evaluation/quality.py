@@ -44,6 +44,7 @@ class Check(NamedTuple):
         unit: after the number; empty for none.
         meaning: one line.
         advice: what to do.
+        refined: both limits of a kind that is "refined", where they differ.
     """
 
     reason: str
@@ -53,8 +54,12 @@ class Check(NamedTuple):
     unit: str
     meaning: str
     advice: str
+    refined: tuple[float, float] | None = None
 
 
+KINDS = ("inter", "intra", "inter refined", "intra refined")  # of pairs
+# Defaults of registration.Plan, which the limits were chosen with; a test compares.
+_REFINED = {"iterations": 50, "smoothness": 0.5}
 # Name -> check, in the order in which they are reported. Chosen: docs/quality.md.
 CHECKS = {
     "coverage": Check(
@@ -66,6 +71,7 @@ CHECKS = {
         *("similarity", 0.3, 0.6, True, ""),
         "correlation in windows of 36 mm over the fixed body, after registration",
         "are both scans of the same region, and pre-aligned?",
+        (0.4, 0.75),
     ),
     "local_ncc_gain": Check(
         *("similarity", -0.02, -0.02, True, ""),
@@ -91,11 +97,13 @@ CHECKS = {
         *("folding", 3.5, 2.0, False, ""),
         "standard deviation of log max(J, 1e-9) over the fixed body",
         "look at the Jacobian; refine the field, try another pre-alignment or task",
+        (0.7, 0.5),
     ),
     "p99_mm": Check(
         *("field_range", 60.0, 40.0, False, "mm"),
         "99th percentile of the length of the displacement after the pre-alignment",
         "try another pre-alignment",
+        (100.0, 60.0),
     ),
     "max_mm": Check(
         *("field_range", 300.0, 300.0, False, "mm"),
@@ -290,13 +298,34 @@ def volume_factor(changes: Mapping[Any, float]) -> float:
 # --- judgement ----------------------------------------------------------------------
 
 
-def judge(numbers: Mapping[str, Any], pair_type: str) -> list[Finding]:
+def kind_of(settings: Mapping[str, Any]) -> str:
+    """Says by which limits a pair is judged.
+
+    Args:
+        settings: of a Registration or of its record: pair_type, and refine, the plan of
+            the instance optimisation. Anything may be absent.
+
+    Returns:
+        Of KINDS. "refined": at least the default's steps and smoothing, by the images,
+        which follows them closer and further than the network, and by smoother maps.
+    """
+    kind = "intra" if settings.get("pair_type") == "intra" else "inter"
+    plan = settings.get("refine")
+    if not isinstance(plan, Mapping) or plan.get("features") != "image":
+        return kind
+    for name, least in _REFINED.items():
+        if not _known(plan.get(name)) or plan[name] < least:
+            return kind
+    return f"{kind} refined"
+
+
+def judge(numbers: Mapping[str, Any], kind: str) -> list[Finding]:
     """Says which numbers are out of bounds.
 
     Args:
         numbers: of `measure`, `inverse_consistency`, volume_factor, dsc_gain; None or
             absent where unknown.
-        pair_type: "inter" or "intra".
+        kind: of KINDS.
 
     Returns:
         Findings, in the order of CHECKS.
@@ -306,19 +335,19 @@ def judge(numbers: Mapping[str, Any], pair_type: str) -> list[Finding]:
         return [Finding("constant", "constant", line)]
     found = []
     for name, check in CHECKS.items():
-        limit, value = limit_of(check, pair_type), numbers.get(name)
+        limit, value = limit_of(check, kind), numbers.get(name)
         undefined = name == "local_ncc" and name in numbers and not _known(value)
         if undefined or (_known(value) and _beyond(value, limit, check)):
             found.append(Finding(check.reason, name, _line(name, numbers, limit)))
     return found
 
 
-def badness(numbers: Mapping[str, Any], pair_type: str) -> float:
+def badness(numbers: Mapping[str, Any], kind: str) -> float:
     """How far the worst number is from good, to sort many pairs.
 
     Args:
         numbers: see `judge`.
-        pair_type: "inter" or "intra".
+        kind: of KINDS.
 
     Returns:
         0 best; over 1 exactly when `judge` finds something, but for rounding. Of a
@@ -328,7 +357,7 @@ def badness(numbers: Mapping[str, Any], pair_type: str) -> float:
         return math.inf
     worst = 0.0
     for name, check in CHECKS.items():
-        value, limit = numbers.get(name), limit_of(check, pair_type)
+        value, limit = numbers.get(name), limit_of(check, kind)
         if limit is None or not _known(value):
             continue
         share = check.least and limit > 0
@@ -337,30 +366,32 @@ def badness(numbers: Mapping[str, Any], pair_type: str) -> float:
     return worst
 
 
-def limit_of(check: Check, pair_type: str) -> float | None:
-    """The limit of a check for a pair type.
+def limit_of(check: Check, kind: str) -> float | None:
+    """The limit of a check for a kind of pair.
 
     Args:
         check: of CHECKS.
-        pair_type: "inter" or "intra".
+        kind: of KINDS.
 
     Returns:
         Limit, or None.
     """
-    return check.intra if pair_type == "intra" else check.inter
+    pair_type, _, refined = kind.partition(" ")
+    limits = (check.refined if refined else None) or (check.inter, check.intra)
+    return limits[pair_type == "intra"]
 
 
-def expected(check: Check, pair_type: str) -> str:
+def expected(check: Check, kind: str) -> str:
     """The limit in words.
 
     Args:
         check: of CHECKS.
-        pair_type: "inter" or "intra".
+        kind: of KINDS.
 
     Returns:
         Such as "at most 2 %".
     """
-    limit = limit_of(check, pair_type)
+    limit = limit_of(check, kind)
     if limit is None:
         return ""
     value = f"{limit:g} {check.unit}".rstrip()

@@ -47,12 +47,24 @@ def pair_type(record: Mapping[str, Any]) -> str:
     return "intra" if used == "intra" else "inter"
 
 
+def kind(record: Mapping[str, Any]) -> str:
+    """By which limits a case is judged.
+
+    Args:
+        record: CASE_run.json.
+
+    Returns:
+        Of quality.KINDS.
+    """
+    return quality.kind_of(_dict(record.get("settings")))
+
+
 def rows(values: Mapping[str, Any], kind: str) -> list[Row]:
     """Makes the table of numbers.
 
     Args:
         values: of `numbers`; absent ones have no row.
-        kind: pair type.
+        kind: of quality.KINDS.
 
     Returns:
         Rows; those without a limit stand before or after the one they belong to.

@@ -90,7 +90,7 @@ def findings(record: Mapping[str, Any]) -> list[quality.Finding]:
         Findings; none for a record without quality.
     """
     values = case.numbers(record)
-    return quality.judge(values, case.pair_type(record)) if values else []
+    return quality.judge(values, case.kind(record)) if values else []
 
 
 def write_page(
@@ -103,7 +103,7 @@ def write_page(
         record: CASE_run.json.
         drawn: its scans.
     """
-    kind, values = case.pair_type(record), case.numbers(record)
+    kind, values = case.kind(record), case.numbers(record)
     text = page.case_page(
         str(record.get("case", "")),
         status=case.status(record),

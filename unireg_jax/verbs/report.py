@@ -280,7 +280,7 @@ def _badness(case: _Case) -> float:
     values = told.numbers(case.record)
     if not values:
         return 0.0
-    return quality.badness(values, told.pair_type(case.record))
+    return quality.badness(values, told.kind(case.record))
 
 
 # --- files --------------------------------------------------------------------------

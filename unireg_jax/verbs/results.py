@@ -350,7 +350,7 @@ def write(
         scores=scores,
         back_mm=back_mm,
     )
-    found = quality.judge(numbers, result.settings["pair_type"])
+    found = quality.judge(numbers, quality.kind_of(result.settings))
     warnings += [finding.line for finding in found]
     record = _record(inputs, result, model, warnings)
     record["quality"] = numbers
