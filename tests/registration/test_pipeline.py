@@ -754,6 +754,10 @@ def test_register_one_larger_window_holds_the_whole_body(model):
     assert result.settings["windows"] == 1
     assert result.settings["fov_used"] == "whole"
     assert result.network_grid.shape == (48, 32, 96)
+    plan = Plan(iterations=1, finer=2)
+    mask = np.ones(images[0].shape, bool)
+    fine = run(images, grids, fov="whole", refine=plan, fixed_mask=mask, **common)
+    assert fine.network_grid.shape == (96, 64, 192)
     crop = run(images, grids, fov="crop", **common)
     assert crop.settings["body_covered"] < 0.6
     assert crop.network_grid.shape == SPEC.shape

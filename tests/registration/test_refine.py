@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
+from unireg_jax.evaluation import quality
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.manifest import Case
 from unireg_jax.models import features
@@ -25,7 +26,7 @@ from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
 from unireg_jax.registration.refine import Plan
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
-from unireg_jax.verbs import options
+from unireg_jax.verbs import judging, options
 from unireg_jax.verbs import results as verb
 
 SHAPE = (32, 16, 48)
@@ -144,6 +145,10 @@ def test_steps_start_as_coarse_as_the_grid_allows():
     assert refine.steps(plan, SHAPE) == usual  # however small
     finer = [(4, 100), (2, 50), (1, 20), (0.5, 10)]
     assert refine.steps(plan._replace(finer=2), (96, 96, 80)) == finer
+    # However small, it starts as coarse as on the network's own grid.
+    assert refine.steps(plan._replace(finer=2), SHAPE) == finer
+    finest = refine.steps(plan._replace(finer=4), SHAPE)
+    assert [factor for factor, _ in finest] == [4, 2, 1, 0.5, 0.25]
     assert refine.steps(Plan(3, "mind"), (96, 96, 80)) == [(4, 6), (2, 3)]
     assert [count for _, count in refine.steps(Plan(1), SHAPE)] == [2, 1, 1]
 
@@ -326,6 +331,14 @@ def test_command_register_optimises_and_records_it(files, tmp_path, capsys):
     qc = record["qc"]
     assert qc["refine_after"] < qc["refine_before"]
     assert record["timings"]["refine"] > 0
+    # What is warned of is what the gate and the page would say.
+    assert quality.kind_of(record["settings"]) == "intra refined"
+    found = judging.findings(record)
+    assert {f.line for f in found} <= set(record["warnings"])
+    told = {line.split(":")[0] for line in record["warnings"]}
+    assert told & {c.reason for c in quality.CHECKS.values()} == {
+        f.reason for f in found
+    }
 
     line = [*arguments, "--case", "other", "--io-smoothness", "1"]
     line += ["--io-iterations", "0"]
@@ -487,6 +500,9 @@ def test_refine_by_an_embedding(model, files, tmp_path, monkeypatch):
     result = run()
     assert result.settings["refine"]["features"] == "sam"
     assert result.qc["refine_after"] < result.qc["refine_before"]
+    assert not any(line.startswith("refinement:") for line in result.warnings)
+    finer = run(refine=Plan(1, "sam", finer=2))  # voxels that it was not trained on
+    assert any("the grid has (4.0, 4.5, 4.0)" in line for line in finer.warnings)
     monkeypatch.setenv(embedding.VARIABLE, str(tmp_path / "none.safetensors"))
     with pytest.raises(errors.UserError, match="train_sam"):
         run()

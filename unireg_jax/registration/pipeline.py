@@ -63,11 +63,11 @@ class Registration(NamedTuple):
         settings: task, region, pair_type, affine: asked and used; fov asked and used,
             windows, body_covered, the share of the fixed body on network_grid, and
             seen, the body region that each scan shows; with `refine` its plan.
-        qc: of network_disp: finite; max_mm and p99_mm, length; fold_percent_network,
-            sdlogj_network (see ops/jacobian.py); and ncc_before, ncc_after (global,
-            signed, windowed intensities, after the pre-alignment and after
-            network_disp); over the fixed body on the network's grid; with `refine` also
-            refine_before, refine_after, its cost. None where undefined.
+        qc: of network_disp, on its grid: finite; max_mm and p99_mm, length;
+            fold_percent_network, sdlogj_network (see ops/jacobian.py); and ncc_before,
+            ncc_after (global, signed, windowed intensities, after the pre-alignment and
+            after network_disp); over the fixed body; with `refine` also refine_before,
+            refine_after, its cost. None where undefined.
         timings: seconds per stage. compile is that of the network; other stages compile
             in the first pair of a shape.
         warnings: what a person should know of how it came about, one line each; see
@@ -278,11 +278,11 @@ class Session:
             if plan.features != "image":
                 settings |= {"refined_by": self.refiner.extractor.label}
                 known = self.refiner.extractor.spacing_mm
-                if known not in (None, self.model.preprocess.spacing_mm):
+                own = tuple(s / plan.finer for s in self.model.preprocess.spacing_mm)
+                if known not in (None, own):
                     warnings.append(
                         f"refinement: voxels of {known} mm expected, as the embedding "
-                        "was trained on, the grid has "
-                        f"{self.model.preprocess.spacing_mm}"
+                        f"was trained on, the grid has {own}"
                     )
             counts = [str(count) for _, count in steps(plan, layout.window)]
             say(f"refinement: {plan.features}, {' + '.join(counts)} steps")

@@ -113,8 +113,8 @@ def refine(
     cost = 1 - similarity
 
     Args:
-        disp: [B, X, Y, Z, 3] float32, voxels; a network's, or zeros. f X, f Y, f Z
-            multiples of 4, f being `plan.finer`.
+        disp: [B, X, Y, Z, 3] float32, voxels; a network's, or zeros. X, Y, Z multiples
+            of 4; f below is `plan.finer`.
         fixed: from `view`, B volumes of [f X, f Y, f Z] voxels.
         moving: the same, pre-aligned on the fixed grid.
         mask: [B, f X, f Y, f Z] bool, where to compare; None is the whole fixed scan.
@@ -129,7 +129,7 @@ def refine(
     check_plan(plan)
     finest = LEVELS[plan.features]
     disp = resample.upsample_disp(disp, plan.finer)
-    _check(disp, fixed, moving, mask, finest)
+    _check(disp, fixed, moving, mask, finest, plan.finer)
     disp, fixed, moving = jax.lax.stop_gradient((disp, fixed, moving))
     weight = None
     if mask is not None:
@@ -176,7 +176,7 @@ def steps(plan: Plan, shape: Sequence[int]) -> list[tuple[float, int]]:
 
 def _pyramid(plan, shape):
     """`steps`, by voxels of the finest grid."""
-    coarsest = _LEAST_FACTOR
+    coarsest = _LEAST_FACTOR * plan.finer
     while all(
         n % (2 * coarsest) == 0 and n // (2 * coarsest) >= _LEAST_VOXELS for n in shape
     ):
@@ -428,14 +428,15 @@ def _likeness(fixed, moving, scanned, weight, disp, plan):
     return summed / jnp.where(total > 0.0, total, 1.0)
 
 
-def _check(disp, fixed, moving, mask, finest):
+def _check(disp, fixed, moving, mask, finest, finer):
     """Shapes of everything, on the finest grid and on the cost's."""
     warp.check_disp(disp)
     grid = disp.shape[:4]
-    if any(n % _LEAST_FACTOR for n in grid[1:]):
+    least = _LEAST_FACTOR * finer
+    if any(n % least for n in grid[1:]):
         raise ValueError(
-            f"the finest grid must have multiples of {_LEAST_FACTOR} voxels along each "
-            f"axis, got {disp.shape}; pad disp"
+            f"the finest grid must have multiples of {least} voxels along each axis, "
+            f"got {disp.shape}; pad disp"
         )
     expected = (grid[0], *(n // finest for n in grid[1:]))
     for name, scan in (("fixed", fixed), ("moving", moving)):
