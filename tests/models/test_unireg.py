@@ -235,6 +235,31 @@ def test_max_pool_gradient_has_no_select_and_scatter(key):
     assert "select_and_scatter" not in text
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_max_pool_equals_its_plain_form(key, dtype):
+    """Value and gradient; of equal maxima the first one, in C order, has it all."""
+    x = jax.random.normal(key, (2, 4, 6, 8, 3)).astype(dtype)
+    slope = jax.random.normal(jax.random.key(1), (2, 2, 3, 4, 3)).astype(dtype)
+
+    def plain(x):
+        return x.reshape(2, 2, 2, 3, 2, 4, 2, 3).max(axis=(2, 4, 6))
+
+    for run in (lambda f: f, jax.jit):
+        pooled, pull = jax.vjp(run(layers.max_pool), x)
+        expected, plain_pull = jax.vjp(run(plain), x)
+        assert pooled.dtype == expected.dtype
+        np.testing.assert_array_equal(pooled, expected)
+        np.testing.assert_array_equal(layers.max_pool(x), expected)
+        if dtype == "float32":  # of bfloat16 some are equal
+            np.testing.assert_array_equal(pull(slope)[0], plain_pull(slope)[0])
+    same = jnp.zeros((1, 2, 2, 2, 1), dtype).at[0, 1, 0, 1, 0].set(jnp.nan)
+    (slope,) = jax.vjp(layers.max_pool, same)[1](jnp.ones((1, 1, 1, 1, 1), dtype))
+    assert jnp.isnan(layers.max_pool(same)).all() and slope[0, 1, 0, 1, 0] == 1
+    same = jnp.ones((1, 2, 2, 2, 1), dtype)
+    (slope,) = jax.vjp(layers.max_pool, same)[1](jnp.ones((1, 1, 1, 1, 1), dtype))
+    assert slope.sum() == slope[0, 0, 0, 0, 0] == 1
+
+
 @pytest.mark.parametrize(
     ("fixed", "moving", "corr", "match"),
     [
