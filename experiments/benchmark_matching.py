@@ -12,6 +12,9 @@ organs, landmark error, seconds of CPU without compilation. Features: mind, none
 file, or "random" and "random-lite", the embedding networks as initialised.
 
 With --split=train, head-neck pairs of training patients, on which options are chosen.
+With --fault=table the moving scan's table stands 40 mm further along the body, 25 back
+and 15 aside; with --fault=cut two fifths of its slices are missing, at its lower and at
+its upper end in turns.
 """
 
 import functools
@@ -43,6 +46,8 @@ from unireg_jax.tasks import OUTSIDE_HU
 
 ORGANS = range(1, 8)
 CLOSE_MM = 10.0
+TABLE_MM = (15.0, -25.0, 40.0)
+CUT = 0.4
 
 
 class Scan(NamedTuple):
@@ -69,28 +74,37 @@ class Case(NamedTuple):
         truth: of `real_pairs.read_truth`.
         fixed_mm: [N, 3] LPS mm, landmarks or centroids of organs.
         moving_mm: [N, 3] LPS mm, the same spots.
+        moved: [4, 4], the moving scan's own world -> where the fault put it.
+        cut: "", or the end that is missing: "lower" or "upper".
     """
 
     pair: Pair
     truth: Truth
     fixed_mm: np.ndarray
     moving_mm: np.ndarray
+    moved: np.ndarray
+    cut: str
 
 
-def cases_of(data: Path, split: str) -> list[Case]:
+def cases_of(data: Path, split: str, fault: str = "none") -> list[Case]:
     """Head-neck pairs of a split, and the liver and lung pairs."""
+    moved = np.eye(4)
+    moved[:3, 3] = TABLE_MM if fault == "table" else 0
     out = []
-    for pair in real_pairs.pairs(data, split):
+    for i, pair in enumerate(real_pairs.pairs(data, split)):
         truth = real_pairs.read_truth(pair)
+        cut = ("lower", "upper")[i % 2] if fault == "cut" else ""
         if isinstance(truth, PointPairs):
-            out.append(Case(pair, truth, truth.fixed, truth.moving))
+            there = _apply(moved, truth.moving)
+            out.append(Case(pair, truth, truth.fixed, there, moved, cut))
             continue
         centers = [
             [_center(volume, organ) for volume in truth]
             for organ in ORGANS
             if all((volume.data == organ).any() for volume in truth)
         ]
-        out.append(Case(pair, truth, *np.moveaxis(np.array(centers), 1, 0)))
+        here, there = np.moveaxis(np.array(centers), 1, 0)
+        out.append(Case(pair, truth, here, _apply(moved, there), moved, cut))
     return out
 
 
@@ -99,9 +113,21 @@ def _center(labels: Volume, organ: int) -> np.ndarray:
     return _apply(labels.vox2world, place)
 
 
-def load_scan(path: Path, spec: PreprocessSpec) -> Scan:
-    """Lays the network grid over a scan."""
+def load_scan(
+    path: Path, spec: PreprocessSpec, table: bool = False, cut: str = ""
+) -> Scan:
+    """Lays the network grid over a scan, which a fault may have changed."""
     volume = nifti.read_image(path)
+    vox2world = volume.vox2world.copy()
+    kept, count = slice(None), volume.data.shape[2]
+    if cut == "lower":
+        kept = slice(round(CUT * count), None)
+        vox2world[:3, 3] += vox2world[:3, 2] * kept.start
+    elif cut == "upper":
+        kept = slice(None, round((1 - CUT) * count))
+    if table:
+        vox2world[:3, 3] += TABLE_MM
+    volume = volume._replace(data=volume.data[:, :, kept], vox2world=vox2world)
     grid = preprocess.network_grid(volume, spec)
     hu = preprocess.prepare_image(volume, grid, spec)
     body = preprocess.body_mask(Volume(hu, grid.vox2world)) & (hu != OUTSIDE_HU)
@@ -149,9 +175,10 @@ def judge(case: Case, *parts: Field | np.ndarray) -> float:
 
     Args:
         case: the pair.
-        parts: of a Mapping, the first one acts first.
+        parts: of a Mapping, the first one acts first; to where the fault put the scan.
     """
-    return real_pairs.told(real_pairs.scores(case.truth, Mapping(parts)))
+    whole = Mapping((*parts, np.linalg.inv(case.moved)))
+    return real_pairs.told(real_pairs.scores(case.truth, whole))
 
 
 def coarse(fixed: Scan, found) -> Field:
@@ -179,7 +206,7 @@ def run(cases: list[Case], spec: PreprocessSpec, names: list[str]) -> list[dict]
     Returns:
         Rows: method, task, score; with features also errors, fell_back, describe (s).
     """
-    load = functools.lru_cache(8)(lambda path: load_scan(path, spec))
+    load = functools.lru_cache(8)(functools.partial(load_scan, spec=spec))
     rows = []
 
     def add(method, case, score, seconds, **more):
@@ -187,7 +214,9 @@ def run(cases: list[Case], spec: PreprocessSpec, names: list[str]) -> list[dict]
         rows.append(row | {"seconds": seconds} | more)
 
     def ends(case):
-        fixed, moving = load(case.pair.fixed), load(case.pair.moving)
+        table = bool(case.moved[:3, 3].any())
+        fixed = load(case.pair.fixed)
+        moving = load(case.pair.moving, table=table, cut=case.cut)
         places = {
             "fixed_vox2world": fixed.grid.vox2world,
             "moving_vox2world": moving.grid.vox2world,
@@ -312,7 +341,7 @@ def main(argv) -> None:
     spec = PreprocessSpec(
         shape=tuple(int(n) for n in options.shape), spacing_mm=(options.spacing,) * 3
     )
-    cases = cases_of(Path(options.data), options.split)
+    cases = cases_of(Path(options.data), options.split, options.fault)
     rows = run(cases, spec, options.features)
     print(table_points(rows, options.features), "", table_maps(rows), sep="\n")
 
@@ -322,6 +351,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_multi_string("features", ["mind"], "Names or files; may repeat.")
     flags.DEFINE_enum("split", "val", ["val", "train"], "Head-neck patients.")
+    flags.DEFINE_enum("fault", "none", ["none", "table", "cut"], "Of moving scans.")
     flags.DEFINE_list("shape", ["96", "96", "80"], "X,Y,Z voxels of the grid.")
     flags.DEFINE_float("spacing", 4.0, "Of the grid, mm.")
     flags.mark_flags_as_required(["data"])
