@@ -20,7 +20,7 @@ its upper end in turns.
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +114,10 @@ def _center(labels: Volume, organ: int) -> np.ndarray:
 
 
 def load_scan(
-    path: Path, spec: PreprocessSpec, table: bool = False, cut: str = ""
+    path: Path,
+    spec: PreprocessSpec,
+    shift_mm: Sequence[float] = (0, 0, 0),
+    cut: str = "",
 ) -> Scan:
     """Lays the network grid over a scan, which a fault may have changed."""
     volume = nifti.read_image(path)
@@ -125,8 +128,7 @@ def load_scan(
         vox2world[:3, 3] += vox2world[:3, 2] * kept.start
     elif cut == "upper":
         kept = slice(None, round((1 - CUT) * count))
-    if table:
-        vox2world[:3, 3] += TABLE_MM
+    vox2world[:3, 3] += shift_mm
     volume = volume._replace(data=volume.data[:, :, kept], vox2world=vox2world)
     grid = preprocess.network_grid(volume, spec)
     hu = preprocess.prepare_image(volume, grid, spec)
@@ -214,9 +216,9 @@ def run(cases: list[Case], spec: PreprocessSpec, names: list[str]) -> list[dict]
         rows.append(row | {"seconds": seconds} | more)
 
     def ends(case):
-        table = bool(case.moved[:3, 3].any())
         fixed = load(case.pair.fixed)
-        moving = load(case.pair.moving, table=table, cut=case.cut)
+        shift = tuple(case.moved[:3, 3])
+        moving = load(case.pair.moving, shift_mm=shift, cut=case.cut)
         places = {
             "fixed_vox2world": fixed.grid.vox2world,
             "moving_vox2world": moving.grid.vox2world,

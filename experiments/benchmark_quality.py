@@ -230,9 +230,6 @@ def judge(job: Job, scans: Scans, session) -> dict[str, Any]:
     fixed, moving = _broken(job, fixed, moving)
     affine = "none" if job.kind == "shift" else "auto"
     row: dict[str, Any] = job._asdict()
-    row["type"] = TASKS[task].pair_type.name.lower() + " refined" * bool(
-        session.refiner
-    )
     try:
         result = session.run(
             fixed,
@@ -243,6 +240,7 @@ def judge(job: Job, scans: Scans, session) -> dict[str, Any]:
         )
     except UserError as error:
         return row | {"refused": error.reason}
+    row["type"] = quality.kind_of(result.settings)
     started = time.perf_counter()
     row |= quality.measure(fixed, moving, result.disp_mm, result.affine)
     row["seconds"] = time.perf_counter() - started

@@ -15,10 +15,10 @@ Each run has a process of its own, so that seconds of CPU and memory are its own
 one that fails is a row that says why. What is counted begins with two images on the
 working grid and ends with the displacement there: of a tool with reading two files, of
 ours with features, network and refinement, once they are compiled; rows "refined finer"
-leave out the reading of both scans on their finer grid. The process's
-seconds before that are given apart: libraries, and of ours weights and programs, which
-the first pair compiles and the others find in a cache. Tools that are not installed
-(extra `peers`; deedsBCV and reg_f3d on PATH) are left out and named.
+leave out the reading of both scans on their finer grid. The process's seconds before
+that are given apart: libraries, and of ours weights and programs, which the first pair
+compiles and the others find in a cache. Tools that are not installed (extra `peers`;
+deedsBCV and reg_f3d on PATH) are left out and named.
 
 Rows go to results.json in --out; those that are there are not measured again unless
 settings, version, the judge's sources or, of ours, anything in the library or the

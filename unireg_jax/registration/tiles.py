@@ -50,8 +50,6 @@ class Layout(NamedTuple):
 
     def finer(self, factor: int) -> "Layout":
         """The same windows on `factor` times as many voxels along each axis."""
-        if factor == 1:
-            return self
         return self._replace(
             grid=grids.finer(self.grid, factor),
             window=tuple(factor * n for n in self.window),

@@ -43,8 +43,7 @@ def pair_type(record: Mapping[str, Any]) -> str:
     Returns:
         "inter" or "intra".
     """
-    used = _dict(record.get("settings")).get("pair_type")
-    return "intra" if used == "intra" else "inter"
+    return kind(record).split()[0]
 
 
 def kind(record: Mapping[str, Any]) -> str:
