@@ -373,7 +373,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("iterations", 50, "See Plan.", lower_bound=1)
     flags.DEFINE_integer("repeats", 3, "Counted runs.", lower_bound=1)
     flags.DEFINE_string("data", None, "Folder of the collection: accuracy instead.")
-    flags.DEFINE_enum("split", "val", ["val", "train"], "Head-neck patients.")
+    flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_string("sweep", None, "FIELD=A,B,C of Plan: no network, with each.")
     flags.DEFINE_string("weights", None, "File; none: the package's own.")
     app.run(main)

@@ -52,6 +52,7 @@ from unireg_jax.imaging.grids import Field, Grid
 from unireg_jax.registration import Plan
 from unireg_jax.registration.weights import find_weights
 
+RESULTS = "results.json"  # in --out
 SHAPES = {4: (96, 96, 80), 2: (192, 192, 160)}
 _LIMIT_S = 7200  # of one run
 _OWN_TASK = "its own"
@@ -443,7 +444,7 @@ def race(
     todo: list[Pair], found: list[Method], out: Path, options: dict[str, Any], redo
 ) -> list[dict[str, Any]]:
     """Measures what is not in results.json; returns its rows of these settings."""
-    path, session = out / "results.json", None
+    path, session = out / RESULTS, None
     known = _rows(path)
     jobs = [(pair, method) for pair in todo for method in found]
     start, of = None, None
@@ -605,7 +606,7 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", "runs/peers", "Where rows and pictures go.")
-    flags.DEFINE_enum("split", "val", ["val", "train"], "Head-neck patients.")
+    flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_list("only", [], "Methods whose names begin so; none: all.")
     flags.DEFINE_list("pairs", [], "Names of pairs; none: all.")
     flags.DEFINE_integer("spacing", 4, "mm of the working grid, 4 or 2.")

@@ -7,12 +7,14 @@
 
 12 head-neck patients train, the other 4 are held out (split `val`: 12 ordered pairs);
 the liver, lung, chest and abdomen scans are too few to hold any out and all train.
+--fold=1, 2 or 3 holds out other four: together each patient once (cross_validate.py).
 `collection.json` beside it also lists what nothing is trained on: scans of other kinds
 and label maps without a CT, for `data_pipeline.check`.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -20,7 +22,14 @@ from absl import flags
 from experiments import cli
 from unireg_jax.errors import USAGE, UserError
 
-HELD_OUT = ("0022", "0061", "0096", "0112")
+# Head-neck patients in four parts; the released weights leave the first one out.
+FOLDS = (
+    ("0022", "0061", "0096", "0112"),
+    ("0004", "0034", "0082", "0099"),
+    ("0013", "0059", "0083", "0109"),
+    ("0017", "0060", "0087", "0095"),
+)
+HELD_OUT = FOLDS[0]
 LUNG_LOBES = range(10, 15)
 # Structures that both abdomen scans show and that a registration can hope to match.
 ABDOMEN = (
@@ -74,12 +83,13 @@ class _Rows(list):
         self.append(row)
 
 
-def manifest(data: Path, out: Path) -> list[dict]:
+def manifest(data: Path, out: Path, held_out: Sequence[str] = HELD_OUT) -> list[dict]:
     """Rows of the manifest; writes the label maps beside it.
 
     Args:
         data: folder with headneck_openkbp/, chest_lidc0001/ and so on.
         out: folder of the manifest; paths are relative to it.
+        held_out: head-neck patients of split `val`.
 
     Raises:
         UserError: exit code 2, a scan is not there.
@@ -91,7 +101,7 @@ def manifest(data: Path, out: Path) -> list[dict]:
     names = json.loads((data / folder / "labels.json").read_text())
     for path in sorted((data / folder / "images").glob("case_*.nii.gz")):
         case = path.name.removeprefix("case_").removesuffix(".nii.gz")
-        split = "val" if case in HELD_OUT else "train"
+        split = "val" if case in held_out else "train"
         label = f"{folder}/labels/{path.name}"
         image = f"{folder}/images/{path.name}"
         add(f"hn_{case}", image, "headneck", f"hn_{case}", split, label, names)
@@ -123,7 +133,7 @@ def manifest(data: Path, out: Path) -> list[dict]:
     return rows
 
 
-def collection(data: Path, out: Path) -> list[dict]:
+def collection(data: Path, out: Path, held_out: Sequence[str] = HELD_OUT) -> list[dict]:
     """Rows of `manifest` and of everything else that is there.
 
     Writes the label maps beside the manifest. A label map without a CT stands in the
@@ -132,12 +142,13 @@ def collection(data: Path, out: Path) -> list[dict]:
     Args:
         data: as in `manifest`.
         out: as in `manifest`.
+        held_out: as in `manifest`.
 
     Raises:
         UserError: exit code 2, a scan is not there.
     """
     rows = _Rows(data, out)
-    rows.extend(manifest(data, out))
+    rows.extend(manifest(data, out, held_out))
     folder = "lung_elastix"
     for row in rows:
         scan = row["id"].removeprefix("lung_")
@@ -172,7 +183,8 @@ def main(argv) -> None:
     out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("collection", collection), ("manifest", manifest)):
-        text = json.dumps(rows(Path(flags.FLAGS.data), out), indent=1)
+        held_out = FOLDS[flags.FLAGS.fold]
+        text = json.dumps(rows(Path(flags.FLAGS.data), out, held_out), indent=1)
         (out / f"{name}.json").write_text(text)
     print(out / "manifest.json")
 
@@ -181,5 +193,7 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", None, "Where manifest.json and label maps go.")
+    last = len(FOLDS) - 1
+    flags.DEFINE_integer("fold", 0, "Held out: of FOLDS.", 0, last)
     flags.mark_flags_as_required(["data", "out"])
     cli.run(main)

@@ -1,0 +1,190 @@
+"""Results over all head-neck patients: each is held out once, in four parts.
+
+    python -m experiments.real_scans --data=FOLDER --out=runs/fold1 --fold=1
+    ... prepared, pre-aligned and trained like the released weights, see
+    docs/training.md; the part 0 is that of the released weights ...
+    python -m experiments.compare_peers --data=FOLDER --split=fold1 \
+        --weights=runs/fold1/varied/weights.safetensors --out=runs/fold1/peers
+    python -m experiments.cross_validate --part=runs/peers --part=runs/fold1/peers \
+        --part=runs/fold2/peers --part=runs/fold3/peers
+
+Reads the rows that compare_peers left in each folder and prints one table: means over
+the pairs of all parts, over those of each part, and, of the two pairs with landmarks,
+which are the same in all parts, the spread over the weights.
+
+Intervals: 95 % of the means over 10 000 draws of the patients of each part with
+replacement; a pair counts as often as both of its patients were drawn.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from experiments.compare_peers import RESULTS
+from experiments.real_pairs import LANDMARKS
+from unireg_jax.errors import USAGE, UserError
+
+_DRAWS = 10_000
+_BASE = "ours: affine"
+Rows = list[dict[str, Any]]
+
+
+def read(folder: Path) -> Rows:
+    """Rows of one part, on the grid of 4 mm, that did not fail.
+
+    Args:
+        folder: --out of compare_peers.
+
+    Raises:
+        UserError: exit code 2, no rows there.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise UserError("not_found", f"--part: {path} is not there", USAGE)
+    rows = json.loads(path.read_text())["rows"]
+    return [row for row in rows if row["spacing"] == 4 and "failed" not in row]
+
+
+def patients(row: dict[str, Any]) -> tuple[str, str]:
+    """Fixed and moving of a head-neck pair."""
+    _, fixed, moving = row["pair"].split("_")
+    return fixed, moving
+
+
+def check(parts: Sequence[Rows]) -> list[str]:
+    """Methods that all parts have.
+
+    Raises:
+        UserError: exit code 2, a patient is in two parts, or no method in all.
+    """
+    seen: set[str] = set()
+    for rows in parts:
+        mine = {p for row in rows if row["task"] == "headneck" for p in patients(row)}
+        if twice := sorted(seen & mine):
+            raise UserError(
+                "schema",
+                f"--part: each patient in one part expected, got {', '.join(twice)} in "
+                "two; name each part once",
+                USAGE,
+            )
+        seen |= mine
+    names = [list(dict.fromkeys(row["method"] for row in rows)) for rows in parts]
+    shared = [name for name in names[0] if all(name in others for others in names)]
+    if _BASE not in shared:
+        raise UserError(
+            "schema",
+            f"--part: rows of {_BASE!r} in every part expected, got methods "
+            f"{', '.join(shared) or 'none'} in all; run compare_peers in each",
+            USAGE,
+        )
+    return shared
+
+
+def interval(parts: Sequence[Rows], values: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """95 % of the means over draws of patients.
+
+    Args:
+        parts: head-neck rows of one method.
+        values: of the same rows, part by part.
+
+    Returns:
+        Lower and upper end.
+    """
+    rng = np.random.default_rng(0)
+    total, weight = np.zeros(_DRAWS), np.zeros(_DRAWS)
+    for rows, mine in zip(parts, values, strict=True):
+        names = sorted({name for row in rows for name in patients(row)})
+        drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), size=_DRAWS)
+        for row, value in zip(rows, mine, strict=True):
+            one, other = (drawn[:, names.index(name)] for name in patients(row))
+            total += one * other * value
+            weight += one * other
+    drawn = total[weight > 0] / weight[weight > 0]
+    return tuple(float(v) for v in np.percentile(drawn, (2.5, 97.5)))
+
+
+def table(parts: Sequence[Rows], against: str) -> str:
+    """Markdown: one row per method.
+
+    Args:
+        parts: of `read`.
+        against: a method that the others are compared with.
+    """
+    names = check(parts)
+    lines = [
+        "| method | pairs | DSC₇ %, mean (95 %) | of each part | in shared slices | "
+        f"better than the affine | than {against} | folds %, mean (max) | "
+        "liver TRE mm | lung TRE mm |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def of(name: str) -> list[Rows]:
+        return [
+            [r for r in rows if r["method"] == name and r["task"] == "headneck"]
+            for rows in parts
+        ]
+
+    def dsc(name: str) -> dict[str, float]:
+        return {r["pair"]: r["dsc_percent"] for rows in of(name) for r in rows}
+
+    def better(mine: dict[str, float], name: str) -> str:
+        other = dsc(name) if name in names else {}
+        both = mine.keys() & other.keys()
+        more = sum(mine[pair] > other[pair] for pair in both)
+        return f"{more} of {len(both)}" if both and mine != other else "-"
+
+    for name in names:
+        mine = of(name)
+        values = [np.array([row["dsc_percent"] for row in rows]) for rows in mine]
+        shared, folds = (
+            np.array([row[key] for rows in mine for row in rows])
+            for key in ("shared_percent", "fold_percent")
+        )
+        every = np.concatenate(values)
+        low, high = interval(mine, values)
+        errors = []
+        for task in LANDMARKS:
+            found = [
+                row["tre_mm"]
+                for rows in parts
+                for row in rows
+                if row["method"] == name and row["task"] == task
+            ]
+            errors.append(_span(found))
+        lines.append(
+            f"| {name} | {len(every)} | **{every.mean():.1f}** ({low:.1f} … {high:.1f})"
+            f" | {', '.join(f'{v.mean():.1f}' for v in values)} | "
+            f"{shared.mean():.1f} | {better(dsc(name), _BASE)} | "
+            f"{better(dsc(name), against)} | {folds.mean():.2f} ({folds.max():.2f}) | "
+            f"{errors[0]} | {errors[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def _span(values: Sequence[float]) -> str:
+    """Mean, and least and most where they differ."""
+    if not values:
+        return "-"
+    text = f"{np.mean(values):.2f}"
+    if max(values) - min(values) < 5e-3:
+        return text
+    return f"{text} ({min(values):.2f} … {max(values):.2f})"
+
+
+def main(argv) -> None:
+    del argv
+    parts = [read(Path(folder)) for folder in flags.FLAGS.part]
+    print(table(parts, flags.FLAGS.against))
+
+
+if __name__ == "__main__":
+    # Here, so that one script can import another.
+    flags.DEFINE_multi_string("part", [], "Folders of compare_peers, one per part.")
+    flags.DEFINE_string("against", "greedy", "A method that all are compared with.")
+    flags.mark_flags_as_required(["part"])
+    cli.run(main)
