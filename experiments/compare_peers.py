@@ -304,22 +304,23 @@ class Method(NamedTuple):
     own: Own | None = None
 
 
-def digest(weights: str | None = None, *, own: bool) -> str:
+def digest(weights: Path | None = None, *, own: bool) -> str:
     """Start of the SHA-256 of what a row depends on besides its settings.
 
     Args:
-        weights: file; None for those that `find_weights` names.
-        own: True for our rows: the judge, all of the library, and the weights. False
-            for tools, which take long: the judge alone, so that after a change of the
+        weights: files of networks that the row looks through: this one with its
+            description, and those of the package; None for none.
+        own: True for our rows: the judge, and all of the library. False for tools,
+            which take long: the judge alone, so that after a change of the
             pre-alignment they are measured anew by --redo only.
     """
     files = [Path(__file__), Path(conventional.__file__), Path(real_pairs.__file__)]
     if own:
         library = Path(registration.__file__).parents[1]
-        kinds = ("*.py", "*.safetensors", "*.json")
+        kinds = ("*.py",) if weights is None else ("*.py", "*.safetensors", "*.json")
         files += sorted(path for kind in kinds for path in library.rglob(kind))
-        used = find_weights(weights)
-        files += [used, used.with_suffix(".json")]
+    if weights is not None:
+        files += [weights, weights.with_suffix(".json")]
     whole = hashlib.sha256()
     for path in files:
         whole.update(path.read_bytes())
@@ -340,7 +341,8 @@ def methods(
         UserError: one that begins no name, exit code 2.
     """
     own = {row.name: row for row in own_rows()}
-    ours, theirs = (digest(weights, own=flag) for flag in (True, False))
+    theirs, plain = (digest(own=flag) for flag in (False, True))
+    learned = digest(find_weights(weights), own=True)
     names = [*own, *conventional.PEERS]
     wanted = {n for one in only for n in names if n.lower().startswith(one.lower())}
     for one in only:
@@ -358,11 +360,12 @@ def methods(
         if row := own.get(name):
             plan = row.plan and row.plan._asdict()
             # The network knows its own voxels alone, and these are fine already.
-            plain = row.task == "none" and row.affine == "auto"
-            if spacing == 4 or (plain and row.plan in (None, Plan())):
+            alone = row.task == "none" and row.affine == "auto"
+            if spacing == 4 or (alone and row.plan in (None, Plan())):
                 settings = row._replace(plan=plan)._asdict()
                 del settings["name"]
-                found.append(Method(name, settings, _version(), ours, row))
+                source = plain if alone else learned
+                found.append(Method(name, settings, _version(), source, row))
             continue
         peer = conventional.PEERS[name]
         version = conventional.version(peer)

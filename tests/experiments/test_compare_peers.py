@@ -268,10 +268,23 @@ def test_digest_changes_with_library_and_weights(tmp_path, monkeypatch):
     room.mkdir(parents=True)
     (room / "refine.py").write_text("step = 1")
     monkeypatch.setattr(race.registration, "__file__", str(room / "__init__.py"))
-    ours, theirs = [race.digest(weights, own=own) for own in (True, False)]
-    assert ours == race.digest(weights, own=True) != theirs
+
+    def digests():
+        """Of a tool, of our rows without a network, and of those with one."""
+        return (
+            race.digest(own=False),
+            race.digest(own=True),
+            race.digest(weights, own=True),
+        )
+
+    before = digests()
+    assert before == digests() and len(set(before)) == 3
     (room / "refine.py").write_text("step = 2")
-    changed = race.digest(weights, own=True)
+    changed = digests()
+    # Minutes a row: the judge alone.
+    assert [a == b for a, b in zip(before, changed, strict=True)] == [True] + [
+        False
+    ] * 2
     weights.write_bytes(weights.read_bytes() + b" ")
-    assert len({ours, changed, race.digest(weights, own=True)}) == 3
-    assert race.digest(weights, own=False) == theirs  # minutes a row: the judge alone
+    again = digests()
+    assert again[:2] == changed[:2] and again[2] != changed[2]
