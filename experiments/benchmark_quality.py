@@ -250,8 +250,7 @@ def judge(job: Job, scans: Scans, session) -> dict[str, Any]:
             result.disp_mm, result.vox2world, result.affine, other, labels[0]
         )
         row["truth"] = {
-            name: _dsc(labels[0].data, warped, other.data)
-            for name, warped in stages.items()
+            name: _mean_dsc(labels[0], warped, other) for name, warped in stages.items()
         }
     elif job.kind in ("good", "shift"):
         moved = moving.vox2world @ np.linalg.inv(stood)
@@ -303,14 +302,13 @@ def _folds(fixed: Volume, result) -> float:
     return 100 * float((detj[body] <= 0).mean())
 
 
-def _dsc(fixed, warped, moving) -> float:
+def _mean_dsc(fixed: Volume, warped: np.ndarray, moving: Volume) -> float:
     """Mean over the labels that both scans have."""
-    shared = (set(np.unique(fixed)) & set(np.unique(moving))) - {0}
-    scores = []
-    for label in shared:
-        a, b = fixed == label, warped == label
-        scores.append(2 * (a & b).sum() / (a.sum() + b.sum()))
-    return float(np.mean(scores)) if scores else float("nan")
+    shared = set(np.unique(fixed.data)) & set(np.unique(moving.data)) - {0}
+    scores = metrics.label_scores(
+        fixed.data, warped, fixed.spacing_mm, ids=map(int, shared), surface=False
+    )
+    return float(np.mean([row["dsc"] for row in scores.values()] or [np.nan]))
 
 
 def _landmarks(job: Job, scans: Scans, result, moved) -> dict[str, float] | None:
