@@ -2,7 +2,8 @@
 
     python -m experiments.benchmark_refine --shape=96,96,80 --shape=192,192,160
     python -m experiments.benchmark_refine --data=FOLDER [--split=train]
-    python -m experiments.benchmark_refine --data=FOLDER --sweep=smoothness=0.25,0.5,1
+    python -m experiments.benchmark_refine --data=FOLDER --sweep=smoothness=0.25,0.5,1 \
+        --sweep=iterations=10,25,50 [--plot=tradeoff.png]
 
 The first form times the default plans on textured volumes: seconds of CPU and of the
 clock of all steps, of `--iterations`, taken as the difference to none; seconds to
@@ -10,9 +11,10 @@ compile; scratch. Where PyTorch is installed, the same steps run in turn with ou
 both costs after the last one are printed.
 
 The others register pairs of the real collection through `registration`, with 0 and 50
-iterations or with several values of one field of the plan: the 12 ordered pairs of the
-held-out head-neck patients or, with --split=train, 4 pairs of others, on which the
-defaults were chosen; the liver phases and the two lung scans, which have no other pair.
+iterations or with several values of one field of the plan at a time: the 12 ordered
+pairs of the held-out head-neck patients or, with --split=train, 4 pairs of others, on
+which the defaults were chosen; the liver phases and the two lung scans, which have no
+other pair. --plot draws what each value costs in seconds and in unevenness.
 """
 
 import functools
@@ -29,7 +31,7 @@ from absl import app, flags
 from scipy import ndimage
 from tqdm import tqdm
 
-from experiments import cli, real_pairs, timing
+from experiments import cli, figures, real_pairs, timing
 from experiments.real_pairs import LANDMARKS
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
@@ -299,6 +301,43 @@ def swept(text: str) -> list[Run]:
     return [Run("auto", False, Plan()._replace(**{name: value})) for value in values]
 
 
+def plot(path: Path, rows: list[dict], sweeps: dict[str, list[Run]]) -> None:
+    """Draws a line per swept field: what overlap costs in seconds, and how uneven.
+
+    Args:
+        path: PNG file.
+        rows: from `judge`.
+        sweeps: field -> its runs.
+    """
+
+    def mean(run, key, task="headneck"):
+        mine = [r[key] for r in rows if r["run"] == run and r["task"] == task]
+        return float(np.mean(mine))
+
+    lines = {}
+    for name, runs in sweeps.items():
+        lines[name] = [
+            figures.Setting(
+                f"{getattr(run.plan, name):g}",
+                run.plan == Plan(),
+                {
+                    "seconds of instance optimisation": mean(run, "seconds"),
+                    "SDlogJ": mean(run, "sdlogj_network"),
+                    "folds, %": mean(run, "fold_percent_network"),
+                    "head-neck DSC, %": 100 * mean(run, "dsc"),
+                    **{f"{t} TRE, mm": mean(run, "tre_mm", t) for t in LANDMARKS},
+                },
+            )
+            for run in runs
+        ]
+    figures.save_settings(
+        path,
+        lines,
+        across=("seconds of instance optimisation", "SDlogJ", "folds, %"),
+        up=("head-neck DSC, %", *(f"{task} TRE, mm" for task in LANDMARKS)),
+    )
+
+
 def table(rows: list[dict], runs: Sequence[Run] = RUNS) -> str:
     """Markdown: one row per run; "better" than the first one."""
     lines = [
@@ -351,10 +390,13 @@ def main(argv) -> None:
     options = flags.FLAGS
     if options.data:
         model = registration.load_model(options.weights)
-        runs = RUNS
-        if options.sweep:
-            runs = swept(options.sweep)
-        print(table(judge(Path(options.data), model, options.split, runs), runs))
+        sweeps = {text.partition("=")[0]: swept(text) for text in options.sweep}
+        # The defaults are in each.
+        runs = tuple(dict.fromkeys(run for part in sweeps.values() for run in part))
+        rows = judge(Path(options.data), model, options.split, runs or RUNS)
+        print(table(rows, runs or RUNS))
+        if options.plot and sweeps:
+            plot(Path(options.plot), rows, sweeps)
         return
     print(
         "| grid | features | CPU s | wall s | compile s | scratch MiB | cost after | "
@@ -374,6 +416,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 3, "Counted runs.", lower_bound=1)
     flags.DEFINE_string("data", None, "Folder of the collection: accuracy instead.")
     flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
-    flags.DEFINE_string("sweep", None, "FIELD=A,B,C of Plan: no network, with each.")
+    flags.DEFINE_multi_string("sweep", [], "FIELD=A,B,C of Plan, no network.")
+    flags.DEFINE_string("plot", None, "PNG of the sweeps.")
     flags.DEFINE_string("weights", None, "File; none: the package's own.")
     app.run(main)

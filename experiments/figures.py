@@ -1,7 +1,8 @@
 """Pictures of a registration: slices, checkerboard, field."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -129,6 +130,65 @@ def save_curves(path: Path | str, curves: dict[str, tuple], *, ylabel: str) -> N
     axis.set_xlabel("step")
     axis.set_ylabel(ylabel)
     axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+class Setting(NamedTuple):
+    """One value of a setting, and what was measured with it.
+
+    Attributes:
+        text: the value.
+        default: whether it is the default, then drawn larger.
+        measured: name with unit -> number.
+    """
+
+    text: str
+    default: bool
+    measured: Mapping[str, float]
+
+
+def save_settings(
+    path: Path | str,
+    lines: Mapping[str, Sequence[Setting]],
+    *,
+    across: Sequence[str],
+    up: Sequence[str],
+) -> None:
+    """Draws measures against each other: a column for each of `across`, a row of `up`.
+
+    Args:
+        path: PNG file.
+        lines: name of a setting -> its values.
+        across: names of measures; one of seconds has a logarithmic axis.
+        up: names of measures.
+    """
+    size = (4.5 * len(across), 3.4 * len(up))
+    figure, axes = plt.subplots(len(up), len(across), figsize=size, squeeze=False)
+    for row, y in zip(axes, up, strict=True):
+        for axis, x in zip(row, across, strict=True):
+            for name, settings in lines.items():
+                xs, ys = ([s.measured[key] for s in settings] for key in (x, y))
+                (drawn,) = axis.plot(xs, ys, marker=".", label=name)
+                for setting, *at in zip(settings, xs, ys, strict=True):
+                    axis.annotate(
+                        setting.text,
+                        at,
+                        textcoords="offset points",
+                        xytext=(3, 3),
+                        fontsize=7,
+                        color=drawn.get_color(),
+                    )
+                    if setting.default:
+                        axis.plot(
+                            *at, marker="o", markersize=9, color="black", zorder=0
+                        )
+            if x.startswith("seconds"):
+                axis.set_xscale("log")
+            axis.set_xlabel(x)
+            axis.set_ylabel(y)
+    axes[0, 0].legend(title="black: the default")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)

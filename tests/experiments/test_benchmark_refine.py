@@ -1,0 +1,51 @@
+"""Sweeps of instance optimisation: which runs they name, and the picture of them."""
+
+import matplotlib.image
+import pytest
+
+from experiments import benchmark_refine
+from experiments.benchmark_refine import Run
+from unireg_jax.errors import USAGE, UserError
+from unireg_jax.registration import Plan
+
+
+def row(run, task, **scores):
+    more = {"seconds": 1.0, "sdlogj_network": 0.2, "fold_percent_network": 0.0}
+    return {"run": run, "task": task, **more, **scores}
+
+
+def test_sweeps_change_one_field_each():
+    runs = benchmark_refine.swept("iterations=5,50")
+    assert runs == [Run("auto", False, Plan(n)) for n in (5, 50)]
+    (run,) = benchmark_refine.swept("smoothness=2")
+    assert run.plan == Plan(smoothness=2.0) and isinstance(run.plan.smoothness, float)
+
+
+@pytest.mark.parametrize("text", ["speed=1", "iterations=many", "iterations", ""])
+def test_sweep_that_cannot_be_read_is_refused(text):
+    with pytest.raises(UserError, match="--sweep: FIELD=A,B,C") as error:
+        benchmark_refine.swept(text)
+    assert error.value.exit_code == USAGE
+
+
+def test_sweeps_are_drawn(tmp_path):
+    sweeps = {
+        text.partition("=")[0]: benchmark_refine.swept(text)
+        for text in ("iterations=5,50", "smoothness=0.5,2")
+    }
+    rows = []
+    for i, run in enumerate({run: None for part in sweeps.values() for run in part}):
+        rows += [row(run, "headneck", dsc=0.6 + i / 100, seconds=1.0 + i)]
+        rows += [row(run, task, tre_mm=2.0 - i / 10) for task in ("liver", "lung")]
+    path = tmp_path / "sweeps.png"
+    benchmark_refine.plot(path, rows, sweeps)
+    picture = matplotlib.image.imread(path)
+    height, width = picture.shape[:2]
+    # Three rows of three, and something in each.
+    for i in range(3):
+        for j in range(3):
+            rows_, columns = (
+                slice(k * n // 3, (k + 1) * n // 3)
+                for k, n in ((i, height), (j, width))
+            )
+            assert (picture[rows_, columns, :3].std(axis=-1) > 0.1).any()  # colours
