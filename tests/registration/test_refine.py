@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
+from unireg_jax.errors import UserError
 from unireg_jax.evaluation import quality
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.manifest import Case
@@ -21,7 +22,14 @@ from unireg_jax.models import features
 from unireg_jax.models.features import Extractor, sam
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import jacobian, smoothness
-from unireg_jax.registration import batch, embedding, pipeline, refine, weights
+from unireg_jax.registration import (
+    batch,
+    embedding,
+    memory,
+    pipeline,
+    refine,
+    weights,
+)
 from unireg_jax.registration.compiled import Described, compile_register
 from unireg_jax.registration.network import Model, initializer
 from unireg_jax.registration.refine import Plan
@@ -506,3 +514,14 @@ def test_refine_by_an_embedding(model, files, tmp_path, monkeypatch):
     monkeypatch.setenv(embedding.VARIABLE, str(tmp_path / "none.safetensors"))
     with pytest.raises(errors.UserError, match="train_sam"):
         run()
+
+
+def test_grid_that_takes_more_memory_than_there_is_is_refused(model, monkeypatch):
+    plan = Plan(1, finer=4)
+    monkeypatch.setattr(memory, "_LEAST_BYTES", 0)
+    refine.compile_refine(model, plan)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
+    with pytest.raises(UserError, match="128x64x192 voxels: 1 MiB are free") as error:
+        refine.compile_refine(model, plan)
+    assert (error.value.reason, error.value.exit_code) == ("too_large", errors.LIMIT)
+    assert "--io-finer" in str(error.value)

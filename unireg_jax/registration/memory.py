@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from unireg_jax.errors import LIMIT, UserError
@@ -33,15 +34,42 @@ def check_memory(fixed_shape: tuple[int, ...], moving_shape: tuple[int, ...]) ->
     )
     making = fixed * _FIXED_BYTES + moving * _MOVING_BYTES
     need = max(making, fixed * _WRITING_BYTES)
+    shapes = ["x".join(map(str, shape)) for shape in (fixed_shape, moving_shape)]
+    _check(
+        need,
+        f"fixed {shapes[0]} and moving {shapes[1]} voxels",
+        "crop or resample the scans, or use a larger machine",
+    )
+
+
+def check_program(program: jax.stages.Compiled, what: str, remedy: str) -> None:
+    """Refuses a compiled program that takes more than what is free.
+
+    Args:
+        program: for the CPU; those of other devices have a memory of their own, and
+            are not looked at.
+        what: it does, on which grid.
+        remedy: what else to do.
+
+    Raises:
+        UserError: `too_large`, exit code 7, with the need in MiB.
+    """
+    sizes = program.memory_analysis()
+    if jax.default_backend() != "cpu" or sizes is None:
+        return
+    parts = ("temp", "argument", "output")
+    need = sum(getattr(sizes, f"{part}_size_in_bytes") for part in parts)
+    _check(need, what, remedy)
+
+
+def _check(need: float, what: str, remedy: str) -> None:
     free = available_bytes()
     if free is None or need < _LEAST_BYTES or need <= free:
         return
-    shapes = ["x".join(map(str, shape)) for shape in (fixed_shape, moving_shape)]
     raise UserError(
         "too_large",
-        f"fixed {shapes[0]} and moving {shapes[1]} voxels: {free / 2**20:.0f} MiB are "
-        f"free, about {need / 2**20:.0f} MiB are needed; crop or resample the scans, "
-        "or use a larger machine",
+        f"{what}: {free / 2**20:.0f} MiB are free, about {need / 2**20:.0f} MiB are "
+        f"needed; {remedy}",
         LIMIT,
     )
 

@@ -20,6 +20,7 @@ from unireg_jax.models.features import Extractor
 from unireg_jax.ops import intensity, ncc, resample, smoothness, warp
 from unireg_jax.registration.compiled import Described, check_shape
 from unireg_jax.registration.embedding import load_extractor
+from unireg_jax.registration.memory import check_program
 from unireg_jax.registration.network import Model
 
 # Where each similarity is measured: voxels of the network's grid per voxel of its own.
@@ -322,7 +323,8 @@ def compile_refine(
 
     Raises:
         ValueError: shape or plan are not as above.
-        UserError: no embedding for "sam", exit code 9.
+        UserError: no embedding for "sam", exit code 9; a grid that takes more memory
+            than there is, exit code 7.
     """
     check_plan(plan)
     shape = check_shape(model.preprocess.shape if shape is None else shape)
@@ -338,16 +340,25 @@ def compile_refine(
     hu = of((1, *fine, 1), dtype)
     maps = jax.eval_shape(features.describe, hu, own) if described else None
     scan = Described(hu, maps)
-    program = jax.jit(_refine_described, static_argnames=("plan", "described")).lower(
-        scan,
-        scan,
-        extractor,
-        of((1, *fine), bool),
-        of((1, *shape, 3), jnp.float32),
-        plan=plan,
-        described=described,
+    program = (
+        jax.jit(_refine_described, static_argnames=("plan", "described"))
+        .lower(
+            scan,
+            scan,
+            extractor,
+            of((1, *fine), bool),
+            of((1, *shape, 3), jnp.float32),
+            plan=plan,
+            described=described,
+        )
+        .compile()
     )
-    return Refiner(plan, fine, extractor, described, program.compile())
+    check_program(
+        program,
+        f"instance optimisation on {'x'.join(map(str, fine))} voxels",
+        "use a lower --io-finer, or --io-iterations 0",
+    )
+    return Refiner(plan, fine, extractor, described, program)
 
 
 def _refine_described(fixed, moving, extractor, body, disp, *, plan, described):
