@@ -169,7 +169,8 @@ def _torch_loop(disp, fixed, moving, plan):
         var_b = (mean(b * b, plan.window) - mean_b**2).clamp(min=0)
         # As in ops/ncc.py, whose products are of sums, not of means.
         floor = 1e-5 / plan.window**6
-        return (mask * cross**2 / (var_a * var_b + floor)).sum() / mask.sum()
+        found = (mask * cross**2 / (var_a * var_b + floor)).sum() / mask.sum()
+        return found / a.shape[1]
 
     def sampler(shape):
         """Reads volumes at x + disp, the edge held; and where that is inside."""
@@ -207,7 +208,7 @@ def _torch_loop(disp, fixed, moving, plan):
             warped, inside = sample(scanned, disp)
             mask = weight * warped[:, -1:].detach() * inside
             if plan.features == "image":
-                return 1 - correlation(one, warped[:, :1], mask)
+                return 1 - correlation(one, warped[:, :-1], mask)
             distance = (warped[:, :-1] - one).square().sum(1, keepdim=True) / 2
             return 1 - (mask * (1 - distance)).sum() / mask.sum()
 

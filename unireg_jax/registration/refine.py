@@ -25,9 +25,10 @@ from unireg_jax.registration.network import Model
 
 # Where each similarity is measured: voxels of the network's grid per voxel of its own.
 LEVELS = {"mind": 2, "sam": 2, "image": 1}
-# HU that "image" compares. A correlation within windows needs no contrast of its own,
-# and the network's -800 HU as the lowest would leave the vessels of a lung out.
-HU_RANGE = (-1000.0, 1500.0)
+# HU that "image" compares, each range by itself. The network's -800 HU as the lowest
+# would leave the vessels of a lung out; and where a window holds bone or air, they
+# alone decide about its correlation, unless soft tissue is looked at apart.
+HU_RANGES = ((-1000.0, 1500.0), (-150.0, 250.0))
 # A grid coarser than a quarter is added while it has so many voxels along each axis: on
 # the grids of 384 mm, voxels of 16 mm, where one vertebra is not taken for the next.
 _LEAST_VOXELS = 20
@@ -48,9 +49,9 @@ class Plan(NamedTuple):
         iterations: steps on the second of three or more grids; twice as many before on
             the coarsest, a fifth after on the full one, which "mind" and "sam" do not
             reach, see `steps`. 0 leaves the displacement as it is.
-        features: "image", squared local correlation of HU within `HU_RANGE`; "mind" or
-            "sam", squared difference of unit feature vectors, down to half resolution,
-            the fine map of models/features.
+        features: "image", squared local correlation of HU, the mean over `HU_RANGES`;
+            "mind" or "sam", squared difference of unit feature vectors, down to half
+            resolution, the fine map of models/features.
         smoothness: how often the displacement becomes the mean of its 3^3 neighbours in
             every step; a fraction counts in part. 1 is a Gaussian of 0.8 voxels.
         step: greatest length of a step, voxels of its grid.
@@ -63,7 +64,7 @@ class Plan(NamedTuple):
     features: str = "image"
     smoothness: float = 0.5
     step: float = 0.5
-    window: int = 5
+    window: int = 3
     finer: int = 1
 
 
@@ -71,7 +72,8 @@ class View(NamedTuple):
     """What the cost compares, on its own grid; see `LEVELS` and `Plan.finer`.
 
     Attributes:
-        values: [B, X', Y', Z', C] float32; intensities in [-1, 1], or unit features.
+        values: [B, X', Y', Z', C] float32; intensities in [-1, 1], of each range of
+            `HU_RANGES`, or unit features.
         valid: [B, X', Y', Z', 1] float32, share of the voxel inside the scan.
     """
 
@@ -214,8 +216,10 @@ def view(
     check_plan(plan)
     valid = intensity.valid(scan.hu).astype(jnp.float32)
     if plan.features == "image":
-        low, high = HU_RANGE
-        return View(intensity.window(scan.hu, low=low, high=high), valid)
+        parts = [
+            intensity.window(scan.hu, low=low, high=high) for low, high in HU_RANGES
+        ]
+        return View(jnp.concatenate(parts, axis=-1), valid)
     if extractor.backend != plan.features:
         raise ValueError(
             f"extractor must be of {plan.features!r}, got {extractor.backend!r}; see "
@@ -424,10 +428,15 @@ def _stepper(costs, plan):
 def _likeness(fixed, moving, scanned, weight, disp, plan):
     """Similarity of the warped moving view, [B], at most 1, 0 without common voxels."""
     if plan.features == "image":
-        warped = warp.warp(moving.values, disp)
         reached = jax.lax.stop_gradient(warp.warp(moving.valid, disp))[..., 0]
-        inside = reached * warp.inside(disp)
-        return ncc.local_ncc(fixed, warped, window=plan.window, mask=weight * inside)
+        share = weight * reached * warp.inside(disp)
+        # Each range warped by itself: 0.9 of the time of both at once on two cores.
+        ranges = (jnp.split(v, v.shape[-1], axis=-1) for v in (fixed, moving.values))
+        found = [
+            ncc.local_ncc(one, warp.warp(other, disp), window=plan.window, mask=share)
+            for one, other in zip(*ranges, strict=True)
+        ]
+        return sum(found) / len(found)
     # One gather of rows for features and validity.
     warped = warp.warp(scanned, disp)
     reached = jax.lax.stop_gradient(warped[..., -1]) * warp.inside(disp)

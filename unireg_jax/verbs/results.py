@@ -33,7 +33,7 @@ AFFINES = ("auto", "none", "com", "rigid", "affine", "features", "coarse")
 IO_FEATURES = ("image", "mind", "sam")
 IO_FINER = (1, 2, 4)
 # Of instance optimisation: what another one left is not what was asked for.
-_IO_ALGORITHM = "greedy 1"
+_IO_ALGORITHM = "greedy 2"
 FOVS = ("auto", "crop", "tiles", "whole")
 _UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
 
