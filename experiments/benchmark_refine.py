@@ -14,7 +14,8 @@ The others register pairs of the real collection through `registration`, with 0 
 iterations or with several values of one field of the plan at a time: the 12 ordered
 pairs of the held-out head-neck patients or, with --split=train, 4 pairs of others, on
 which the defaults were chosen; the liver phases and the two lung scans, which have no
-other pair. --plot draws what each value costs in seconds and in unevenness.
+other pair. --plot draws what each value costs in seconds and in unevenness, and names
+folds.
 """
 
 import functools
@@ -315,16 +316,20 @@ def plot(path: Path, rows: list[dict], sweeps: dict[str, list[Run]]) -> None:
         mine = [r[key] for r in rows if r["run"] == run and r["task"] == task]
         return float(np.mean(mine))
 
+    def text(run, name):
+        folds = mean(run, "fold_percent_network")
+        more = f" ({folds:.2f} % folds)" if folds >= 5e-3 else ""
+        return f"{getattr(run.plan, name):g}{more}"
+
     lines = {}
     for name, runs in sweeps.items():
         lines[name] = [
             figures.Setting(
-                f"{getattr(run.plan, name):g}",
+                text(run, name),
                 run.plan == Plan(),
                 {
                     "seconds of instance optimisation": mean(run, "seconds"),
                     "SDlogJ": mean(run, "sdlogj_network"),
-                    "folds, %": mean(run, "fold_percent_network"),
                     "head-neck DSC, %": 100 * mean(run, "dsc"),
                     **{f"{t} TRE, mm": mean(run, "tre_mm", t) for t in LANDMARKS},
                 },
@@ -334,7 +339,7 @@ def plot(path: Path, rows: list[dict], sweeps: dict[str, list[Run]]) -> None:
     figures.save_settings(
         path,
         lines,
-        across=("seconds of instance optimisation", "SDlogJ", "folds, %"),
+        across=("seconds of instance optimisation", "SDlogJ"),
         up=("head-neck DSC, %", *(f"{task} TRE, mm" for task in LANDMARKS)),
     )
 
