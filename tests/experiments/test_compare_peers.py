@@ -282,9 +282,8 @@ def test_digest_changes_with_library_and_weights(tmp_path, monkeypatch):
     (room / "refine.py").write_text("step = 2")
     changed = digests()
     # Minutes a row: the judge alone.
-    assert [a == b for a, b in zip(before, changed, strict=True)] == [True] + [
-        False
-    ] * 2
+    assert changed[0] == before[0]
+    assert changed[1] != before[1] and changed[2] != before[2]
     weights.write_bytes(weights.read_bytes() + b" ")
     again = digests()
     assert again[:2] == changed[:2] and again[2] != changed[2]

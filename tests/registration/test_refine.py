@@ -14,7 +14,6 @@ from scipy import ndimage
 
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
-from unireg_jax.errors import UserError
 from unireg_jax.evaluation import quality
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.manifest import Case
@@ -47,7 +46,8 @@ ARCHITECTURE = {
     "field_level": 1,
     "conv_impl": "direct",
 }
-PLANS = {"image": Plan(20, "image"), "mind": Plan(20, "mind")}
+# What is off by several voxels is alike within windows of 3: the cost tells it less.
+PLANS = {"image": Plan(20, "image", window=5), "mind": Plan(20, "mind")}
 
 
 def known_disp():
@@ -107,7 +107,7 @@ def test_refine_recovers_a_known_field(kind, scans, programs):
     out = programs[kind][1](scans, STILL, EVERYWHERE)
     assert out.disp.shape == STILL.shape and out.disp.dtype == jnp.float32
     # MIND lives on half the resolution, where the bump is one voxel high.
-    left, cost = {"image": (0.25, 0.65), "mind": (0.55, 0.85)}[kind]
+    left, cost = {"image": (0.25, 0.5), "mind": (0.55, 0.85)}[kind]
     assert error(out.disp) < left * error(STILL)
     assert float(out.cost_after[0]) < cost * float(out.cost_before[0])
 
@@ -540,7 +540,9 @@ def test_grid_that_takes_more_memory_than_there_is_is_refused(model, monkeypatch
     monkeypatch.setattr(memory, "_LEAST_BYTES", 0)
     refine.compile_refine(model, plan)
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
-    with pytest.raises(UserError, match="128x64x192 voxels: 1 MiB are free") as error:
+    with pytest.raises(
+        errors.UserError, match="128x64x192 voxels: 1 MiB are free"
+    ) as error:
         refine.compile_refine(model, plan)
     assert (error.value.reason, error.value.exit_code) == ("too_large", errors.LIMIT)
     assert "--io-finer" in str(error.value)

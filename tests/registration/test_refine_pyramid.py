@@ -11,7 +11,7 @@ from unireg_jax.registration import refine
 from unireg_jax.registration.refine import Plan, View
 
 SHAPE = (160, 168, 160)  # 160 is the least edge with a grid of an eighth
-PLAN = Plan(3)
+PLAN = Plan(3, window=5)  # in the default's 3 what is far off is alike, too
 PEAK = (15.0, -10.0, 8.6)  # voxels; 20 together
 
 
@@ -52,5 +52,4 @@ def test_refine_recovers_on_four_grids_what_three_cannot_reach():
     gap = np.linalg.norm(out.disp[0] - truth, axis=-1)
     assert gap[far].mean() < 0.1 * length[far].mean()  # 0.05 when this was written
     assert np.linalg.norm(out.disp[0], axis=-1).max() > reach
-    # Within windows of 3 voxels what is off by many is alike, too: it falls by a third.
-    assert out.cost_after[0] < 0.8 * out.cost_before[0]
+    assert out.cost_after[0] < 0.1 * out.cost_before[0]
