@@ -149,15 +149,13 @@ def interval(rows: Sequence[dict], values: Sequence[float]) -> tuple[float, floa
     Returns:
         Lower and upper end; NaN unless there are four to six patients.
     """
-    names = sorted({name for row in rows for name in row["patients"]})
+    patients = [row["patients"] for row in rows]
+    names = sorted({name for pair in patients for name in pair})
     if not 4 <= len(names) <= 6:
         return float("nan"), float("nan")
-    means = []
-    for draw in itertools.product(names, repeat=len(names)):
-        count = [np.prod([draw.count(p) for p in row["patients"]]) for row in rows]
-        if sum(count):
-            means.append(np.average(values, weights=count))
-    return tuple(float(v) for v in np.percentile(means, (2.5, 97.5)))
+    draws = itertools.product(names, repeat=len(names))
+    counts = np.array([[draw.count(name) for name in names] for draw in draws])
+    return real_pairs.interval(*real_pairs.drawn_sums(patients, values, counts))
 
 
 def table_of_conditions(rows: list[dict], group: str) -> str:

@@ -448,7 +448,7 @@ def race(
 ) -> list[dict[str, Any]]:
     """Measures what is not in results.json; returns its rows of these settings."""
     path, session = out / RESULTS, None
-    known = _rows(path)
+    known = read_rows(path)
     jobs = [(pair, method) for pair in todo for method in found]
     start, of = None, None
     for pair, method in tqdm(jobs, disable=not sys.stderr.isatty()):
@@ -475,7 +475,7 @@ def race(
         }
         row |= measure(method, pair, start, folder, options)
         # Read again: another run may have added rows of other methods.
-        known = _rows(path) | {at: row}
+        known = read_rows(path) | {at: row}
         whole = path.with_suffix(".part")
         whole.write_text(json.dumps({"rows": list(known.values())}, indent=1))
         whole.replace(path)
@@ -491,7 +491,7 @@ def race(
     ]
 
 
-def _rows(path: Path) -> dict[tuple, dict[str, Any]]:
+def read_rows(path: Path) -> dict[tuple, dict[str, Any]]:
     """Rows of results.json by what tells them apart."""
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     return {tuple(row[k] for k in _KEY): row for row in rows}

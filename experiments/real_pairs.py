@@ -208,3 +208,41 @@ def shared_slices(
 def told(scored: dict[str, Any]) -> float:
     """One number of `scores`: mean DSC in percent, or mean landmark error in mm."""
     return 100 * scored["dsc"] if "dsc" in scored else scored["tre_mm"]
+
+
+def drawn_sums(
+    patients: Sequence[tuple[str, str]], values: Sequence[float], drawn: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over pairs when patients are drawn with replacement.
+
+    A pair counts as often as both of its patients were drawn.
+
+    Args:
+        patients: of each pair.
+        values: of each pair.
+        drawn: [D, P], how often each patient, by name, is in each draw.
+
+    Returns:
+        [D] weighted sums of the values, and [D] of the weights.
+    """
+    names = sorted({name for pair in patients for name in pair})
+    total, weight = np.zeros(len(drawn)), np.zeros(len(drawn))
+    for pair, value in zip(patients, values, strict=True):
+        one, other = (drawn[:, names.index(name)] for name in pair)
+        total += one * other * value
+        weight += one * other
+    return total, weight
+
+
+def interval(total: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    """95 % of the means of all draws.
+
+    Args:
+        total: from `drawn_sums`, or several of them added up.
+        weight: the same.
+
+    Returns:
+        Lower and upper end; draws without a pair are left out.
+    """
+    means = total[weight > 0] / weight[weight > 0]
+    return tuple(float(v) for v in np.percentile(means, (2.5, 97.5)))

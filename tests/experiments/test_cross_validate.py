@@ -77,6 +77,15 @@ def test_table_tells_parts_and_all(folders):
     assert affine[8:] == ["-", "6.00"] and network[8:] == ["-", "4.50 (4.00 … 5.00)"]
 
 
+def test_gains_are_those_of_the_same_pairs(folders):
+    parts = [cross_validate.read(folder) for folder in folders]
+    # 11 of 12 pairs gain 6 or 12, the last loses as much: 5 and 10 on average.
+    (line,) = cross_validate.gains(parts, AFFINE).splitlines()
+    assert line.startswith(f"- {NETWORK} against {AFFINE}: +7.5 (")
+    assert line.endswith(") points of DSC over 24 pairs")
+    assert cross_validate.gains(parts, "greedy") == ""
+
+
 def test_interval_is_that_of_the_patients(folders):
     parts = [cross_validate.read(folder) for folder in folders]
     mine = [
