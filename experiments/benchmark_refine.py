@@ -394,14 +394,20 @@ def main(argv) -> None:
     del argv
     cli.setup()
     options = flags.FLAGS
+    if (options.sweep or options.plot) and not options.data:
+        raise UserError("schema", "--sweep, --plot: --data expected, none given", USAGE)
+    if options.plot and not options.sweep:
+        raise UserError("schema", "--plot: a --sweep to draw expected, got none", USAGE)
     if options.data:
         model = registration.load_model(options.weights)
-        sweeps = {text.partition("=")[0]: swept(text) for text in options.sweep}
+        sweeps = {}
+        for text in options.sweep:
+            sweeps.setdefault(text.partition("=")[0], []).extend(swept(text))
         # The defaults are in each.
         runs = tuple(dict.fromkeys(run for part in sweeps.values() for run in part))
         rows = judge(Path(options.data), model, options.split, runs or RUNS)
         print(table(rows, runs or RUNS))
-        if options.plot and sweeps:
+        if options.plot:
             plot(Path(options.plot), rows, sweeps)
         return
     print(
@@ -424,5 +430,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_multi_string("sweep", [], "FIELD=A,B,C of Plan, no network.")
     flags.DEFINE_string("plot", None, "PNG of the sweeps.")
-    flags.DEFINE_string("weights", None, "File; none: the package's own.")
+    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
     app.run(main)
