@@ -7,7 +7,8 @@
 
 12 head-neck patients train, the other 4 are held out (split `val`: 12 ordered pairs);
 the liver, lung, chest and abdomen scans are too few to hold any out and all train.
---fold=1, 2 or 3 holds out other four: together each patient once (cross_validate.py).
+--fold=1, 2 or 3 holds out other four: together each patient once (cross_validate.py);
+--fold=-1 nobody, for weights to use rather than to judge.
 `collection.json` beside it also lists what nothing is trained on: scans of other kinds
 and label maps without a CT, for `data_pipeline.check`.
 """
@@ -183,7 +184,8 @@ def main(argv) -> None:
     out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("collection", collection), ("manifest", manifest)):
-        held_out = FOLDS[flags.FLAGS.fold]
+        fold = flags.FLAGS.fold
+        held_out = () if fold < 0 else FOLDS[fold]
         text = json.dumps(rows(Path(flags.FLAGS.data), out, held_out), indent=1)
         (out / f"{name}.json").write_text(text)
     print(out / "manifest.json")
@@ -194,6 +196,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", None, "Where manifest.json and label maps go.")
     last = len(FOLDS) - 1
-    flags.DEFINE_integer("fold", 0, "Held out: of FOLDS.", 0, last)
+    flags.DEFINE_integer("fold", 0, "Held out: of FOLDS; -1: nobody.", -1, last)
     flags.mark_flags_as_required(["data", "out"])
     cli.run(main)

@@ -43,7 +43,8 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
         experiment = build.build(config, workdir)
     mesh, rows = build.devices(config, experiment)
     launch.compare(config, experiment.dataset.digest)
-    loader.make_eval_batches(experiment.dataset, "val")  # refuses a split without pairs
+    if config.train.eval_pairs:  # refuses a split without pairs, before any work
+        loader.make_eval_batches(experiment.dataset, "val")
     state = train_state.make_state(
         experiment.model,
         experiment.tx,
@@ -201,7 +202,7 @@ def _judge(config, experiment: build.Experiment, mesh):
     """judge(params, border, brief) over pairs spread over those of `val`.
 
     The devices of training share the pairs; every process reads all of them. Pictures
-    are of the first pair of each task.
+    are of the first pair of each task. Without config.train.eval_pairs nothing is read.
     """
     dataset = experiment.dataset
     eval_step = train_step.make_eval_step(
@@ -214,6 +215,8 @@ def _judge(config, experiment: build.Experiment, mesh):
     split = train_mesh.pair_sharding(mesh)
 
     def batches(border, count):
+        if not config.train.eval_pairs:
+            return
         for example in loader.make_eval_batches(dataset, "val", pairs_per_task=count):
             border()
             yield example

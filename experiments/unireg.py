@@ -99,7 +99,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.train.steps = 120_000  # section 4.3
     config.train.log_every = 50
     config.train.eval_every = 5_000  # and before the first step and after the last
-    config.train.eval_pairs = 20  # per task, spread over those of the split `val`
+    # Per task, spread over those of the split `val`; 0: no validation, nor such pairs.
+    config.train.eval_pairs = 20
     config.train.image_every = 5_000  # pictures for TensorBoard, one per task; 0: none
     config.train.checkpoint_every = 1_000
     # Steps of a run that may be skipped because a number is not finite; the first one

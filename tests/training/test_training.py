@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipeline import loader, synthetic
+from data_pipeline import loader, store, synthetic
 from data_pipeline.augment import AugmentSpec
 from experiments import build, cli, loop, train, unireg
 from unireg_jax.errors import CHECKPOINT, NUMERICAL, PREEMPTED, USAGE, UserError
@@ -170,6 +171,26 @@ def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
             state, _ = step(before, batch, experiment.extractor)
     assert len(traces) == 1 and len(seen) == 2
     assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
+
+
+def test_run_without_validation_needs_no_such_pairs(config, tmp_path):
+    """Weights for use are trained on everyone; else a missing split is refused."""
+    root = tmp_path / "prepared"
+    shutil.copytree(config.data.root, root)
+    path = root / store.INDEX_NAME
+    index = json.loads(path.read_text())
+    for volume in index["volumes"]:
+        volume["split"] = "train"
+    path.write_text(json.dumps(index))
+    with config.unlocked():
+        config.data.root = str(root)
+        config.train.update({"steps": 1, "image_every": 1})
+    with pytest.raises(UserError, match="val"):
+        train.train(config, tmp_path / "judged")
+    with config.unlocked():
+        config.train.eval_pairs = 0
+    assert train.train(config, tmp_path / "run").is_file()
+    assert not any("val/" in key for line in _lines(tmp_path / "run") for key in line)
 
 
 def test_config_drift_is_refused_with_the_difference(config, tmp_path):
