@@ -197,6 +197,19 @@ def test_find_weights_prefers_argument_to_variable(saved, tmp_path, monkeypatch)
     assert weights.find_weights() == other
 
 
+def test_find_weights_knows_the_package_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "PACKAGE", tmp_path)
+    for name in ("unireg", "other"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"x")
+    assert weights.find_weights().stem == "unireg"
+    assert weights.find_weights("other").stem == "other"
+    monkeypatch.setenv(weights.VARIABLE, "other")
+    assert weights.find_weights().stem == "other"
+    assert weights.find_weights("unireg").stem == "unireg"
+    with pytest.raises(UserError, match="--weights third"):
+        weights.find_weights("third")
+
+
 @pytest.mark.parametrize("name", ["absent.safetensors", "", "tiny.json", "a" * 5000])
 def test_find_weights_names_the_remedies(saved, name):
     with pytest.raises(UserError) as caught:

@@ -41,7 +41,8 @@ def load_model(path: str | os.PathLike | None = None) -> Model:
     """Loads weights and builds the network they belong to.
 
     Args:
-        path: `.safetensors` file; None for $UNIREG_WEIGHTS or the package's own.
+        path: `.safetensors` file, or the name of one in the package without its
+            ending; None for $UNIREG_WEIGHTS or the package's default.
 
     Returns:
         Model.

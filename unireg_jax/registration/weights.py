@@ -38,7 +38,8 @@ def find_weights(path: str | os.PathLike | None = None) -> Path:
     """Says which weights are used: argument, then $UNIREG_WEIGHTS, then the package's.
 
     Args:
-        path: `.safetensors` file, or None.
+        path: `.safetensors` file, the name of one in the package without its ending
+            (`unireg weights list`), or None.
 
     Returns:
         Path of a `.safetensors` file that exists.
@@ -46,11 +47,13 @@ def find_weights(path: str | os.PathLike | None = None) -> Path:
     Raises:
         UserError: `checkpoint_missing`, exit code 9.
     """
-    if path is not None:
-        return _existing(Path(path), "--weights")
-    if named := os.environ.get(VARIABLE):
-        return _existing(Path(named), f"${VARIABLE}")
     packaged = sorted(PACKAGE.glob("*.safetensors"))
+    named, source = path, "--weights"
+    if path is None:
+        named, source = os.environ.get(VARIABLE) or None, f"${VARIABLE}"
+    if named is not None:
+        ours = {file.stem: file for file in packaged}
+        return ours.get(os.fspath(named)) or _existing(Path(named), source)
     preferred = [file for file in packaged if file.name == DEFAULT] or packaged
     if len(preferred) == 1:
         return preferred[0]

@@ -24,7 +24,10 @@ def add_messages(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """--weights of the network."""
     parser.add_argument(
-        "--weights", metavar="FILE", help="default: $UNIREG_WEIGHTS, then the package's"
+        "--weights",
+        metavar="FILE",
+        help="a file, or a name of the package (unireg weights list); default: "
+        "$UNIREG_WEIGHTS, then the package's unireg",
     )
 
 

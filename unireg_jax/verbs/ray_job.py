@@ -18,6 +18,7 @@ import ray.data
 
 from unireg_jax.errors import UserError
 from unireg_jax.manifest import Case
+from unireg_jax.registration import weights
 from unireg_jax.registration.threads import End
 from unireg_jax.verbs import results, worker
 
@@ -90,11 +91,9 @@ def run(
         context.enable_progress_bars = False
         context.max_errored_blocks = -1  # a pair whose actor dies stops no other
         gpus = ray.cluster_resources().get("GPU", 0) > 0
-        absolute = {
-            name: os.path.abspath(path)
-            for name in ("out", "weights")
-            if (path := getattr(args, name))
-        }
+        absolute = {"out": os.path.abspath(args.out)}
+        if args.weights:
+            absolute["weights"] = os.path.abspath(weights.find_weights(args.weights))
         given = {k: v for k, v in vars(args).items() if k != "run"} | absolute
         rows = [{"case": json.dumps(case._asdict())} for case in cases]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
