@@ -318,7 +318,7 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", "runs/ablations", "Where a .json per part goes.")
-    flags.DEFINE_string("weights", None, "File; none: the package's own.")
+    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
     flags.DEFINE_multi_enum("parts", [*PARTS], [*PARTS], "What to measure.")
     flags.mark_flags_as_required(["data"])
     cli.run(main)

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from scipy import ndimage
 
-from experiments import cli
+from experiments import cli, real_pairs
 from unireg_jax import registration
 from unireg_jax.imaging import nifti, transforms
 from unireg_jax.imaging.nifti import Volume
@@ -137,7 +137,7 @@ def measure(data: Path, steps: list[int]) -> list[dict]:
     body = fixed > -300
     height = points[..., 2]
     ends = np.minimum(height, height.max() - height) < _ENDS_MM
-    model = registration.load_model()
+    model = registration.load_model(real_pairs.WEIGHTS)
     grid = np.diag([_SPACING_MM] * 3 + [1.0])
     rows = []
     for fov in ("crop", "tiles", "whole"):

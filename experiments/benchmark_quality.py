@@ -31,7 +31,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import synthetic
-from experiments import cli
+from experiments import cli, real_pairs
 from experiments.real_pairs import LANDMARKS
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
@@ -425,7 +425,7 @@ def main(argv) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "quality.json"
     plan = registration.Plan() if flags.FLAGS.refine else None
-    model = registration.load_model(None)
+    model = registration.load_model(real_pairs.WEIGHTS)
     of = {"weights": model.spec["sha256"], "plan": plan and plan._asdict()}
     of["others"] = flags.FLAGS.others
     kept = json.loads(path.read_text()) if path.exists() else {"of": of, "rows": []}

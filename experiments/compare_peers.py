@@ -235,7 +235,7 @@ class _CpuClock(registration.Clock):
         self._last = now
 
 
-def load(weights: str | None, spacing: int) -> registration.Model:
+def load(weights: str, spacing: int) -> registration.Model:
     """The model, on the working grid."""
     model = registration.load_model(weights)
     spec = dataclasses.replace(
@@ -328,14 +328,14 @@ def digest(weights: Path | None = None, *, own: bool) -> str:
 
 
 def methods(
-    only: list[str], spacing: int, weights: str | None = None
+    only: list[str], spacing: int, weights: str = real_pairs.WEIGHTS
 ) -> tuple[list[Method], list[str]]:
     """What can run here, and the names of what is not installed.
 
     Args:
         only: how names of methods begin, in any case; empty for all.
         spacing: mm; the network is left out where it was not trained.
-        weights: file of our rows; None for the usual ones.
+        weights: of our rows, as of `load_model`.
 
     Raises:
         UserError: one that begins no name, exit code 2.
@@ -617,6 +617,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("threads", None, "Of every run; none: one per core.")
     flags.DEFINE_bool("redo", False, "Measure again what is there.")
     flags.DEFINE_bool("pictures", False, "A picture of every result measured now.")
-    flags.DEFINE_string("weights", None, "File; none: the package's own.")
+    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
     flags.DEFINE_string("job", None, "Folder of one of our runs, which this starts.")
     cli.run(main)

@@ -96,6 +96,6 @@ def main(argv) -> None:
 if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of the collection.")
-    flags.DEFINE_string("weights", None, "File; none: the package's own.")
+    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
     flags.mark_flags_as_required(["data"])
     cli.run(main)

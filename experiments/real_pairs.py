@@ -50,6 +50,8 @@ LANDMARKS = {
         "lung_elastix/landmarks.csv",
     ),
 }
+# In the package: trained without the patients of `val`. The default, `unireg`, is not.
+WEIGHTS = "unireg_heldout"
 Truth = tuple[Volume, Volume] | PointPairs
 
 

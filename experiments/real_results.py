@@ -135,10 +135,10 @@ def main(argv) -> None:
     data, out = Path(flags.FLAGS.data), Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     results = {}
-    for i, path in enumerate(flags.FLAGS.weights or [None]):
+    for i, path in enumerate(flags.FLAGS.weights):
         model = registration.load_model(path)
         picture = out if i == 0 else None
-        name = Path(path).parent.name if path else "released"
+        name = Path(path).parent.name or path
         results[name] = {"headneck": headneck(data, model, picture=picture)} | {
             task: landmarks(data, model, task, picture=picture) for task in LANDMARKS
         }
@@ -150,6 +150,8 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", "runs/results", "Where results and pictures go.")
-    flags.DEFINE_multi_string("weights", [], "Files; none: the package's own.")
+    flags.DEFINE_multi_string(
+        "weights", [real_pairs.WEIGHTS], "Files, or names in the package."
+    )
     flags.mark_flags_as_required(["data"])
     cli.run(main)

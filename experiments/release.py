@@ -1,6 +1,9 @@
 """Turns a finished run into the weights that the package ships.
 
-    python -m experiments.release --workdir=runs/finish --sources=SOURCES.json
+    python -m experiments.release --workdir=runs/final \
+        --sources=experiments/unireg_sources.json
+    python -m experiments.release --workdir=runs/varied --name=unireg_heldout \
+        --sources=experiments/heldout_sources.json
     python -m experiments.release --workdir=runs/sam_lite --half --name=sam_lite \
         --sources=experiments/sam_lite_sources.json
 

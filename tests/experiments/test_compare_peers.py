@@ -191,7 +191,7 @@ def bare(start, monkeypatch, tmp_path):
     monkeypatch.setattr(race.registration, "Session", lambda *_, **__: None)
     monkeypatch.setattr(race, "begin", lambda *_: start)
     pair = real_pairs.Pair("liver", ("", ""), tmp_path, tmp_path, (tmp_path,))
-    options = {"weights": None, "spacing": 4, "threads": 1, "cache": tmp_path}
+    options = {"weights": "unireg_heldout", "spacing": 4, "threads": 1, "cache": tmp_path}
 
     def again(redo=False, settings="s", sources="a"):
         names = ("greedy", "convexAdam")

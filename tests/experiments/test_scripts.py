@@ -161,7 +161,7 @@ def test_network_runs_at_the_papers_size():
 @pytest.mark.slow
 def test_released_weights_improve_patients_they_never_saw(data_root):
     """Two held-out head-neck pairs, from the affine start, without folding much."""
-    model = registration.load_model()
+    model = registration.load_model(real_pairs.WEIGHTS)
     for pair in real_pairs.pairs(data_root, tasks=["headneck"]):
         if pair.patients not in {("0096", "0061"), ("0112", "0061")}:
             continue
