@@ -20,6 +20,9 @@ that are given apart: libraries, and of ours weights and programs, which the fir
 compiles and the others find in a cache. Tools that are not installed (extra `peers`;
 deedsBCV and reg_f3d on PATH) are left out and named.
 
+With --accuracy our rows are found in this process, compiled once, without seconds and
+memory: for many weights or patients, when accuracy is all that is asked for.
+
 Rows go to results.json in --out; those that are there are not measured again unless
 settings, version, the judge's sources or, of ours, anything in the library or the
 weights changed, or with --redo; failed ones are.
@@ -27,6 +30,7 @@ weights changed, or with --redo; failed ones are.
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -34,6 +38,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,22 +249,56 @@ def load(weights: str, spacing: int) -> registration.Model:
     return model._replace(preprocess=spec)
 
 
+@functools.cache
+def session_of(
+    weights: str, spacing: int, plan: Plan | None, network: bool
+) -> registration.Session:
+    """A session of one of our rows, compiled once."""
+    return registration.Session(load(weights, spacing), refine=plan, network=network)
+
+
+def prepare(
+    own: Own, pair: Pair, start: np.ndarray | str, weights: str, spacing: int
+) -> Callable[[registration.Clock], registration.Registration]:
+    """A function that registers a pair by one of our rows.
+
+    Args:
+        own: the row.
+        pair: what.
+        start: the shared affine, or its kind, to find it anew.
+        weights, spacing: of `load`.
+    """
+    network = own.task != "none"
+    session = session_of(weights, spacing, own.plan, network)
+    settings = real_pairs.settings(pair, own.affine, network=network)
+    scans = real_pairs.read_scans(pair)
+    affine = start if own.affine == "auto" else own.affine
+
+    def run(clock):
+        # New objects: a session knows scans by their identity.
+        again = (volume._replace() for volume in scans)
+        return session.run(*again, settings, affine=affine, clock=clock)
+
+    return run
+
+
+def outcome(result: registration.Registration) -> tuple[Field, np.ndarray]:
+    """Field on the working grid, in LPS mm, and affine of a result."""
+    grid = result.network_grid
+    field = conventional.from_voxels(result.network_disp, grid.vox2world)
+    return field, result.affine
+
+
 def register(job: dict[str, Any], folder: Path) -> None:
     """One of our rows on one pair."""
     task, *paths = job["pair"]
     pair = Pair(task, (task, task), *map(Path, paths), ())
     own = Own(**job["own"])
-    plan = None if own.plan is None else Plan(**own.plan)
-    session = registration.Session(
-        load(job["weights"], job["spacing"]), refine=plan, network=own.task != "none"
-    )
-    settings = real_pairs.settings(pair, own.affine, network=own.task != "none")
-    scans = real_pairs.read_scans(pair)
-    bare = own.task == "none" and plan is None
+    own = own._replace(plan=own.plan and Plan(**own.plan))
+    bare = own.task == "none" and own.plan is None
     # The shared start is found for its own row alone, and otherwise given.
-    affine = own.affine
-    if affine == "auto":
-        affine = job["kind"] if bare else np.array(job["affine"])
+    start = job["kind"] if bare else np.array(job["affine"])
+    register_once = prepare(own, pair, start, job["weights"], job["spacing"])
 
     # What lies between two images on the grid and the displacement there.
     counted = ["affine"] if bare else ["network", "refine"]
@@ -267,9 +306,7 @@ def register(job: dict[str, Any], folder: Path) -> None:
 
     def run():
         clock = _CpuClock()
-        # New objects: a session knows scans by their identity.
-        again = (volume._replace() for volume in scans)
-        return session.run(*again, settings, affine=affine, clock=clock), clock
+        return register_once(clock), clock
 
     if "affine" in counted:  # compiles in the first pair; the others have by now
         run()
@@ -278,9 +315,8 @@ def register(job: dict[str, Any], folder: Path) -> None:
     measured["cpu_s"] = sum(stages.get(stage, 0.0) for stage in counted)
     measured["stages"] = stages
     del measured["wall_s"]  # of the whole run
-    grid = result.network_grid
-    field = conventional.from_voxels(result.network_disp, grid.vox2world)
-    conventional.write_result(folder, field, measured, result.affine)
+    field, affine = outcome(result)
+    conventional.write_result(folder, field, measured, affine)
 
 
 # --- rows ---------------------------------------------------------------------------
@@ -390,8 +426,14 @@ def measure(
         pair: on what.
         start: of the pair; its images lie in `folder`.
         folder: of the pair.
-        options: weights, spacing, threads, cache folder, picture folder or None.
+        options: weights, spacing, threads, cache folder, picture folder or None,
+            accuracy.
     """
+    if options["accuracy"]:  # of our rows alone
+        run = prepare(
+            method.own, pair, start.affine, options["weights"], options["spacing"]
+        )
+        return judge(start, *outcome(run(registration.Clock())))
     threads = str(options["threads"])
     words = [sys.executable, "-m"]
     if method.own:
@@ -455,7 +497,8 @@ def race(
         at = (options["spacing"], pair.name, method.name)
         old = known.get(at, {"failed": "not yet"})
         same = all(old.get(key) == getattr(method, key) for key in _SAME)
-        if "failed" not in old and same and not redo:
+        timed = options["accuracy"] or "cpu_s" in old
+        if "failed" not in old and same and timed and not redo:
             continue
         folder = out / f"{options['spacing']}mm" / pair.name
         if of != pair:
@@ -576,6 +619,8 @@ def main(argv) -> None:
             )
         todo = [named[name] for name in options.pairs]
     found, missing = methods(options.only, options.spacing, options.weights)
+    if options.accuracy:
+        found = [method for method in found if method.own]
     out.mkdir(parents=True, exist_ok=True)
     picture = None
     if options.pictures:
@@ -591,6 +636,7 @@ def main(argv) -> None:
             "threads": options.threads or len(os.sched_getaffinity(0)),
             "cache": out.resolve() / "cache",
             "picture": picture,
+            "accuracy": options.accuracy,
         },
         options.redo,
     )
@@ -616,6 +662,7 @@ if __name__ == "__main__":
     flags.register_validator("spacing", lambda n: n in SHAPES, "4 or 2 expected")
     flags.DEFINE_integer("threads", None, "Of every run; none: one per core.")
     flags.DEFINE_bool("redo", False, "Measure again what is there.")
+    flags.DEFINE_bool("accuracy", False, "Our rows, untimed, in this process: faster.")
     flags.DEFINE_bool("pictures", False, "A picture of every result measured now.")
     flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
     flags.DEFINE_string("job", None, "Folder of one of our runs, which this starts.")

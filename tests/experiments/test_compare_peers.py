@@ -191,12 +191,18 @@ def bare(start, monkeypatch, tmp_path):
     monkeypatch.setattr(race.registration, "Session", lambda *_, **__: None)
     monkeypatch.setattr(race, "begin", lambda *_: start)
     pair = real_pairs.Pair("liver", ("", ""), tmp_path, tmp_path, (tmp_path,))
-    options = {"weights": "unireg_heldout", "spacing": 4, "threads": 1, "cache": tmp_path}
+    options = {
+        "weights": "unireg_heldout",
+        "spacing": 4,
+        "threads": 1,
+        "cache": tmp_path,
+    }
 
     def again(redo=False, settings="s", sources="a"):
         names = ("greedy", "convexAdam")
         found = [race.Method(name, settings, "1", sources) for name in names]
-        out = race.race([pair], found, tmp_path, options | {"picture": None}, redo)
+        more = {"picture": None, "accuracy": False}
+        out = race.race([pair], found, tmp_path, options | more, redo)
         done, runs[:] = list(runs), []
         return out, done
 
@@ -259,6 +265,44 @@ def test_own_run_measures_and_writes_a_field(tmp_path, monkeypatch):
     stages = measured["stages"]
     assert 0 < measured["cpu_s"] == pytest.approx(stages["network"] + stages["refine"])
     assert measured["cpu_s"] < stages["total"] and measured["start_s"] > 0
+
+
+def test_accuracy_alone_is_that_of_the_run_of_its_own(tmp_path, monkeypatch):
+    weights = str(test_pipeline.saved(tmp_path))
+    monkeypatch.setitem(race.SHAPES, 4, test_pipeline.SPEC.shape)
+    for name, shift in (("a", (0, 0, 0)), ("b", SHIFT)):
+        nifti.write_volume(tmp_path / f"{name}.nii", made(shift)[0], VOX2WORLD)
+    here = np.array(SHAPE) // 2 @ VOX2WORLD[:3, :3].T + VOX2WORLD[:3, 3]
+    table = tmp_path / "points.csv"
+    ends = ("fixed_x_mm,fixed_y_mm,fixed_z_mm", "moving_x_mm,moving_y_mm,moving_z_mm")
+    row = ",".join(str(v) for v in (*here, *(here + SHIFT * SPACING)))
+    table.write_text(",".join(ends) + f"\n{row}\n")
+    scans = [tmp_path / f"{n}.nii" for n in "ab"]
+    pair = real_pairs.Pair("liver", ("", ""), *scans, (table,))
+    own = race.Own("ours: x", "none", "auto", Plan(3))
+    plan = Plan(3)._asdict()
+    method = race.Method(own.name, {"plan": plan}, "1", "a", own)
+    options = {"weights": weights, "spacing": 4, "threads": 1, "cache": tmp_path}
+
+    def run(*, accuracy):
+        more = {"picture": None, "accuracy": accuracy}
+        return race.race([pair], [method], tmp_path, options | more, False)
+
+    (row,) = run(accuracy=True)
+    assert "failed" not in row and "cpu_s" not in row
+    assert race.table([row]).count("|") % 13 == 0
+
+    job = {"pair": ["liver", *map(str, scans)], "own": own._asdict() | {"plan": plan}}
+    start = race.begin(pair, race.session_of(weights, 4, None, False))
+    job |= {"kind": start.kind, "affine": start.affine.tolist()}
+    race.register(job | {"weights": weights, "spacing": 4}, tmp_path)
+    field, affine, _ = conventional.read_result(tmp_path)
+    alone = race.judge(start, field, affine)
+    np.testing.assert_allclose(row["tre_mm"], alone["tre_mm"], atol=1e-3)  # mm
+    assert run(accuracy=True) == [row]
+    # A row without seconds is none where seconds are asked for.
+    monkeypatch.setattr(race, "measure", lambda *_: {"failed": "measured again"})
+    assert run(accuracy=False)[0]["failed"] == "measured again"
 
 
 def test_digest_changes_with_library_and_weights(tmp_path, monkeypatch):
