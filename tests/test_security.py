@@ -323,6 +323,7 @@ _ALLOWED = {
     "unireg_jax/training/log.py": {"socket"},  # .gethostname: TensorBoard's file names
     # Start this program's own commands, as lists and never through a shell.
     "experiments/demo.py": {"subprocess"},
+    "experiments/benchmark_all.py": {"subprocess"},
     "experiments/benchmark_batch.py": {"subprocess"},
     "experiments/compare_peers.py": {"subprocess"},
     "experiments/conventional.py": {"subprocess"},

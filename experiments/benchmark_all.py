@@ -1,0 +1,154 @@
+"""Every benchmark of speed and memory in one call, for an hour on a borrowed machine.
+
+    JAX_PLATFORMS=cuda,cpu python -m experiments.benchmark_all --out=runs/speed \
+        [--limit_s=1500] [--shape=192,192,160] [--skip=ops,...]
+
+In the order in which the figures matter: the tests that need an accelerator, network
+and training step in float32, TF32 and bfloat16, instance optimisation, operators,
+memory, SAM. Each is a process of its own, so that peaks are its own and one that fails
+or takes too long costs no other; what is left when the time is up is named. OUT holds
+what each printed, `NAME.txt`, and summary.json: device, versions, date, exit codes and
+seconds. A second call goes on with those that have not succeeded.
+"""
+
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from absl import flags
+
+from experiments import cli
+from unireg_jax.errors import PARTLY, UserError
+
+SUMMARY = "summary.json"
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class Part(NamedTuple):
+    """A command.
+
+    Attributes:
+        name: of its file.
+        words: after `python -m`; {shape} is filled in.
+    """
+
+    name: str
+    words: tuple[str, ...]
+
+
+def _part(name: str, text: str) -> Part:
+    return Part(name, tuple(text.split()))
+
+
+PARTS = (
+    _part("tests", "pytest -m gpu -q -p no:cacheprovider"),
+    _part("default", "experiments.benchmark --shape={shape}"),
+    _part("bfloat16", "experiments.benchmark --shape={shape} --dtype=bfloat16"),
+    _part("float32", "experiments.benchmark --shape={shape} --precision=highest"),
+    _part("refine", "experiments.benchmark_refine --shape={shape}"),
+    _part("ops", "experiments.benchmark_ops --shape={shape}"),
+    _part("scratch", "experiments.benchmark --shape={shape} --memory"),
+    _part("memory", "experiments.benchmark_memory --shape={shape} --space=1"),
+    _part("sam", "experiments.benchmark_sam --shape={shape}"),
+)
+
+
+def run(
+    parts: tuple[Part, ...], out: Path, *, shape: str, limit_s: float
+) -> dict[str, dict]:
+    """Runs what has not succeeded yet, one after another.
+
+    Args:
+        parts: in this order.
+        out: folder of the results; made.
+        shape: X,Y,Z.
+        limit_s: for all of them together.
+
+    Returns:
+        For each part that has run, now or before: command, code (None: stopped because
+        the time was up), seconds.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / SUMMARY
+    known = json.loads(path.read_text())["parts"] if path.is_file() else {}
+    facts = _facts()
+    ends = time.monotonic() + limit_s
+    for part in parts:
+        words = [word.replace("{shape}", shape) for word in part.words]
+        command = " ".join(("python -m", *words))
+        old = known.get(part.name)
+        if old and old["code"] == 0 and old["command"] == command:
+            continue
+        began = time.monotonic()
+        if began >= ends:
+            break
+        with (out / f"{part.name}.txt").open("w", encoding="utf-8") as file:
+            code = _code([sys.executable, "-m", *words], file, ends - began)
+        seconds = round(time.monotonic() - began, 1)
+        known[part.name] = {"command": command, "code": code, "seconds": seconds}
+        text = json.dumps({**facts, "parts": known}, indent=1)
+        whole = path.with_suffix(".part")
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)
+        print(f"{part.name}: exit code {code}, {seconds} s", flush=True)
+    return known
+
+
+def _code(words: list[str], file, limit_s: float) -> int | None:
+    """Exit code of a command, or None if it had to be stopped with all it started."""
+    process = subprocess.Popen(
+        words, cwd=_ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait(limit_s)
+    except BaseException as error:  # an interrupt must not leave it running, either
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
+
+
+def _facts() -> dict:
+    """What the figures are of. Asked in a process of its own: JAX keeps the device."""
+    code = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind)"
+    asked = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    return {
+        "device": asked.stdout.strip() or "unknown",
+        "jax": jax.__version__,
+        "python": sys.version.split()[0],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main(argv) -> None:
+    del argv
+    options = flags.FLAGS
+    parts = tuple(part for part in PARTS if part.name not in options.skip)
+    found = run(parts, Path(options.out), shape=options.shape, limit_s=options.limit_s)
+    if bad := [p.name for p in parts if found.get(p.name, {"code": 1})["code"] != 0]:
+        raise UserError(
+            "failed",
+            f"{options.out}: {', '.join(bad)} not done; read NAME.txt there, and call "
+            "again to go on",
+            PARTLY,
+        )
+
+
+if __name__ == "__main__":
+    # Here, so that one script can import another.
+    names = ", ".join(part.name for part in PARTS)
+    flags.DEFINE_string("out", "runs/speed", "Where the results go.")
+    flags.DEFINE_string("shape", "192,192,160", "X,Y,Z voxels, multiples of 16.")
+    flags.DEFINE_integer("limit_s", 1500, "For all together.", lower_bound=1)
+    flags.DEFINE_list("skip", [], f"Of {names}.")
+    cli.run(main)
