@@ -1,5 +1,6 @@
 """Many pairs: each good one there once, each bad one with its reason, nothing else."""
 
+import argparse
 import csv
 import json
 import os
@@ -779,6 +780,20 @@ def test_commands_of_the_page_are_accepted():
 
 
 @pytest.mark.slow
+def test_ray_gets_paths_that_hold_anywhere(tmp_path, monkeypatch):
+    """Weights of the package go by name: each machine has its own."""
+    pytest.importorskip("ray")
+    from unireg_jax.verbs import ray_job
+
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(out="out", weights=None)
+    assert ray_job.anywhere(args) == {"out": str(tmp_path / "out")}
+    args.weights = "mine.safetensors"
+    assert ray_job.anywhere(args)["weights"] == str(tmp_path / "mine.safetensors")
+    args.weights = "unireg_heldout"
+    assert "weights" not in ray_job.anywhere(args)
+
+
 def test_ray_actors_do_the_same(done, network, tmp_path):
     pytest.importorskip("ray")
     clean = {p.name: p.read_bytes() for p in (done / "out").glob("a?/*1Warp*")}

@@ -155,6 +155,20 @@ def test_list_names_package_variables_and_files(saved, capsys, monkeypatch):
         assert word in last
 
 
+def test_list_and_verify_know_what_they_list(capsys, monkeypatch):
+    monkeypatch.setenv(weights.VARIABLE, "unireg_heldout")
+    monkeypatch.setenv(embedding.VARIABLE, "sam_lite")
+    code, out, lines = run(capsys, "list", "unireg", "--json")
+    assert (code, lines) == (0, [])
+    named = {row["source"]: row["name"] for row in json.loads(out)}
+    assert named["$UNIREG_WEIGHTS"] == "unireg_heldout.safetensors"
+    assert named["$UNIREG_SAM"] == "sam_lite.safetensors"
+    assert named["argument"] == "unireg.safetensors"
+    for row in json.loads(out):
+        code, out, _ = run(capsys, "verify", row["name"])
+        assert code == 0 and out.startswith(f"ok  {row['name']}")
+
+
 def test_list_shows_what_is_good_and_says_what_is_not(saved, broken, tmp_path, capsys):
     absent = tmp_path / "absent.safetensors"
     code, out, lines = run(capsys, "list", broken, saved, absent)

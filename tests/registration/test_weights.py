@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,8 +207,20 @@ def test_find_weights_knows_the_package_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv(weights.VARIABLE, "other")
     assert weights.find_weights().stem == "other"
     assert weights.find_weights("unireg").stem == "unireg"
-    with pytest.raises(UserError, match="--weights third"):
+    with pytest.raises(UserError, match="--weights third.* `unireg weights list`"):
         weights.find_weights("third")
+
+
+def test_find_weights_takes_a_file_before_the_package(saved, tmp_path, monkeypatch):
+    """A name with its ending is the package's where no such file is."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / saved.name).write_bytes(b"x")
+    monkeypatch.setattr(weights, "PACKAGE", package)
+    monkeypatch.chdir(package.parent)
+    assert weights.find_weights(saved.name) == Path(saved.name)
+    saved.unlink()
+    assert weights.find_weights(saved.name) == package / saved.name
 
 
 @pytest.mark.parametrize("name", ["absent.safetensors", "", "tiny.json", "a" * 5000])

@@ -113,7 +113,7 @@ def find_embedding(path: str | os.PathLike | None = None) -> Path:
     """Says which embedding is used: argument, then $UNIREG_SAM, then the package's.
 
     Args:
-        path: `.safetensors` file, or None.
+        path: `.safetensors` file, a name as of `weights.find_weights`, or None.
 
     Returns:
         Path of a file that exists.
@@ -122,7 +122,9 @@ def find_embedding(path: str | os.PathLike | None = None) -> Path:
         UserError: `checkpoint_missing`, exit code 9, with both remedies.
     """
     named = path or os.environ.get(VARIABLE)
-    found = Path(named) if named else released.PACKAGE / PACKAGED
+    found = released.PACKAGE / PACKAGED
+    if named:
+        found = released.packaged_file(named) or Path(named)
     try:
         exists = found.is_file() and found.suffix == ".safetensors"
     except (OSError, ValueError):  # a name that cannot be one

@@ -29,8 +29,8 @@ _REQUIRED = {"format": int, "architecture": dict, "features": str, "preprocess":
 _LARGEST = {".json": 1 << 20, ".safetensors": 1 << 32}  # bytes
 PACKAGE = Path(__file__).parents[1] / "weights"
 _REMEDY = (
-    "pass --weights FILE.safetensors or train your own with "
-    "`python -m experiments.train`"
+    "pass --weights FILE.safetensors, or a name that `unireg weights list` shows, or "
+    "train your own with `python -m experiments.train`"
 )
 
 
@@ -38,8 +38,8 @@ def find_weights(path: str | os.PathLike | None = None) -> Path:
     """Says which weights are used: argument, then $UNIREG_WEIGHTS, then the package's.
 
     Args:
-        path: `.safetensors` file, the name of one in the package without its ending
-            (`unireg weights list`), or None.
+        path: `.safetensors` file; or the name of one in the package, with or without
+            its ending, unless a file of that name is there; or None.
 
     Returns:
         Path of a `.safetensors` file that exists.
@@ -52,8 +52,7 @@ def find_weights(path: str | os.PathLike | None = None) -> Path:
     if path is None:
         named, source = os.environ.get(VARIABLE) or None, f"${VARIABLE}"
     if named is not None:
-        ours = {file.stem: file for file in packaged}
-        return ours.get(os.fspath(named)) or _existing(Path(named), source)
+        return packaged_file(named) or _existing(Path(named), source)
     preferred = [file for file in packaged if file.name == DEFAULT] or packaged
     if len(preferred) == 1:
         return preferred[0]
@@ -67,6 +66,18 @@ def find_weights(path: str | os.PathLike | None = None) -> Path:
         f"no weights: none given, ${VARIABLE} is not set and the package holds none; "
         + _REMEDY,
     )
+
+
+def packaged_file(name: str | os.PathLike) -> Path | None:
+    """The package's file of that name, with or without its ending; None: no such one.
+
+    A file of that name in the working folder comes first.
+    """
+    name = os.fspath(name)
+    for file in PACKAGE.glob("*.safetensors"):
+        if name == file.stem or (name == file.name and not Path(name).exists()):
+            return file
+    return None
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -42,6 +42,17 @@ class Actor:
         return {"case": list(rows["case"]), "item": items}
 
 
+def anywhere(args: argparse.Namespace) -> dict[str, str]:
+    """Arguments that name files, as they are understood in any working folder.
+
+    Weights of the package keep their name: another machine has its package elsewhere.
+    """
+    paths = {"out": os.path.abspath(args.out)}
+    if args.weights and not weights.packaged_file(args.weights):
+        paths["weights"] = os.path.abspath(args.weights)
+    return paths
+
+
 def start() -> None:
     """Joins or starts a cluster; whoever handles signals goes on doing so.
 
@@ -91,10 +102,7 @@ def run(
         context.enable_progress_bars = False
         context.max_errored_blocks = -1  # a pair whose actor dies stops no other
         gpus = ray.cluster_resources().get("GPU", 0) > 0
-        absolute = {"out": os.path.abspath(args.out)}
-        if args.weights:
-            absolute["weights"] = os.path.abspath(weights.find_weights(args.weights))
-        given = {k: v for k, v in vars(args).items() if k != "run"} | absolute
+        given = {k: v for k, v in vars(args).items() if k != "run"} | anywhere(args)
         rows = [{"case": json.dumps(case._asdict())} for case in cases]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             Actor,
