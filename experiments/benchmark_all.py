@@ -1,14 +1,15 @@
-"""Every benchmark of speed and memory in one call, for an hour on a borrowed machine.
+"""Every benchmark of speed and memory in one call, within a time limit.
 
     JAX_PLATFORMS=cuda,cpu python -m experiments.benchmark_all --out=runs/speed \
         [--limit_s=1500] [--shape=192,192,160] [--skip=ops,...]
 
-In the order in which the figures matter: the tests that need an accelerator, network
-and training step in float32, TF32 and bfloat16, instance optimisation, operators,
-memory, SAM. Each is a process of its own, so that peaks are its own and one that fails
-or takes too long costs no other; what is left when the time is up is named. OUT holds
-what each printed, `NAME.txt`, and summary.json: device, versions, date, exit codes and
-seconds. A second call goes on with those that have not succeeded.
+In this order, what matters most first: the tests that need an accelerator; network and
+training step as JAX is set (on recent GPUs TF32), in bfloat16 and in float32; instance
+optimisation; operators; scratch and memory of the training step; SAM. Each is a process
+of its own, so that peaks are its own and one that fails or takes too long costs no
+other; what is left when the time is up is named. OUT holds what each printed,
+`NAME.txt`, and summary.json: command, exit code, seconds, device, versions and date of
+each. A second call goes on with those that have not succeeded on this device.
 """
 
 import datetime
@@ -25,9 +26,10 @@ import jax
 from absl import flags
 
 from experiments import cli
-from unireg_jax.errors import PARTLY, UserError
+from unireg_jax.errors import PARTLY, PREEMPTED, USAGE, UserError
 
 SUMMARY = "summary.json"
+_SAME = ("command", "device", "jax", "code")  # of a part that is not run again
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -73,18 +75,22 @@ def run(
 
     Returns:
         For each part that has run, now or before: command, code (None: stopped because
-        the time was up), seconds.
+        the time was up), seconds, and what `facts` says.
+
+    Raises:
+        UserError: `device`, exit code 2: JAX finds none.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / SUMMARY
     known = json.loads(path.read_text())["parts"] if path.is_file() else {}
-    facts = _facts()
+    here = facts()
     ends = time.monotonic() + limit_s
     for part in parts:
         words = [word.replace("{shape}", shape) for word in part.words]
         command = " ".join(("python -m", *words))
         old = known.get(part.name)
-        if old and old["code"] == 0 and old["command"] == command:
+        same = {"command": command, **here, "code": 0}
+        if old and all(old[key] == same[key] for key in _SAME):
             continue
         began = time.monotonic()
         if began >= ends:
@@ -92,8 +98,8 @@ def run(
         with (out / f"{part.name}.txt").open("w", encoding="utf-8") as file:
             code = _code([sys.executable, "-m", *words], file, ends - began)
         seconds = round(time.monotonic() - began, 1)
-        known[part.name] = {"command": command, "code": code, "seconds": seconds}
-        text = json.dumps({**facts, "parts": known}, indent=1)
+        known[part.name] = same | {"code": code, "seconds": seconds}
+        text = json.dumps({"parts": known}, indent=1)
         whole = path.with_suffix(".part")
         whole.write_text(text, encoding="utf-8")
         whole.replace(path)
@@ -116,14 +122,24 @@ def _code(words: list[str], file, limit_s: float) -> int | None:
         raise
 
 
-def _facts() -> dict:
-    """What the figures are of. Asked in a process of its own: JAX keeps the device."""
+def facts() -> dict[str, str]:
+    """What the figures are of: device, jax, python, date.
+
+    Raises:
+        UserError: `device`, exit code 2: JAX finds none.
+    """
+    # In a process of its own, which gives the device back.
     code = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind)"
     asked = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
+    if asked.returncode:
+        said = (asked.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        raise UserError(
+            "device", f"a device that JAX can use expected, got: {said[:200]}", USAGE
+        )
     return {
-        "device": asked.stdout.strip() or "unknown",
+        "device": asked.stdout.strip(),
         "jax": jax.__version__,
         "python": sys.version.split()[0],
         "date": datetime.date.today().isoformat(),
@@ -132,6 +148,8 @@ def _facts() -> dict:
 
 def main(argv) -> None:
     del argv
+    # As an interrupt does: a benchmark left running would hold the device.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
     options = flags.FLAGS
     parts = tuple(part for part in PARTS if part.name not in options.skip)
     found = run(parts, Path(options.out), shape=options.shape, limit_s=options.limit_s)
