@@ -21,7 +21,7 @@ compiles and the others find in a cache. Tools that are not installed (extra `pe
 deedsBCV and reg_f3d on PATH) are left out and named.
 
 With --accuracy our rows are found in this process, compiled once, without seconds and
-memory: for many weights or patients, when accuracy is all that is asked for.
+memory and on JAX's device: for many weights or patients, when nothing else is asked.
 
 Rows go to results.json in --out; those that are there are not measured again unless
 settings, version, the judge's sources or, of ours, anything in the library or the
@@ -30,7 +30,6 @@ weights changed, or with --redo; failed ones are.
 
 import dataclasses
 import datetime
-import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -55,6 +54,7 @@ from unireg_jax.evaluation import regularity
 from unireg_jax.imaging import grids, mapping, preprocess
 from unireg_jax.imaging.grids import Field, Grid
 from unireg_jax.registration import Plan
+from unireg_jax.registration.embedding import find_embedding
 from unireg_jax.registration.weights import find_weights
 
 RESULTS = "results.json"  # in --out
@@ -249,28 +249,24 @@ def load(weights: str, spacing: int) -> registration.Model:
     return model._replace(preprocess=spec)
 
 
-@functools.cache
-def session_of(
-    weights: str, spacing: int, plan: Plan | None, network: bool
-) -> registration.Session:
-    """A session of one of our rows, compiled once."""
-    return registration.Session(load(weights, spacing), refine=plan, network=network)
+def session_of(own: Own, weights: str, spacing: int) -> registration.Session:
+    """What registers by one of our rows."""
+    model = load(weights, spacing)
+    return registration.Session(model, refine=own.plan, network=own.task != "none")
 
 
 def prepare(
-    own: Own, pair: Pair, start: np.ndarray | str, weights: str, spacing: int
+    own: Own, pair: Pair, start: np.ndarray | str, session: registration.Session
 ) -> Callable[[registration.Clock], registration.Registration]:
     """A function that registers a pair by one of our rows.
 
     Args:
         own: the row.
         pair: what.
-        start: the shared affine, or its kind, to find it anew.
-        weights, spacing: of `load`.
+        start: the shared affine, [4, 4] LPS mm, or its kind, to find it anew.
+        session: of the row, from `session_of`.
     """
-    network = own.task != "none"
-    session = session_of(weights, spacing, own.plan, network)
-    settings = real_pairs.settings(pair, own.affine, network=network)
+    settings = real_pairs.settings(pair, own.affine, network=own.task != "none")
     scans = real_pairs.read_scans(pair)
     affine = start if own.affine == "auto" else own.affine
 
@@ -298,7 +294,8 @@ def register(job: dict[str, Any], folder: Path) -> None:
     bare = own.task == "none" and own.plan is None
     # The shared start is found for its own row alone, and otherwise given.
     start = job["kind"] if bare else np.array(job["affine"])
-    register_once = prepare(own, pair, start, job["weights"], job["spacing"])
+    session = session_of(own, job["weights"], job["spacing"])
+    register_once = prepare(own, pair, start, session)
 
     # What lies between two images on the grid and the displacement there.
     counted = ["affine"] if bare else ["network", "refine"]
@@ -344,8 +341,8 @@ def digest(weights: Path | None = None, *, own: bool) -> str:
     """Start of the SHA-256 of what a row depends on besides its settings.
 
     Args:
-        weights: files of networks that the row looks through: this one with its
-            description, and those of the package; None for none.
+        weights: network that the row looks through, with its description and with the
+            package's embedding; None for none.
         own: True for our rows: the judge, and all of the library. False for tools,
             which take long: the judge alone, so that after a change of the
             pre-alignment they are measured anew by --redo only.
@@ -353,10 +350,10 @@ def digest(weights: Path | None = None, *, own: bool) -> str:
     files = [Path(__file__), Path(conventional.__file__), Path(real_pairs.__file__)]
     if own:
         library = Path(registration.__file__).parents[1]
-        kinds = ("*.py",) if weights is None else ("*.py", "*.safetensors", "*.json")
-        files += sorted(path for kind in kinds for path in library.rglob(kind))
+        files += sorted(library.rglob("*.py"))
     if weights is not None:
-        files += [weights, weights.with_suffix(".json")]
+        for path in (weights, find_embedding()):
+            files += [path, path.with_suffix(".json")]
     whole = hashlib.sha256()
     for path in files:
         whole.update(path.read_bytes())
@@ -419,21 +416,15 @@ def _version() -> str:
 def measure(
     method: Method, pair: Pair, start: Start, folder: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """One row: scores and measures, or why it failed.
+    """One row of a process of its own: scores and measures, or why it failed.
 
     Args:
         method: what to run.
         pair: on what.
         start: of the pair; its images lie in `folder`.
         folder: of the pair.
-        options: weights, spacing, threads, cache folder, picture folder or None,
-            accuracy.
+        options: weights, spacing, threads, cache folder, picture folder or None.
     """
-    if options["accuracy"]:  # of our rows alone
-        run = prepare(
-            method.own, pair, start.affine, options["weights"], options["spacing"]
-        )
-        return judge(start, *outcome(run(registration.Clock())))
     threads = str(options["threads"])
     words = [sys.executable, "-m"]
     if method.own:
@@ -485,6 +476,17 @@ def measure(
     return scores | measured
 
 
+def find(
+    method: Method, pair: Pair, start: Start, session: registration.Session
+) -> dict[str, Any]:
+    """One of our rows in this process: scores alone, or why it failed."""
+    try:
+        run = prepare(method.own, pair, start.affine, session)
+        return judge(start, *outcome(run(registration.Clock())))
+    except (UserError, OSError, ValueError) as error:
+        return {"failed": " ".join(str(error).split())[:250]}
+
+
 def race(
     todo: list[Pair], found: list[Method], out: Path, options: dict[str, Any], redo
 ) -> list[dict[str, Any]]:
@@ -493,6 +495,7 @@ def race(
     known = read_rows(path)
     jobs = [(pair, method) for pair in todo for method in found]
     start, of = None, None
+    sessions = {}  # of our rows, where they share this process
     for pair, method in tqdm(jobs, disable=not sys.stderr.isatty()):
         at = (options["spacing"], pair.name, method.name)
         old = known.get(at, {"failed": "not yet"})
@@ -516,7 +519,14 @@ def race(
             **{key: getattr(method, key) for key in _SAME},
             "date": datetime.date.today().isoformat(),
         }
-        row |= measure(method, pair, start, folder, options)
+        if options["accuracy"]:
+            if method.name not in sessions:
+                sessions[method.name] = session_of(
+                    method.own, options["weights"], options["spacing"]
+                )
+            row |= find(method, pair, start, sessions[method.name])
+        else:
+            row |= measure(method, pair, start, folder, options)
         # Read again: another run may have added rows of other methods.
         known = read_rows(path) | {at: row}
         whole = path.with_suffix(".part")
@@ -621,6 +631,13 @@ def main(argv) -> None:
     found, missing = methods(options.only, options.spacing, options.weights)
     if options.accuracy:
         found = [method for method in found if method.own]
+        if not found or options.pictures or options.threads:
+            raise UserError(
+                "schema",
+                "--accuracy: some of our rows expected, and neither --pictures nor "
+                "--threads; see --help",
+                USAGE,
+            )
     out.mkdir(parents=True, exist_ok=True)
     picture = None
     if options.pictures:
