@@ -137,7 +137,7 @@ def measure(data: Path, steps: list[int]) -> list[dict]:
     body = fixed > -300
     height = points[..., 2]
     ends = np.minimum(height, height.max() - height) < _ENDS_MM
-    model = registration.load_model(real_pairs.WEIGHTS)
+    model = registration.load_model(flags.FLAGS.weights)
     grid = np.diag([_SPACING_MM] * 3 + [1.0])
     rows = []
     for fov in ("crop", "tiles", "whole"):
@@ -191,6 +191,7 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     # Here, so that one script can import another.
+    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
     flags.DEFINE_string("data", None, "Folder of real scans.", required=True)
     flags.DEFINE_list("refining", ["0", "50"], "Steps of instance optimisation.")
     flags.DEFINE_string("large", None, "Where the large pair lies.")

@@ -425,7 +425,7 @@ def main(argv) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "quality.json"
     plan = registration.Plan() if flags.FLAGS.refine else None
-    model = registration.load_model(real_pairs.WEIGHTS)
+    model = registration.load_model(flags.FLAGS.weights)
     of = {"weights": model.spec["sha256"], "plan": plan and plan._asdict()}
     of["others"] = flags.FLAGS.others
     kept = json.loads(path.read_text()) if path.exists() else {"of": of, "rows": []}
@@ -448,6 +448,7 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     # Here, so that one script can import another.
+    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", "runs/quality", "Where quality.json goes.")
     flags.DEFINE_bool("refine", False, "Instance optimisation, too; its own --out.")

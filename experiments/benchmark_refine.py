@@ -303,6 +303,14 @@ def swept(text: str) -> list[Run]:
     return [Run("auto", False, Plan()._replace(**{name: value})) for value in values]
 
 
+def merged(texts: Sequence[str]) -> dict[str, list[Run]]:
+    """Field -> its runs, of several texts as `swept` takes them."""
+    sweeps = {}
+    for text in texts:
+        sweeps.setdefault(text.partition("=")[0], []).extend(swept(text))
+    return sweeps
+
+
 def plot(path: Path, rows: list[dict], sweeps: dict[str, list[Run]]) -> None:
     """Draws a line per swept field: what overlap costs in seconds, and how uneven.
 
@@ -400,9 +408,7 @@ def main(argv) -> None:
         raise UserError("schema", "--plot: a --sweep to draw expected, got none", USAGE)
     if options.data:
         model = registration.load_model(options.weights)
-        sweeps = {}
-        for text in options.sweep:
-            sweeps.setdefault(text.partition("=")[0], []).extend(swept(text))
+        sweeps = merged(options.sweep)
         # The defaults are in each.
         runs = tuple(dict.fromkeys(run for part in sweeps.values() for run in part))
         rows = judge(Path(options.data), model, options.split, runs or RUNS)

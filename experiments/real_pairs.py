@@ -51,6 +51,7 @@ LANDMARKS = {
     ),
 }
 # In the package: trained without the patients of `val`. The default, `unireg`, is not.
+# Scripts take these unless --weights says otherwise, whatever $UNIREG_WEIGHTS says.
 WEIGHTS = "unireg_heldout"
 Truth = tuple[Volume, Volume] | PointPairs
 

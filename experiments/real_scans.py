@@ -23,7 +23,7 @@ from absl import flags
 from experiments import cli
 from unireg_jax.errors import USAGE, UserError
 
-# Head-neck patients in four parts; the released weights leave the first one out.
+# Head-neck patients in four parts; `unireg_heldout` leaves the first one out.
 FOLDS = (
     ("0022", "0061", "0096", "0112"),
     ("0004", "0034", "0082", "0099"),
@@ -179,14 +179,18 @@ def collection(data: Path, out: Path, held_out: Sequence[str] = HELD_OUT) -> lis
     return list(rows)
 
 
+def held_out(fold: int) -> tuple[str, ...]:
+    """Patients of a part of FOLDS; of -1, nobody."""
+    return FOLDS[fold] if fold >= 0 else ()
+
+
 def main(argv) -> None:
     del argv
     out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("collection", collection), ("manifest", manifest)):
-        fold = flags.FLAGS.fold
-        held_out = () if fold < 0 else FOLDS[fold]
-        text = json.dumps(rows(Path(flags.FLAGS.data), out, held_out), indent=1)
+        patients = held_out(flags.FLAGS.fold)
+        text = json.dumps(rows(Path(flags.FLAGS.data), out, patients), indent=1)
         (out / f"{name}.json").write_text(text)
     print(out / "manifest.json")
 

@@ -94,7 +94,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.optim.head_scale = 1.0
 
     config.train = ml_collections.ConfigDict()
-    # Weights to start from, of the same model: a file, or "package": the shipped ones.
+    # Weights to start from, of the same model: a file, a name of `unireg weights list`,
+    # or "package": the default ones.
     config.train.init_from = ""
     config.train.steps = 120_000  # section 4.3
     config.train.log_every = 50
@@ -165,7 +166,7 @@ PRESETS = {
     # lives at 1/2 and is up-sampled (a fifth of the arithmetic); smoothness in voxel
     # units and Adam, because the paper's SGD does not move in so few steps (README).
     "real_small": _REAL_SMALL,
-    # Not in paper: the second stage of the released weights, started from the first
+    # Not in paper: the second stage of `unireg_heldout`, started from the first
     # (--config.train.init_from=…/weights.safetensors): three times the smoothness,
     # because the first stage left about 2 % of the voxels of unseen pairs folded.
     "real_small_finish": {
@@ -179,10 +180,11 @@ PRESETS = {
             "image_every": 140,
         },
     },
-    # Not in paper: the third stage of the released weights, from the second
+    # Not in paper: the third stage of `unireg_heldout`, from the second
     # (--config.train.init_from=…): pairs changed at random and scans cut short, which
     # the twelve patients alone do not show often enough. 3000 steps took 62 minutes:
-    # head-neck 50.2 -> 51.8 % DSC, liver 1.70 -> 1.57, lung 4.56 -> 4.02 mm.
+    # head-neck 50.2 -> 51.8 % DSC, liver 1.70 -> 1.57, lung 4.56 -> 4.02 mm. Then the
+    # last one of `unireg`: 1500 steps, the patients left out so far among the others.
     "real_small_varied": {
         **_REAL_SMALL,
         "data": {

@@ -1,6 +1,8 @@
 """Sweeps of instance optimisation: which runs they name, and the picture of them."""
 
 import itertools
+import subprocess
+import sys
 
 import matplotlib.image
 import pytest
@@ -30,11 +32,31 @@ def test_sweep_that_cannot_be_read_is_refused(text):
     assert error.value.exit_code == USAGE
 
 
+def test_sweeps_of_one_field_add_up():
+    sweeps = benchmark_refine.merged(["step=0.3", "window=5", "step=0.7,1"])
+    steps = [run.plan.step for run in sweeps["step"]]
+    assert list(sweeps) == ["step", "window"] and steps == [0.3, 0.7, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--plot=a.png", "--data=."], "--plot: a --sweep to draw expected"),
+        (["--sweep=step=1"], "--sweep, --plot: --data expected"),
+    ],
+)
+def test_what_would_draw_nothing_is_refused(words, expected):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark_refine", *words],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == USAGE and expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_sweeps_are_drawn(tmp_path):
-    sweeps = {
-        text.partition("=")[0]: benchmark_refine.swept(text)
-        for text in ("iterations=5,50", "smoothness=0.5,2")
-    }
+    sweeps = benchmark_refine.merged(["iterations=5,50", "smoothness=0.5,2"])
     rows = []
     for i, run in enumerate({run: None for part in sweeps.values() for run in part}):
         rows += [row(run, "headneck", dsc=0.6 + i / 100, seconds=1.0 + i)]

@@ -185,8 +185,9 @@ def test_run_without_validation_needs_no_such_pairs(config, tmp_path):
     with config.unlocked():
         config.data.root = str(root)
         config.train.update({"steps": 1, "image_every": 1})
-    with pytest.raises(UserError, match="val"):
+    with pytest.raises(UserError, match="split val"):
         train.train(config, tmp_path / "judged")
+    assert not (tmp_path / "judged" / "config.json").exists()  # before any work
     with config.unlocked():
         config.train.eval_pairs = 0
     assert train.train(config, tmp_path / "run").is_file()
