@@ -186,7 +186,11 @@ def memory(shape: tuple[int, int, int]) -> None:
         rows["forward"].append(forward.lower(params, image, image, corr, cond, cond))
         for name, dice in (("step", 0.0), ("step with Dice", 1.0)):
             step, make_state = training_step(dtype, dice)
-            rows[name].append(step.lower(jax.eval_shape(make_state), make_batch(shape)))
+            rows[name].append(
+                step.lower(
+                    jax.eval_shape(make_state), make_batch(shape), Extractor("mind")
+                )
+            )
     for name, lowered in rows.items():
         sizes = [x.compile().memory_analysis().temp_size_in_bytes for x in lowered]
         print(f"| {name} | " + " | ".join(f"{s / 2**30:.2f}" for s in sizes) + " |")

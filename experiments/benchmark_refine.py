@@ -229,7 +229,7 @@ def _torch_loop(disp, fixed, moving, plan):
     def run():
         gain = None
         for factor, count in refine.steps(plan, disp.shape[1:4]):
-            cost, sample, start = level(factor)
+            cost, sample, start = level(int(factor))  # of plans that end on this grid
             u = start
             if gain is not None:
                 u = start + 2 * functional.interpolate(

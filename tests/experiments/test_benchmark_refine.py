@@ -55,6 +55,16 @@ def test_what_would_draw_nothing_is_refused(words, expected):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_torch_ends_where_ours_does():
+    pytest.importorskip("torch")
+    lines = benchmark_refine.measure((32, 32, 32), 5, 1)
+    assert len(lines) == 3
+    for line in lines:
+        ours, *_, theirs = (part.strip() for part in line.split("|")[7:11])
+        assert float(ours) == pytest.approx(float(theirs), abs=2e-3), line
+
+
 def test_sweeps_are_drawn(tmp_path):
     sweeps = benchmark_refine.merged(["iterations=5,50", "smoothness=0.5,2"])
     rows = []
