@@ -779,7 +779,6 @@ def test_commands_of_the_page_are_accepted():
         batch._check(args)
 
 
-@pytest.mark.slow
 def test_ray_gets_paths_that_hold_anywhere(tmp_path, monkeypatch):
     """Weights of the package go by name: each machine has its own."""
     pytest.importorskip("ray")
@@ -794,6 +793,7 @@ def test_ray_gets_paths_that_hold_anywhere(tmp_path, monkeypatch):
     assert "weights" not in ray_job.anywhere(args)
 
 
+@pytest.mark.slow
 def test_ray_actors_do_the_same(done, network, tmp_path):
     pytest.importorskip("ray")
     clean = {p.name: p.read_bytes() for p in (done / "out").glob("a?/*1Warp*")}
