@@ -122,9 +122,7 @@ def find_embedding(path: str | os.PathLike | None = None) -> Path:
         UserError: `checkpoint_missing`, exit code 9, with both remedies.
     """
     named = path or os.environ.get(VARIABLE)
-    found = released.PACKAGE / PACKAGED
-    if named:
-        found = released.packaged_file(named) or Path(named)
+    found = released.named_file(named) if named else released.PACKAGE / PACKAGED
     try:
         exists = found.is_file() and found.suffix == ".safetensors"
     except (OSError, ValueError):  # a name that cannot be one

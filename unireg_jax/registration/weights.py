@@ -47,12 +47,11 @@ def find_weights(path: str | os.PathLike | None = None) -> Path:
     Raises:
         UserError: `checkpoint_missing`, exit code 9.
     """
+    if path is not None:
+        return _existing(named_file(path), "--weights")
+    if named := os.environ.get(VARIABLE):
+        return _existing(named_file(named), f"${VARIABLE}")
     packaged = sorted(PACKAGE.glob("*.safetensors"))
-    named, source = path, "--weights"
-    if path is None:
-        named, source = os.environ.get(VARIABLE) or None, f"${VARIABLE}"
-    if named is not None:
-        return packaged_file(named) or _existing(Path(named), source)
     preferred = [file for file in packaged if file.name == DEFAULT] or packaged
     if len(preferred) == 1:
         return preferred[0]
@@ -68,16 +67,18 @@ def find_weights(path: str | os.PathLike | None = None) -> Path:
     )
 
 
-def packaged_file(name: str | os.PathLike) -> Path | None:
-    """The package's file of that name, with or without its ending; None: no such one.
+def named_file(name: str | os.PathLike) -> Path:
+    """What a name or a path means; whether it is there is not looked at.
 
-    A file of that name in the working folder comes first.
+    Returns:
+        The package's file of that name, with or without its ending, unless a file of
+        the whole name is in the working folder; else the path as it is given.
     """
     name = os.fspath(name)
     for file in PACKAGE.glob("*.safetensors"):
         if name == file.stem or (name == file.name and not Path(name).exists()):
             return file
-    return None
+    return Path(name)
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:

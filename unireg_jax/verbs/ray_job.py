@@ -48,7 +48,7 @@ def anywhere(args: argparse.Namespace) -> dict[str, str]:
     Weights of the package keep their name: another machine has its package elsewhere.
     """
     paths = {"out": os.path.abspath(args.out)}
-    if args.weights and not weights.packaged_file(args.weights):
+    if args.weights and weights.named_file(args.weights).parent != weights.PACKAGE:
         paths["weights"] = os.path.abspath(args.weights)
     return paths
 

@@ -90,9 +90,11 @@ def _list(args: argparse.Namespace) -> int:
         ("package", file) for file in sorted(weights.PACKAGE.glob("*.safetensors"))
     ]
     places += [
-        (f"${name}", _file(os.environ[name])) for name in VARIABLES if os.getenv(name)
+        (f"${name}", weights.named_file(os.environ[name]))
+        for name in VARIABLES
+        if os.getenv(name)
     ]
-    places += [("argument", _file(file)) for file in args.files]
+    places += [("argument", weights.named_file(file)) for file in args.files]
     rows = []
     for source, path in places:
         row = {"name": path.name, "source": source}
@@ -114,15 +116,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    path = _file(args.file)
+    path = weights.named_file(args.file)
     row = {"name": path.name, **_row(path)}
     print(json.dumps(row, indent=2) if args.json else f"ok  {_line(row)}")
     return 0
-
-
-def _file(named: str) -> Path:
-    """What a name or a path means."""
-    return weights.packaged_file(named) or Path(named)
 
 
 def _row(path: Path) -> dict[str, Any]:
