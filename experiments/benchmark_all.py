@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
+from data_pipeline import store
 from experiments import cli
 from unireg_jax.errors import PARTLY, PREEMPTED, USAGE, UserError
 
@@ -99,10 +100,7 @@ def run(
             code = _code([sys.executable, "-m", *words], file, ends - began)
         seconds = round(time.monotonic() - began, 1)
         known[part.name] = same | {"code": code, "seconds": seconds}
-        text = json.dumps({"parts": known}, indent=1)
-        whole = path.with_suffix(".part")
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
+        store.write_json(path, {"parts": known})
         print(f"{part.name}: exit code {code}, {seconds} s", flush=True)
     return known
 
