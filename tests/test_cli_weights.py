@@ -143,16 +143,34 @@ def test_list_names_package_variables_and_files(saved, capsys, monkeypatch):
     assert given == {
         "name": "tiny.safetensors",
         "source": "argument",
+        "used": False,
         "kind": "unireg",
         "parameters": 6,
         "licence": SPEC["licence"],
         "sha256": weights.load_weights(saved)[1]["sha256"],
     }
-    assert named == given | {"source": "$UNIREG_SAM"}
+    assert named == given | {"source": "$UNIREG_SAM", "used": True}
     code, out, _ = run(capsys, "list", saved)
     last = out.splitlines()[-1]
     for word in ("tiny.safetensors", "6 parameters", "CC BY 4.0 (by its authors)"):
         assert word in last
+
+
+def test_list_says_which_are_used(saved, capsys, monkeypatch):
+    def used():
+        _, out, _ = run(capsys, "list", saved, "--json")
+        return [
+            (row["name"], row["source"]) for row in json.loads(out) if row["used"]
+        ]
+
+    network, matcher = weights.find_weights(), embedding.find_embedding()
+    assert used() == [(matcher.name, "package"), (network.name, "package")]
+    monkeypatch.setenv(weights.VARIABLE, str(saved))
+    assert used() == [(matcher.name, "package"), (saved.name, "$UNIREG_WEIGHTS")]
+    monkeypatch.delenv(weights.VARIABLE)
+    _, out, _ = run(capsys, "list")
+    marked = [line for line in out.splitlines() if "used where no others" in line]
+    assert [line.split()[0] for line in marked] == [matcher.name, network.name]
 
 
 def test_list_and_verify_know_what_they_list(capsys, monkeypatch):
@@ -179,7 +197,7 @@ def test_list_shows_what_is_good_and_says_what_is_not(saved, broken, tmp_path, c
     code, out, _ = run(capsys, "list", broken, "--json")
     row = json.loads(out)[-1]
     assert code == errors.CHECKPOINT and "SHA-256" in row["fault"]
-    assert set(row) == {"name", "source", "fault"}
+    assert set(row) == {"name", "source", "used", "fault"}
 
 
 def test_verify_says_ok(saved, capsys):
@@ -216,7 +234,7 @@ def test_verify_shows_a_card_of_odd_types_in_one_line(tmp_path, capsys):
 
 
 def test_variables_are_those_of_the_registration_room():
-    assert verb.VARIABLES == (weights.VARIABLE, embedding.VARIABLE)
+    assert tuple(verb.VARIABLES) == (weights.VARIABLE, embedding.VARIABLE)
 
 
 # --- as a process -------------------------------------------------------------------

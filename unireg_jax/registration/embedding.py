@@ -13,7 +13,6 @@ from unireg_jax.models.features import FEATURES, Extractor, sam
 from unireg_jax.registration import weights as released
 
 VARIABLE = "UNIREG_SAM"
-PACKAGED = "sam_lite.safetensors"
 _REMEDY = (
     "convert a public checkpoint (`unireg weights convert --from SAM.pth --to "
     "sam.safetensors`) or train one (`python -m experiments.train_sam`), and pass the "
@@ -104,7 +103,7 @@ def load_matcher(own: Extractor) -> Extractor:
     """
     if own.backend == "sam":
         return own
-    if VARIABLE not in os.environ and not (released.PACKAGE / PACKAGED).is_file():
+    if VARIABLE not in os.environ and not (released.PACKAGE / released.EMBEDDING).is_file():
         return own
     return load_extractor("sam", window=own.window)
 
@@ -122,7 +121,7 @@ def find_embedding(path: str | os.PathLike | None = None) -> Path:
         UserError: `checkpoint_missing`, exit code 9, with both remedies.
     """
     named = path or os.environ.get(VARIABLE)
-    found = released.named_file(named) if named else released.PACKAGE / PACKAGED
+    found = released.named_file(named) if named else released.PACKAGE / released.EMBEDDING
     try:
         exists = found.is_file() and found.suffix == ".safetensors"
     except (OSError, ValueError):  # a name that cannot be one

@@ -25,6 +25,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 FORMAT = 1
 VARIABLE = "UNIREG_WEIGHTS"
 DEFAULT = "unireg.safetensors"  # preferred when the package holds several
+EMBEDDING = "sam_lite.safetensors"  # the package's anatomical embedding
 _REQUIRED = {"format": int, "architecture": dict, "features": str, "preprocess": dict}
 _LARGEST = {".json": 1 << 20, ".safetensors": 1 << 32}  # bytes
 PACKAGE = Path(__file__).parents[1] / "weights"

@@ -12,7 +12,8 @@ from unireg_jax.verbs import options
 from unireg_jax.verbs.messages import complain, one_line, progress, with_reason
 
 HELP = "convert, list and verify weights"
-VARIABLES = ("UNIREG_WEIGHTS", "UNIREG_SAM")  # that name weights
+# Variables that name weights, and those of the package that are used without them.
+VARIABLES = {"UNIREG_WEIGHTS": weights.DEFAULT, "UNIREG_SAM": weights.EMBEDDING}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "list",
         help="weights of the package, of the variables, and FILEs",
         description="Lists the package's weights, those that $UNIREG_WEIGHTS and "
-        "$UNIREG_SAM name, and FILEs, each verified.",
+        "$UNIREG_SAM name, and FILEs, each verified; says which are used where "
+        "no others are named.",
         epilog="example: unireg weights list sam.safetensors --json",
     )
     verb.add_argument("files", nargs="*", metavar="FILE", help="more .safetensors")
@@ -95,9 +97,11 @@ def _list(args: argparse.Namespace) -> int:
         if os.getenv(name)
     ]
     places += [("argument", weights.named_file(file)) for file in args.files]
+    packaged = {file for name, file in VARIABLES.items() if not os.getenv(name)}
     rows = []
     for source, path in places:
-        row = {"name": path.name, "source": source}
+        used = path.name in packaged if source == "package" else source[0] == "$"
+        row = {"name": path.name, "source": source, "used": used}
         try:
             row |= _row(path)
         except UserError as error:
@@ -141,5 +145,7 @@ def _row(path: Path) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     """The row for people."""
     count = f"{row['parameters']:,} parameters"
-    words = (row["name"], row["kind"], count, row["sha256"][:16], row["licence"])
+    words = [row["name"], row["kind"], count, row["sha256"][:16], row["licence"]]
+    if row.get("used"):
+        words.append("used where no others are named")
     return "  ".join(shown(one_line(word)) for word in words)
