@@ -103,7 +103,10 @@ def load_matcher(own: Extractor) -> Extractor:
     """
     if own.backend == "sam":
         return own
-    if VARIABLE not in os.environ and not (released.PACKAGE / released.EMBEDDING).is_file():
+    if (
+        VARIABLE not in os.environ
+        and not (released.PACKAGE / released.EMBEDDING).is_file()
+    ):
         return own
     return load_extractor("sam", window=own.window)
 
@@ -121,7 +124,9 @@ def find_embedding(path: str | os.PathLike | None = None) -> Path:
         UserError: `checkpoint_missing`, exit code 9, with both remedies.
     """
     named = path or os.environ.get(VARIABLE)
-    found = released.named_file(named) if named else released.PACKAGE / released.EMBEDDING
+    found = (
+        released.named_file(named) if named else released.PACKAGE / released.EMBEDDING
+    )
     try:
         exists = found.is_file() and found.suffix == ".safetensors"
     except (OSError, ValueError):  # a name that cannot be one
