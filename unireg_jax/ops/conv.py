@@ -15,8 +15,10 @@ four output slices at a time are made from the six input slices that they see:
 - concatenation, bias and activation happen on those slices, so that no other map of
   the size of the volume exists, forward or backward.
 
-Small maps cost more to trace and to compile so than they ever take: there the slices
-along X and the two beside each are one batch of 2-D convolutions.
+Few input channels are not worth Winograd's sums: in the forward pass the three slices
+that an output slice sees are one 2-D convolution. Small maps cost more to trace and to
+compile so than they ever take: there the slices along X and the two beside each are one
+batch of 2-D convolutions.
 
 Timings: docs/performance.md, experiments/benchmark.py.
 """
@@ -35,6 +37,9 @@ from unireg_jax.ops import spatial
 # Output slices per Winograd tile, and slices read per tile.
 _TILE = 4
 _TAPS = _TILE + 2
+# Up to so many input channels, Winograd's sums take longer than the products that they
+# save; forward only: its gradients are faster for these, too.
+_THIN = 16
 # Below this many voxels a form that compiles faster is fast enough.
 _SMALL = 16**3
 
@@ -348,16 +353,17 @@ def _block(slope, halo, parts, coarse, kernel, bias):
 
     halo: slices that both maps hold beyond either end of X, the result none.
     """
-    kernels = _transform(kernel, parts, coarse)
+    thin = coarse is None and kernel.shape[3] <= _THIN
+    tile, kernels = (
+        (_thin_tile, kernel) if thin else (_tile, _transform(kernel, coarse))
+    )
     shape, dtype = _result_shape(parts, halo), parts[0].dtype
     wide = bias.astype(jnp.float32)
 
     def step(t, y):
-        rows = _tile(*_read(parts, coarse, t, halo), kernels)
-        for i, row in enumerate(rows):
-            row = _activate(row + jnp.broadcast_to(wide, row.shape), slope)
-            y = _write(y, row, _TILE * t + i)
-        return y
+        rows = jnp.stack(tile(*_read(parts, coarse, t, halo), kernels))
+        rows = _activate(rows + jnp.broadcast_to(wide, rows.shape), slope)
+        return lax.dynamic_update_slice_in_dim(y, rows.astype(dtype), _TILE * t, 0)
 
     empty = _zeros((*shape, kernel.shape[-1]), dtype, after=parts[0])
     return lax.fori_loop(0, shape[0] // _TILE, step, empty)
@@ -381,7 +387,8 @@ def _block_bwd(slope, halo, residuals, grad):
     """
     parts, coarse, kernel, bias, y = residuals
     wide_bias = bias.astype(jnp.float32)
-    kernels, pull_kernels = jax.vjp(lambda k: _transform(k, parts, coarse), kernel)
+    kernels, pull_kernels = jax.vjp(lambda k: _transform(k, coarse), kernel)
+    ends = np.cumsum([p.shape[-1] for p in parts])[:-1]
 
     def step(t, carry):
         d_parts, d_coarse, d_kernels, d_bias = carry
@@ -394,9 +401,10 @@ def _block_bwd(slope, halo, residuals, grad):
         slices, coarse_slices = _read(parts, coarse, t, halo)
         _, pull = jax.vjp(_tile, slices, coarse_slices, kernels)
         d_slices, d_coarse_slices, d_kernels_here = pull(rows)
+        of_parts = zip(*(jnp.split(s, ends, axis=-1) for s in d_slices), strict=True)
         d_parts = [
             _accumulate(d, s, _TILE * t + halo - 1)
-            for d, s in zip(d_parts, d_slices, strict=True)
+            for d, s in zip(d_parts, of_parts, strict=True)
         ]
         if coarse is not None:
             d_coarse = _accumulate(d_coarse, d_coarse_slices, _TILE // 2 * t + halo - 1)
@@ -436,7 +444,7 @@ def _write(x, row, index):
 
 
 def _read(parts, coarse, t, halo):
-    """Slices that tile t sees: six per part, four of the coarse map, float32."""
+    """Slices that tile t sees, float32: six of the parts, four of the coarse map."""
 
     def around(x, first, count):
         n = x.shape[0]
@@ -448,7 +456,8 @@ def _read(parts, coarse, t, halo):
             slices.append(jnp.where(inside, s, 0.0))
         return slices
 
-    slices = [around(p, _TILE * t + halo - 1, _TAPS) for p in parts]
+    each = [around(p, _TILE * t + halo - 1, _TAPS) for p in parts]
+    slices = [jnp.concatenate(same, axis=-1) for same in zip(*each, strict=True)]
     if coarse is None:
         return slices, []
     return slices, around(coarse, _TILE // 2 * t + halo - 1, _TILE // 2 + 2)
@@ -470,16 +479,18 @@ def _accumulate(total, slices, first):
     return total
 
 
-def _transform(kernel, parts, coarse):
-    """Kernels as the tiles use them, float32: (of coarse or None, of each part).
+def _transform(kernel, coarse):
+    """Kernels as `_tile` uses them, float32: (of coarse or None, of the parts).
 
     As products with constant matrices: spelled out, term by term, they and their
     gradients were half of what tracing the network took.
     """
     kernel = kernel.astype(jnp.float32)
-    coarse_kernel, kernels = _split(kernel, parts, coarse)
-    kernels = [list(_along(np.array(_WEIGHT), k)) for k in kernels]
-    return None if coarse is None else _differences(coarse_kernel), kernels
+    of_coarse, width = None, 0
+    if coarse is not None:
+        width = coarse.shape[-1]
+        of_coarse = _differences(kernel[..., :width, :])
+    return of_coarse, list(_along(np.array(_WEIGHT), kernel[..., width:, :]))
 
 
 def _along(matrix, array):
@@ -491,18 +502,24 @@ def _along(matrix, array):
 
 def _tile(slices, coarse_slices, kernels):
     """Four output slices [Y, Z, K] of one tile, linear in slices and in kernels."""
-    coarse_kernels, part_kernels = kernels
-    products = None
-    for six, transformed in zip(slices, part_kernels, strict=True):
-        here = [
-            _conv2d(_combine(row, six)[None], k)[0]
-            for row, k in zip(_DATA, transformed, strict=True)
-        ]
-        products = here if products is None else _add(products, here)
+    of_coarse, transformed = kernels
+    products = [
+        _conv2d(_combine(row, slices)[None], k)[0]
+        for row, k in zip(_DATA, transformed, strict=True)
+    ]
     rows = [_combine(row, products) for row in _OUTPUT]
     if coarse_slices:
-        rows = _add(rows, _upsampled(coarse_slices, coarse_kernels))
+        rows = _add(rows, _upsampled(coarse_slices, of_coarse))
     return rows
+
+
+def _thin_tile(slices, coarse_slices, kernel):
+    """`_tile` by the definition; the taps along X count as channels."""
+    del coarse_slices
+    flat = jnp.moveaxis(kernel.astype(jnp.float32), 0, 2)
+    flat = flat.reshape(3, 3, -1, kernel.shape[4])
+    near = [jnp.concatenate(slices[i : i + 3], axis=-1) for i in range(_TILE)]
+    return [_conv2d(x[None], flat)[0] for x in near]
 
 
 def _add(some, others):
@@ -631,20 +648,28 @@ def _interleave(products):
     """Products on the coarse grid, as `_products` -> fine slices [N, 2 Y, 2 Z, K].
 
     Group s reaches both voxels of a pair, w0 the even one, w2, from one step on, the
-    odd one. Masks over a broadcast: an interleaving copy would not fuse.
+    odd one.
     """
     n, ny, nz, k = products[0].shape
-    wide = (n, ny - 1, 2, nz - 1, 2, k)
-    reach = np.array(((1, 1), (1, 0), (0, 1)), np.float32)
-    terms = []
-    for product, shared in zip(products, _SHARED, strict=True):
-        for i, (gy, gz) in enumerate(shared):
-            near = product[:, gy == 2 :, gz == 2 :, i * k : (i + 1) * k]
-            near = near[:, None : ny - 1, None : nz - 1][:, :, None, :, None]
-            mask = np.multiply.outer(reach[gy], reach[gz])[:, None, :, None]
-            mask = jnp.broadcast_to(jnp.asarray(mask)[None, None], wide)
-            terms.append(jnp.broadcast_to(near, wide) * mask)
-    return functools.reduce(jnp.add, terms).reshape(n, 2 * (ny - 1), 2 * (nz - 1), k)
+    ny, nz = ny - 1, nz - 1
+    groups = {
+        group: product[..., i * k : (i + 1) * k]
+        for product, shared in zip(products, _SHARED, strict=True)
+        for i, group in enumerate(shared)
+    }
+
+    def near(gy, gz):
+        y, z = int(gy == 2), int(gz == 2)
+        return groups[gy, gz][:, y : y + ny, z : z + nz]
+
+    def sums(y, z):
+        reaching = [near(gy, gz) for gy in (0, 1 + y) for gz in (0, 1 + z)]
+        return functools.reduce(jnp.add, reaching)
+
+    # Stacked, the four sums are made by all threads; masks over a broadcast, which take
+    # one operation, are made by the one that writes the result.
+    lines = [jnp.stack([sums(y, z) for z in range(2)], axis=3) for y in range(2)]
+    return jnp.stack(lines, axis=2).reshape(n, 2 * ny, 2 * nz, k)
 
 
 def _interleave_fwd(products):
