@@ -82,6 +82,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # 3 % of folds on liver.
     config.loss.reg_units = "normalized"
     config.loss.dice = 1.0  # unstated; as the supervised SAME baseline
+    # How ops/dice.py adds up voxels: "compare" scatters nothing, same bits.
+    config.loss.dice_counting = "scatter"
     config.loss.ncc_window = 9  # unstated; as the authors' later code
 
     config.optim = ml_collections.ConfigDict()

@@ -77,6 +77,17 @@ def test_objective_perfect_pair_costs_nothing():
     np.testing.assert_allclose(loss, 0.0, atol=1e-3)  # eps of the windowed NCC
 
 
+def test_objective_counts_labels_either_way_to_the_same_bits():
+    pair = prepare(_batch(), Extractor("none"))
+    disp = jnp.full((1, *SHAPE, 3), 0.3)
+    losses = [
+        judged(disp, pair, weights=_weights(dice_counting=counting))
+        for counting in ("scatter", "compare")
+    ]
+    assert losses[0][0] == losses[1][0] > 0
+    assert losses[0][1]["dice"] == losses[1][1]["dice"] < 1
+
+
 def test_objective_without_common_labels_leaves_dice_out():
     batch = _batch()
     batch = batch._replace(moving_labels=jnp.zeros_like(batch.moving_labels))

@@ -56,6 +56,7 @@ class Weights(NamedTuple):
             times about (n - 1)^2 / 4, some 9000 at 192: never mix them.
         ncc_window: edge of the similarity's window, voxels.
         num_labels: label ids including background; static.
+        dice_counting: see `dice.soft_dice`.
     """
 
     smoothness: tuple[float, ...]
@@ -63,6 +64,7 @@ class Weights(NamedTuple):
     reg_units: str = "normalized"
     ncc_window: int = 9
     num_labels: int = 2
+    dice_counting: str = "scatter"
 
 
 def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
@@ -165,6 +167,7 @@ def objective(
             pair.moving_labels,
             disp,
             num_labels=weights.num_labels,
+            counting=weights.dice_counting,
             fixed_more=pair.fixed_more,
             moving_more=pair.moving_more,
         )
