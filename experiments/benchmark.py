@@ -70,7 +70,7 @@ def make_batch(shape: tuple[int, int, int]) -> PairBatch:
 def training_step(dtype: str, dice: float) -> tuple[Callable, Callable]:
     """The step of preset `paper` and what makes its first state."""
     config = unireg.get_config()
-    model = UniReg(dtype=dtype)
+    model = UniReg(dtype=dtype, conv_impl=build.conv_impl())
     weights = objective.Weights(
         num_labels=_LABELS, **{**config.loss.to_dict(), "dice": dice}
     )
@@ -80,14 +80,8 @@ def training_step(dtype: str, dice: float) -> tuple[Callable, Callable]:
     return step, lambda: train_state.make_state(model, tx, seed=0)
 
 
-def compile_step(
-    dtype: str, dice: float, batch: PairBatch
-) -> tuple[Callable, float, float]:
-    """The step as a function that goes on from its own result.
-
-    Returns:
-        the function, compile seconds, scratch MiB.
-    """
+def compile_step(dtype: str, dice: float, batch: PairBatch) -> timing.Program:
+    """The step, as a program that goes on from its own result."""
     step, make_state = training_step(dtype, dice)
     mesh = train_mesh.make_mesh()
     batch = jax.device_put(batch, train_mesh.pair_sharding(mesh))
@@ -102,31 +96,43 @@ def compile_step(
         held.append(jax.block_until_ready(state))
         return jax.block_until_ready(scalars)
 
-    return run, seconds, program.memory_analysis().temp_size_in_bytes / 2**20
+    return timing.describe(program, run, seconds)
 
 
 def candidates(shape: tuple[int, int, int], dtype: str) -> dict[str, Callable]:
-    """Everything that is timed, compiled; prints compile seconds and scratch."""
+    """Everything that is timed, compiled; prints what the compiler says of ours.
+
+    And the peak of memory on the host once each has run, before the twin is there.
+    """
     batch = make_batch(shape)
     pair = jax.jit(lambda b: objective.prepare(b, Extractor("mind")))(batch)
     model = UniReg(dtype=dtype)
     params = train_state.init_params(model, jax.random.key(0))
     runs = {}
 
-    def add(name, run, seconds, scratch):
-        print(f"{name}: compiled in {seconds:.1f} s, scratch {scratch:.0f} MiB")
-        runs[name] = run
+    def add(name, program):
+        runs[name] = program.run
+        program.run()
+        least = "at least " * program.loops  # the body of a loop is counted once
+        print(
+            f"{name}: compiled in {program.compile_s:.1f} s, scratch "
+            f"{program.scratch_mib:.0f} MiB, {least}{program.flops / 1e9:.0f} GFLOP "
+            f"and {program.bytes / 1e9:.1f} GB, host peak {_host_peak():.1f} GiB",
+            flush=True,
+        )
 
     args = (pair.fixed, pair.moving, pair.corr, pair.region, pair.pair_type)
     program = timing.compile_program(
         functools.partial(build.apply, model), params, *args
     )
-    add("forward", program.run, program.compile_s, program.scratch_mib)
+    add("forward", program)
     program = timing.compile_program(_match, batch.fixed, batch.moving)
-    name = "features and correlation"
-    add(name, program.run, program.compile_s, program.scratch_mib)
+    add("features and correlation", program)
     for name, dice in (("step", 0.0), ("step with Dice", 1.0)):
-        add(name, *compile_step(dtype, dice, batch))
+        add(name, compile_step(dtype, dice, batch))
+    if jax.default_backend() != "cpu":
+        print("the PyTorch twin runs on a CPU alone: left out")
+        return runs
     try:
         from experiments import torch_twin
     except ImportError:
@@ -139,6 +145,11 @@ def candidates(shape: tuple[int, int, int], dtype: str) -> dict[str, Callable]:
         np.asarray(batch.fixed_labels[0]),
     )
     return runs | {f"PyTorch twin, {k}": run for k, run in twin.items()}
+
+
+def _host_peak() -> float:
+    """Of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _match(fixed, moving):
@@ -199,6 +210,7 @@ def memory(shape: tuple[int, int, int]) -> None:
 def main(argv) -> None:
     del argv
     cli.keep_freed_memory()
+    jax.config.update("jax_enable_compilation_cache", False)
     shape = tuple(int(n) for n in flags.FLAGS.shape)
     device = jax.devices()[0]
     print(
@@ -212,8 +224,7 @@ def main(argv) -> None:
         runs = candidates(shape, flags.FLAGS.dtype)
     times = timing.measure(runs, flags.FLAGS.repeats)
     print(report(times, shape))
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\npeak of this process, peers included: {host:.1f} GiB on the host")
+    print(f"\nhost peak with the twin: {_host_peak():.1f} GiB")
     if stats := device.memory_stats():
         print(f"peak on the device: {stats['peak_bytes_in_use'] / 2**30:.1f} GiB")
 

@@ -5,14 +5,16 @@
 
 In this order, what matters most first: the tests that need an accelerator; network and
 training step as JAX is set (on recent GPUs TF32), in bfloat16 and in float32; instance
-optimisation; operators; scratch and memory of the training step; SAM. Each is a process
-of its own, so that peaks are its own and one that fails or takes too long costs no
-other; what is left when the time is up is named. OUT holds what each printed,
+optimisation; operators; scratch and memory of the training step; SAM; many heads. Each
+is a process of its own, so that peaks are its own and one that fails or takes too long
+costs no other; what is left when the time is up is named. OUT holds what each printed,
 `NAME.txt`, and summary.json: command, exit code, seconds, device, versions and date of
-each. A second call goes on with those that have not succeeded on this device.
+each. A second call goes on with those that have not succeeded on this device with this
+code; give --limit_s the time that the device is there for.
 """
 
 import datetime
+import hashlib
 import json
 import os
 import signal
@@ -30,7 +32,8 @@ from experiments import cli
 from unireg_jax.errors import PARTLY, PREEMPTED, USAGE, UserError
 
 SUMMARY = "summary.json"
-_SAME = ("command", "device", "jax", "code")  # of a part that is not run again
+# Of a part that is not run again.
+_SAME = ("command", "device", "jax", "sources", "code")
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -60,6 +63,7 @@ PARTS = (
     _part("scratch", "experiments.benchmark --shape={shape} --memory"),
     _part("memory", "experiments.benchmark_memory --shape={shape} --space=1"),
     _part("sam", "experiments.benchmark_sam --shape={shape}"),
+    _part("heads", "experiments.benchmark_batch --only=heads"),
 )
 
 
@@ -91,7 +95,7 @@ def run(
         command = " ".join(("python -m", *words))
         old = known.get(part.name)
         same = {"command": command, **here, "code": 0}
-        if old and all(old[key] == same[key] for key in _SAME):
+        if old and all(old.get(key) == same.get(key) for key in _SAME):
             continue
         began = time.monotonic()
         if began >= ends:
@@ -121,7 +125,7 @@ def _code(words: list[str], file, limit_s: float) -> int | None:
 
 
 def facts() -> dict[str, str]:
-    """What the figures are of: device, jax, python, date.
+    """What the figures are of: device, jax, python, digest of the sources, date.
 
     Raises:
         UserError: `device`, exit code 2: JAX finds none.
@@ -140,8 +144,17 @@ def facts() -> dict[str, str]:
         "device": asked.stdout.strip(),
         "jax": jax.__version__,
         "python": sys.version.split()[0],
+        "sources": _digest_of_sources(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    for room in ("unireg_jax", "experiments"):
+        for path in sorted((_ROOT / room).rglob("*.py")):
+            digest.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def main(argv) -> None:

@@ -32,7 +32,7 @@ from unireg_jax.training import step as train_step
 def compile_step(shape, dtype, remat, batch, space):
     """The compiled training step of one setting."""
     config = unireg.get_config()
-    model = UniReg(dtype=dtype, remat=remat)
+    model = UniReg(dtype=dtype, remat=remat, conv_impl=build.conv_impl())
     labels = 14  # 13 structures and background
     weights = objective.Weights(**{**config.loss.to_dict(), "num_labels": labels})
     tx = optimizer.make_optimizer(**config.optim.to_dict())
@@ -51,6 +51,7 @@ def compile_step(shape, dtype, remat, batch, space):
 def main(argv) -> None:
     del argv
     cli.setup()
+    jax.config.update("jax_enable_compilation_cache", False)
     asked = flags.FLAGS
     shape = tuple(int(n) for n in asked.shape)
     device = jax.devices()[0]

@@ -15,6 +15,7 @@ free, is named and left out.
 installs them all (voxelmorph brings neurite, whose NCC and gradient penalty it uses).
 """
 
+import functools
 import os
 import platform
 from collections.abc import Callable
@@ -135,13 +136,57 @@ def _dice_inputs(shape, rng):
     return _labels(shape, rng), _labels(shape, rng), _disp(shape, rng)
 
 
-def _conv_inputs(shape, rng):
-    kernel = 0.03 * rng.standard_normal((3, 3, 3, 48, 32), np.float32)
-    return _noise(shape, rng, 48), kernel
+class Layer(NamedTuple):
+    """A convolution block of the paper's network, models/backbone.py.
+
+    Attributes:
+        level: of its grid; 0 is the full one, 1 half of it.
+        parts: channels of each input.
+        coarse: channels of the up-sampled input, 0 for none.
+        features: channels out.
+    """
+
+    level: int
+    parts: tuple[int, ...]
+    coarse: int
+    features: int
 
 
-def _conv_gradient_inputs(shape, rng):
-    return *_conv_inputs(shape, rng), _noise(shape, rng, 32)
+# The others together are a twentieth of the arithmetic.
+LAYERS = {
+    "encoder_0": Layer(0, (1, 1), 0, 16),
+    "encoder_1": Layer(1, (16, 27), 0, 32),
+    "decoder_3": Layer(1, (32,), 32, 32),
+    "remaining_0": Layer(0, (16,), 32, 32),
+    "remaining_1": Layer(0, (32,), 0, 16),
+    "remaining_2": Layer(0, (16,), 0, 16),
+    "pre_head": Layer(0, (16,), 0, 8),
+}
+
+
+def _layer_inputs(layer):
+    """Kernel, bias, the parts, and the coarse map last."""
+
+    def make(shape, rng):
+        grid = [n >> layer.level for n in shape]
+        channels = sum(layer.parts) + layer.coarse
+        kernel = rng.standard_normal((3, 3, 3, channels, layer.features), np.float32)
+        bias = rng.standard_normal(layer.features, np.float32)
+        maps = [_noise(grid, rng, c) for c in layer.parts]
+        if layer.coarse:
+            maps.append(_noise([n // 2 for n in grid], rng, layer.coarse))
+        return 0.03 * kernel, bias, *maps
+
+    return make
+
+
+def _layer_gradient_inputs(layer):
+    def make(shape, rng):
+        grid = [n >> layer.level for n in shape]
+        cotangent = _noise(grid, rng, layer.features)
+        return cotangent, *_layer_inputs(layer)(shape, rng)
+
+    return make
 
 
 def _warp_gradient(volume, disp, cotangent):
@@ -174,10 +219,14 @@ def _resize(disp):
     return resample.resize_disp(disp, tuple(2 * n for n in disp.shape[1:4]))
 
 
-def _dice_gradient(fixed_labels, moving_labels, disp, num_labels):
+def _dice_gradient(fixed_labels, moving_labels, disp, num_labels, counting="scatter"):
     def loss(disp):
         values, _ = dice.soft_dice(
-            fixed_labels, moving_labels, disp, num_labels=num_labels
+            fixed_labels,
+            moving_labels,
+            disp,
+            num_labels=num_labels,
+            counting=counting,
         )
         return values.mean()
 
@@ -188,9 +237,35 @@ def _diffusion_gradient(disp):
     return jax.grad(lambda d: smoothness.diffusion(d).mean())(disp)
 
 
-def _conv_gradient(x, kernel, cotangent):
-    out, pull = jax.vjp(conv.conv3d, x, kernel)
+def _convolve(kernel, bias, *maps, upsampled):
+    parts, coarse = (maps[:-1], maps[-1]) if upsampled else (maps, None)
+    return conv.conv3d(parts, kernel, bias, coarse=coarse, slope=0.2)
+
+
+def _convolve_gradient(cotangent, *inputs, upsampled):
+    function = functools.partial(_convolve, upsampled=upsampled)
+    out, pull = jax.vjp(function, *inputs)
     return out, *pull(cotangent)
+
+
+def _layer_ops(name, layer):
+    fixed = {"upsampled": layer.coarse > 0}
+
+    def bound(function):
+        return functools.partial(function, **fixed)
+
+    return {
+        name: Op(
+            bound(_convolve),
+            _layer_inputs(layer),
+            {"torch conv3d": bound(peers.torch_layer)},
+        ),
+        f"{name}_grad": Op(
+            bound(_convolve_gradient),
+            _layer_gradient_inputs(layer),
+            {"torch conv3d": bound(peers.torch_layer_gradient)},
+        ),
+    }
 
 
 OPS = {
@@ -283,6 +358,10 @@ OPS = {
         },
         static=(_NUM_LABELS,),
     ),
+    # Without the one scatter of the training step; for devices that make it serial.
+    "dice_grad_compare": Op(
+        _dice_gradient, _dice_inputs, {}, static=(_NUM_LABELS, "compare")
+    ),
     "diffusion_grad": Op(
         _diffusion_gradient,
         _field,
@@ -291,13 +370,9 @@ OPS = {
             "voxelmorph": peers.voxelmorph_diffusion_gradient,
         },
     ),
-    "conv": Op(conv.conv3d, _conv_inputs, {"torch conv3d": peers.torch_conv}),
-    "conv_grad": Op(
-        _conv_gradient,
-        _conv_gradient_inputs,
-        {"torch conv3d": peers.torch_conv_gradient},
-    ),
 }
+for _name, _layer in LAYERS.items():
+    OPS |= _layer_ops(_name, _layer)
 
 
 class Row(NamedTuple):

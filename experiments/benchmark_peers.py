@@ -376,29 +376,42 @@ def voxelmorph_diffusion_gradient(disp):
     )
 
 
-def torch_conv(x, kernel):
-    """conv3d, channels last."""
+def torch_layer(kernel, bias, *maps, upsampled):
+    """interpolate, cat, conv3d and leaky_relu, channels last."""
+    return _torch(_torch_block(kernel, bias, maps, upsampled)[0])
+
+
+def torch_layer_gradient(cotangent, kernel, bias, *maps, upsampled):
+    """The same with the gradients to kernel, bias and all inputs."""
     import torch
 
-    x = _first(x)
+    block, inputs = _torch_block(kernel, bias, maps, upsampled)
+    cotangent = _first(cotangent)
+    for x in inputs:
+        x.requires_grad_()
+    return _torch(
+        lambda: torch.autograd.grad(block(), inputs, cotangent), gradient=True
+    )
+
+
+def _torch_block(kernel, bias, maps, upsampled):
+    """The block as a function, and the tensors that it reads."""
+    import torch
+    from torch.nn import functional
+
     kernel = _tensor(kernel).permute(4, 3, 0, 1, 2)
     kernel = kernel.contiguous(memory_format=torch.channels_last_3d)
-    return _torch(lambda: torch.nn.functional.conv3d(x, kernel, padding=1))
+    bias, maps = _tensor(bias), [_first(x) for x in maps]
 
+    def block():
+        parts = maps
+        if upsampled:
+            *parts, coarse = maps
+            parts = [functional.interpolate(coarse, scale_factor=2), *parts]
+        x = torch.cat(parts, 1)
+        return functional.leaky_relu(functional.conv3d(x, kernel, bias, padding=1), 0.2)
 
-def torch_conv_gradient(x, kernel, cotangent):
-    """conv3d with the gradients to input and kernel, channels last."""
-    import torch
-
-    x, cotangent = _first(x).requires_grad_(), _first(cotangent)
-    kernel = _tensor(kernel).permute(4, 3, 0, 1, 2)
-    kernel = kernel.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-
-    def run():
-        out = torch.nn.functional.conv3d(x, kernel, padding=1)
-        return torch.autograd.grad(out, (x, kernel), cotangent)
-
-    return _torch(run, gradient=True)
+    return block, [kernel, bias, *maps]
 
 
 def _tensor(array):

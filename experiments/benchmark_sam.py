@@ -30,6 +30,7 @@ def extractor(preset: str, dtype: str) -> Extractor:
 def main(argv) -> None:
     del argv
     cli.setup()
+    jax.config.update("jax_enable_compilation_cache", False)
     options = flags.FLAGS
     print(
         "| grid | features | parameters | describe a volume, CPU s | wall s | scratch "

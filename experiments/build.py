@@ -67,7 +67,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
     """
     _check(config)
     try:
-        fields = {"conv_impl": _conv_impl(), **architecture(config)}
+        fields = {"conv_impl": conv_impl(), **architecture(config)}
         model = UniReg(**fields, remat=config.model.remat)
         tx = optimizer.make_optimizer(**config.optim.to_dict())
         weights = objective.Weights(**config.loss.to_dict())
@@ -143,7 +143,7 @@ def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return fields
 
 
-def _conv_impl() -> str:
+def conv_impl() -> str:
     """Formulation of the convolutions on the devices of this run, see ops/conv.py.
 
     "auto" would leave it to the compiler, and trace both: a third of the time that

@@ -46,11 +46,23 @@ def compile_program(function: Callable, *args) -> Program:
     start = time.perf_counter()
     program = jax.jit(function).lower(*args).compile()
     seconds = time.perf_counter() - start
-    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    memory = program.memory_analysis()
     require_memory(memory.temp_size_in_bytes + memory.output_size_in_bytes)
+    return describe(program, lambda: jax.block_until_ready(program(*args)), seconds)
+
+
+def describe(program: jax.stages.Compiled, run: Callable, compile_s: float) -> Program:
+    """What the compiler says of a program.
+
+    Args:
+        program: compiled.
+        run: see Program.
+        compile_s: see Program.
+    """
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     return Program(
-        run=lambda: jax.block_until_ready(program(*args)),
-        compile_s=seconds,
+        run=run,
+        compile_s=compile_s,
         scratch_mib=memory.temp_size_in_bytes / 2**20,
         flops=cost.get("flops", 0.0),
         bytes=cost.get("bytes accessed", 0.0),
@@ -95,12 +107,8 @@ def machine_limits(repeats: int) -> dict[str, float]:
         XLA's product and, where installed and on the same device, PyTorch's;
         "copy_bytes": bytes read plus written per second of wall time.
     """
-    size, length = 2048, 2**26
-    a = jnp.ones((size, size), jnp.float32)
-    products = [compile_program(jnp.matmul, a, a).run]
-    if product := _torch_product(size):
-        products.append(product)
-    flops = 2 * size**3 / min(_fastest(run, repeats) for run in products)
+    length = 2**26
+    flops = max(_product_flops(size, repeats) for size in (2048, 4096))
     # In place: fresh pages would be cleared by the operating system first. 256 MiB,
     # far beyond the caches.
     add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
@@ -123,6 +131,14 @@ def require_memory(needed: float) -> None:
         raise MemoryError(
             f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         )
+
+
+def _product_flops(size: int, repeats: int) -> float:
+    a = jnp.ones((size, size), jnp.float32)
+    products = [compile_program(jnp.matmul, a, a).run]
+    if product := _torch_product(size):
+        products.append(product)
+    return 2 * size**3 / min(_fastest(run, repeats) for run in products)
 
 
 def _torch_product(size: int) -> Callable | None:

@@ -28,7 +28,7 @@ def test_parts_are_commands_of_this_project():
 
 
 def test_run_keeps_what_each_printed_and_goes_on(tmp_path, monkeypatch, capsys):
-    here = {"device": "cpu x", "jax": "1"}
+    here = {"device": "cpu x", "jax": "1", "sources": "a"}
     monkeypatch.setattr(benchmark_all, "facts", lambda: dict(here))
     parts = (
         Part("bad", ("no_such_module",)),
@@ -56,6 +56,10 @@ def test_run_keeps_what_each_printed_and_goes_on(tmp_path, monkeypatch, capsys):
     here["device"] = "gpu y"  # figures of another device are not these
     found = benchmark_all.run(parts[1:2], tmp_path, shape="26", limit_s=60)
     assert found["good"]["device"] == "gpu y" and found["bad"]["device"] == "cpu x"
+    (tmp_path / "good.txt").unlink()
+    here["sources"] = "b"  # nor are those of other code
+    benchmark_all.run(parts[1:2], tmp_path, shape="26", limit_s=60)
+    assert (tmp_path / "good.txt").exists()
     benchmark_all.run(parts[1:2], tmp_path, shape="27", limit_s=60)
     assert "2027" in (tmp_path / "good.txt").read_text()  # another command
 

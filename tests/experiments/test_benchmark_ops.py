@@ -36,6 +36,10 @@ def test_benchmark_ops_prints_three_tables(capsys):
         ("resample", "SciPy"),
         ("mind", "torch slices"),
         ("diffusion_grad", "torch diff"),
+        ("encoder_0", "torch conv3d"),
+        ("decoder_3", "torch conv3d"),
+        ("remaining_1", "torch conv3d"),
+        ("pre_head_grad", "torch conv3d"),
     ],
 )
 def test_peer_computes_the_same(name, peer):
