@@ -43,7 +43,7 @@ def _about(name: str, card: dict[str, Any]) -> list[str]:
     start = training.pop("init_from", None)
     training = ", ".join(f"{k} {v}" for k, v in training.items())
     if start:
-        training += f", from weights of SHA-256 {start['sha256'][:16]}…"
+        training += f", from {start['name']} (SHA-256 {start['sha256'][:16]}…)"
     held_out = card.get("held_out", "nothing")
     lines = [
         f"### `{name}`",

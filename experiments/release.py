@@ -7,14 +7,15 @@
     python -m experiments.release --workdir=runs/sam_lite --half --name=sam_lite \
         --sources=experiments/sam_lite_sources.json
 
-Copies the run's weights into unireg_jax/weights/, completes their card: licence, data
-with their licences, and the measured results. Two things depend on the weights and are
-then made anew: docs/weights.md by experiments.model_card, and the reference field of
-tests/registration/test_golden.py by that file.
+Copies the run's weights into unireg_jax/weights/, completes their card: intended use,
+known failures, licence, data with their licences, and the measured results. Two things
+depend on the weights and are then made anew: docs/weights.md by experiments.model_card,
+and the reference field of tests/registration/test_golden.py by that file.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,11 +36,21 @@ def main(argv) -> None:
         params = jax.tree.map(_half, params)
     for name in ("sha256", "format"):
         spec.pop(name)
-    spec |= {"licence": LICENCE, **json.loads(Path(flags.FLAGS.sources).read_text())}
+    sources = json.loads(Path(flags.FLAGS.sources).read_text())
+    spec = complete(spec | {"licence": LICENCE}, sources)
     TARGET.mkdir(exist_ok=True)
     path = TARGET / f"{flags.FLAGS.name}.safetensors"
     weights.save_weights(path, params, spec)
     print(path)
+
+
+def complete(card: dict[str, Any], sources: dict[str, Any]) -> dict[str, Any]:
+    """The card with the fields of `sources`, dicts within dicts merged alike."""
+    merged = card | sources
+    for name, value in sources.items():
+        if isinstance(value, dict) and isinstance(card.get(name), dict):
+            merged[name] = complete(card[name], value)
+    return merged
 
 
 def _half(x):
@@ -49,7 +60,7 @@ def _half(x):
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The finished run.")
-    flags.DEFINE_string("sources", None, "JSON merged into the card: sources, results.")
+    flags.DEFINE_string("sources", None, "JSON merged into the card.")
     flags.DEFINE_string("name", "unireg", "File stem.")
     flags.DEFINE_bool("half", False, "Kernels in float16: half the size.")
     flags.mark_flags_as_required(["workdir", "sources"])

@@ -1,11 +1,20 @@
 """docs/weights.md says of the package's weights what their files say."""
 
+import json
 import re
 
 import numpy as np
+import pytest
 
-from experiments import model_card
+from experiments import model_card, release
 from unireg_jax.registration import weights
+
+ROOT = model_card.PAGE.parents[1]
+SOURCES = {
+    "unireg": "unireg_sources",
+    "unireg_heldout": "heldout_sources",
+    "sam_lite": "sam_lite_sources",
+}
 
 
 def test_page_states_the_packages_own_files():
@@ -36,3 +45,35 @@ def test_facts_follow_the_files(monkeypatch, tmp_path):
     assert f"| `tiny.safetensors` | unireg | 6 | {size} | `{digest}` |" in text
     assert "- Licence: CC BY 4.0." in text and "Held out of it: patient 7." in text
     assert "- Data: two scans: CC0." in text
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_card_holds_what_the_sources_file_says(name):
+    path = ROOT / "experiments" / f"{SOURCES[name]}.json"
+    sources = json.loads(path.read_text(encoding="utf-8"))
+    card = json.loads((weights.PACKAGE / f"{name}.json").read_text(encoding="utf-8"))
+    assert release.complete(card, sources) == card
+
+
+def test_every_card_says_what_it_is_for_and_where_it_fails():
+    cards = sorted(weights.PACKAGE.glob("*.json"))
+    assert {path.stem for path in cards} == {*SOURCES}
+    page = model_card.PAGE.read_text(encoding="utf-8")
+    for path in cards:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        assert card["intended_use"] and card["known_failures"] and card["results"]
+        # Figures of failures stand on the page, too.
+        for figure in re.findall(r"\d+\.\d+", " ".join(card["known_failures"])):
+            assert figure in page, (path.name, figure)
+
+
+def test_complete_merges_dicts_within_dicts():
+    card = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+    merged = release.complete(card, {"a": {"c": {"f": 3}}, "e": [2]})
+    assert merged == {"a": {"b": 1, "c": {"d": 2, "f": 3}}, "e": [2]}
+    assert card == {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+
+
+def test_weights_of_the_package_are_small():
+    files = [path for path in weights.PACKAGE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 6e6  # bytes

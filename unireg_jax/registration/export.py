@@ -33,7 +33,15 @@ FORMAT = 1
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda")
 _VERSIONED = ("unireg-jax", "jax", "jaxlib", "flax")
-_CARRIED = ("description", "licence", "sources", "held_out", "training")
+_CARRIED = (
+    "description",
+    "intended_use",
+    "known_failures",
+    "licence",
+    "sources",
+    "held_out",
+    "training",
+)
 
 
 def export_register(
