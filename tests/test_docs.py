@@ -143,6 +143,7 @@ def commands(program):
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
         inline = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
         for text in (*map(str.strip, lines), *inline):
+            text = text.removeprefix("srun ")
             if text.startswith(f"{program} "):
                 whole = text not in inline and not re.search("[$…]", text)
                 yield page.name, shlex.split(text, comments=True), whole
@@ -174,6 +175,29 @@ def test_unireg_commands_of_the_pages_are_real():
             cli._parse([verb, *rest])  # argparse exits on what it does not know
             shown.add(verb)
     assert shown >= {*cli.VERBS} - {"info", "export"}
+
+
+def test_commands_that_go_on_can_be_pasted():
+    """A line of options continues one that ends in a backslash; the tests join them."""
+    read = {
+        (page, word)
+        for program in ("unireg", "python -m")
+        for page, words, _ in commands(program)
+        for word in words
+    }
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for fence in FENCE.finditer(text):
+            first = text[: fence.start(2)].count("\n") + 1
+            lines = ["", *fence[2].splitlines()]
+            for n, (before, line) in enumerate(itertools.pairwise(lines), first):
+                # A list of YAML goes on after a comma.
+                if not re.match(r"\s*--\w", line) or before.endswith(","):
+                    continue
+                told = f"{page.name}:{n}: the line before must end in a backslash"
+                assert before.endswith("\\"), told
+                words = shlex.split(line.rstrip("\\"), comments=True)
+                assert {(page.name, word) for word in words} <= read, (page, n)
 
 
 def test_python_commands_of_the_pages_are_real():
