@@ -258,15 +258,12 @@ def judge(data: Path, model, split: str, runs: Sequence[Run] = RUNS) -> list[dic
     todo, rows = real_pairs.pairs(data, split), []
     for pair in tqdm(todo, disable=not sys.stderr.isatty()):
         scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
-        found: dict[str, np.ndarray | str] = {}
+        start = real_pairs.own_affine(pair, scans, sessions[runs[0].plan])
         for run in runs:
             named = real_pairs.settings(pair, run.affine, network=run.network)
             session, clock = sessions[run.plan], pipeline.Clock()
-            # An affine map is found once per pair; "coarse" is more than a matrix.
-            affine = found.get(run.affine, run.affine)
+            affine = start if run.affine == "auto" else run.affine
             result = session.run(*scans, named, affine=affine, clock=clock)
-            if run.affine != "coarse":
-                found[run.affine] = result.affine
             rows.append(
                 {
                     "task": pair.task,
@@ -281,7 +278,7 @@ def judge(data: Path, model, split: str, runs: Sequence[Run] = RUNS) -> list[dic
 
 
 def swept(text: str) -> list[Run]:
-    """Runs from the affine alone, one for each value of a field of the plan.
+    """Runs from the pair's own affine alone, one for each value of a field of the plan.
 
     Args:
         text: FIELD=A,B,C.
@@ -416,6 +413,7 @@ def main(argv) -> None:
         if options.plot:
             plot(Path(options.plot), rows, sweeps)
         return
+    jax.config.update("jax_enable_compilation_cache", False)
     print(
         "| grid | features | CPU s | wall s | compile s | scratch MiB | cost after | "
         "torch CPU s | ratio | its cost after |\n"

@@ -26,7 +26,7 @@ from unireg_jax.imaging import mapping, nifti, points
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.points import PointPairs
-from unireg_jax.registration import check_settings
+from unireg_jax.registration import Clock, Session, check_settings
 from unireg_jax.tasks import TASKS
 
 SPLITS = {
@@ -121,6 +121,19 @@ def settings(pair: Pair, affine: str, *, network: bool = True) -> dict[str, str]
     """Of `Session.run`: the pair's usual type, with the network or without it."""
     usual = TASKS[pair.task].pair_type.name.lower()
     return check_settings(pair.task if network else "none", usual, affine)
+
+
+def own_affine(
+    pair: Pair, scans: tuple[Volume, Volume], session: Session
+) -> np.ndarray:
+    """The affine of the pair's own task, for runs with the network and without.
+
+    Left to choose, "auto" looks at the region, which a run without the network has not.
+
+    Returns:
+        [4, 4] LPS mm, fixed -> moving.
+    """
+    return session.prepare(*scans, settings(pair, "auto"), clock=Clock()).matrix
 
 
 def read_scans(pair: Pair) -> tuple[Volume, Volume]:

@@ -1,5 +1,7 @@
 """Which real pairs there are, and that one function scores every kind of truth."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,22 @@ def test_settings_keep_the_pairs_type_without_network(tmp_path):
         asked = real_pairs.settings(lung, "coarse", network=network)
         assert (asked["task"], asked["pair_type"]) == (task, "intra")
         assert asked["affine"] == "coarse"
+
+
+def test_own_affine_is_of_the_pairs_own_task(tmp_path):
+    """Without a region "auto" would take another one for the lung pair."""
+    asked = []
+
+    def prepare(fixed, moving, settings, *, clock):
+        asked.append((fixed, moving, settings))
+        return SimpleNamespace(matrix=np.eye(4))
+
+    lung = real_pairs.pairs(tmp_path, tasks=["lung"])[0]
+    session = SimpleNamespace(prepare=prepare)
+    found = real_pairs.own_affine(lung, ("fixed", "moving"), session)
+    ((*scans, settings),) = asked
+    assert scans == ["fixed", "moving"] and (found == np.eye(4)).all()
+    assert (settings["task"], settings["affine"]) == ("lung", "auto")
 
 
 def test_landmarks_follow_displacement_then_alignment():
