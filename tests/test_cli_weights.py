@@ -159,9 +159,7 @@ def test_list_names_package_variables_and_files(saved, capsys, monkeypatch):
 def test_list_says_which_are_used(saved, capsys, monkeypatch):
     def used():
         _, out, _ = run(capsys, "list", saved, "--json")
-        return [
-            (row["name"], row["source"]) for row in json.loads(out) if row["used"]
-        ]
+        return [(row["name"], row["source"]) for row in json.loads(out) if row["used"]]
 
     network, matcher = weights.find_weights(), embedding.find_embedding()
     assert used() == [(matcher.name, "package"), (network.name, "package")]
