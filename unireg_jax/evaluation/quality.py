@@ -97,7 +97,7 @@ CHECKS = {
         *("folding", 3.5, 2.0, False, ""),
         "standard deviation of log max(J, 1e-9) over the fixed body",
         "look at the Jacobian; refine the field, try another pre-alignment or task",
-        (0.7, 0.5),
+        (0.65, 0.5),
     ),
     "p99_mm": Check(
         *("field_range", 60.0, 40.0, False, "mm"),
