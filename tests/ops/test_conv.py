@@ -1,6 +1,7 @@
 """conv3d: the CPU form against XLA's own convolution, SciPy and PyTorch."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ from scipy import ndimage
 
 from unireg_jax.ops import conv
 
-# More channels than the definition is used for on a CPU; fewer; as few as can be.
-SHAPES = [((1, 5, 6, 7), 20, 4), ((2, 8, 9, 5), 2, 5), ((1, 4, 3, 2), 1, 1)]
-assert SHAPES[0][1] > conv._THIN >= SHAPES[1][1]
+# Input channels of either form of a tile on a CPU: by the definition, by Winograd.
+THIN, WIDE = 3, 20
+assert THIN <= conv._THIN < WIDE
+SHAPES = [((1, 5, 6, 7), WIDE, 4), ((2, 8, 9, 5), THIN, 5), ((1, 4, 3, 2), 1, 1)]
+
+both_forms = pytest.mark.parametrize("channels", [THIN, WIDE])
 
 
 def _inputs(key, shape, channels, features):
@@ -24,10 +28,11 @@ def _inputs(key, shape, channels, features):
     return x, kernel
 
 
+@both_forms
 @pytest.mark.parametrize("impl", ["direct", "winograd", "planes"])
-def test_conv3d_single_tap_shifts(impl):
-    x = jnp.zeros((1, 5, 6, 7, 1)).at[0, 2, 3, 4, 0].set(1.0)
-    kernel = jnp.zeros((3, 3, 3, 1, 1)).at[0, 1, 2, 0, 0].set(2.0)
+def test_conv3d_single_tap_shifts(impl, channels):
+    x = jnp.zeros((1, 5, 6, 7, channels)).at[0, 2, 3, 4, -1].set(1.0)
+    kernel = jnp.zeros((3, 3, 3, channels, 1)).at[0, 1, 2, -1, 0].set(2.0)
     y = conv.conv3d(x, kernel, impl=impl)
     # Correlation: tap (0, 1, 2) reads x at (-1, 0, +1): the point moves by (+1, 0, -1).
     expected = np.zeros((1, 5, 6, 7, 1))
@@ -54,6 +59,17 @@ def test_conv3d_matches_scipy(key, shape, channels, features, impl):
     np.testing.assert_allclose(y / scale, expected / scale, atol=2e-5)
 
 
+def _assert_agree(got, expected, atol=3e-5):
+    """Leaf by leaf, relative to the largest value.
+
+    The transforms amplify float32 rounding to about 1e-5.
+    """
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert g.dtype == e.dtype
+        scale = float(jnp.abs(e).max())
+        np.testing.assert_allclose(g / scale, e / scale, atol=atol)
+
+
 @pytest.mark.parametrize(("shape", "channels", "features"), SHAPES[:2])
 def test_conv3d_winograd_gradients_match_direct(key, shape, channels, features):
     x, kernel = _inputs(key, shape, channels, features)
@@ -63,23 +79,21 @@ def test_conv3d_winograd_gradients_match_direct(key, shape, channels, features):
 
     expected = jax.jit(jax.grad(loss("direct"), (0, 1)))(x, kernel)
     got = jax.jit(jax.grad(loss("winograd"), (0, 1)))(x, kernel)
-    for e, g in zip(expected, got, strict=True):
-        assert g.dtype == e.dtype
-        scale = float(jnp.abs(e).max())
-        np.testing.assert_allclose(g / scale, e / scale, atol=3e-5)  # as above
+    _assert_agree(got, expected)
 
 
 def _block(key, shape, coarse, parts, features):
-    """A whole block: coarse map, several inputs, kernel and bias."""
+    """A whole block: coarse map (none of 0 channels), several inputs, kernel, bias."""
     keys = jax.random.split(key, 4)
     half = tuple(n // 2 for n in shape[1:])
     channels = coarse + sum(parts)
+    low = jax.random.normal(keys[1], (shape[0], *half, coarse))
     return {
         "inputs": tuple(
             jax.random.normal(k, (*shape, c))
             for k, c in zip(jax.random.split(keys[0], len(parts)), parts, strict=True)
         ),
-        "coarse": jax.random.normal(keys[1], (shape[0], *half, coarse)),
+        "coarse": low if coarse else None,
         "kernel": jax.random.normal(keys[2], (3, 3, 3, channels, features)) * 0.2,
         "bias": jax.random.normal(keys[3], (features,)),
     }
@@ -94,6 +108,19 @@ def _apply(block, impl, slope):
         slope=slope,
         impl=impl,
     )
+
+
+def _weights(y):
+    """Of a sum over y: none where y is so near zero that rounding decides the slope."""
+    weights = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+    return jnp.where(jnp.abs(y) > 1e-3, weights, 0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _value_and_gradient(run, block, weights, impl):
+    """(run(block, impl), the gradient to the block of its sum with these weights)."""
+    y, pull = jax.vjp(lambda block: run(block, impl), block)
+    return y, pull(weights)
 
 
 # Two tiles and more along X; a rest of two slices; a batch.
@@ -119,29 +146,66 @@ def test_conv3d_is_the_convolution_of_the_concatenation(key):
 )
 def test_conv3d_forms_agree_in_value_and_gradient(key, block, slope):
     block = _block(key, *block)
-    y = _apply(block, "direct", slope)
-    # No value so near zero that rounding decides the slope.
-    weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
-    weight = jnp.where(jnp.abs(y) > 1e-3, weight, 0)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def loss(block, impl):
-        y = _apply(block, impl, slope)
-        return (y * weight).sum(), y
-
-    grad = jax.value_and_grad(loss, has_aux=True)
-    (_, expected_y), expected = grad(block, "direct")
+    run = functools.partial(_apply, slope=slope)
+    weights = _weights(run(block, "direct"))
+    expected = _value_and_gradient(run, block, weights, "direct")
     for impl in ("winograd", "planes"):
-        (_, y), got = grad(block, impl)
-        for e, g in zip(
-            jax.tree.leaves((expected_y, expected)),
-            jax.tree.leaves((y, got)),
-            strict=True,
-        ):
-            assert g.dtype == e.dtype
-            scale = float(jnp.abs(e).max())
-            # The transforms amplify float32 rounding to about 1e-5.
-            np.testing.assert_allclose(g / scale, e / scale, atol=3e-5)
+        _assert_agree(_value_and_gradient(run, block, weights, impl), expected)
+
+
+def test_conv3d_thin_gradient_matches_direct(key):
+    """Few channels and no coarse map: inputs, kernel and bias; a rest of two slices."""
+    block = _block(key, (1, 6, 5, 7), 0, (1, THIN - 1), 4)
+    run = functools.partial(_apply, slope=0.2)
+    weights = _weights(run(block, "direct"))
+    expected = _value_and_gradient(run, block, weights, "direct")
+    eager = _value_and_gradient.__wrapped__
+    for function in (_value_and_gradient, eager):
+        _assert_agree(function(run, block, weights, "winograd"), expected)
+
+
+@both_forms
+def test_conv3d_gradient_keeps_bfloat16(key, channels):
+    block = _block(key, (1, 8, 6, 5), 0, (channels,), 3)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), block)
+    block = jax.tree.map(lambda x: x.astype(jnp.float32), half)  # the same numbers
+    run = functools.partial(_apply, slope=0.2)
+    weights = _weights(run(block, "direct")).astype(jnp.bfloat16)
+    got = _value_and_gradient(run, half, weights, "winograd")
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
+    expected = _value_and_gradient(run, block, weights.astype(jnp.float32), "direct")
+    got = jax.tree.map(lambda x: x.astype(jnp.float32), got)
+    # Computed in float32 and rounded to 8 bits, slices that two tiles share twice.
+    _assert_agree(got, expected, atol=2 * 2**-8)
+
+
+@pytest.mark.parametrize(
+    ("size", "coarse", "parts"),
+    [
+        (8, 0, (1, THIN - 1)),
+        (6, 0, (WIDE,)),  # a rest of two slices
+        (8, 2, (WIDE,)),
+        (6, 2, (WIDE,)),  # the coarse map is up-sampled for the rest
+        (6, 2, (THIN,)),
+    ],
+)
+def test_conv3d_of_slices_with_their_neighbours(key, size, coarse, parts):
+    """What a device computes of a split volume, which has slices on both sides."""
+    block = _block(key, (1, size + 4, 4, 6), coarse, parts, 3)
+
+    def of_slab(block, impl):
+        # Of two fine slices on either side one is read, and the coarse one above them.
+        inputs = tuple(x[:, 1:-1] for x in block["inputs"])
+        args = inputs, block["coarse"], block["kernel"], block["bias"]
+        return conv._formulated(args, impl, slope=0.2, halo=1)
+
+    def of_whole(block, impl):
+        return _apply(block, impl, 0.2)[:, 2:-2]
+
+    weights = _weights(of_whole(block, "direct"))
+    expected = _value_and_gradient(of_whole, block, weights, "direct")
+    for impl in ("winograd", "planes"):
+        _assert_agree(_value_and_gradient(of_slab, block, weights, impl), expected)
 
 
 def test_conv3d_gradient_matches_finite_differences(key):
@@ -178,9 +242,10 @@ def test_upsample_nearest_repeats(key):
     np.testing.assert_array_equal(conv.upsample_nearest(x), y)
 
 
-def test_conv3d_matches_torch(key):
+@both_forms
+def test_conv3d_matches_torch(key, channels):
     torch = pytest.importorskip("torch")
-    x, kernel = _inputs(key, (2, 6, 5, 9), 3, 4)
+    x, kernel = _inputs(key, (2, 6, 5, 9), channels, 4)
     with torch.no_grad():
         y = torch.nn.functional.conv3d(
             torch.tensor(np.moveaxis(np.asarray(x), -1, 1).copy()),
@@ -192,36 +257,51 @@ def test_conv3d_matches_torch(key):
     np.testing.assert_allclose(got / scale, np.moveaxis(y, 1, -1) / scale, atol=2e-5)
 
 
-def test_conv3d_auto_equals_direct_above_the_small_size(key):
-    x, kernel = _inputs(key, (1, 16, 17, 18), 2, 3)
+# Sums of 81 unit normals; of 540, up to 100, whose rounding Winograd amplifies.
+both_forms_and_bounds = pytest.mark.parametrize(
+    ("channels", "atol"), [(THIN, 1e-4), (WIDE, 3e-4)]
+)
+
+
+@both_forms_and_bounds
+def test_conv3d_auto_equals_direct_above_the_small_size(key, channels, atol):
+    x, kernel = _inputs(key, (1, 16, 17, 18), channels, 3)
     y = jax.jit(conv.conv3d)(x, kernel)
     expected = conv.conv3d(x, kernel, impl="direct")
-    np.testing.assert_allclose(y, expected, atol=1e-4)  # sums of 54 unit normals
+    np.testing.assert_allclose(y, expected, atol=atol)
 
 
-def test_conv3d_compiled_cpu_program_holds_no_3d_convolution(key):
-    x, kernel = _inputs(key, (1, 16, 16, 16), 4, 4)
+@both_forms
+def test_conv3d_compiled_cpu_program_holds_no_3d_convolution(key, channels):
+    x, kernel = _inputs(key, (1, 16, 16, 16), channels, 4)
 
-    def loss(x, w):
-        return conv.conv3d(x, w).sum()
+    def text(impl):
+        def loss(x, w):
+            return jnp.square(conv.conv3d(x, w, impl=impl)).sum()
+
+        grad = jax.value_and_grad(loss, (0, 1))
+        return jax.jit(grad).lower(x, kernel).compile().as_text()
 
     if jax.default_backend() != "cpu":
         pytest.skip("the CPU form")
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile().as_text()
-    assert "window={size=3x3x3" not in text
+    window = re.compile(r"window={size=\d+x\d+x\d+")
+    assert window.search(text("direct"))
+    assert not window.search(text("auto"))
 
 
+@both_forms_and_bounds
 @pytest.mark.parametrize("shape", [(1, 16, 17, 18), (1, 4, 6, 8)])
-def test_conv3d_of_a_cpu_equals_direct_at_all_sizes(key, shape):
-    x, kernel = _inputs(key, shape, 2, 3)
+def test_conv3d_of_a_cpu_equals_direct_at_all_sizes(key, shape, channels, atol):
+    x, kernel = _inputs(key, shape, channels, 3)
     expected = conv.conv3d(x, kernel, impl="direct")
     program = jax.jit(functools.partial(conv.conv3d, impl="cpu"))
-    np.testing.assert_allclose(program(x, kernel), expected, atol=1e-4)
+    np.testing.assert_allclose(program(x, kernel), expected, atol=atol)
     assert ("while" in program.lower(x, kernel).as_text()) == (shape[1] == 16)
 
 
-def test_conv3d_keeps_bfloat16(key):
-    x, kernel = _inputs(key, (1, 8, 6, 5), 2, 3)
+@both_forms
+def test_conv3d_keeps_bfloat16(key, channels):
+    x, kernel = _inputs(key, (1, 8, 6, 5), channels, 3)
     expected = conv.conv3d(x, kernel, impl="direct")
     for impl in ("direct", "winograd", "planes"):
         y = conv.conv3d(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), impl=impl)

@@ -1,5 +1,6 @@
 """The training loop: one trace, exact resume, several devices, refusals."""
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
@@ -24,6 +26,7 @@ from unireg_jax.errors import CHECKPOINT, NUMERICAL, PREEMPTED, USAGE, UserError
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.features import sam
 from unireg_jax.registration import embedding, load_model, weights
+from unireg_jax.tasks import PairType, Region
 from unireg_jax.training import checkpoint, evaluate, log, optimizer
 from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import state as train_state
@@ -146,7 +149,14 @@ def test_run_leaves_weights_config_and_metrics(config, tmp_path):
     assert lines[-2]["time/total_s"] > lines[-2]["time/useful_s"] > 0
 
 
-def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
+def _asks_of_host(lowered):
+    """What of a program leaves the device while it runs."""
+    traffic = r"callback|infeed|outfeed|\bsend\b|\brecv\b"
+    return re.findall(traffic, lowered.as_text())
+
+
+def test_train_step_traces_once_donates_and_needs_no_host(config, tmp_path):
+    """Over all regions and pair types; parameters and optimiser are kept in place."""
     experiment = build.build(config, tmp_path)
     traces = []
 
@@ -161,16 +171,30 @@ def test_train_step_traces_once_over_tasks_and_donates(config, tmp_path):
     stream = loader.make_iterator(
         experiment.dataset, "train", batch_size=mesh.shape["data"], seed=0
     )
-    seen = set()
-    for _ in range(4):
+    for region, pair_type in itertools.product(Region, PairType):
         batch = next(stream)
-        seen.add((int(batch.region[0]), int(batch.pair_type[0])))
+        batch = batch._replace(
+            region=np.full_like(batch.region, region),
+            pair_type=np.full_like(batch.pair_type, pair_type),
+        )
         batch = jax.device_put(batch, train_mesh.pair_sharding(mesh))
         before = state
         with jax.transfer_guard("disallow"):
             state, _ = step(before, batch, experiment.extractor)
-    assert len(traces) == 1 and len(seen) == 2
-    assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
+    lowered = step.lower(state, batch, experiment.extractor)
+    assert len(traces) == 1
+    assert not _asks_of_host(lowered)
+    given = jax.tree.leaves((before.params, before.opt_state))
+    assert all(x.is_deleted() for x in given)
+    in_place = lowered.compile().memory_analysis().alias_size_in_bytes
+    assert in_place >= sum(x.nbytes for x in given)
+
+    def calling_back(params, batch, extractor):
+        jax.debug.callback(print, batch.region)
+        return optax.tree.norm(params), {"loss": optax.tree.norm(params)}
+
+    step = train_step.make_train_step(calling_back, experiment.tx, mesh=mesh)
+    assert _asks_of_host(step.lower(state, batch, experiment.extractor))
 
 
 def test_run_without_validation_needs_no_such_pairs(config, tmp_path):
