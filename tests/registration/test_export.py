@@ -11,9 +11,10 @@ import pytest
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
+from unireg_jax.registration import selftest
 from unireg_jax.registration.compiled import compile_register
 from unireg_jax.registration.export import export_register
-from unireg_jax.registration.network import Model, initializer
+from unireg_jax.registration.network import Model, initializer, load_model
 
 SHAPE = (32, 16, 32)
 
@@ -62,6 +63,27 @@ def test_export_equals_the_library_at_any_batch(model, tmp_path):
             *hu[:, :batch, ..., None], *(code[:batch] for code in codes)
         )
         np.testing.assert_allclose(got, expected[:batch], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_export_of_the_packaged_weights_equals_the_library(tmp_path):
+    path = tmp_path / "net.stablehlo"
+    packaged = load_model()
+    export_register(path, weights=packaged)
+    # Padded to the grid of the weights; their voxels are smaller, which is no matter.
+    room = [
+        (0, n - k) for n, k in zip(packaged.preprocess.shape, (60, 46, 52), strict=True)
+    ]
+    fixed, moving = (
+        np.pad(selftest.torso(shift), room, constant_values=-1000)
+        for shift in ((0.0, 0.0, 0.0), selftest.SHIFT_MM)
+    )
+    expected = compile_register(packaged)(fixed, moving, 1, 0)
+    assert np.abs(expected).max() > 1  # voxels
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    codes = np.array([1], np.int32), np.array([0], np.int32)
+    got = exported.call(fixed[None, ..., None], moving[None, ..., None], *codes)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_export_rejects_a_shape(model, tmp_path):
