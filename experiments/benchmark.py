@@ -67,16 +67,22 @@ def make_batch(shape: tuple[int, int, int]) -> PairBatch:
     )
 
 
-def training_step(dtype: str, dice: float) -> tuple[Callable, Callable]:
-    """The step of preset `paper` and what makes its first state."""
+def training_step(
+    dtype: str,
+    dice: float,
+    *,
+    remat: str = "none",
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Callable, Callable]:
+    """The step of preset `paper` and what makes its first state; mesh: all devices."""
     config = unireg.get_config()
-    model = UniReg(dtype=dtype, conv_impl=build.conv_impl())
+    model = UniReg(dtype=dtype, remat=remat, conv_impl=build.conv_impl())
     weights = objective.Weights(
         num_labels=_LABELS, **{**config.loss.to_dict(), "dice": dice}
     )
     loss = objective.make_loss(functools.partial(build.apply, model), weights=weights)
     tx = optimizer.make_optimizer(**config.optim.to_dict())
-    step = train_step.make_train_step(loss, tx, mesh=train_mesh.make_mesh())
+    step = train_step.make_train_step(loss, tx, mesh=mesh or train_mesh.make_mesh())
     return step, lambda: train_state.make_state(model, tx, seed=0)
 
 
@@ -224,7 +230,7 @@ def main(argv) -> None:
         runs = candidates(shape, flags.FLAGS.dtype)
     times = timing.measure(runs, flags.FLAGS.repeats)
     print(report(times, shape))
-    print(f"\nhost peak with the twin: {_host_peak():.1f} GiB")
+    print(f"\nhost peak in the end: {_host_peak():.1f} GiB")
     if stats := device.memory_stats():
         print(f"peak on the device: {stats['peak_bytes_in_use'] / 2**30:.1f} GiB")
 

@@ -10,7 +10,6 @@ so many devices CPU ones are simulated. What is estimated is the program for thi
 platform: on a CPU the convolutions compute in float32 whatever their dtype.
 """
 
-import functools
 import itertools
 import os
 import time
@@ -19,32 +18,20 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import benchmark, build, cli, unireg
+from experiments import benchmark, cli
 from unireg_jax.models import backbone
 from unireg_jax.models.features import Extractor
-from unireg_jax.models.unireg import UniReg
 from unireg_jax.training import mesh as train_mesh
-from unireg_jax.training import objective, optimizer
-from unireg_jax.training import state as train_state
-from unireg_jax.training import step as train_step
 
 
 def compile_step(shape, dtype, remat, batch, space):
     """The compiled training step of one setting."""
-    config = unireg.get_config()
-    model = UniReg(dtype=dtype, remat=remat, conv_impl=build.conv_impl())
-    labels = 14  # 13 structures and background
-    weights = objective.Weights(**{**config.loss.to_dict(), "num_labels": labels})
-    tx = optimizer.make_optimizer(**config.optim.to_dict())
-    step = train_step.make_train_step(
-        objective.make_loss(functools.partial(build.apply, model), weights=weights),
-        tx,
-        mesh=train_mesh.make_mesh(jax.devices()[:space], space=space),
-    )
-    state = jax.eval_shape(lambda: train_state.make_state(model, tx, seed=0))
+    mesh = train_mesh.make_mesh(jax.devices()[:space], space=space)
+    step, make_state = benchmark.training_step(dtype, 1.0, remat=remat, mesh=mesh)
     pairs = jax.tree.map(
         lambda x: np.concatenate([x] * batch), benchmark.make_batch(shape)
     )
+    state = jax.eval_shape(make_state)
     return step.lower(state, pairs, Extractor("mind")).compile()
 
 
