@@ -258,7 +258,7 @@ def judge(data: Path, model, split: str, runs: Sequence[Run] = RUNS) -> list[dic
     todo, rows = real_pairs.pairs(data, split), []
     for pair in tqdm(todo, disable=not sys.stderr.isatty()):
         scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
-        start = real_pairs.own_affine(pair, scans, sessions[runs[0].plan])
+        start = real_pairs.own_start(pair, scans, sessions[runs[0].plan]).matrix
         for run in runs:
             named = real_pairs.settings(pair, run.affine, network=run.network)
             session, clock = sessions[run.plan], pipeline.Clock()

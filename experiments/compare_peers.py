@@ -123,9 +123,7 @@ class Start(NamedTuple):
 def begin(pair: Pair, session: registration.Session) -> Start:
     """Pre-aligns a pair and brings it onto its working grid."""
     scans = real_pairs.read_scans(pair)
-    # By its own task: "auto" looks at the region, too.
-    settings = real_pairs.settings(pair, "auto")
-    found = session.prepare(*scans, settings, clock=registration.Clock())
+    found = real_pairs.own_start(pair, scans, session)
     return Start(
         found.layout.grid,
         found.settings["affine_used"],

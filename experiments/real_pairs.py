@@ -26,7 +26,7 @@ from unireg_jax.imaging import mapping, nifti, points
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.points import PointPairs
-from unireg_jax.registration import Clock, Session, check_settings
+from unireg_jax.registration import Clock, Session, check_settings, pipeline
 from unireg_jax.tasks import TASKS
 
 SPLITS = {
@@ -123,17 +123,14 @@ def settings(pair: Pair, affine: str, *, network: bool = True) -> dict[str, str]
     return check_settings(pair.task if network else "none", usual, affine)
 
 
-def own_affine(
+def own_start(
     pair: Pair, scans: tuple[Volume, Volume], session: Session
-) -> np.ndarray:
-    """The affine of the pair's own task, for runs with the network and without.
+) -> pipeline.Prepared:
+    """Pre-aligns by the pair's own task, for runs with the network and without.
 
     Left to choose, "auto" looks at the region, which a run without the network has not.
-
-    Returns:
-        [4, 4] LPS mm, fixed -> moving.
     """
-    return session.prepare(*scans, settings(pair, "auto"), clock=Clock()).matrix
+    return session.prepare(*scans, settings(pair, "auto"), clock=Clock())
 
 
 def read_scans(pair: Pair) -> tuple[Volume, Volume]:

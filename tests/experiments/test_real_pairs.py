@@ -37,7 +37,7 @@ def test_settings_keep_the_pairs_type_without_network(tmp_path):
         assert asked["affine"] == "coarse"
 
 
-def test_own_affine_is_of_the_pairs_own_task(tmp_path):
+def test_own_start_is_of_the_pairs_own_task(tmp_path):
     """Without a region "auto" would take another one for the lung pair."""
     asked = []
 
@@ -47,7 +47,7 @@ def test_own_affine_is_of_the_pairs_own_task(tmp_path):
 
     lung = real_pairs.pairs(tmp_path, tasks=["lung"])[0]
     session = SimpleNamespace(prepare=prepare)
-    found = real_pairs.own_affine(lung, ("fixed", "moving"), session)
+    found = real_pairs.own_start(lung, ("fixed", "moving"), session).matrix
     ((*scans, settings),) = asked
     assert scans == ["fixed", "moving"] and (found == np.eye(4)).all()
     assert (settings["task"], settings["affine"]) == ("lung", "auto")
