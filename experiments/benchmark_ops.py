@@ -249,10 +249,8 @@ def _convolve_gradient(cotangent, *inputs, upsampled):
 
 
 def _layer_ops(name, layer):
-    fixed = {"upsampled": layer.coarse > 0}
-
     def bound(function):
-        return functools.partial(function, **fixed)
+        return functools.partial(function, upsampled=layer.coarse > 0)
 
     return {
         name: Op(

@@ -1,10 +1,13 @@
 """The per-operator benchmark: it runs, and its peers compute what ours does."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import benchmark_ops, timing
+from unireg_jax.models.unireg import UniReg
+from unireg_jax.registration.network import initializer
 
 SHAPE = (16, 32, 16)
 
@@ -55,6 +58,18 @@ def test_peer_computes_the_same(name, peer):
     ours, theirs = (np.sort(np.asarray(r), axis=None) for r in (ours, theirs))
     # float32 sums in another order.
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.ptp(ours))
+
+
+def test_layers_are_those_of_the_network():
+    params = jax.eval_shape(initializer(UniReg()), jax.random.key(0))
+    kernels = {
+        path[-2].key: leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key == "kernel"
+    }
+    for name, layer in benchmark_ops.LAYERS.items():
+        channels = sum(layer.parts) + layer.coarse
+        assert kernels[name] == (3, 3, 3, channels, layer.features), name
 
 
 def test_unavailable_memory_is_refused():
