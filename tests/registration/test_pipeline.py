@@ -17,7 +17,7 @@ from unireg_jax.models import features
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import compiled, memory, pipeline, weights
+from unireg_jax.registration import compiled, memory, pipeline, prediction, weights
 from unireg_jax.registration import matcher as matching_scans
 from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register
@@ -368,7 +368,7 @@ def test_network_sees_the_coarsely_warped_scan_and_is_composed(matcher, own_feat
     assert np.abs(swapped - expected).max() > 0.05  # another order would show
     np.testing.assert_allclose(both.network_disp, expected, atol=1e-3)
     # Without "coarse" the network sees the scan as it lies.
-    warped = pipeline._prewarp(seen[1], coarse.network_disp[None])
+    warped = prediction.prewarp(seen[1], coarse.network_disp[None])
     np.testing.assert_array_equal(seen[0], warped)
     np.testing.assert_allclose(plain.network_disp, u, atol=1e-5)
 
@@ -379,7 +379,7 @@ def test_prewarp_reads_hu_and_keeps_the_marker():
     hu[5] = OUTSIDE_HU
     disp = np.zeros((1, 6, 7, 8, 3), np.float32)
     disp[..., 0], disp[..., 2] = 1.0, -2.0
-    moved = pipeline._prewarp(hu, disp)
+    moved = prediction.prewarp(hu, disp)
     np.testing.assert_array_equal(moved[:4, :, 2:], hu[1:5, :, :-2])
     assert (moved[4:] == OUTSIDE_HU).all() and (moved[:, :, :2] == OUTSIDE_HU).all()
 

@@ -21,9 +21,9 @@ from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import mapping, nifti, orientation, preprocess, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
-from unireg_jax.ops import intensity, resample, warp
+from unireg_jax.ops import resample, warp
 from unireg_jax.registration import affine as prealign
-from unireg_jax.registration import feature_affine, matcher, tiles
+from unireg_jax.registration import feature_affine, matcher, prediction, tiles
 from unireg_jax.registration import region as regions
 from unireg_jax.registration.compiled import (
     Compiled,
@@ -43,6 +43,7 @@ AFFINES = ("auto", *prealign.KINDS, "features", "coarse")
 _FOLDS_PERCENT = 1.0  # more is worth a look
 _LEAST_NCC = 0.2  # less is no match
 _RANGE_MM = 1000.0  # no field between two aligned scans of a body is longer
+_COSTS = ("refine_before", "refine_after")
 _SLAB_VOXELS = 2**21  # native voxels per step, about: 100 MB of scratch
 
 
@@ -287,12 +288,10 @@ class Session:
             counts = [str(count) for _, count in steps(plan, layout.window)]
             say(f"refinement: {plan.features}, {' + '.join(counts)} steps")
         pair = pair._replace(settings=settings)
+        disp = self._predicted(pair, clock, say)
         fine = self._finer(pair, source, mask)
         clock.lap("preprocess")
-        if len(layout.starts) == 1:
-            disp, scores = self._one_window(pair, fine, clock)
-        else:
-            disp, scores = self._windows(pair, fine, clock, say)
+        disp, scores = self._refined(pair, fine, disp, clock)
         grid, matrix = fine.layout.grid, pair.matrix
         qc = _quality(disp, scores, orientation.spacing_mm(grid.vox2world))
         clock.lap("quality")
@@ -498,94 +497,108 @@ class Session:
 
         return self._larger.get(shape, build)
 
-    def _one_window(self, pair, fine, clock) -> tuple[np.ndarray, dict[str, float]]:
-        """Displacement and its scores where one window holds all."""
-        programs, refiner = self._programs_for(pair.layout.window)
-        seen = None
-        with self._device:
-            if programs is self.programs:
-                fixed = self._describe(pair.target, pair.fixed_hu)
-            else:
-                fixed = programs.describe(pair.fixed_hu)
-            moving = programs.describe(pair.moving_hu)
-            if pair.coarse is not None and pair.settings["region"] is not None:
-                # What the network sees is warped already.
-                seen = programs.describe(_prewarp(pair.moving_hu, pair.coarse))
-            disp = _predict(programs, fixed, moving, seen, pair.coarse, pair.settings)
-            clock.lap("network")
-            costs = {}
-            if refiner:
-                if fine is not pair:
-                    fixed, moving = _undescribed(fine.fixed_hu, fine.moving_hu)
-                disp, *costs = refiner(fixed, moving, fine.body, disp)
-                costs = dict(zip(("refine_before", "refine_after"), costs, strict=True))
-                jax.block_until_ready(disp)
-                clock.lap("refine")
-            if fine is pair:
-                scores = programs.judge(fixed, moving, fine.body, disp)
-            else:
-                scores = self._judge(fine, disp[0])
-            disp, scores = jax.device_get((disp, scores | costs))
-        return disp[0], {name: float(value[0]) for name, value in scores.items()}
+    def _predicted(self, pair, clock, say) -> jax.Array:
+        """Displacement before refinement, [1, X, Y, Z, 3]."""
+        if pair.settings["region"] is None:
+            still = pair.coarse
+            if still is None:
+                still = jnp.zeros((1, *pair.layout.grid.shape, 3), jnp.float32)
+            return still
+        codes = [
+            Region[pair.settings["region"].upper()],
+            PairType[pair.settings["pair_type"].upper()],
+        ]
+        programs, _ = self._programs_for(pair.layout.window)
 
-    def _judge(self, pair, disp) -> dict[str, jax.Array]:
-        """Scores of a displacement on a grid of any size."""
-        spec = self.model.preprocess
-        return judge_field(
-            pair.fixed_hu,
-            pair.moving_hu,
-            pair.body,
-            disp,
-            window=(spec.hu_low, spec.hu_high),
-        )
+        def in_window(fixed, moving):
+            return programs(fixed, moving, *codes)
 
-    def _windows(self, pair, fine, clock, say) -> tuple[np.ndarray, dict[str, float]]:
-        """Displacement blended from overlapping windows, and its scores.
-
-        The device holds one window at a time, the host one field on the whole grid.
-        """
-        layout, blend, costs = pair.layout, tiles.Blend(fine.layout), []
-        with self._device:
-            seen_hu = None
-            if pair.coarse is not None and pair.settings["region"] is not None:
-                seen_hu = _prewarp(pair.moving_hu, pair.coarse)
-            windows = zip(layout.starts, fine.layout.starts, strict=True)
-            for number, (start, fine_start) in enumerate(windows, 1):
+        def one_pass(moving_hu):
+            layout = pair.layout
+            if len(layout.starts) == 1:
+                if programs is self.programs:
+                    fixed = self._describe(pair.target, pair.fixed_hu)
+                else:
+                    fixed = programs.describe(pair.fixed_hu)
+                return in_window(fixed, programs.describe(moving_hu))
+            blend = tiles.Blend(layout)
+            for number, start in enumerate(layout.starts, 1):
                 say(f"window {number} of {len(layout.starts)}")
                 part = layout.part(start)
                 fixed, moving = (
-                    self.programs.describe(np.ascontiguousarray(hu[part]))
-                    for hu in (pair.fixed_hu, pair.moving_hu)
+                    programs.describe(np.ascontiguousarray(hu[part]))
+                    for hu in (pair.fixed_hu, moving_hu)
                 )
-                seen = coarse = None
-                if pair.coarse is not None:
-                    coarse = pair.coarse[(slice(None), *part)]
-                if seen_hu is not None:
-                    seen = self.programs.describe(np.ascontiguousarray(seen_hu[part]))
-                disp = _predict(
-                    self.programs, fixed, moving, seen, coarse, pair.settings
-                )
-                clock.lap("network")
-                part = fine.layout.part(fine_start)
-                body = np.ascontiguousarray(fine.body[part])
-                if self.refiner and body.any():
-                    if fine is not pair:
-                        fixed, moving = _undescribed(
-                            fine.fixed_hu[part], fine.moving_hu[part]
-                        )
-                    disp, *cost = self.refiner(fixed, moving, body, disp)
-                    costs.append([float(c[0]) for c in cost] + [float(body.sum())])
-                    clock.lap("refine")
-                elif fine is not pair:
-                    disp = resample.upsample_disp(disp, self.refiner.plan.finer)
-                blend.add(fine_start, np.asarray(disp[0]))
-            scores = self._judge(fine, blend.disp)
-            scores = {k: float(v[0]) for k, v in jax.device_get(scores).items()}
-        if costs:  # mean over the windows, by how much body each holds
-            before, after, weight = np.array(costs).T
-            scores["refine_before"] = float((before * weight).sum() / weight.sum())
-            scores["refine_after"] = float((after * weight).sum() / weight.sum())
-        return blend.disp, scores
+                blend.add(start, np.asarray(in_window(fixed, moving)[0]))
+            return blend.disp[None]
+
+        with self._device:
+            disp = prediction.in_passes(
+                pair.moving_hu, one_pass, passes=1, start=pair.coarse
+            )
+        clock.lap("network")
+        return disp
+
+    def _refined(
+        self, pair, fine, disp, clock
+    ) -> tuple[np.ndarray, dict[str, jax.Array]]:
+        """Displacement on the grid of `fine`, [X, Y, Z, 3], and its scores."""
+        programs, refiner = self._programs_for(pair.layout.window)
+        with self._device:
+            if refiner is None:
+                disp, costs = disp[0], {}
+            elif len(fine.layout.starts) == 1:
+                scans = _scans(programs, refiner, fine.fixed_hu, fine.moving_hu)
+                disp, *costs = refiner(*scans, fine.body, disp)
+                costs = dict(zip(_COSTS, (c[0] for c in costs), strict=True))
+                disp = jax.block_until_ready(disp)[0]
+                clock.lap("refine")
+            else:
+                disp, costs = self._refined_windows(pair, fine, disp)
+                clock.lap("refine")
+            scores = self._judge(programs, fine, disp)
+            disp, scores = jax.device_get((disp, scores | costs))
+        return disp, {name: float(value) for name, value in scores.items()}
+
+    def _refined_windows(self, pair, fine, disp) -> tuple[np.ndarray, dict[str, float]]:
+        """Blended from overlapping windows: the device holds one of them at a time."""
+        programs, refiner, disp = self.programs, self.refiner, np.asarray(disp)
+        blend, costs = tiles.Blend(fine.layout), []
+        windows = zip(pair.layout.starts, fine.layout.starts, strict=True)
+        for start, fine_start in windows:
+            part = fine.layout.part(fine_start)
+            body = np.ascontiguousarray(fine.body[part])
+            found = jnp.asarray(disp[(slice(None), *pair.layout.part(start))])
+            if body.any():
+                scans = (hu[part] for hu in (fine.fixed_hu, fine.moving_hu))
+                scans = _scans(programs, refiner, *scans)
+                found, *cost = refiner(*scans, body, found)
+                costs.append([float(c[0]) for c in cost] + [float(body.sum())])
+            else:
+                found = resample.upsample_disp(found, refiner.plan.finer)
+            blend.add(fine_start, np.asarray(found[0]))
+        if not costs:
+            return blend.disp, {}
+        # Mean over the windows, by how much body each holds.
+        *both, weight = np.array(costs).T
+        means = (float((c * weight).sum() / weight.sum()) for c in both)
+        return blend.disp, dict(zip(_COSTS, means, strict=True))
+
+    def _judge(self, programs, pair, disp) -> dict[str, jax.Array]:
+        """Scores of a displacement on the pair's grid."""
+        if disp.shape[:3] == programs.shape:
+            scans = _undescribed(pair.fixed_hu, pair.moving_hu)
+            scores = programs.judge(*scans, pair.body, jnp.asarray(disp)[None])
+        else:
+            spec = self.model.preprocess
+            scores = judge_field(
+                pair.fixed_hu,
+                pair.moving_hu,
+                pair.body,
+                disp,
+                window=(spec.hu_low, spec.hu_high),
+            )
+        return {name: value[0] for name, value in scores.items()}
 
 
 class Prepared(NamedTuple):
@@ -614,41 +627,18 @@ class Prepared(NamedTuple):
 
 
 def _undescribed(*images: np.ndarray) -> tuple[Described, ...]:
-    """Volumes on the device, features left to those who need them."""
+    """Volumes on the device, without features."""
     return tuple(
         Described(jax.device_put(np.ascontiguousarray(hu)[None, ..., None]), None)
         for hu in images
     )
 
 
-def _predict(programs, fixed, moving, seen, coarse, settings) -> jax.Array:
-    """The displacement before refinement; `seen` is moving warped by `coarse`."""
-    if settings["region"] is None:
-        still = jnp.zeros((1, *programs.shape, 3), jnp.float32)
-        return still if coarse is None else coarse
-    codes = [
-        Region[settings["region"].upper()],
-        PairType[settings["pair_type"].upper()],
-    ]
-    disp = programs(fixed, moving if seen is None else seen, *codes)
-    if coarse is not None:
-        disp = jax.jit(warp.compose)(disp, coarse)
-    return jax.block_until_ready(disp)
-
-
-def _prewarp(hu: np.ndarray, disp: jax.Array) -> np.ndarray:
-    """A scan on the network's grid, [X, Y, Z] int16, read at x + disp(x)."""
-
-    def read(hu, disp):
-        hu = hu[None, ..., None]
-        valid = intensity.valid(hu).astype(jnp.float32)
-        reached = warp.warp(valid, disp)[..., 0] * warp.inside(disp)
-        # The marker of what lies outside is no HU to interpolate.
-        image = jnp.maximum(hu.astype(jnp.float32), mapping.AIR_HU)
-        image = jnp.round(warp.warp(image, disp))[..., 0]
-        return jnp.where(reached > 0.5, image, OUTSIDE_HU).astype(jnp.int16)[0]
-
-    return np.asarray(jax.jit(read)(hu, disp))
+def _scans(programs, refiner, *images: np.ndarray) -> tuple[Described, ...]:
+    """Volumes as the refiner takes them: features only where it compares them."""
+    if not refiner.described:
+        return _undescribed(*images)
+    return tuple(programs.describe(np.ascontiguousarray(hu)) for hu in images)
 
 
 def residual_mm(registration: Registration) -> np.ndarray:

@@ -267,12 +267,13 @@ class Refiner:
         plan: as compiled.
         shape: (X, Y, Z) voxels of the grid where scans are compared.
         extractor: of the features that are compared.
+        described: whether it compares those of `Compiled.describe`.
     """
 
     plan: Plan
     shape: tuple[int, int, int]
     extractor: Extractor
-    _described: bool
+    described: bool
     _program: jax.stages.Compiled
 
     def __call__(
@@ -298,7 +299,7 @@ class Refiner:
                 f"body must be {self.shape} bool, got {body.shape} {body.dtype}"
             )
         body = jax.device_put(body[None])
-        if not self._described:
+        if not self.described:
             fixed, moving = (scan._replace(features=None) for scan in (fixed, moving))
         return self._program(fixed, moving, self.extractor, body, disp)
 

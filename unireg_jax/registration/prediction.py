@@ -1,0 +1,92 @@
+"""What the network says of a pair: in one pass or several, one way or both.
+
+One pass one way is the paper's, u = f(fixed, moving). Both ways is the mean of the map
+there and of the inverse of the map back,
+
+    u = (f(fixed, moving) + f(moving, fixed)^-1) / 2
+
+so that two equal scans stay where they are and most folds go. Every pass after the
+first acts on the moving scan as warped so far; the fields are composed. Neither is in
+the paper, and neither needs other weights.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unireg_jax.imaging import mapping
+from unireg_jax.ops import intensity, warp
+from unireg_jax.tasks import OUTSIDE_HU
+
+Field = jax.Array | np.ndarray
+
+
+def in_passes(
+    moving_hu: np.ndarray,
+    one_pass: Callable[[np.ndarray], Field],
+    *,
+    passes: int,
+    start: Field | None = None,
+) -> jax.Array:
+    """Composes the fields of several passes.
+
+    u_k = one_pass(moving warped by the total of those before)
+    total_k(x) = u_k(x) + total_{k-1}(x + u_k(x)),   total_0 = start
+
+    Args:
+        moving_hu: [X, Y, Z] int16, HU, pre-aligned; OUTSIDE_HU beyond the scan.
+        one_pass: a moving scan like moving_hu -> [1, X, Y, Z, 3] float32, voxels.
+        passes: how many, at least 1.
+        start: [1, X, Y, Z, 3] float32, voxels, on top of which the first one acts; None
+            for moving_hu as it is.
+
+    Returns:
+        [1, X, Y, Z, 3] float32, voxels: the total.
+    """
+    total = start
+    for _ in range(passes):
+        seen = moving_hu if total is None else prewarp(moving_hu, total)
+        found = one_pass(seen)
+        total = found if total is None else jax.jit(warp.compose)(found, total)
+    return jax.block_until_ready(jnp.asarray(total))
+
+
+@jax.jit
+def mean_of_ways(there: jax.Array, back: jax.Array) -> jax.Array:
+    """Averages a field with the inverse of the opposite one.
+
+    Where `back` folds it has no inverse, and what the iteration ends at counts.
+
+    Args:
+        there: [1, X, Y, Z, 3] float32, voxels: fixed -> moving.
+        back: the same, moving -> fixed.
+
+    Returns:
+        [1, X, Y, Z, 3] float32, voxels: fixed -> moving.
+    """
+    return (there + warp.invert(back)) / 2
+
+
+def prewarp(hu: np.ndarray, disp: Field) -> np.ndarray:
+    """Warps a scan that is on the network's grid.
+
+    Args:
+        hu: [X, Y, Z] int16, HU; OUTSIDE_HU beyond the scan.
+        disp: [1, X, Y, Z, 3] float32, voxels.
+
+    Returns:
+        [X, Y, Z] int16, hu at x + disp(x); OUTSIDE_HU beyond the scan.
+    """
+
+    def read(hu, disp):
+        hu = hu[None, ..., None]
+        valid = intensity.valid(hu).astype(jnp.float32)
+        reached = warp.warp(valid, disp)[..., 0] * warp.inside(disp)
+        # The marker of what lies outside is no HU to interpolate.
+        image = jnp.maximum(hu.astype(jnp.float32), mapping.AIR_HU)
+        image = jnp.round(warp.warp(image, disp))[..., 0]
+        return jnp.where(reached > 0.5, image, OUTSIDE_HU).astype(jnp.int16)[0]
+
+    return np.asarray(jax.jit(read)(hu, disp))
