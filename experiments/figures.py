@@ -122,14 +122,31 @@ def _draw_grid(axis, disp_mm: np.ndarray, plane, spacing_mm, *, lines: int = 24)
         axis.plot(x[:, j], y[:, j], color="cyan", linewidth=0.5)
 
 
-def save_curves(path: Path | str, curves: dict[str, tuple], *, ylabel: str) -> None:
-    """Draws named curves over steps: name -> (steps, values)."""
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for name, (steps, values) in curves.items():
-        axis.plot(steps, values, label=name)
-    axis.set_xlabel("step")
-    axis.set_ylabel(ylabel)
-    axis.legend()
+def save_curves(
+    path: Path | str,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
+    *,
+    marks: Sequence[int] = (),
+) -> None:
+    """Draws named curves over steps, one panel beside the other.
+
+    Args:
+        path: PNG to write.
+        panels: what goes up -> name of a curve -> (steps, values).
+        marks: steps to draw a line at.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6 * len(panels), 4), squeeze=False
+    )
+    for axis, (up, curves) in zip(axes[0], panels.items(), strict=True):
+        for name, (steps, values) in curves.items():
+            marker = "o" if len(steps) < 20 else None
+            axis.plot(steps, values, label=name, marker=marker)
+        for step in marks:
+            axis.axvline(step, color="grey", linestyle=":")
+        axis.set_xlabel("step")
+        axis.set_ylabel(up)
+        axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
