@@ -259,6 +259,28 @@ def test_register_weighs_smoothness_by_either_name(scans, tmp_path, network, cap
     assert "--io-iterations" in refused(capsys, alone, errors.USAGE)
 
 
+def test_register_takes_passes_of_the_network(scans, tmp_path, network, capsys):
+    found = {}
+    for name, more in {
+        "one": ("--passes", "1", "--no-symmetric"),
+        "two": ("--passes", "2", "--symmetric"),
+    }.items():
+        line = command(scans, tmp_path, network, *more, "--case", name, "--json")
+        assert cli.main(line) == 0
+        captured = capsys.readouterr()
+        record = json.loads(captured.out)
+        settings = record["settings"]
+        asked = settings["passes"], settings["symmetric"]
+        found[name] = asked, record["qc"]["max_mm"], record["settings_sha256"]
+        assert ("2 passes, both ways" in captured.err) == (name == "two")
+    assert found["one"][0] == (1, False) and found["two"][0] == (2, True)
+    assert len({row[1] for row in found.values()}) == 2
+    assert len({row[2] for row in found.values()}) == 2
+    for wrong in ("0", "9", "x"):
+        line = command(scans, tmp_path, network, "--passes", wrong, "--case", "c")
+        assert "--passes" in refused(capsys, line, errors.USAGE)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU is there")
 def test_register_refuses_a_gpu_that_is_not_there(scans, tmp_path, network, capsys):
     asked = command(scans, tmp_path, network, "--device", "gpu", "--quiet")

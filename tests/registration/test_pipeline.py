@@ -16,13 +16,14 @@ from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 from unireg_jax.models import features
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
+from unireg_jax.ops import warp
 from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import compiled, memory, pipeline, prediction, weights
 from unireg_jax.registration import matcher as matching_scans
 from unireg_jax.registration.network import initializer, load_model
 from unireg_jax.registration.pipeline import register
 from unireg_jax.registration.refine import Plan
-from unireg_jax.tasks import OUTSIDE_HU, Region
+from unireg_jax.tasks import Region
 
 SPEC = PreprocessSpec(shape=(48, 32, 48), spacing_mm=(8.0, 9.0, 8.0))
 ARCHITECTURE = {"encoder": (4, 4, 4, 4), "decoder": (4, 4, 4, 4), "remaining": (8,)}
@@ -371,17 +372,6 @@ def test_network_sees_the_coarsely_warped_scan_and_is_composed(matcher, own_feat
     warped = prediction.prewarp(seen[1], coarse.network_disp[None])
     np.testing.assert_array_equal(seen[0], warped)
     np.testing.assert_allclose(plain.network_disp, u, atol=1e-5)
-
-
-def test_prewarp_reads_hu_and_keeps_the_marker():
-    rng = np.random.default_rng(0)
-    hu = rng.integers(-1000, 500, (6, 7, 8)).astype(np.int16)
-    hu[5] = OUTSIDE_HU
-    disp = np.zeros((1, 6, 7, 8, 3), np.float32)
-    disp[..., 0], disp[..., 2] = 1.0, -2.0
-    moved = prediction.prewarp(hu, disp)
-    np.testing.assert_array_equal(moved[:4, :, 2:], hu[1:5, :, :-2])
-    assert (moved[4:] == OUTSIDE_HU).all() and (moved[:, :, :2] == OUTSIDE_HU).all()
 
 
 def test_matching_grid_has_the_spacing_of_the_embedding():
@@ -745,6 +735,53 @@ def test_register_tiles_refine_every_window(calm):
     assert fine.qc["ncc_after"] > plain.qc["ncc_after"] + 0.005
     moved = np.abs(fine.network_disp).max(axis=(0, 1, 3))
     assert (moved[20:172] > 0.1).all()
+
+
+def test_symmetric_leaves_equal_scans_nearly_where_they_are(model):
+    images, grids = pair()
+
+    def longest(**more):
+        equal = (images[0], images[0]), (grids[0], grids[0])
+        common = dict(task="chest", weights=model, affine="none")
+        return np.abs(run(*equal, **common, **more).disp_mm).max()
+
+    assert longest() > 2.0
+    assert longest(symmetric=True) < 0.2 * longest()
+
+
+def test_second_pass_starts_where_the_first_one_ended(model):
+    images, grids = pair()
+    common = dict(task="chest", weights=model, affine="none")
+    one, two = (run(images, grids, passes=n, **common) for n in (1, 2))
+    assert (two.settings["passes"], two.settings["symmetric"]) == (2, False)
+    volumes = [
+        pipeline.as_volume(*scan, "scan") for scan in zip(images, grids, strict=True)
+    ]
+    fixed, moving = (
+        preprocess.prepare_image(v, one.network_grid, SPEC) for v in volumes
+    )
+    program = compiled.compile_register(model)
+    seen = prediction.prewarp(moving, one.network_disp[None])
+    more = np.asarray(program(fixed, seen, Region.CHEST, 0))
+    expected = np.asarray(warp.compose(more, one.network_disp[None]))[0]
+    np.testing.assert_allclose(two.network_disp, expected, atol=1e-4)
+    assert np.abs(two.network_disp - one.network_disp).max() > 0.5
+    with pytest.raises(ValueError, match="passes must be"):
+        run(images, grids, passes=9, **common)
+
+
+def test_passes_over_tiles_see_one_warped_scan(model):
+    images, grids = long_pair()
+    lines = []
+    common = dict(task="chest", weights=model, affine="none", symmetric=True)
+    one = run(images, grids, **common)
+    two = run(images, grids, passes=2, progress=lines.append, **common)
+    assert sum("window " in line for line in lines) == 2 * one.settings["windows"]
+    assert any("2 passes, both ways" in line for line in lines)
+    # No seam: along the column the field changes no faster than within a window.
+    steps = np.abs(np.diff(two.network_disp, axis=2)).max(axis=(0, 1, 3))
+    assert steps.max() < 3 * np.r_[steps[2:10], steps[-10:-2]].max()
+    assert np.abs(two.network_disp - one.network_disp).max() > 0.3
 
 
 def test_register_one_larger_window_holds_the_whole_body(model):

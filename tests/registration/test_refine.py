@@ -390,7 +390,8 @@ def test_choices_are_those_of_refine():
 def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     def digest(**given):
         asked = {"affine": "auto", "fov": "auto", "io_iterations": 50}
-        asked |= {"io_features": None, "reg_weight": None, "io_finer": None} | given
+        asked |= {"io_features": None, "reg_weight": None, "io_finer": None}
+        asked |= {"passes": 1, "symmetric": False} | given
         case = Case("a", "f.nii", "m.nii", "lung")
         return verb.settings_sha256(argparse.Namespace(**asked), case)
 
@@ -398,8 +399,9 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     assert digest(io_features="image", reg_weight=0.5, io_finer=1) == plain
     others = [digest(reg_weight=1.0), digest(io_features="mind"), digest(io_finer=2)]
     others += [digest(io_iterations=0), digest(io_iterations=49)]
+    others += [digest(passes=2), digest(symmetric=True)]
     monkeypatch.setattr(verb, "_IO_ALGORITHM", "another")
-    assert len({plain, *others, digest()}) == 7
+    assert len({plain, *others, digest()}) == 9
     assert digest(io_iterations=0) == others[3]
 
 

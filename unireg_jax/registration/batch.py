@@ -8,7 +8,7 @@ import numpy as np
 
 from unireg_jax.errors import UserError
 from unireg_jax.imaging.nifti import Volume
-from unireg_jax.registration import pipeline
+from unireg_jax.registration import pipeline, prediction
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.pipeline import Registration
 from unireg_jax.registration.refine import Plan
@@ -61,6 +61,8 @@ def register_many(
     finish: Finish | None = None,
     workers: int = 3,
     keep: int = 4,
+    passes: int = prediction.PASSES,
+    symmetric: bool = prediction.SYMMETRIC,
     refine: Plan | None = None,
 ) -> Iterator[Outcome]:
     """Registers pairs one after the other while their neighbours read and write.
@@ -79,14 +81,15 @@ def register_many(
             registration, whose arrays are then freed.
         workers: threads; each holds one pair in memory.
         keep: scans remembered, with their image on the network's grid and its features.
+        passes, symmetric: of the network, see `register`.
         refine: instance optimisation of every pair's field; None for none.
 
     Yields:
         Outcome per pair, in the order of `pairs`.
 
     Raises:
-        ValueError: workers or keep below 1, a plan that cannot be carried out, or a
-            pair whose arguments do not fit.
+        ValueError: workers or keep below 1, passes or a plan that cannot be carried
+            out, or a pair whose arguments do not fit.
         UserError: weights that cannot be used (exit code 9). That of a pair is yielded;
             anything else ends the batch. Then, as when the caller stops, pairs in work
             are finished, no other is begun, and no thread is left.
@@ -95,7 +98,9 @@ def register_many(
         raise ValueError(f"workers and keep must be at least 1, got {workers}, {keep}")
     model = weights if isinstance(weights, Model) else load_model(weights)
     # A generator of its own: what is wrong above is raised by the call itself.
-    session = pipeline.Session(model, keep=keep, refine=refine)
+    session = pipeline.Session(
+        model, keep=keep, passes=passes, symmetric=symmetric, refine=refine
+    )
     ends = in_threads(pairs, lambda p, _: _one(session, p, finish), workers=workers)
     return (end.value for end in ends)
 

@@ -63,7 +63,8 @@ class Registration(NamedTuple):
             smallest value, where that is not air) beyond the moving scan.
         settings: task, region, pair_type, affine: asked and used; fov asked and used,
             windows, body_covered, the share of the fixed body on network_grid, and
-            seen, the body region that each scan shows; with `refine` its plan.
+            seen, the body region that each scan shows; with the network passes and
+            symmetric, with `refine` its plan.
         qc: of network_disp, on its grid: finite; max_mm and p99_mm, length;
             fold_percent_network, sdlogj_network (see ops/jacobian.py); and ncc_before,
             ncc_after (global, signed, windowed intensities, after the pre-alignment and
@@ -98,6 +99,8 @@ def register(
     fixed_mask: np.ndarray | None = None,
     fixed_vox2world: np.ndarray | None = None,
     moving_vox2world: np.ndarray | None = None,
+    passes: int = prediction.PASSES,
+    symmetric: bool = prediction.SYMMETRIC,
     refine: Plan | None = None,
     fov: str = "auto",
     progress: Callable[[str], None] | None = None,
@@ -127,6 +130,10 @@ def register(
             pre-alignment and quality control; the body by default.
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         moving_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
+        passes: how often the network acts, 1 to 8, each time on the moving scan as
+            warped so far; the paper has 1.
+        symmetric: whether each pass averages the map there with the inverse of the map
+            back, see registration/prediction.py; the paper's does not.
         refine: instance optimisation of the network's field; None for none.
         fov: what the network looks at where the fixed body is larger than its window:
             "crop", "tiles", "whole" or "auto", see `tiles.lay_out`.
@@ -137,7 +144,7 @@ def register(
         axes of the Volume.
 
     Raises:
-        ValueError: shapes or names that do not fit.
+        ValueError: shapes, names or numbers that do not fit.
         UserError: a file that cannot be read, scans without common space (exit code
             4), task "auto" and scans that do not tell it (exit code 2), weights that
             cannot be used (exit code 9), scans larger than the memory that is free
@@ -156,7 +163,14 @@ def register(
     model = weights if isinstance(weights, Model) else load_model(weights)
     clock.lap("weights")
 
-    session = Session(model, refine=refine, network=task != NO_TASK, fov=fov)
+    session = Session(
+        model,
+        passes=passes,
+        symmetric=symmetric,
+        refine=refine,
+        network=task != NO_TASK,
+        fov=fov,
+    )
     clock.lap("compile")
     result = session.run(
         target, source, settings, affine=affine, mask=mask, say=say, clock=clock
@@ -183,6 +197,8 @@ class Session:
         model: Model,
         *,
         keep: int = 4,
+        passes: int = prediction.PASSES,
+        symmetric: bool = prediction.SYMMETRIC,
         refine: Plan | None = None,
         network: bool = True,
         fov: str = "auto",
@@ -192,17 +208,20 @@ class Session:
         Args:
             model: from `load_model`.
             keep: scans remembered: their voxels, their image and its features.
+            passes, symmetric: of the network, see `register`.
             refine: instance optimisation of every pair; None for none.
             network: False for pairs of task "none" only.
             fov: see `register`.
 
         Raises:
-            ValueError: see `refine.check_plan`; an unknown fov.
+            ValueError: see `refine.check_plan` and `register`; an unknown fov.
         """
+        prediction.check(passes)
         if fov not in tiles.FOVS:
             raise ValueError(f"fov must be one of {tiles.FOVS}, got {fov!r}")
         self.model = model
         self._plan, self._network, self._fov = refine, network, fov
+        self._passes, self._symmetric = passes, symmetric
         self.refiner: Refiner | None = None
         if refine is not None and refine.iterations:
             self.refiner = compile_refine(model, refine)
@@ -272,7 +291,12 @@ class Session:
         size = "x".join(map(str, layout.window))
         what = "none" if settings["region"] is None else settings["region"]
         count = f"{len(layout.starts)} windows of " if len(layout.starts) > 1 else ""
-        say(f"network: {what}, {count}{size}, {settings['pair_type']}-patient")
+        how = ""
+        if settings["region"] is not None:
+            settings |= {"passes": self._passes, "symmetric": self._symmetric}
+            how = f", {self._passes} passes" if self._passes > 1 else ""
+            how += ", both ways" if self._symmetric else ""
+        say(f"network: {what}, {count}{size}, {settings['pair_type']}-patient{how}")
         if self.refiner:
             plan = self.refiner.plan
             settings = settings | {"refine": plan._asdict()}
@@ -503,6 +527,7 @@ class Session:
             still = pair.coarse
             if still is None:
                 still = jnp.zeros((1, *pair.layout.grid.shape, 3), jnp.float32)
+            clock.lap("network")
             return still
         codes = [
             Region[pair.settings["region"].upper()],
@@ -511,7 +536,10 @@ class Session:
         programs, _ = self._programs_for(pair.layout.window)
 
         def in_window(fixed, moving):
-            return programs(fixed, moving, *codes)
+            there = programs(fixed, moving, *codes)
+            if not self._symmetric:
+                return there
+            return prediction.mean_of_ways(there, programs(moving, fixed, *codes))
 
         def one_pass(moving_hu):
             layout = pair.layout
@@ -534,7 +562,7 @@ class Session:
 
         with self._device:
             disp = prediction.in_passes(
-                pair.moving_hu, one_pass, passes=1, start=pair.coarse
+                pair.moving_hu, one_pass, passes=self._passes, start=pair.coarse
             )
         clock.lap("network")
         return disp

@@ -21,6 +21,21 @@ from unireg_jax.ops import intensity, warp
 from unireg_jax.tasks import OUTSIDE_HU
 
 Field = jax.Array | np.ndarray
+PASSES, SYMMETRIC = 1, False  # of `register` and the command
+MOST_PASSES = 8
+
+
+def check(passes: int) -> None:
+    """Refuses a number of passes.
+
+    Args:
+        passes: of the network.
+
+    Raises:
+        ValueError: not 1 to MOST_PASSES.
+    """
+    if not 1 <= passes <= MOST_PASSES:
+        raise ValueError(f"passes must be 1 to {MOST_PASSES}, got {passes}")
 
 
 def in_passes(

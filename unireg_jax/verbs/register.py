@@ -92,9 +92,8 @@ def run(args: argparse.Namespace) -> int:
             weights=model,
             affine=args.affine,
             fixed_mask=inputs.mask,
-            refine=results.plan(args),
-            fov=args.fov,
             progress=say,
+            **results.session_settings(args),
         )
         back = None
         if args.inverse_consistency:
@@ -124,9 +123,8 @@ def _back(args, inputs, model, settings, say) -> np.ndarray:
         pair_type=settings["pair_type"],
         weights=model,
         affine=args.affine,
-        refine=results.plan(args),
-        fov=args.fov,
         progress=say,
+        **results.session_settings(args),
     ).disp_mm
 
 

@@ -32,6 +32,7 @@ SCHEMA = 1  # of <case>_run.json
 AFFINES = ("auto", "none", "com", "rigid", "affine", "features", "coarse")
 IO_FEATURES = ("image", "mind", "sam")
 IO_FINER = (1, 2, 4)
+PASSES, MOST_PASSES, SYMMETRIC = 1, 8, False
 # Of instance optimisation: what another one left is not what was asked for.
 _IO_ALGORITHM = "greedy 2"
 FOVS = ("auto", "crop", "tiles", "whole")
@@ -42,7 +43,7 @@ _UNUSED = ("moving_mask",)  # columns of a case that registration does not look 
 
 
 def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """--task, --type, --weights, --affine, --fov, --device, instance optimisation.
+    """--task, --type, --weights, --affine, --fov, --device, passes and refinement.
 
     Args:
         parser: of the verb.
@@ -73,6 +74,22 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
         help="where the fixed body is larger than the network's window: crop, its "
         "middle; tiles, overlapping windows; whole, one larger window; default auto: "
         "tiles where a crop would lose three tenths of the body",
+    )
+    add(
+        "--passes",
+        type=int,
+        choices=range(1, MOST_PASSES + 1),
+        default=PASSES,
+        metavar="N",
+        help="how often the network acts, each time on the moving scan as warped so "
+        f"far, 1 to {MOST_PASSES}, default {PASSES}",
+    )
+    add(
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        default=SYMMETRIC,
+        help="each pass averages the map there with the inverse of the map back: "
+        "fewer folds, for twice the time of the network; default: %(default)s",
     )
     add(
         "--io-iterations",
@@ -119,7 +136,17 @@ def check_settings(args: argparse.Namespace) -> None:
         )
 
 
-def plan(args: argparse.Namespace) -> Any:
+def session_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """How pairs are registered, as `registration.Session` takes it."""
+    return {
+        "passes": args.passes,
+        "symmetric": args.symmetric,
+        "refine": _plan(args),
+        "fov": args.fov,
+    }
+
+
+def _plan(args: argparse.Namespace) -> Any:
     """Of the instance optimisation, or None."""
     given = {
         "features": args.io_features,
@@ -156,6 +183,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
     }
     if args.io_iterations and (args.io_finer or 1) != 1:
         asked["io_finer"] = args.io_finer
+    if case.task != NO_TASK and (args.passes, args.symmetric) != (1, False):
+        asked["passes"] = [args.passes, args.symmetric]
     if args.fov != "auto":
         asked["fov"] = args.fov
     if args.affine in ("features", "coarse") or args.io_features == "sam":

@@ -144,9 +144,8 @@ class Worker:
         return registration.Session(
             registration.load_model(self._args.weights),
             keep=KEEP,
-            refine=results.plan(self._args),
             network=self._network,
-            fov=self._args.fov,
+            **results.session_settings(self._args),
         )
 
     def _explain(self, case: Case, error: Exception) -> tuple[str, str]:
