@@ -60,7 +60,6 @@ from unireg_jax.registration.weights import find_weights
 RESULTS = "results.json"  # in --out
 SHAPES = {4: (96, 96, 80), 2: (192, 192, 160)}
 _LIMIT_S = 7200  # of one run
-_OWN_TASK = "its own"
 _KEY = ("spacing", "pair", "method")
 _SAME = ("settings", "version", "sources")  # of a row that is not measured again
 
@@ -70,27 +69,33 @@ class Own(NamedTuple):
 
     Attributes:
         name: in the table.
-        task: "none" leaves the network out; _OWN_TASK is the pair's.
         affine: "auto", the shared start, or "coarse".
         plan: instance optimisation; None for none.
+        passes: of the network; 0 leaves it out.
+        symmetric: whether each of them averages both ways.
     """
 
     name: str
-    task: str
     affine: str
     plan: Plan | None
+    passes: int = 0
+    symmetric: bool = False
 
 
 def own_rows() -> list[Own]:
-    """Our rows, with the instance optimisation's defaults of now, or a finer grid."""
+    """Our rows, with the instance optimisation's defaults of now, or a finer grid.
+
+    "network" is one pass one way, as in the paper, "network twice" two symmetric ones.
+    """
     rows = []
+    networks = {"": (0, False), "network": (1, False), "network twice": (2, True)}
     plans = {"": None, "refined": Plan(), "refined finer": Plan(finer=2)}
-    for affine, (refined, plan), task in itertools.product(
-        ("auto", "coarse"), plans.items(), ("none", _OWN_TASK)
+    for affine, (refined, plan), (network, how) in itertools.product(
+        ("auto", "coarse"), plans.items(), networks.items()
     ):
-        parts = ["affine" if affine == "auto" else "coarse"]
-        parts += ["network"] * (task != "none") + [refined] * (plan is not None)
-        rows.append(Own("ours: " + " + ".join(parts), task, affine, plan))
+        start = "affine" if affine == "auto" else "coarse"
+        parts = [part for part in (start, network, refined) if part]
+        rows.append(Own("ours: " + " + ".join(parts), affine, plan, *how))
     return [row for row in rows if row.affine == "auto" or "finer" not in row.name]
 
 
@@ -250,7 +255,8 @@ def load(weights: str, spacing: int) -> registration.Model:
 def session_of(own: Own, weights: str, spacing: int) -> registration.Session:
     """What registers by one of our rows."""
     model = load(weights, spacing)
-    return registration.Session(model, refine=own.plan, network=own.task != "none")
+    how = {"passes": own.passes, "symmetric": own.symmetric} if own.passes else {}
+    return registration.Session(model, refine=own.plan, network=own.passes > 0, **how)
 
 
 def prepare(
@@ -264,7 +270,7 @@ def prepare(
         start: the shared affine, [4, 4] LPS mm, or its kind, to find it anew.
         session: of the row, from `session_of`.
     """
-    settings = real_pairs.settings(pair, own.affine, network=own.task != "none")
+    settings = real_pairs.settings(pair, own.affine, network=own.passes > 0)
     scans = real_pairs.read_scans(pair)
     affine = start if own.affine == "auto" else own.affine
 
@@ -289,7 +295,7 @@ def register(job: dict[str, Any], folder: Path) -> None:
     pair = Pair(task, (task, task), *map(Path, paths), ())
     own = Own(**job["own"])
     own = own._replace(plan=own.plan and Plan(**own.plan))
-    bare = own.task == "none" and own.plan is None
+    bare = own.passes == 0 and own.plan is None
     # The shared start is found for its own row alone, and otherwise given.
     start = job["kind"] if bare else np.array(job["affine"])
     session = session_of(own, job["weights"], job["spacing"])
@@ -391,7 +397,7 @@ def methods(
         if row := own.get(name):
             plan = row.plan and row.plan._asdict()
             # The network knows its own voxels alone, and these are fine already.
-            alone = row.task == "none" and row.affine == "auto"
+            alone = row.passes == 0 and row.affine == "auto"
             if spacing == 4 or (alone and row.plan in (None, Plan())):
                 settings = row._replace(plan=plan)._asdict()
                 del settings["name"]

@@ -234,8 +234,8 @@ def test_methods_names_what_is_missing(monkeypatch):
     assert missing == ["deeds"] and [m.own for m in found] == race.own_rows()
     json.dumps([m.settings for m in found])
     plans = [m.settings["plan"] for m in found if m.settings["plan"]]
-    assert plans.count(Plan()._asdict()) == 4
-    assert plans.count(Plan(finer=2)._asdict()) == 2 and len(plans) == 6
+    assert plans.count(Plan()._asdict()) == 6
+    assert plans.count(Plan(finer=2)._asdict()) == 3 and len(plans) == 9
     found, _ = race.methods(["ours"], 2)
     assert [m.name for m in found] == ["ours: affine", "ours: affine + refined"]
     with pytest.raises(UserError, match="got gredy") as error:
@@ -250,7 +250,7 @@ def test_own_run_measures_and_writes_a_field(tmp_path, monkeypatch):
     monkeypatch.setitem(race.SHAPES, 4, shape)
     for name, shift in (("a", (0, 0, 0)), ("b", SHIFT)):
         nifti.write_volume(tmp_path / f"{name}.nii", made(shift)[0], VOX2WORLD)
-    own = race.Own("x", "none", "auto", Plan(3))._asdict() | {"plan": {"iterations": 3}}
+    own = race.Own("x", "auto", Plan(3))._asdict() | {"plan": {"iterations": 3}}
     job = {
         "pair": ["liver", *(str(tmp_path / f"{n}.nii") for n in "ab")],
         "own": own,
@@ -280,7 +280,7 @@ def test_accuracy_alone_is_that_of_the_run_of_its_own(tmp_path, monkeypatch):
     table.write_text(",".join(ends) + f"\n{row}\n")
     scans = [tmp_path / f"{n}.nii" for n in "ab"]
     pair = real_pairs.Pair("liver", ("", ""), *scans, (table,))
-    own = race.Own("ours: x", "none", "auto", Plan(3))
+    own = race.Own("ours: x", "auto", Plan(3))
     plan = Plan(3)._asdict()
     method = race.Method(own.name, {"plan": plan}, "1", "a", own)
     options = {"weights": weights, "spacing": 4, "threads": 1, "cache": tmp_path}
@@ -310,7 +310,7 @@ def test_accuracy_alone_is_that_of_the_run_of_its_own(tmp_path, monkeypatch):
 def test_accuracy_of_what_cannot_be_registered_is_a_row(start):
     """No network: the pair's files are not there."""
     pair = real_pairs.Pair("liver", ("", ""), Path("a.nii"), Path("b.nii"), ())
-    own = race.Own("ours: x", "none", "auto", None)
+    own = race.Own("ours: x", "auto", None)
     row = race.find(race.Method("ours: x", {}, "1", "a", own), pair, start, None)
     assert "a.nii" in row["failed"]
 
