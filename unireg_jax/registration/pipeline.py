@@ -312,10 +312,11 @@ class Session:
             counts = [str(count) for _, count in steps(plan, layout.window)]
             say(f"refinement: {plan.features}, {' + '.join(counts)} steps")
         pair = pair._replace(settings=settings)
-        disp = self._predicted(pair, clock, say)
+        programs = self._programs_for(layout.window)
+        disp = self._predicted(pair, programs[0], clock, say)
         fine = self._finer(pair, source, mask)
         clock.lap("preprocess")
-        disp, scores = self._refined(pair, fine, disp, clock)
+        disp, scores = self._refined(pair, fine, *programs, disp, clock)
         grid, matrix = fine.layout.grid, pair.matrix
         qc = _quality(disp, scores, orientation.spacing_mm(grid.vox2world))
         clock.lap("quality")
@@ -521,7 +522,7 @@ class Session:
 
         return self._larger.get(shape, build)
 
-    def _predicted(self, pair, clock, say) -> jax.Array:
+    def _predicted(self, pair, programs, clock, say) -> jax.Array:
         """Displacement before refinement, [1, X, Y, Z, 3]."""
         if pair.settings["region"] is None:
             still = pair.coarse
@@ -533,7 +534,6 @@ class Session:
             Region[pair.settings["region"].upper()],
             PairType[pair.settings["pair_type"].upper()],
         ]
-        programs, _ = self._programs_for(pair.layout.window)
 
         def in_window(fixed, moving):
             there = programs(fixed, moving, *codes)
@@ -568,10 +568,9 @@ class Session:
         return disp
 
     def _refined(
-        self, pair, fine, disp, clock
+        self, pair, fine, programs, refiner, disp, clock
     ) -> tuple[np.ndarray, dict[str, jax.Array]]:
         """Displacement on the grid of `fine`, [X, Y, Z, 3], and its scores."""
-        programs, refiner = self._programs_for(pair.layout.window)
         with self._device:
             if refiner is None:
                 disp, costs = disp[0], {}
@@ -582,15 +581,17 @@ class Session:
                 disp = jax.block_until_ready(disp)[0]
                 clock.lap("refine")
             else:
-                disp, costs = self._refined_windows(pair, fine, disp)
+                disp, costs = self._refined_windows(pair, fine, programs, refiner, disp)
                 clock.lap("refine")
             scores = self._judge(programs, fine, disp)
             disp, scores = jax.device_get((disp, scores | costs))
         return disp, {name: float(value) for name, value in scores.items()}
 
-    def _refined_windows(self, pair, fine, disp) -> tuple[np.ndarray, dict[str, float]]:
+    def _refined_windows(
+        self, pair, fine, programs, refiner, disp
+    ) -> tuple[np.ndarray, dict[str, float]]:
         """Blended from overlapping windows: the device holds one of them at a time."""
-        programs, refiner, disp = self.programs, self.refiner, np.asarray(disp)
+        disp = np.asarray(disp)
         blend, costs = tiles.Blend(fine.layout), []
         windows = zip(pair.layout.starts, fine.layout.starts, strict=True)
         for start, fine_start in windows:
