@@ -57,7 +57,7 @@ def patients(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def check(parts: Sequence[Rows]) -> list[str]:
-    """Methods that all parts have.
+    """Methods of which all parts have head-neck rows.
 
     Raises:
         UserError: exit code 2, a patient is in two parts, or no method in all.
@@ -73,12 +73,15 @@ def check(parts: Sequence[Rows]) -> list[str]:
                 USAGE,
             )
         seen |= mine
-    names = [list(dict.fromkeys(row["method"] for row in rows)) for rows in parts]
+    names = [
+        list(dict.fromkeys(r["method"] for r in rows if r["task"] == "headneck"))
+        for rows in parts
+    ]
     shared = [name for name in names[0] if all(name in others for others in names)]
     if _BASE not in shared:
         raise UserError(
             "schema",
-            f"--part: rows of {_BASE!r} in every part expected, got methods "
+            f"--part: head-neck rows of {_BASE!r} in every part expected, got methods "
             f"{', '.join(shared) or 'none'} in all; run compare_peers in each",
             USAGE,
         )

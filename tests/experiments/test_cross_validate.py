@@ -101,14 +101,15 @@ def test_interval_is_that_of_the_patients(folders):
     assert low == 0 and high > 4
 
 
-@pytest.mark.parametrize("fault", ["twice", "absent", "no affine"])
+@pytest.mark.parametrize("fault", ["twice", "absent", "no affine", "landmarks"])
 def test_parts_that_do_not_fit_are_refused(folders, tmp_path, fault):
     with pytest.raises(UserError, match="--part: ") as error:
         if fault == "twice":
             cross_validate.check([cross_validate.read(folders[0])] * 2)
         elif fault == "absent":
             cross_validate.read(tmp_path)
-        else:
+        else:  # a part without the affine, or one begun that has no necks yet
+            key, value = {"no affine": ("method", NETWORK)}.get(fault, ("task", "lung"))
             rows = cross_validate.read(folders[0])
-            cross_validate.check([[r for r in rows if r["method"] == NETWORK]])
+            cross_validate.check([[r for r in rows if r[key] == value]])
     assert error.value.exit_code == USAGE
