@@ -633,6 +633,8 @@ def main(argv) -> None:
             )
         todo = [named[name] for name in options.pairs]
     found, missing = methods(options.only, options.spacing, options.weights)
+    left = tuple(options.leave_out)
+    found = [method for method in found if not method.name.endswith(left)]
     if options.accuracy:
         found = [method for method in found if method.own]
         if not found or options.pictures or options.threads:
@@ -678,6 +680,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/peers", "Where rows and pictures go.")
     flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_list("only", [], "Methods whose names begin so; none: all.")
+    flags.DEFINE_list("leave_out", [], "And whose names do not end so.")
     flags.DEFINE_list("pairs", [], "Names of pairs; none: all.")
     flags.DEFINE_integer("spacing", 4, "mm of the working grid, 4 or 2.")
     flags.register_validator("spacing", lambda n: n in SHAPES, "4 or 2 expected")

@@ -8,9 +8,11 @@ Registers, through the same function as `unireg register`, the 12 ordered pairs 
 head-neck patients that training never saw (DSC of 7 organs), the arterial onto the
 portal-venous liver phase and the follow-up onto the baseline lung scan (landmark error;
 both pairs were in training, without landmarks). Writes results.json, a picture per pair
-of the first weights, and prints the table of the README.
+of the first weights, and prints the table of the README. --passes, which may be given
+several times, and --symmetric are those of the command; by default one pass one way.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -25,18 +27,21 @@ from unireg_jax import registration
 from unireg_jax.evaluation import metrics
 
 
-def headneck(
-    data: Path, model, *, picture: Path | None = None, affine: str = "auto"
-) -> list[dict]:
-    """One row per ordered pair of the held-out patients."""
+def headneck(data: Path, model, *, picture: Path | None = None, **how) -> list[dict]:
+    """One row per ordered pair of the held-out patients.
+
+    Args:
+        data: folder of the collection.
+        model: from `load_model`.
+        picture: folder for one per pair; None for none.
+        how: affine, passes and symmetric of `register`.
+    """
     rows = []
     todo = real_pairs.pairs(data, tasks=["headneck"])
     for pair in tqdm(todo, disable=not sys.stderr.isatty()):
         scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
         one, other = pair.patients
-        result = registration.register(
-            *scans, task="headneck", weights=model, affine=affine
-        )
+        result = registration.register(*scans, task="headneck", weights=model, **how)
         row = {"fixed": one, "moving": other, **_regularity(result)}
         for name, stage in real_pairs.stages(result).items():
             scores = real_pairs.scores(truth, stage)
@@ -63,14 +68,12 @@ def headneck(
 
 
 def landmarks(
-    data: Path, model, task: str, *, picture: Path | None = None, affine: str = "auto"
+    data: Path, model, task: str, *, picture: Path | None = None, **how
 ) -> dict:
-    """Landmark errors of one intra-patient pair, mm."""
+    """Landmark errors of one intra-patient pair, mm; arguments as of `headneck`."""
     (pair,) = real_pairs.pairs(data, tasks=[task])
     fixed, moving = real_pairs.read_scans(pair)
-    result = registration.register(
-        fixed, moving, task=task, weights=model, affine=affine
-    )
+    result = registration.register(fixed, moving, task=task, weights=model, **how)
     truth = real_pairs.read_truth(pair)
     stages = {
         name: real_pairs.scores(truth, stage)["errors_mm"]
@@ -132,16 +135,20 @@ def table(results: dict) -> str:
 def main(argv) -> None:
     del argv
     cli.setup()
-    data, out = Path(flags.FLAGS.data), Path(flags.FLAGS.out)
+    options = flags.FLAGS
+    data, out = Path(options.data), Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for i, path in enumerate(flags.FLAGS.weights):
+    results, picture = {}, out
+    for path, passes in itertools.product(options.weights, options.passes):
         model = registration.load_model(path)
-        picture = out if i == 0 else None
         name = Path(path).parent.name or path
-        results[name] = {"headneck": headneck(data, model, picture=picture)} | {
-            task: landmarks(data, model, task, picture=picture) for task in LANDMARKS
+        if passes > 1 or options.symmetric:
+            name += f", {passes} passes" + ", both ways" * options.symmetric
+        how = {"passes": passes, "symmetric": options.symmetric, "picture": picture}
+        results[name] = {"headneck": headneck(data, model, **how)} | {
+            task: landmarks(data, model, task, **how) for task in LANDMARKS
         }
+        picture = None
         (out / "results.json").write_text(json.dumps(results, indent=1))
     print(table(results))
 
@@ -153,5 +160,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "weights", [real_pairs.WEIGHTS], "Files, or names in the package."
     )
+    flags.DEFINE_multi_integer("passes", [1], "Of the network.", lower_bound=1)
+    flags.DEFINE_bool("symmetric", False, "Whether each averages both ways.")
     flags.mark_flags_as_required(["data"])
     cli.run(main)
