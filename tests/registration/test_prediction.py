@@ -31,6 +31,14 @@ def test_prewarp_reads_hu_and_keeps_the_marker():
     assert (moved[4:] == OUTSIDE_HU).all() and (moved[:, :, :2] == OUTSIDE_HU).all()
 
 
+def test_prewarp_keeps_the_outer_slices_of_a_scan_that_hardly_moves():
+    hu = np.arange(6 * 7 * 8, dtype=np.int16).reshape(6, 7, 8)
+    disp = np.full((1, 6, 7, 8, 3), 0.4, np.float32)
+    near, far = (prediction.prewarp(hu, k * disp) for k in (1.0, 1.5))
+    assert (near[-1, -1, -1], far[-1, -1, -1]) == (hu[-1, -1, -1], OUTSIDE_HU)
+    assert (near != OUTSIDE_HU).all() and (far == OUTSIDE_HU).sum() == 6 * 7 * 8 - 210
+
+
 def test_mean_of_a_field_and_its_own_inverse_is_the_field():
     field = jnp.asarray(waves(2.0))
     back = warp.invert(field)

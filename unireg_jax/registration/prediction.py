@@ -97,11 +97,16 @@ def prewarp(hu: np.ndarray, disp: Field) -> np.ndarray:
 
     def read(hu, disp):
         hu = hu[None, ..., None]
+        coords = warp.identity_coords(hu.shape[1:4])[None] + disp
+        # A voxel ends half a voxel beyond its centre. Lost by less, the outer slices
+        # of a scan that goes on there would turn to air, which the network heeds.
+        last = jnp.broadcast_to(jnp.array(hu.shape[1:4]) - 0.5, coords.shape)
+        reached = jnp.all((coords >= -0.5) & (coords <= last), axis=-1)
         valid = intensity.valid(hu).astype(jnp.float32)
-        reached = warp.warp(valid, disp)[..., 0] * warp.inside(disp)
+        reached &= warp.sample(valid, coords)[..., 0] > 0.5
         # The marker of what lies outside is no HU to interpolate.
         image = jnp.maximum(hu.astype(jnp.float32), mapping.AIR_HU)
-        image = jnp.round(warp.warp(image, disp))[..., 0]
-        return jnp.where(reached > 0.5, image, OUTSIDE_HU).astype(jnp.int16)[0]
+        image = jnp.round(warp.sample(image, coords))[..., 0]
+        return jnp.where(reached, image, OUTSIDE_HU).astype(jnp.int16)[0]
 
     return np.asarray(jax.jit(read)(hu, disp))
