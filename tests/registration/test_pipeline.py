@@ -775,13 +775,38 @@ def test_passes_over_tiles_see_one_warped_scan(model):
     lines = []
     common = dict(task="chest", weights=model, affine="none", symmetric=True)
     one = run(images, grids, **common)
+    plan = Plan(iterations=2)
     two = run(images, grids, passes=2, progress=lines.append, **common)
     assert sum("window " in line for line in lines) == 2 * one.settings["windows"]
+    assert "network: pass 2: window 3 of 3" in lines
     assert any("2 passes, both ways" in line for line in lines)
     # No seam: along the column the field changes no faster than within a window.
     steps = np.abs(np.diff(two.network_disp, axis=2)).max(axis=(0, 1, 3))
     assert steps.max() < 3 * np.r_[steps[2:10], steps[-10:-2]].max()
     assert np.abs(two.network_disp - one.network_disp).max() > 0.3
+    for fov in ("tiles", "whole"):
+        more = run(images, grids, passes=2, refine=plan, fov=fov, **common)
+        assert more.qc["refine_after"] < more.qc["refine_before"]
+        assert more.qc["ncc_after"] > two.qc["ncc_after"]
+
+
+def test_further_passes_compile_nothing_anew(model):
+    images, grids = pair()
+    volumes = [
+        pipeline.as_volume(*scan, "scan") for scan in zip(images, grids, strict=True)
+    ]
+    session = pipeline.Session(model, passes=3, symmetric=True)
+    settings = pipeline.check_settings("chest", None, "none")
+
+    def run_once():
+        return session.run(*volumes, settings, affine="none", clock=pipeline.Clock())
+
+    first = run_once()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction.warp, "sample", None)  # a trace would call it
+        patch.setattr(prediction.warp, "invert", None)
+        again = run_once()
+    np.testing.assert_array_equal(again.network_disp, first.network_disp)
 
 
 def test_register_one_larger_window_holds_the_whole_body(model):

@@ -61,7 +61,8 @@ def test_every_pass_sees_the_scan_as_warped_so_far(start):
     answers = [waves(1.5), waves(-0.8)[..., ::-1], waves(0.4)]
     seen = []
 
-    def one_pass(moving_hu):
+    def one_pass(number, moving_hu):
+        assert number == len(seen) + 1
         seen.append(moving_hu)
         return answers[len(seen) - 1]
 
@@ -81,11 +82,11 @@ def test_every_pass_sees_the_scan_as_warped_so_far(start):
 def test_one_pass_is_the_answer_itself():
     hu = np.zeros(SHAPE, np.int16)
     answer = waves(1.5)
-    total = prediction.in_passes(hu, lambda moving: answer, passes=1)
+    total = prediction.in_passes(hu, lambda number, moving: answer, passes=1)
     np.testing.assert_array_equal(total, answer)
 
 
-@pytest.mark.parametrize("passes", [0, -1, prediction.MOST_PASSES + 1])
+@pytest.mark.parametrize("passes", [0, -1, 1.5, prediction.MOST_PASSES + 1])
 def test_number_of_passes_is_checked(passes):
     with pytest.raises(ValueError, match=f"passes must be 1 to .* got {passes}"):
         prediction.check(passes)

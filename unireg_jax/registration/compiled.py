@@ -28,8 +28,7 @@ class Described(NamedTuple):
 
     Attributes:
         hu: [1, X, Y, Z, 1], HU on the network's grid.
-        features: see models/features; None where only the refinement looks, on its own
-            grid.
+        features: see models/features; None where nothing compares them.
     """
 
     hu: jax.Array

@@ -63,8 +63,8 @@ class Registration(NamedTuple):
             smallest value, where that is not air) beyond the moving scan.
         settings: task, region, pair_type, affine: asked and used; fov asked and used,
             windows, body_covered, the share of the fixed body on network_grid, and
-            seen, the body region that each scan shows; with the network passes and
-            symmetric, with `refine` its plan.
+            seen, the body region that each scan shows; with the network, passes and
+            symmetric; with `refine`, its plan.
         qc: of network_disp, on its grid: finite; max_mm and p99_mm, length;
             fold_percent_network, sdlogj_network (see ops/jacobian.py); and ncc_before,
             ncc_after (global, signed, windowed intensities, after the pre-alignment and
@@ -312,11 +312,22 @@ class Session:
             counts = [str(count) for _, count in steps(plan, layout.window)]
             say(f"refinement: {plan.features}, {' + '.join(counts)} steps")
         pair = pair._replace(settings=settings)
-        programs = self._programs_for(layout.window)
-        disp = self._predicted(pair, programs[0], clock, say)
+        programs, refiner = self._programs_for(layout.window)
+        disp = self._predicted(pair, programs, say)
+        clock.lap("network")
         fine = self._finer(pair, source, mask)
         clock.lap("preprocess")
-        disp, scores = self._refined(pair, fine, *programs, disp, clock)
+        costs = {}
+        if refiner:
+            with self._device:
+                if len(layout.starts) == 1:
+                    disp, costs = self._refined(fine, programs, refiner, disp)
+                else:
+                    disp, costs = self._refined_windows(pair, fine, disp, say)
+            clock.lap("refine")
+        with self._device:
+            disp, scores = jax.device_get((disp, self._judge(programs, fine, disp)))
+        disp, scores = disp[0], {k: float(v[0]) for k, v in scores.items()} | costs
         grid, matrix = fine.layout.grid, pair.matrix
         qc = _quality(disp, scores, orientation.spacing_mm(grid.vox2world))
         clock.lap("quality")
@@ -522,14 +533,13 @@ class Session:
 
         return self._larger.get(shape, build)
 
-    def _predicted(self, pair, programs, clock, say) -> jax.Array:
+    def _predicted(self, pair, programs, say) -> prediction.Field:
         """Displacement before refinement, [1, X, Y, Z, 3]."""
+        layout = pair.layout
         if pair.settings["region"] is None:
-            still = pair.coarse
-            if still is None:
-                still = jnp.zeros((1, *pair.layout.grid.shape, 3), jnp.float32)
-            clock.lap("network")
-            return still
+            if pair.coarse is not None:
+                return pair.coarse
+            return jnp.zeros((1, *layout.grid.shape, 3), jnp.float32)
         codes = [
             Region[pair.settings["region"].upper()],
             PairType[pair.settings["pair_type"].upper()],
@@ -539,19 +549,20 @@ class Session:
             there = programs(fixed, moving, *codes)
             if not self._symmetric:
                 return there
-            return prediction.mean_of_ways(there, programs(moving, fixed, *codes))
+            back = programs(moving, fixed, *codes)
+            return jax.jit(prediction.mean_of_ways)(there, back)
 
-        def one_pass(moving_hu):
-            layout = pair.layout
-            if len(layout.starts) == 1:
-                if programs is self.programs:
-                    fixed = self._describe(pair.target, pair.fixed_hu)
-                else:
-                    fixed = programs.describe(pair.fixed_hu)
-                return in_window(fixed, programs.describe(moving_hu))
+        def whole(_, moving_hu):
+            fixed = self._described_fixed(pair, programs)
+            return in_window(fixed, programs.describe(moving_hu))
+
+        def in_windows(number, moving_hu):
+            # The device holds one window at a time: the fixed scan's, too, are
+            # described anew in every pass.
             blend = tiles.Blend(layout)
-            for number, start in enumerate(layout.starts, 1):
-                say(f"window {number} of {len(layout.starts)}")
+            for k, start in enumerate(layout.starts, 1):
+                which = f"pass {number}: " if self._passes > 1 else ""
+                say(f"network: {which}window {k} of {len(layout.starts)}")
                 part = layout.part(start)
                 fixed, moving = (
                     programs.describe(np.ascontiguousarray(hu[part]))
@@ -561,73 +572,70 @@ class Session:
             return blend.disp[None]
 
         with self._device:
-            disp = prediction.in_passes(
-                pair.moving_hu, one_pass, passes=self._passes, start=pair.coarse
+            return prediction.in_passes(
+                pair.moving_hu,
+                whole if len(layout.starts) == 1 else in_windows,
+                passes=self._passes,
+                start=pair.coarse,
             )
-        clock.lap("network")
-        return disp
 
-    def _refined(
-        self, pair, fine, programs, refiner, disp, clock
-    ) -> tuple[np.ndarray, dict[str, jax.Array]]:
-        """Displacement on the grid of `fine`, [X, Y, Z, 3], and its scores."""
-        with self._device:
-            if refiner is None:
-                disp, costs = disp[0], {}
-            elif len(fine.layout.starts) == 1:
-                scans = _scans(programs, refiner, fine.fixed_hu, fine.moving_hu)
-                disp, *costs = refiner(*scans, fine.body, disp)
-                costs = dict(zip(_COSTS, (c[0] for c in costs), strict=True))
-                disp = jax.block_until_ready(disp)[0]
-                clock.lap("refine")
-            else:
-                disp, costs = self._refined_windows(pair, fine, programs, refiner, disp)
-                clock.lap("refine")
-            scores = self._judge(programs, fine, disp)
-            disp, scores = jax.device_get((disp, scores | costs))
-        return disp, {name: float(value) for name, value in scores.items()}
+    def _described_fixed(self, pair, programs) -> Described:
+        """Features of a fixed scan in one window, kept where that is the usual one."""
+        if programs is self.programs:
+            return self._describe(pair.target, pair.fixed_hu)
+        return programs.describe(pair.fixed_hu)
 
-    def _refined_windows(
-        self, pair, fine, programs, refiner, disp
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """Blended from overlapping windows: the device holds one of them at a time."""
-        disp = np.asarray(disp)
+    def _refined(self, fine, programs, refiner, disp):
+        """Displacement on the grid of `fine`, [1, X, Y, Z, 3], and its costs."""
+        if refiner.described:
+            fixed = self._described_fixed(fine, programs)
+            scans = fixed, programs.describe(fine.moving_hu)
+        else:
+            scans = _undescribed(fine.fixed_hu, fine.moving_hu)
+        disp, *costs = jax.block_until_ready(refiner(*scans, fine.body, disp))
+        return disp, {k: float(c[0]) for k, c in zip(_COSTS, costs, strict=True)}
+
+    def _refined_windows(self, pair, fine, disp, say):
+        """The same, blended from overlapping windows of the usual size."""
+        programs, refiner, disp = self.programs, self.refiner, np.asarray(disp)
         blend, costs = tiles.Blend(fine.layout), []
         windows = zip(pair.layout.starts, fine.layout.starts, strict=True)
-        for start, fine_start in windows:
+        for number, (start, fine_start) in enumerate(windows, 1):
+            say(f"refinement: window {number} of {len(pair.layout.starts)}")
             part = fine.layout.part(fine_start)
             body = np.ascontiguousarray(fine.body[part])
             found = jnp.asarray(disp[(slice(None), *pair.layout.part(start))])
             if body.any():
-                scans = (hu[part] for hu in (fine.fixed_hu, fine.moving_hu))
-                scans = _scans(programs, refiner, *scans)
+                scans = (fine.fixed_hu[part], fine.moving_hu[part])
+                if refiner.described:
+                    scans = (programs.describe(np.ascontiguousarray(s)) for s in scans)
+                else:
+                    scans = _undescribed(*scans)
                 found, *cost = refiner(*scans, body, found)
                 costs.append([float(c[0]) for c in cost] + [float(body.sum())])
             else:
                 found = resample.upsample_disp(found, refiner.plan.finer)
             blend.add(fine_start, np.asarray(found[0]))
         if not costs:
-            return blend.disp, {}
+            return blend.disp[None], {}
         # Mean over the windows, by how much body each holds.
         *both, weight = np.array(costs).T
         means = (float((c * weight).sum() / weight.sum()) for c in both)
-        return blend.disp, dict(zip(_COSTS, means, strict=True))
+        return blend.disp[None], dict(zip(_COSTS, means, strict=True))
 
     def _judge(self, programs, pair, disp) -> dict[str, jax.Array]:
-        """Scores of a displacement on the pair's grid."""
-        if disp.shape[:3] == programs.shape:
+        """Scores of a displacement on the pair's grid, [1] each."""
+        if disp.shape[1:4] == programs.shape:
             scans = _undescribed(pair.fixed_hu, pair.moving_hu)
-            scores = programs.judge(*scans, pair.body, jnp.asarray(disp)[None])
-        else:
-            spec = self.model.preprocess
-            scores = judge_field(
-                pair.fixed_hu,
-                pair.moving_hu,
-                pair.body,
-                disp,
-                window=(spec.hu_low, spec.hu_high),
-            )
-        return {name: value[0] for name, value in scores.items()}
+            return programs.judge(*scans, pair.body, jnp.asarray(disp))
+        spec = self.model.preprocess
+        return judge_field(
+            pair.fixed_hu,
+            pair.moving_hu,
+            pair.body,
+            disp[0],
+            window=(spec.hu_low, spec.hu_high),
+        )
 
 
 class Prepared(NamedTuple):
@@ -661,13 +669,6 @@ def _undescribed(*images: np.ndarray) -> tuple[Described, ...]:
         Described(jax.device_put(np.ascontiguousarray(hu)[None, ..., None]), None)
         for hu in images
     )
-
-
-def _scans(programs, refiner, *images: np.ndarray) -> tuple[Described, ...]:
-    """Volumes as the refiner takes them: features only where it compares them."""
-    if not refiner.described:
-        return _undescribed(*images)
-    return tuple(programs.describe(np.ascontiguousarray(hu)) for hu in images)
 
 
 def residual_mm(registration: Registration) -> np.ndarray:

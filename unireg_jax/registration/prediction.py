@@ -32,19 +32,19 @@ def check(passes: int) -> None:
         passes: of the network.
 
     Raises:
-        ValueError: not 1 to MOST_PASSES.
+        ValueError: no whole number from 1 to MOST_PASSES.
     """
-    if not 1 <= passes <= MOST_PASSES:
+    if not isinstance(passes, int) or not 1 <= passes <= MOST_PASSES:
         raise ValueError(f"passes must be 1 to {MOST_PASSES}, got {passes}")
 
 
 def in_passes(
     moving_hu: np.ndarray,
-    one_pass: Callable[[np.ndarray], Field],
+    one_pass: Callable[[int, np.ndarray], Field],
     *,
     passes: int,
     start: Field | None = None,
-) -> jax.Array:
+) -> Field:
     """Composes the fields of several passes.
 
     u_k = one_pass(moving warped by the total of those before)
@@ -52,7 +52,8 @@ def in_passes(
 
     Args:
         moving_hu: [X, Y, Z] int16, HU, pre-aligned; OUTSIDE_HU beyond the scan.
-        one_pass: a moving scan like moving_hu -> [1, X, Y, Z, 3] float32, voxels.
+        one_pass: number from 1, a moving scan like moving_hu -> [1, X, Y, Z, 3]
+            float32, voxels.
         passes: how many, at least 1.
         start: [1, X, Y, Z, 3] float32, voxels, on top of which the first one acts; None
             for moving_hu as it is.
@@ -61,14 +62,13 @@ def in_passes(
         [1, X, Y, Z, 3] float32, voxels: the total.
     """
     total = start
-    for _ in range(passes):
+    for number in range(1, passes + 1):
         seen = moving_hu if total is None else prewarp(moving_hu, total)
-        found = one_pass(seen)
+        found = one_pass(number, seen)
         total = found if total is None else jax.jit(warp.compose)(found, total)
-    return jax.block_until_ready(jnp.asarray(total))
+    return jax.block_until_ready(total)
 
 
-@jax.jit
 def mean_of_ways(there: jax.Array, back: jax.Array) -> jax.Array:
     """Averages a field with the inverse of the opposite one.
 
@@ -92,21 +92,22 @@ def prewarp(hu: np.ndarray, disp: Field) -> np.ndarray:
         disp: [1, X, Y, Z, 3] float32, voxels.
 
     Returns:
-        [X, Y, Z] int16, hu at x + disp(x); OUTSIDE_HU beyond the scan.
+        [X, Y, Z] int16, hu at x + disp(x); OUTSIDE_HU beyond the scan, and half a voxel
+        or more beyond the grid, even where the scan goes on.
     """
+    return np.asarray(jax.jit(_read)(hu, disp))
 
-    def read(hu, disp):
-        hu = hu[None, ..., None]
-        coords = warp.identity_coords(hu.shape[1:4])[None] + disp
-        # A voxel ends half a voxel beyond its centre. Lost by less, the outer slices
-        # of a scan that goes on there would turn to air, which the network heeds.
-        last = jnp.broadcast_to(jnp.array(hu.shape[1:4]) - 0.5, coords.shape)
-        reached = jnp.all((coords >= -0.5) & (coords <= last), axis=-1)
-        valid = intensity.valid(hu).astype(jnp.float32)
-        reached &= warp.sample(valid, coords)[..., 0] > 0.5
-        # The marker of what lies outside is no HU to interpolate.
-        image = jnp.maximum(hu.astype(jnp.float32), mapping.AIR_HU)
-        image = jnp.round(warp.sample(image, coords))[..., 0]
-        return jnp.where(reached, image, OUTSIDE_HU).astype(jnp.int16)[0]
 
-    return np.asarray(jax.jit(read)(hu, disp))
+def _read(hu, disp):
+    hu = hu[None, ..., None]
+    coords = warp.identity_coords(hu.shape[1:4])[None] + disp
+    # A voxel ends half a voxel beyond its centre. Lost by less, the outer slices of a
+    # scan that goes on there would turn to air, which the network heeds.
+    last = jnp.broadcast_to(jnp.array(hu.shape[1:4]) - 0.5, coords.shape)
+    reached = jnp.all((coords >= -0.5) & (coords <= last), axis=-1)
+    valid = intensity.valid(hu).astype(jnp.float32)
+    reached &= warp.sample(valid, coords)[..., 0] > 0.5
+    # The marker of what lies outside is no HU to interpolate.
+    image = jnp.maximum(hu.astype(jnp.float32), mapping.AIR_HU)
+    image = jnp.round(warp.sample(image, coords))[..., 0]
+    return jnp.where(reached, image, OUTSIDE_HU).astype(jnp.int16)[0]
