@@ -276,6 +276,9 @@ def test_register_takes_passes_of_the_network(scans, tmp_path, network, capsys):
     assert found["one"][0] == (1, False) and found["two"][0] == (2, True)
     assert len({row[1] for row in found.values()}) == 2
     assert len({row[2] for row in found.values()}) == 2
+    line = command(scans, tmp_path, network, "--passes", "2", "--case", "c")
+    line[line.index("lung")] = "none"
+    assert "need a network" in refused(capsys, line, errors.USAGE)
     for wrong in ("0", "9", "x"):
         line = command(scans, tmp_path, network, "--passes", wrong, "--case", "c")
         assert "--passes" in refused(capsys, line, errors.USAGE)

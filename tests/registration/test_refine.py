@@ -29,7 +29,7 @@ from unireg_jax.registration import (
     refine,
     weights,
 )
-from unireg_jax.registration.compiled import Described, compile_register
+from unireg_jax.registration.compiled import Compiled, Described, compile_register
 from unireg_jax.registration.network import Model, initializer
 from unireg_jax.registration.refine import Plan
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
@@ -388,11 +388,11 @@ def test_choices_are_those_of_refine():
 
 
 def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
-    def digest(**given):
+    def digest(task="lung", **given):
         asked = {"affine": "auto", "fov": "auto", "io_iterations": 50}
         asked |= {"io_features": None, "reg_weight": None, "io_finer": None}
         asked |= {"passes": 1, "symmetric": False} | given
-        case = Case("a", "f.nii", "m.nii", "lung")
+        case = Case("a", "f.nii", "m.nii", task)
         return verb.settings_sha256(argparse.Namespace(**asked), case)
 
     plain = digest()
@@ -400,6 +400,7 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     others = [digest(reg_weight=1.0), digest(io_features="mind"), digest(io_finer=2)]
     others += [digest(io_iterations=0), digest(io_iterations=49)]
     others += [digest(passes=2), digest(symmetric=True)]
+    assert digest("none", passes=2) == digest("none")  # no network, no passes
     monkeypatch.setattr(verb, "_IO_ALGORITHM", "another")
     assert len({plain, *others, digest()}) == 9
     assert digest(io_iterations=0) == others[3]
@@ -408,10 +409,10 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
 def test_many_pairs_are_refined_as_one(files, model):
     pair = batch.Pair(files["fixed"], files["moving"], "lung")
     plan = Plan(3, "image", smoothness=2.5)
-    (outcome,) = batch.register_many([pair], weights=model, refine=plan)
-    single = pipeline.register(
-        files["fixed"], files["moving"], task="lung", weights=model, refine=plan
-    )
+    how = {"passes": 2, "symmetric": True, "weights": model, "refine": plan}
+    (outcome,) = batch.register_many([pair], **how)
+    single = pipeline.register(files["fixed"], files["moving"], task="lung", **how)
+    assert outcome.value.settings["passes"] == 2
     np.testing.assert_array_equal(outcome.value.disp_mm, single.disp_mm)
     assert single.settings["refine"] == plan._asdict()
     assert single.qc["refine_after"] < single.qc["refine_before"]
@@ -422,15 +423,40 @@ def test_many_pairs_are_refined_as_one(files, model):
     assert np.abs(plain.disp_mm - single.disp_mm).max() > 0
 
 
-def test_task_none_refines_from_the_affine_alone(files, model):
+def test_features_of_the_network_serve_refinement_again(files, model, monkeypatch):
+    """The fixed scan's are computed once for both, the moving scan's once for each."""
+    own = model._replace(extractor=Extractor("mind"))
+    calls, real = [], Compiled.describe
+
+    def counted(self, hu):
+        calls.append(hu)
+        return real(self, hu)
+
+    monkeypatch.setattr(Compiled, "describe", counted)
+    result = pipeline.register(
+        *(files["fixed"], files["moving"]),
+        task="none",
+        weights=own,
+        affine="none",
+        refine=Plan(3, "mind"),
+    )
+    assert len(calls) == 2
+    assert result.qc["refine_after"] < result.qc["refine_before"]
+    assert np.abs(result.network_disp).max() > 0.1
+
+
+def test_task_none_refines_from_the_affine_alone(files, model, monkeypatch):
     """No network: zero without iterations, and no condition needed."""
     plan = Plan(3, "image", smoothness=2.5)
     run = functools.partial(
         pipeline.register, files["fixed"], files["moving"], task="none", weights=model
     )
+    described = []
+    monkeypatch.setattr(Compiled, "describe", described.append)
     still = run(affine="none")
     assert not still.network_disp.any() and still.settings["region"] is None
     refined = run(affine="none", refine=plan)
+    assert described == []  # nobody compares features here
     assert np.abs(refined.network_disp).max() > 0
     assert refined.qc["refine_after"] < refined.qc["refine_before"]
     with pytest.raises(ValueError, match="without the network"):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from unireg_jax import registration
-from unireg_jax.errors import shown
-from unireg_jax.manifest import Case
+from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.manifest import NO_TASK, Case
 from unireg_jax.verbs import judging, options, outputs, results
 from unireg_jax.verbs.messages import number, progress
 
@@ -64,6 +64,12 @@ def run(args: argparse.Namespace) -> int:
     name = outputs.case_name(args.case, args.fixed, args.moving)
     options.both_labels(args)
     results.check_settings(args)
+    if args.task == NO_TASK and (args.passes > 1 or args.symmetric):
+        raise UserError(
+            "schema",
+            "--passes and --symmetric need a network, got --task none; name a task",
+            USAGE,
+        )
     case = Case(
         name,
         args.fixed,

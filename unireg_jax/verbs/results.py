@@ -33,8 +33,9 @@ AFFINES = ("auto", "none", "com", "rigid", "affine", "features", "coarse")
 IO_FEATURES = ("image", "mind", "sam")
 IO_FINER = (1, 2, 4)
 PASSES, MOST_PASSES, SYMMETRIC = 1, 8, False
-# Of instance optimisation: what another one left is not what was asked for.
-_IO_ALGORITHM = "greedy 2"
+# Of "coarse" and instance optimisation: what another left is not what was asked for.
+_COARSE_ALGORITHM = 2
+_IO_ALGORITHM = "greedy 3"
 FOVS = ("auto", "crop", "tiles", "whole")
 _UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
 
@@ -187,6 +188,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["passes"] = [args.passes, args.symmetric]
     if args.fov != "auto":
         asked["fov"] = args.fov
+    if args.affine == "coarse" and not case.init:
+        asked["coarse"] = _COARSE_ALGORITHM
     if args.affine in ("features", "coarse") or args.io_features == "sam":
         # What describes the scans then is chosen by the environment.
         named = os.environ.get("UNIREG_SAM")
