@@ -239,7 +239,7 @@ def table_of_prealignments(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-# Columns of the table: how the network is asked.
+# How the network is asked: rows of the table of each patient.
 ASKED = {
     "one pass": {"passes": 1, "symmetric": False},
     "two, both ways": {"passes": 2, "symmetric": True},
@@ -262,7 +262,7 @@ def itself(data: Path, model) -> list[dict]:
 
 
 def table_of_itself(rows: list[dict]) -> str:
-    """Markdown: one line per patient."""
+    """Markdown: one line per patient and way of asking."""
     lines = [
         "| patient onto itself | passes | longest mm | 99 % below mm | folds % |",
         "|---|---|---|---|---|",

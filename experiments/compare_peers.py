@@ -37,7 +37,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -309,7 +309,8 @@ def register(job: dict[str, Any], folder: Path) -> None:
         clock = _CpuClock()
         return register_once(clock), clock
 
-    if "affine" in counted:  # compiles in the first pair; the others have by now
+    # What these stages compile, they compile in the first pair; others have by now.
+    if "affine" in counted or own.passes > 1 or own.symmetric:
         run()
     (result, clock), measured = conventional.measure(run)
     stages = clock.seconds()
@@ -365,7 +366,11 @@ def digest(weights: Path | None = None, *, own: bool) -> str:
 
 
 def methods(
-    only: list[str], spacing: int, weights: str = real_pairs.WEIGHTS
+    only: list[str],
+    spacing: int,
+    weights: str = real_pairs.WEIGHTS,
+    *,
+    leave_out: Sequence[str] = (),
 ) -> tuple[list[Method], list[str]]:
     """What can run here, and the names of what is not installed.
 
@@ -373,9 +378,10 @@ def methods(
         only: how names of methods begin, in any case; empty for all.
         spacing: mm; the network is left out where it was not trained.
         weights: of our rows, as of `load_model`.
+        leave_out: how names of methods end that are not wanted, in any case.
 
     Raises:
-        UserError: one that begins no name, exit code 2.
+        UserError: one that begins, or ends, no name, exit code 2.
     """
     own = {row.name: row for row in own_rows()}
     theirs, plain = (digest(own=flag) for flag in (False, True))
@@ -390,6 +396,16 @@ def methods(
                 f"{one}",
                 USAGE,
             )
+    for one in leave_out:
+        ending = {name for name in names if name.lower().endswith(one.lower())}
+        if not ending:
+            raise UserError(
+                "schema",
+                f"--leave_out: the end of one of {', '.join(names)} expected, got "
+                f"{one}",
+                USAGE,
+            )
+        names = [name for name in names if name not in ending]
     found, missing = [], []
     for name in names:
         if only and name not in wanted:
@@ -632,9 +648,9 @@ def main(argv) -> None:
                 USAGE,
             )
         todo = [named[name] for name in options.pairs]
-    found, missing = methods(options.only, options.spacing, options.weights)
-    left = tuple(options.leave_out)
-    found = [method for method in found if not method.name.endswith(left)]
+    found, missing = methods(
+        options.only, options.spacing, options.weights, leave_out=options.leave_out
+    )
     if options.accuracy:
         found = [method for method in found if method.own]
         if not found or options.pictures or options.threads:
@@ -680,7 +696,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/peers", "Where rows and pictures go.")
     flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_list("only", [], "Methods whose names begin so; none: all.")
-    flags.DEFINE_list("leave_out", [], "And whose names do not end so.")
+    flags.DEFINE_list("leave_out", [], "But not those whose names end so.")
     flags.DEFINE_list("pairs", [], "Names of pairs; none: all.")
     flags.DEFINE_integer("spacing", 4, "mm of the working grid, 4 or 2.")
     flags.register_validator("spacing", lambda n: n in SHAPES, "4 or 2 expected")

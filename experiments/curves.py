@@ -20,6 +20,7 @@ from absl import flags
 
 from experiments import cli, figures
 from unireg_jax.errors import USAGE, UserError
+from unireg_jax.training import log
 
 _LOSS = "train/loss/"
 _DSC = "val/mean_dsc/"
@@ -29,7 +30,7 @@ class Run(NamedTuple):
     """What a training logged.
 
     Attributes:
-        name: of its first work folder's parent.
+        name: its first work folder, and the one that holds it.
         loss: task -> (steps, values), one per logged step.
         dsc: task -> (steps, values in percent), one per validation.
         ends: step at which each stage ended.
@@ -52,7 +53,7 @@ def read(folders: Sequence[Path]) -> Run:
     """
     loss, dsc, ends, begin = {}, {}, [], 0
     for folder in folders:
-        path = folder / "metrics.jsonl"
+        path = folder / log.NAME
         if not path.is_file():
             raise UserError("not_found", f"--run: {path} is not there", USAGE)
         step = 0
@@ -69,7 +70,7 @@ def read(folders: Sequence[Path]) -> Run:
                         values.append(scale * value)
         begin += step
         ends.append(begin)
-    return Run(folders[0].parent.name, loss, dsc, ends)
+    return Run("/".join(folders[0].parts[-2:]), loss, dsc, ends)
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -85,8 +86,8 @@ def table(runs: Sequence[Run]) -> str:
         + " |",
         "|" + "---|" * (1 + len(tasks) + len(known)),
     ]
-    at = [run.dsc[known[0]][0] for run in runs] if known else [run.ends for run in runs]
-    shared = sorted(set.intersection(*map(set, at)))
+    at = [steps for run in runs for steps, _ in (run.dsc[task] for task in known)]
+    shared = sorted(set.intersection(*map(set, at or [run.ends for run in runs])))
     for before, step in zip([-1, *shared], shared, strict=False):
         cells = []
         for task in tasks:
@@ -128,6 +129,13 @@ def main(argv) -> None:
     print(table(runs))
     if path := flags.FLAGS.plot:
         task = flags.FLAGS.task
+        if any(task not in run.loss or task not in run.dsc for run in runs):
+            raise UserError(
+                "schema",
+                f"--task: one with a loss and an overlap in every run expected, got "
+                f"{task}; see the table",
+                USAGE,
+            )
         loss = {r.name: (s, smoothed(v)) for r in runs for s, v in [r.loss[task]]}
         panels = {
             f"training loss, {task}": loss,

@@ -25,6 +25,7 @@ from experiments import cli, figures, real_pairs
 from experiments.real_pairs import LANDMARKS
 from unireg_jax import registration
 from unireg_jax.evaluation import metrics
+from unireg_jax.registration.prediction import MOST_PASSES
 
 
 def headneck(data: Path, model, *, picture: Path | None = None, **how) -> list[dict]:
@@ -160,7 +161,9 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "weights", [real_pairs.WEIGHTS], "Files, or names in the package."
     )
-    flags.DEFINE_multi_integer("passes", [1], "Of the network.", lower_bound=1)
+    flags.DEFINE_multi_integer(
+        "passes", [1], "Of the network.", lower_bound=1, upper_bound=MOST_PASSES
+    )
     flags.DEFINE_bool("symmetric", False, "Whether each averages both ways.")
     flags.mark_flags_as_required(["data"])
     cli.run(main)

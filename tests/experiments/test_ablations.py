@@ -45,3 +45,16 @@ def test_mr_is_stretched_to_air_and_tissue():
     hu = mr_results.stretched(Volume(data, np.eye(4), warnings=("hu_range: x",)))
     assert hu.data.dtype == np.int16 and hu.warnings == ()
     assert hu.data.min() == -1000 and 195 < hu.data.max() < 210
+
+
+def test_table_of_scans_onto_themselves_has_a_line_per_way_of_asking():
+    rows = [
+        {"patient": "a", "asked": name, "max_mm": 5.0 / n, "p99_mm": 2.0}
+        | {"fold_percent_network": 0.25}
+        for n, name in enumerate(ablations.ASKED, 1)
+    ]
+    _, _, *lines = ablations.table_of_itself(rows).splitlines()
+    assert lines == [
+        "| a | one pass | 5.0 | 2.0 | 0.25 |",
+        "| a | two, both ways | 2.5 | 2.0 | 0.25 |",
+    ]

@@ -238,6 +238,10 @@ def test_methods_names_what_is_missing(monkeypatch):
     assert plans.count(Plan(finer=2)._asdict()) == 3 and len(plans) == 9
     found, _ = race.methods(["ours"], 2)
     assert [m.name for m in found] == ["ours: affine", "ours: affine + refined"]
+    found, _ = race.methods(["ours: affine"], 4, leave_out=["Finer", "affine"])
+    assert len(found) == 5 and found[0].name == "ours: affine + network"
+    with pytest.raises(UserError, match="--leave_out: the end of .* got finre"):
+        race.methods(["ours"], 4, leave_out=["finre"])
     with pytest.raises(UserError, match="got gredy") as error:
         race.methods(["gredy"], 4)
     assert error.value.exit_code == USAGE

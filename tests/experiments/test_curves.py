@@ -38,7 +38,7 @@ def runs(tmp_path):
 
 def test_stages_follow_each_other(runs):
     run = runs[0]
-    assert run.name == "a" and run.ends == [4, 6]
+    assert run.name == "a/first" and run.ends == [4, 6]
     assert run.loss["headneck"] == ([1, 2, 3, 4, 5, 6], [4, 3, 2, 1, 8, 6])
     assert run.dsc["headneck"][0] == [0, 4, 4, 6]
 
