@@ -123,6 +123,26 @@ def smoothed(values: Sequence[float], share: float = 0.05) -> np.ndarray:
     )
 
 
+def staged(
+    curve: tuple[Sequence[int], Sequence[float]], ends: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A curve smoothed within each stage, with a gap between two.
+
+    Args:
+        curve: (steps, values).
+        ends: last step of each stage.
+    """
+    steps, values = map(np.asarray, curve)
+    whole = [np.empty(0)], [np.empty(0)]
+    for begin, end in zip([-1, *ends], ends, strict=False):
+        mine = (begin < steps) & (steps <= end)
+        for found, part in zip(
+            whole, (steps[mine], smoothed(values[mine])), strict=True
+        ):
+            found += [part, [np.nan]]
+    return tuple(map(np.concatenate, whole))
+
+
 def main(argv) -> None:
     del argv
     runs = [read([Path(p) for p in one.split(",")]) for one in flags.FLAGS.run]
@@ -136,7 +156,7 @@ def main(argv) -> None:
                 f"{task}; see the table",
                 USAGE,
             )
-        loss = {r.name: (s, smoothed(v)) for r in runs for s, v in [r.loss[task]]}
+        loss = {run.name: staged(run.loss[task], run.ends) for run in runs}
         panels = {
             f"training loss, {task}": loss,
             f"DSC of unseen {task} pairs, %": {r.name: r.dsc[task] for r in runs},

@@ -71,6 +71,12 @@ def test_running_median_keeps_a_ramp_and_drops_a_peak():
     assert curves.smoothed(values).max() < 100
 
 
+def test_smoothing_ends_where_a_stage_does():
+    steps, values = curves.staged((range(1, 101), [1.0] * 50 + [9.0] * 50), [50, 100])
+    assert np.isnan(steps).sum() == 2 and len(steps) == 102
+    assert set(values[:50]) == {1.0} and set(values[51:-1]) == {9.0}
+
+
 def test_a_folder_without_a_log_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="metrics.jsonl is not there") as caught:
         curves.read([tmp_path])
