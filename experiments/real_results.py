@@ -144,7 +144,8 @@ def main(argv) -> None:
         model = registration.load_model(path)
         name = Path(path).parent.name or path
         if passes > 1 or options.symmetric:
-            name += f", {passes} passes" + ", both ways" * options.symmetric
+            name += f", {passes} pass" + "es" * (passes > 1)
+            name += ", both ways" * options.symmetric
         how = {"passes": passes, "symmetric": options.symmetric, "picture": picture}
         results[name] = {"headneck": headneck(data, model, **how)} | {
             task: landmarks(data, model, task, **how) for task in LANDMARKS
