@@ -255,8 +255,13 @@ def load(weights: str, spacing: int) -> registration.Model:
 def session_of(own: Own, weights: str, spacing: int) -> registration.Session:
     """What registers by one of our rows."""
     model = load(weights, spacing)
-    how = {"passes": own.passes, "symmetric": own.symmetric} if own.passes else {}
-    return registration.Session(model, refine=own.plan, network=own.passes > 0, **how)
+    return registration.Session(
+        model,
+        refine=own.plan,
+        network=own.passes > 0,
+        passes=max(own.passes, 1),
+        symmetric=own.symmetric,
+    )
 
 
 def prepare(

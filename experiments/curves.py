@@ -133,14 +133,12 @@ def staged(
         ends: last step of each stage.
     """
     steps, values = map(np.asarray, curve)
-    whole = [np.empty(0)], [np.empty(0)]
+    parts = []
     for begin, end in zip([-1, *ends], ends, strict=False):
         mine = (begin < steps) & (steps <= end)
-        for found, part in zip(
-            whole, (steps[mine], smoothed(values[mine])), strict=True
-        ):
-            found += [part, [np.nan]]
-    return tuple(map(np.concatenate, whole))
+        parts += [(steps[mine], smoothed(values[mine])), ([np.nan], [np.nan])]
+    steps, values = map(np.concatenate, zip(*parts, strict=True))
+    return steps, values
 
 
 def main(argv) -> None:
