@@ -552,8 +552,7 @@ class Session:
             back = programs(moving, fixed, *codes)
             return jax.jit(prediction.mean_of_ways)(there, back)
 
-        def whole(_, moving_hu):
-            fixed = self._described_fixed(pair, programs)
+        def in_one(fixed, _, moving_hu):
             return in_window(fixed, programs.describe(moving_hu))
 
         def in_windows(number, moving_hu):
@@ -572,11 +571,12 @@ class Session:
             return blend.disp[None]
 
         with self._device:
+            one_pass = in_windows
+            if len(layout.starts) == 1:
+                fixed = self._described_fixed(pair, programs)
+                one_pass = functools.partial(in_one, fixed)
             return prediction.in_passes(
-                pair.moving_hu,
-                whole if len(layout.starts) == 1 else in_windows,
-                passes=self._passes,
-                start=pair.coarse,
+                pair.moving_hu, one_pass, passes=self._passes, start=pair.coarse
             )
 
     def _described_fixed(self, pair, programs) -> Described:
