@@ -235,6 +235,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
         "data.spacing_mm": (config.data.spacing_mm > 0, "more than 0"),
         "train.ema": (0 <= config.train.ema < 1, "from 0 to less than 1"),
         "data.hu_window": (len(window) == 2 and window[0] < window[1], "(low, high)"),
+        "loss.ncc_scales": (config.loss.ncc_scales in range(1, 5), "1 to 4"),
         "loss.smoothness": (
             len(config.loss.smoothness) == len(Region),
             f"{len(Region)} numbers, one per region",

@@ -11,7 +11,7 @@ import pytest
 from experiments import build
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.ops import smoothness
+from unireg_jax.ops import ncc, resample, smoothness
 from unireg_jax.tasks import OUTSIDE_HU, PairBatch
 from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import objective, optimizer
@@ -66,6 +66,32 @@ def test_objective_normalized_units_divide_by_half_the_grid(key):
     unit = disp * (2 / (np.array(SHAPE, np.float32) - 1))[None, None, None, None]
     expected = smoothness.diffusion(unit)[0]
     np.testing.assert_allclose(scalars["smoothness"], expected, rtol=1e-5)
+
+
+def test_objective_takes_the_mean_ncc_of_several_grids():
+    """By a shift that is seen differently at each resolution, and its gradient."""
+    batch = _batch()
+    batch = batch._replace(moving=jnp.roll(batch.fixed, 1, 3).at[:, :8].set(OUTSIDE_HU))
+    pair = prepare(batch, Extractor("none"))
+    images = pair.fixed, pair.moving, pair.fixed_valid * pair.moving_valid
+    expected = []
+    for _ in range(3):
+        fixed, moving, mask = images
+        expected.append(ncc.local_ncc(fixed, moving, window=3, mask=mask[..., 0])[0])
+        images = [resample.downsample_mean(image, 2) for image in images]
+    assert np.ptp(expected) > 0.02
+    disp = jnp.zeros((1, *SHAPE, 3))
+    for scales in (1, 3):
+        weights = _weights(dice=0.0, ncc_window=3, ncc_scales=scales)
+        _, scalars = judged(disp, pair, weights=weights)
+        np.testing.assert_allclose(
+            scalars["ncc"], np.mean(expected[:scales]), rtol=1e-5
+        )
+
+    def loss(shift):
+        return judged(disp.at[..., 2].add(shift), pair, weights=weights)[0]
+
+    assert jax.grad(loss)(0.0) < 0  # towards the roll, where single voxels do not tell
 
 
 def test_objective_perfect_pair_costs_nothing():

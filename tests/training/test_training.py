@@ -562,6 +562,7 @@ def test_init_from_of_another_model_is_refused(config, tmp_path):
         ("loss.reg_units", "mm", "one of normalized, voxel expected"),
         ("loss.smoothness", (1.0,), "4 numbers, one per region expected"),
         ("loss.ncc_window", 8, "an odd number expected, got 8"),
+        ("loss.ncc_scales", 5, "1 to 4 expected, got 5"),
         ("data.shape", (40, 32, 32), "three multiples of 16 expected"),
         ("data.augment.flip", 2.0, "0 to 1 expected, got 2.0"),
         ("optim.name", "rmsprop", "one of sgd, adam expected"),

@@ -310,6 +310,7 @@ _FREE = (
 # What a field means in the config of a run that began before the field existed.
 _NEUTRAL = {
     "loss.dice_counting": "scatter",
+    "loss.ncc_scales": 1,
     "data.streams.phantoms": 0.0,
     "data.streams.painted": 0.0,
     "data.streams.deformed": 0.0,

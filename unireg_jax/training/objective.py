@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
-from unireg_jax.ops import dice, intensity, ncc, smoothness, warp
+from unireg_jax.ops import dice, intensity, ncc, resample, smoothness, warp
 from unireg_jax.tasks import OUTSIDE_HU, PairBatch
 
 _AIR_HU = -1024.0  # the least HU that a network sees
@@ -55,6 +55,8 @@ class Weights(NamedTuple):
             paper's lambda and learning rate live; "voxel" in voxels. One is the other
             times about (n - 1)^2 / 4, some 9000 at 192: never mix them.
         ncc_window: edge of the similarity's window, voxels.
+        ncc_scales: on how many grids it is measured, each of half the resolution of
+            the one before, with the same window; the mean counts.
         num_labels: label ids including background; static.
         dice_counting: see `dice.soft_dice`.
     """
@@ -63,6 +65,7 @@ class Weights(NamedTuple):
     dice: float = 1.0
     reg_units: str = "normalized"
     ncc_window: int = 9
+    ncc_scales: int = 1
     num_labels: int = 2
     dice_counting: str = "scatter"
 
@@ -149,9 +152,7 @@ def objective(
     _check(weights)
     warped = warp.warp(pair.moving, disp)
     mask = pair.fixed_valid * jax.lax.stop_gradient(warp.warp(pair.moving_valid, disp))
-    similarity = ncc.local_ncc(
-        pair.fixed, warped, window=weights.ncc_window, mask=mask[..., 0]
-    )
+    similarity = _similarity(pair.fixed, warped, mask, weights)
     field = disp
     if weights.reg_units == "normalized":
         # 1 unit is (n - 1) / 2 voxels (align-corners).
@@ -181,6 +182,20 @@ def objective(
         )
     loss = loss.mean()
     return loss, {"loss": loss, **scalars}
+
+
+def _similarity(fixed, warped, mask, weights):
+    """NCC [B], the mean over the scales."""
+    scales = []
+    for scale in range(weights.ncc_scales):
+        if scale:
+            fixed, warped, mask = (
+                resample.downsample_mean(volume, 2) for volume in (fixed, warped, mask)
+            )
+        scales.append(
+            ncc.local_ncc(fixed, warped, window=weights.ncc_window, mask=mask[..., 0])
+        )
+    return sum(scales) / weights.ncc_scales
 
 
 def make_loss(apply_fn: Callable, *, weights: Weights) -> Callable:
