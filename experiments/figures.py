@@ -84,6 +84,37 @@ def save_registration(
     plt.close(figure)
 
 
+def save_cuts(
+    path: Path | str,
+    cuts: Sequence[tuple[str, np.ndarray]],
+    *,
+    columns: int,
+    window: tuple[float, float] = WINDOW,
+) -> None:
+    """Draws square cuts, each with a cross at its middle.
+
+    Args:
+        path: PNG file.
+        cuts: title and [A, Z] HU each, superior up; row by row.
+        columns: of the picture.
+        window: HU from black to white.
+    """
+    rows = -(-len(cuts) // columns)
+    size = (2.6 * columns, 2.8 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, cut) in zip(axes.flat, cuts, strict=False):
+        low, high = window
+        axis.imshow(cut.T, origin="lower", cmap="gray", vmin=low, vmax=high)
+        middle = [(n - 1) / 2 for n in cut.shape]
+        axis.plot(*middle, "+", color="orange", markersize=16)
+        axis.set_title(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def _show(axis, picture: np.ndarray, aspect: float, row: int) -> None:
     """Superior up in sagittal and coronal planes, anterior up in axial ones."""
     origin = "upper" if row == 2 else "lower"

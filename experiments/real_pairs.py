@@ -50,6 +50,9 @@ LANDMARKS = {
         "lung_elastix/landmarks.csv",
     ),
 }
+# Marks of the lung pair that the images contradict, by position in the table; which,
+# and how it is known without any registration: lung_landmarks.py.
+DOUBTFUL = {"lung": (7, 11)}
 # In the package: trained without the patients of `val`. The default, `unireg`, is not.
 # Scripts take these unless --weights says otherwise, whatever $UNIREG_WEIGHTS says.
 WEIGHTS = "unireg_heldout"

@@ -139,6 +139,11 @@ def test_judge_counts_field_and_affine_once(start):
     scores = race.judge(start, Field(disp, VOX2WORLD), None)
     assert scores["tre_mm"] < 1e-3 and scores["fold_percent"] == 0
     assert set(scores) == {"fold_percent", "sdlogj", "tre_mm", "tre_median_mm"}
+    start.truth.moving[3] += (0, 0, 20)  # a mark in a wrong place
+    scores = race.judge(start._replace(doubtful=(3,)), Field(disp, VOX2WORLD), None)
+    assert scores["tre_sure_mm"] < 1e-3
+    assert scores["tre_mm"] == pytest.approx(20 / len(start.truth.fixed), abs=1e-3)
+    start.truth.moving[3] -= (0, 0, 20)
     scores = race.judge(start, Field(disp, VOX2WORLD), np.eye(4))
     assert scores["tre_mm"] == pytest.approx(4, abs=1e-3)
 
