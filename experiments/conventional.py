@@ -13,6 +13,7 @@ It raises ImportError where the tool is missing.
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -196,7 +197,7 @@ PEERS = {
 
 
 def version(peer: Peer) -> str | None:
-    """Version of a tool; None where it is not installed."""
+    """Version of a tool, of one that has none its digest; None if not installed."""
     if peer.package:
         try:
             return importlib.metadata.version(peer.package)
@@ -207,8 +208,11 @@ def version(peer: Peer) -> str | None:
     said = subprocess.run(
         [peer.programs[0], "--version"], capture_output=True, text=True, check=False
     )
-    number = re.search(r"\d+\.[\d.]+", said.stdout)
-    return number[0] if number else "of no number"
+    # The whole answer: numbers stand in a help text, too.
+    if number := re.fullmatch(r"\D*(\d+\.[\d.]+)\s*", said.stdout):
+        return number[1]
+    program = Path(shutil.which(peer.programs[0])).read_bytes()
+    return f"sha256 {hashlib.sha256(program).hexdigest()[:8]}"
 
 
 # --- conventions --------------------------------------------------------------------
@@ -238,7 +242,8 @@ def by_coordinates(folder: Path, warp: Callable[[str, str], Any]) -> Field:
         warp: path of an image in the moving scan's place, path of the result.
 
     Returns:
-        Field; no displacement where the tool read beyond the images.
+        Field; where the tool read beyond the images, no displacement if it says NaN
+            there, else up to the border, as its own results are.
     """
     grid = _grid(folder)
     places = grids.positions(grid, slice(None)).reshape(3, *grid.shape)

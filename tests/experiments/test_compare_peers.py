@@ -233,6 +233,25 @@ def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare):
     assert len({line.count("|") for line in lines}) == 1
 
 
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [("1.5.58", "1.5.58"), ("Version 2.0", "2.0"), ("alpha (default 1.6)", "sha256 ")],
+)
+def test_version_of_a_program_is_no_number_of_its_help(
+    tmp_path, monkeypatch, says, expected
+):
+    program = tmp_path / "reg_f3d"
+    program.write_text(f"#!/bin/sh\necho '{says}'\n")
+    program.chmod(0o755)
+    (tmp_path / "reg_resample").symlink_to(program)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = conventional.version(conventional.PEERS["NiftyReg"])
+    assert found.startswith(expected)
+    program.write_text(program.read_text() + "# built anew\n")
+    changed = conventional.version(conventional.PEERS["NiftyReg"]) != found
+    assert changed == (expected == "sha256 ")
+
+
 def test_methods_names_what_is_missing(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found, missing = race.methods(["deeds", "ours"], 4)
