@@ -5,11 +5,12 @@
         --weights=runs/static/weights.safetensors
 
 Registers, through the same function as `unireg register`, the 12 ordered pairs of the 4
-head-neck patients that training never saw (DSC of 7 organs), the arterial onto the
-portal-venous liver phase and the follow-up onto the baseline lung scan (landmark error;
-both pairs were in training, without landmarks). Writes results.json, a picture per pair
-of the first weights, and prints the table of the README. --passes, which may be given
-several times, and --symmetric are those of the command; by default one pass one way.
+head-neck patients that training never saw (DSC of 7 organs; of other weights, those of
+--split), the arterial onto the portal-venous liver phase and the follow-up onto the
+baseline lung scan (landmark error; both pairs were in training, without landmarks).
+Writes results.json, a picture per pair of the first weights, and prints the table of
+the README. --passes, which may be given several times, and --symmetric are those of the
+command; by default one pass one way.
 """
 
 import itertools
@@ -28,17 +29,20 @@ from unireg_jax.evaluation import metrics
 from unireg_jax.registration.prediction import MOST_PASSES
 
 
-def headneck(data: Path, model, *, picture: Path | None = None, **how) -> list[dict]:
+def headneck(
+    data: Path, model, *, split: str = "val", picture: Path | None = None, **how
+) -> list[dict]:
     """One row per ordered pair of the held-out patients.
 
     Args:
         data: folder of the collection.
         model: from `load_model`.
+        split: of `real_pairs.SPLITS`.
         picture: folder for one per pair; None for none.
         how: affine, passes and symmetric of `register`.
     """
     rows = []
-    todo = real_pairs.pairs(data, tasks=["headneck"])
+    todo = real_pairs.pairs(data, split, tasks=["headneck"])
     for pair in tqdm(todo, disable=not sys.stderr.isatty()):
         scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
         one, other = pair.patients
@@ -147,7 +151,8 @@ def main(argv) -> None:
             name += f", {passes} pass" + "es" * (passes > 1)
             name += ", both ways" * options.symmetric
         how = {"passes": passes, "symmetric": options.symmetric, "picture": picture}
-        results[name] = {"headneck": headneck(data, model, **how)} | {
+        rows = headneck(data, model, split=options.split, **how)
+        results[name] = {"headneck": rows} | {
             task: landmarks(data, model, task, **how) for task in LANDMARKS
         }
         picture = None
@@ -159,6 +164,7 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", "runs/results", "Where results and pictures go.")
+    flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_multi_string(
         "weights", [real_pairs.WEIGHTS], "Files, or names in the package."
     )
