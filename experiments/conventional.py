@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
 from unireg_jax.imaging import grids, mapping, nifti
 from unireg_jax.imaging.grids import Field, Grid
@@ -37,6 +38,7 @@ FIXED, MOVING = "fixed.nii.gz", "moving.nii.gz"
 MASKS = ("fixed_mask.nii.gz", "moving_mask.nii.gz")
 FIELD, MEASURED = "field.npz", "measured.json"
 _AIR_HU = np.int16(mapping.AIR_HU)
+_ROUNDING_VOXELS = 1e-3  # of places that a tool interpolated in float32
 GREEDY = "-m NCC 2x2x2 -n 100x50x10"
 
 
@@ -211,8 +213,8 @@ def version(peer: Peer) -> str | None:
     # The whole answer: numbers stand in a help text, too.
     if number := re.fullmatch(r"\D*(\d+\.[\d.]+)\s*", said.stdout):
         return number[1]
-    program = Path(shutil.which(peer.programs[0])).read_bytes()
-    return f"sha256 {hashlib.sha256(program).hexdigest()[:8]}"
+    programs = b"".join(Path(shutil.which(p)).read_bytes() for p in peer.programs)
+    return f"sha256 {hashlib.sha256(programs).hexdigest()[:8]}"
 
 
 # --- conventions --------------------------------------------------------------------
@@ -235,27 +237,39 @@ def by_coordinates(folder: Path, warp: Callable[[str, str], Any]) -> Field:
     """Field of a tool whose files need not be understood.
 
     It warps three images whose values are the places of their own voxels, so the
-    results say where it reads.
+    results say where it reads. Beyond them they say nothing: NaN, or the border again.
 
     Args:
-        folder: with the pair's images, which have one grid.
+        folder: with the pair's images, which have one grid, its axes along LPS.
         warp: path of an image in the moving scan's place, path of the result.
 
     Returns:
-        Field; where the tool read beyond the images, no displacement if it says NaN
-            there, else up to the border, as its own results are.
+        Field; where the tool read beyond the images, or at their outermost voxels, that
+        of the nearest voxel where it did not. Zero or a cut would be counted as folds.
+
+    Raises:
+        ValueError: it read nothing but what lies beyond.
     """
     grid = _grid(folder)
     places = grids.positions(grid, slice(None)).reshape(3, *grid.shape)
     disp = np.empty((*grid.shape, 3), np.float32)
+    beyond = np.zeros(grid.shape, bool)
     for axis, values in enumerate(places):
         image, out = (folder / f"{n}{axis}.nii.gz" for n in ("place", "read"))
         values = values.astype(np.float32)
         nifti.write_volume(image, values, grid.vox2world)
         warp(str(image), str(out))
-        disp[..., axis] = _values(out) - values
-    disp[~np.isfinite(disp).all(axis=-1)] = 0
-    return Field(disp, grid.vox2world)
+        read = _values(out)
+        disp[..., axis] = read - values
+        margin = _ROUNDING_VOXELS * abs(grid.vox2world[axis, axis])
+        inside = (read > values.min() + margin) & (read < values.max() - margin)
+        beyond |= ~inside
+    if beyond.all():
+        raise ValueError("a warped image must show some of it, got nothing but border")
+    nearest = ndimage.distance_transform_edt(
+        beyond, return_distances=False, return_indices=True
+    )
+    return Field(disp[tuple(nearest)], grid.vox2world)
 
 
 def _values(path: Path) -> np.ndarray:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -79,21 +80,40 @@ def test_peer_finds_a_known_shift_in_lps_mm(pair, name):
     assert measured["cpu_s"] > 0 and measured["peak_mib"] > 10
 
 
-def test_by_coordinates_recovers_what_a_tool_does(pair):
+@pytest.mark.parametrize("beyond", ["nan", "border"])
+def test_by_coordinates_recovers_what_a_tool_does(pair, beyond):
+    """Everywhere, whatever the tool says of places that it cannot read."""
     folder, _ = pair
     disp = np.broadcast_to((SHIFT * SPACING).astype(np.float32), (*SHAPE, 3))
-    inner = (slice(2, -2),) * 3
 
     def warp(image, out):  # stands for a tool that reads files of its own
         volume = nifti.read_image(image)
-        moved = mapping.resample(
-            mapping.field(disp, VOX2WORLD), volume, mapping.grid_of(volume)
-        )
-        nifti.write_volume(out, moved, VOX2WORLD)
+        grid = mapping.grid_of(volume)
+        moved = mapping.field(disp, VOX2WORLD)
+        if beyond == "nan":
+            moved = mapping.resample(moved, volume, grid, fill=np.nan)
+        else:
+            xyz = mapping.points(moved, grids.positions(grid, slice(None)).T).T
+            coords = grids.apply(np.linalg.inv(VOX2WORLD), xyz)
+            coords = np.clip(coords, 0, np.array(SHAPE)[:, None] - 1)
+            moved = grids.linear(volume.data, coords).reshape(SHAPE)
+        nib.save(nib.Nifti1Image(moved.astype(np.float32), None), out)
 
     field = conventional.by_coordinates(folder, warp)
     # mm: float32 of coordinates of 700.
-    np.testing.assert_allclose(field.disp_mm[inner], disp[inner], atol=1e-3)
+    np.testing.assert_allclose(field.disp_mm, disp, atol=1e-3)
+
+
+def test_by_coordinates_refuses_a_tool_that_read_nothing(pair):
+    folder, _ = pair
+
+    def warp(image, out):
+        del image
+        nothing = np.full(SHAPE, np.nan, np.float32)
+        nib.save(nib.Nifti1Image(nothing, None), out)
+
+    with pytest.raises(ValueError, match="nothing but border"):
+        conventional.by_coordinates(folder, warp)
 
 
 def test_whole_map_is_that_of_registration(tmp_path):
@@ -240,14 +260,13 @@ def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare):
 def test_version_of_a_program_is_no_number_of_its_help(
     tmp_path, monkeypatch, says, expected
 ):
-    program = tmp_path / "reg_f3d"
-    program.write_text(f"#!/bin/sh\necho '{says}'\n")
-    program.chmod(0o755)
-    (tmp_path / "reg_resample").symlink_to(program)
+    for name in ("reg_f3d", "reg_resample"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     found = conventional.version(conventional.PEERS["NiftyReg"])
     assert found.startswith(expected)
-    program.write_text(program.read_text() + "# built anew\n")
+    (tmp_path / "reg_resample").write_text("#!/bin/sh\n# built anew\n")
     changed = conventional.version(conventional.PEERS["NiftyReg"]) != found
     assert changed == (expected == "sha256 ")
 
