@@ -91,11 +91,11 @@ def save_cuts(
     columns: int,
     window: tuple[float, float] = WINDOW,
 ) -> None:
-    """Draws square cuts, each with a cross at its middle.
+    """Draws cuts, each with a cross at its middle sample, or between its middle two.
 
     Args:
         path: PNG file.
-        cuts: title and [A, Z] HU each, superior up; row by row.
+        cuts: title and [A, Z] HU each, of equal steps along both, Z up; row by row.
         columns: of the picture.
         window: HU from black to white.
     """

@@ -6,11 +6,11 @@ training never saw (split `val`), 4 pairs of others, on which defaults are chose
 on), with organs; in all splits the arterial onto the portal-venous liver phase and the
 follow-up onto the baseline lung scan, with landmarks: there is no other such pair.
 
-The mean landmark error hides what a method does where one landmark is off for all of
-them. The eighth of the lung's 17 is moved 47.5 mm along the body, its neighbours at
-that height 30 to 32.5; it lies on a vessel that runs along the body, so its height is
-ambiguous. The 12 to 14 mm that every method leaves there are 0.7 to 0.8 mm of the mean:
-so the median is given, too.
+The mean landmark error hides what a method does where marks are off for all of them.
+Two of the lung's 17 are (`DOUBTFUL`): the eighth is moved 47.5 mm along the body, the
+others 30 to 37.5; the twelfth 1.6 mm to the left, the others 0.5 to 8 mm to the right.
+Together they are 0.8 to 0.9 mm of the mean of a refined result: so the median is given,
+and the mean of the others.
 """
 
 import itertools
@@ -50,8 +50,8 @@ LANDMARKS = {
         "lung_elastix/landmarks.csv",
     ),
 }
-# Marks of the lung pair that the images contradict, by position in the table; which,
-# and how it is known without any registration: lung_landmarks.py.
+# Marks, by position in the table, beside which tissue is found more alike than at them:
+# lung_landmarks.py.
 DOUBTFUL = {"lung": (7, 11)}
 # In the package: trained without the patients of `val`. The default, `unireg`, is not.
 # Scripts take these unless --weights says otherwise, whatever $UNIREG_WEIGHTS says.

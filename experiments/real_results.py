@@ -32,7 +32,7 @@ from unireg_jax.registration.prediction import MOST_PASSES
 def headneck(
     data: Path, model, *, split: str = "val", picture: Path | None = None, **how
 ) -> list[dict]:
-    """One row per ordered pair of the held-out patients.
+    """One row per ordered pair of the patients of a split.
 
     Args:
         data: folder of the collection.

@@ -85,7 +85,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # How ops/dice.py adds up voxels: "compare" scatters nothing, same bits.
     config.loss.dice_counting = "scatter"
     config.loss.ncc_window = 9  # unstated; as the authors' later code
-    # Grids of full, half ... resolution whose mean NCC counts. Not in the paper: 1.
+    # Grids of full, half ... resolution whose mean NCC counts. 1: the paper's one loss.
     config.loss.ncc_scales = 1
 
     config.optim = ml_collections.ConfigDict()

@@ -159,11 +159,12 @@ def test_judge_counts_field_and_affine_once(start):
     scores = race.judge(start, Field(disp, VOX2WORLD), None)
     assert scores["tre_mm"] < 1e-3 and scores["fold_percent"] == 0
     assert set(scores) == {"fold_percent", "sdlogj", "tre_mm", "tre_median_mm"}
-    start.truth.moving[3] += (0, 0, 20)  # a mark in a wrong place
-    scores = race.judge(start._replace(doubtful=(3,)), Field(disp, VOX2WORLD), None)
+    marks = start.truth.moving + 20 * (np.arange(len(start.truth.moving)) == 3)[:, None]
+    wrong = start.truth._replace(moving=marks)  # the fourth in a wrong place
+    wrong = start._replace(truth=wrong, doubtful=(3,))
+    scores = race.judge(wrong, Field(disp, VOX2WORLD), None)
     assert scores["tre_sure_mm"] < 1e-3
-    assert scores["tre_mm"] == pytest.approx(20 / len(start.truth.fixed), abs=1e-3)
-    start.truth.moving[3] -= (0, 0, 20)
+    assert scores["tre_mm"] == pytest.approx(20 * 3**0.5 / len(marks), abs=1e-3)
     scores = race.judge(start, Field(disp, VOX2WORLD), np.eye(4))
     assert scores["tre_mm"] == pytest.approx(4, abs=1e-3)
 
@@ -248,8 +249,10 @@ def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare):
     lines = race.table(rows).splitlines()
     assert lines[2].startswith("| greedy | 0/1 | - |")
     assert lines[3].startswith("| convexAdam | 1 | - |") and "| 99 |" in lines[3]
-    two = f"| {rows[1]['tre_mm']:.2f} / {rows[1]['tre_median_mm']:.2f} | - |"
-    assert two in lines[3]
+    two = f"| {rows[1]['tre_mm']:.2f} / {rows[1]['tre_median_mm']:.2f}"
+    assert f"{two} | - |" in lines[3]
+    (line,) = race.table([rows[1] | {"tre_sure_mm": 0.123}]).splitlines()[2:]
+    assert f"{two} / 0.12 | - |" in line
     assert len({line.count("|") for line in lines}) == 1
 
 

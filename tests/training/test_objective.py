@@ -88,10 +88,15 @@ def test_objective_takes_the_mean_ncc_of_several_grids():
             scalars["ncc"], np.mean(expected[:scales]), rtol=1e-5
         )
 
-    def loss(shift):
+    # The gradient is that of all grids.
+    def loss(shift, scales=3):
+        weights = _weights(dice=0.0, ncc_window=3, ncc_scales=scales)
         return judged(disp.at[..., 2].add(shift), pair, weights=weights)[0]
 
-    assert jax.grad(loss)(0.0) < 0  # towards the roll, where single voxels do not tell
+    step = 0.02
+    slope = (loss(0.4 + step) - loss(0.4 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(loss)(0.4), slope, rtol=0.02)
+    assert abs(slope - jax.grad(loss)(0.4, 1)) > 0.1 * abs(slope)
 
 
 def test_objective_perfect_pair_costs_nothing():
@@ -189,6 +194,8 @@ def test_compiled_training_step_holds_no_scatter_but_the_label_counts():
     [
         (objective.Weights(LAMBDA, reg_units="mm"), "reg_units must be one of"),
         (objective.Weights((1.0, 1.0)), "one weight per region"),
+        (objective.Weights(LAMBDA, ncc_scales=0), "ncc_scales must be 1 or more"),
+        (objective.Weights(LAMBDA, ncc_scales=6), "can be halved"),
     ],
 )
 def test_objective_rejects_bad_weights(weights, match):

@@ -4,7 +4,7 @@ UniReg, section 3.2, eq. 6; the smoothness weight follows the body region of eac
 sample (Table 8).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -136,6 +136,8 @@ def objective(
 
     loss = (1 - NCC(F, M o phi)) + lambda[region] * R(phi) + w (1 - Dice)
 
+    NCC is the mean over `weights.ncc_scales` grids.
+
     Args:
         disp: [B, X, Y, Z, 3] float32, voxels.
         pair: from `prepare`.
@@ -147,9 +149,10 @@ def objective(
             where no sample has a common label).
 
     Raises:
-        ValueError: `reg_units` is unknown, or a region has no smoothness weight.
+        ValueError: `reg_units` is unknown, a region has no smoothness weight, or X, Y,
+            Z cannot be halved for every further one of `ncc_scales`.
     """
-    _check(weights)
+    _check(weights, disp.shape[1:4])
     warped = warp.warp(pair.moving, disp)
     mask = pair.fixed_valid * jax.lax.stop_gradient(warp.warp(pair.moving_valid, disp))
     similarity = _similarity(pair.fixed, warped, mask, weights)
@@ -217,7 +220,7 @@ def make_loss(apply_fn: Callable, *, weights: Weights) -> Callable:
     return loss
 
 
-def _check(weights: Weights) -> None:
+def _check(weights: Weights, shape: Sequence[int]) -> None:
     if weights.reg_units not in REG_UNITS:
         raise ValueError(
             f"reg_units must be one of {REG_UNITS}, got {weights.reg_units!r}"
@@ -226,4 +229,10 @@ def _check(weights: Weights) -> None:
         raise ValueError(
             "smoothness must hold one weight per region (headneck, chest, abdomen, "
             f"liver), got {len(weights.smoothness)}"
+        )
+    halves = 2 ** (weights.ncc_scales - 1) if weights.ncc_scales > 0 else 0
+    if not halves or any(n % halves for n in shape):
+        raise ValueError(
+            f"ncc_scales must be 1 or more, and so few that {tuple(shape)} voxels can "
+            f"be halved for each but the first, got {weights.ncc_scales}"
         )
