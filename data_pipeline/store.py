@@ -19,6 +19,7 @@ Every file appears whole or not at all: temporary file beside it, fsync, rename.
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ INDEX_NAME = "index.json"
 ALIGN_NAME = "align.json"
 VOLUMES_NAME = "volumes"
 POINTS_NAME = "points"
+# What numpy.save writes before a plain array: magic, version 1.0, length, header.
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<dtype>[^']+)', "
+    rb"'fortran_order': (?P<fortran>True|False), 'shape': \((?P<shape>[\d, ]*)\), \}"
+    rb" *\n",
+    re.DOTALL,
+)
 
 lock = locks.lock  # of a prepared folder or a work folder
 
@@ -225,12 +233,18 @@ def read_array(root: Path | str, entry: dict[str, Any], kind: str) -> np.ndarray
 
 
 def _view_npy(content: bytes) -> np.ndarray:
-    """The array in the bytes of an .npy file of `write_volume`, not a copy."""
-    file = io.BytesIO(content)
-    assert np.lib.format.read_magic(file) == (1, 0)  # its digest says that it is ours
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    order = "F" if fortran else "C"
-    return np.ndarray(shape, dtype, content, offset=file.tell(), order=order)
+    """The array in the bytes of an .npy file of `write_volume`, not a copy.
+
+    NumPy's own reader parses the header as Python source. CPython 3.11 counts how deep
+    that goes for all threads together, and in a loader's threads it now and then ends
+    in a SystemError ("AST constructor recursion depth mismatch").
+    """
+    found = _NPY_HEADER.match(content)
+    assert found, content[:100]  # its digest says that it is ours
+    shape = tuple(int(n) for n in found["shape"].split(b",") if n.strip())
+    order = "F" if found["fortran"] == b"True" else "C"
+    dtype = np.dtype(found["dtype"].decode())
+    return np.ndarray(shape, dtype, content, offset=found.end(), order=order)
 
 
 def write_index(root: Path | str, index: dict[str, Any]) -> None:
