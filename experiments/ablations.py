@@ -3,13 +3,13 @@
     python -m experiments.ablations --data=FOLDER --out=runs/ablations
 
 UniReg, Tables 5 and 3, with weights as they are: nothing is trained. The 12 ordered
-head-neck pairs that training never saw, the liver and lung pairs of real_pairs, and
-an inter-patient liver, a task that no training stream has: the CHAOS scan, seen by no
-training, with two others. Each pair is predicted under every region and pair type in
-one pass of the backbone (registration/sweeps.py; scores on the network's grid). Then
-the first three again with each pre-alignment, as real_results measures them, on the
-scans' own grids; and the four patients onto themselves. Writes a JSON file per part and
-prints Markdown.
+head-neck pairs that training never saw, the liver and lung pairs of real_pairs, chest
+and abdomen between patients that training saw, and an inter-patient liver, a task that
+no training stream has: the CHAOS scan, seen by no training, with two others. Each pair
+is predicted under every region and pair type in one pass of the backbone
+(registration/sweeps.py; scores on the network's grid). Then the first three again with
+each pre-alignment, as real_results measures them, on the scans' own grids; and the four
+patients onto themselves. Writes a JSON file per part and prints Markdown.
 
 Intervals: 95 %, over all equally likely draws of the patients with replacement; a pair
 counts as often as both of its patients were drawn. Four patients give a rough one.
@@ -27,6 +27,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import cli, conventional, real_pairs, real_results
+from experiments.benchmark_quality import SCANS, Scans
 from experiments.real_pairs import LANDMARKS, Truth
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
@@ -39,23 +40,21 @@ from unireg_jax.tasks import TASKS, PairType, Region, Task
 
 RIGHT = {**TASKS, "liver_inter": Task(Region.LIVER, PairType.INTER)}
 AFFINES = ("auto", "features", "coarse")
-# Fixed, moving: image, labels, id of the liver. CHAOS was never in training.
-_CHAOS = ("abdomen_chaos/ct.nii.gz", "abdomen_chaos/label_liver.nii.gz", 1)
-_OTHERS = {
-    "lidc": ("chest_lidc0001/ct.nii.gz", "chest_lidc0001/labels_totalseg.nii.gz", 5),
-    "totalseg": (
-        "abdomen_totalseg_example/ct.nii.gz",
-        "abdomen_totalseg_example/labels_totalseg.nii.gz",
-        5,
-    ),
-}
+# Between patients, both ways: names of `SCANS`, and the labels that count. CHAOS was
+# never in training; the others were, with these labels.
+_BETWEEN = (
+    ("chest", "chest_lidc", "chest_nsclc", (10,)),
+    ("abdomen", "abdomen_lidc", "abdomen_ts", (1, 2, 3, 5, 6, 7, 52, 63, 64)),
+    ("liver_inter", "abdomen_chaos", "abdomen_lidc", (5,)),
+    ("liver_inter", "abdomen_chaos", "abdomen_ts", (5,)),
+)
 
 
 class Case(NamedTuple):
     """One pair.
 
     Attributes:
-        group: headneck, liver, lung, or liver_inter.
+        group: headneck, liver, lung, or of `_BETWEEN`.
         patients: of fixed and of moving.
         scans: fixed and moving.
         truth: labels of both, or landmarks.
@@ -83,19 +82,18 @@ def cases(data: Path, affine_used: dict[str, str]) -> Iterator[Case]:
         scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
         affine = affine_used.get(pair.task, "affine")
         yield Case(pair.task, pair.patients, scans, truth, affine)
-    if not (data / _CHAOS[0]).is_file():
-        return
-    for name, other in _OTHERS.items():
-        ends = {"chaos": _CHAOS, name: other}
+    read = Scans(data)
+    for group, *ends, counted in _BETWEEN:
+        if not all(read.path(SCANS[name][1]).is_file() for name in ends):
+            continue
         for pair in itertools.permutations(ends):
-            scans = tuple(nifti.read_image(data / ends[c][0]) for c in pair)
-            labels = tuple(_liver(data, *ends[c][1:]) for c in pair)
-            yield Case("liver_inter", pair, scans, labels, "affine")
-
-
-def _liver(data: Path, path: str, liver: int) -> Volume:
-    volume = nifti.read_labels(data / path)
-    return volume._replace(data=(volume.data == liver).astype(np.uint8))
+            scans = tuple(read(name) for name in pair)
+            labels = (read(name, labels=True) for name in pair)
+            truth = tuple(
+                one._replace(data=np.where(np.isin(one.data, counted), one.data, 0))
+                for one in labels
+            )
+            yield Case(group, pair, scans, truth, "affine")
 
 
 def conditions(case: Case, model) -> list[dict]:
