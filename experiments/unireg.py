@@ -169,11 +169,13 @@ PRESETS = {
     # Not in paper: chosen so that two CPU cores train it within the hour. The field
     # lives at 1/2 and is up-sampled (a fifth of the arithmetic); smoothness in voxel
     # units and Adam, because the paper's SGD does not move in so few steps
-    # (docs/training.md#which-optimiser). 1000 steps: head-neck 42.9 (affine) -> 48.9 %
-    # DSC, liver 1.99 -> 1.81, lung 6.3 -> 5.3 mm, 2.19 % folds. On other patients
-    # (docs/training.md) smoothness 3, 3, 3, 8 from the start: 50.4 instead of 50.6 %,
-    # 0.09 instead of 1.01 % folds, liver 1.93 instead of 1.66 mm; ncc_window=9: 48.8 %
-    # and 1.93 % folds. The command:
+    # (docs/training.md#which-optimiser). 1000 steps, 17 minutes of a core: head-neck
+    # 42.9 (affine) -> 47.9 % DSC, liver 1.99 -> 1.89, lung 6.3 -> 6.0 mm, 1.91 % folds.
+    # One value changed, on other patients (docs/training.md): this 50.6 and 51.5 % (two
+    # seeds), 1.0 and 1.2 % folds; optim.lr=3e-4 51.8 and 51.9 %, 3e-3 does not learn;
+    # smoothness 3, 3, 3, 8 50.4 % and 0.09 % folds; Table 8's in normalized units
+    # 50.5 % and 7.2 %; ncc_window=9 48.8 % and 1.9 %; ncc_scales=3 50.7 % and 2.2 %;
+    # the lower rate with the higher smoothness 51.3 % and 0.12 %.
     # --config=experiments/unireg.py:real_small --config.data.root=PREPARED
     "real_small": _REAL_SMALL,
     # Not in paper: the second stage of `unireg_heldout`, started from the first
