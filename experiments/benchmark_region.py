@@ -6,7 +6,8 @@ Real scans (the collection of experiments/real_scans.py and its label maps) and 
 run of slices of 80, 160 or 240 mm out of them; phantoms the same way. A scan is
 judged by a model that was fitted without any scan of its source (head-neck: without
 four of the sixteen patients); phantoms, by the packaged model, which saw none.
---fit prints the packaged model's numbers, fitted on all real scans.
+--fit prints the packaged model's numbers, fitted on all real scans but those of
+`_ONLY_JUDGED`.
 
 Truth is by slice: lungs of the label map (liver phases: of the image) over 15 % of the
 body are chest, under 4 % and below them abdomen; in head-neck scans, from the larynx

@@ -169,8 +169,9 @@ PRESETS = {
     # Not in paper: chosen so that two CPU cores train it within the hour. The field
     # lives at 1/2 and is up-sampled (a fifth of the arithmetic); smoothness in voxel
     # units and Adam, because the paper's SGD does not move in so few steps
-    # (docs/training.md#which-optimiser). 1000 steps, 17 minutes of a core: head-neck
-    # 42.9 (affine) -> 47.9 % DSC, liver 1.99 -> 1.89, lung 6.3 -> 6.0 mm, 1.91 % folds.
+    # (docs/training.md#which-optimiser). 1000 steps, 16 to 30 minutes of a core beside
+    # others: head-neck 42.9 (affine) -> 47.9 % DSC, liver 1.99 -> 1.89, lung 6.3 -> 6.0
+    # mm, 1.91 % folds.
     # One value changed, on other patients (docs/training.md): this 50.6 and 51.5 % (two
     # seeds), 1.0 and 1.2 % folds; optim.lr=3e-4 51.8 and 51.9 %, 3e-3 does not learn;
     # smoothness 3, 3, 3, 8 50.4 % and 0.09 % folds; Table 8's in normalized units
