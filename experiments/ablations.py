@@ -40,13 +40,13 @@ from unireg_jax.tasks import TASKS, PairType, Region, Task
 
 RIGHT = {**TASKS, "liver_inter": Task(Region.LIVER, PairType.INTER)}
 AFFINES = ("auto", "features", "coarse")
-# Between patients, both ways: names of `SCANS`, and the labels that count. CHAOS was
-# never in training; the others were, with these labels.
+# Between patients, both ways: names of `SCANS`. CHAOS was never in training; the others
+# were, with their labels.
 _BETWEEN = (
-    ("chest", "chest_lidc", "chest_nsclc", (10,)),
-    ("abdomen", "abdomen_lidc", "abdomen_ts", (1, 2, 3, 5, 6, 7, 52, 63, 64)),
-    ("liver_inter", "abdomen_chaos", "abdomen_lidc", (5,)),
-    ("liver_inter", "abdomen_chaos", "abdomen_ts", (5,)),
+    ("chest", "chest_lidc", "chest_nsclc"),
+    ("abdomen", "abdomen_lidc", "abdomen_ts"),
+    ("liver_inter", "abdomen_chaos", "abdomen_lidc"),
+    ("liver_inter", "abdomen_chaos", "abdomen_ts"),
 )
 
 
@@ -83,15 +83,20 @@ def cases(data: Path, affine_used: dict[str, str]) -> Iterator[Case]:
         affine = affine_used.get(pair.task, "affine")
         yield Case(pair.task, pair.patients, scans, truth, affine)
     read = Scans(data)
-    for group, *ends, counted in _BETWEEN:
+    for group, *ends in _BETWEEN:
         if not all(read.path(SCANS[name][1]).is_file() for name in ends):
             continue
+        # What both scans have labels of.
+        one, other = (set(SCANS[name][3].values()) for name in ends)
+        counted = sorted(one & other)
         for pair in itertools.permutations(ends):
             scans = tuple(read(name) for name in pair)
             labels = (read(name, labels=True) for name in pair)
             truth = tuple(
-                one._replace(data=np.where(np.isin(one.data, counted), one.data, 0))
-                for one in labels
+                volume._replace(
+                    data=np.where(np.isin(volume.data, counted), volume.data, 0)
+                )
+                for volume in labels
             )
             yield Case(group, pair, scans, truth, "affine")
 
