@@ -105,8 +105,7 @@ def save_cuts(
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (title, cut) in zip(axes.flat, cuts, strict=False):
-        low, high = window
-        axis.imshow(cut.T, origin="lower", cmap="gray", vmin=low, vmax=high)
+        _show(axis, cut, aspect=1, row=1, window=window)
         middle = [(n - 1) / 2 for n in cut.shape]
         axis.plot(*middle, "+", color="orange", markersize=16)
         axis.set_title(title, fontsize=9)
@@ -115,15 +114,15 @@ def save_cuts(
     plt.close(figure)
 
 
-def _show(axis, picture: np.ndarray, aspect: float, row: int) -> None:
+def _show(axis, picture: np.ndarray, aspect: float, row: int, window=WINDOW) -> None:
     """Superior up in sagittal and coronal planes, anterior up in axial ones."""
     origin = "upper" if row == 2 else "lower"
     axis.imshow(
         picture.T,
         origin=origin,
         cmap="gray",
-        vmin=WINDOW[0],
-        vmax=WINDOW[1],
+        vmin=window[0],
+        vmax=window[1],
         aspect=aspect,
     )
     axis.set_axis_off()
