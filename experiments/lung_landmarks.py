@@ -127,16 +127,26 @@ class Checked(NamedTuple):
         points: LPS mm: in the fixed scan; in the moving one as marked, as mapped, and
             where the tissue is found.
         correlations: of the tissue at the mark, where it is mapped, at the best match.
-        mapped_mm, matched_mm: distances from the mark.
-        apart_mm: of the two from each other.
     """
 
     name: str
     points: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     correlations: tuple[float, float, float]
-    mapped_mm: float
-    matched_mm: float
-    apart_mm: float
+
+    @property
+    def mapped_mm(self) -> float:
+        """Distance of the mapped point from the mark."""
+        return math.dist(self.points[1], self.points[2])
+
+    @property
+    def matched_mm(self) -> float:
+        """Distance of the best match from the mark."""
+        return math.dist(self.points[1], self.points[3])
+
+    @property
+    def apart_mm(self) -> float:
+        """Distance of the mapped point from the best match."""
+        return math.dist(self.points[2], self.points[3])
 
     @property
     def doubtful(self) -> bool:
@@ -164,14 +174,8 @@ def check(
         Checked.
     """
     best = match(*scans, fixed, mark, others=(mark, mapped))
-    error = mapped - mark
-    lengths = (error, best.offset_mm, best.offset_mm - error)
-    return Checked(
-        name,
-        (fixed, mark, mapped, mark + best.offset_mm),
-        (*best.others, best.correlation),
-        *(math.hypot(*v) for v in lengths),
-    )
+    points = (fixed, mark, mapped, mark + best.offset_mm)
+    return Checked(name, points, (*best.others, best.correlation))
 
 
 def table(rows: Sequence[Checked], steps_mm: Sequence[float]) -> str:
@@ -198,9 +202,10 @@ def table(rows: Sequence[Checked], steps_mm: Sequence[float]) -> str:
     sure = [row for row in rows if not row.doubtful]
     lines.append("")
     for told, some in ((f"all {len(rows)}", rows), (f"{len(sure)} not doubtful", sure)):
-        means = [np.mean([getattr(r, k) for r in some]) for k in Checked._fields[3:5]]
+        mapped = np.mean([row.mapped_mm for row in some])
+        matched = np.mean([row.matched_mm for row in some])
         lines.append(
-            f"{told}: mapped {means[0]:.2f}, best match {means[1]:.2f} mm from the mark"
+            f"{told}: mapped {mapped:.2f}, best match {matched:.2f} mm from the mark"
         )
     lines.append(
         f"rounding marks to their lattice takes {rounding_mm(steps_mm):.2f} mm"
