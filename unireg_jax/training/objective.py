@@ -230,9 +230,9 @@ def _check(weights: Weights, shape: Sequence[int]) -> None:
             "smoothness must hold one weight per region (headneck, chest, abdomen, "
             f"liver), got {len(weights.smoothness)}"
         )
-    halves = 2 ** (weights.ncc_scales - 1) if weights.ncc_scales > 0 else 0
-    if not halves or any(n % halves for n in shape):
+    scales = weights.ncc_scales
+    if scales < 1 or any(n % 2 ** (scales - 1) for n in shape):
         raise ValueError(
             f"ncc_scales must be 1 or more, and so few that {tuple(shape)} voxels can "
-            f"be halved for each but the first, got {weights.ncc_scales}"
+            f"be halved for each but the first, got {scales}"
         )
