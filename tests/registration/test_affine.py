@@ -91,6 +91,30 @@ def test_affine_align_recovers_from_a_scan_of_the_upper_half(scan):
     assert error_mm(align(scan, (hu, place), "affine"), truth, scan[2]) < 4.0
 
 
+@pytest.mark.parametrize("kept", ["lower", "upper"])
+def test_affine_align_finds_the_third_that_two_scans_share(scan, kept):
+    """Each without two fifths, at opposite ends; the fixed scan keeps the named one.
+
+    With noise, as two patients are: their cubes correlate little even where they meet.
+    """
+    truth = world_map(angle_deg=6.0)
+    moving, place = moved(scan, truth)
+    fixed, rng = scan[0].copy(), np.random.default_rng(0)
+    ends = [(fixed, 0.6, 1.0), (moving, 0.0, 0.4)]
+    if kept == "upper":
+        ends = [(fixed, 0.0, 0.4), (moving, 0.6, 1.0)]
+    for hu, first, last in ends:
+        body, n = hu > -500, hu.shape[2]
+        hu[body] = np.clip(hu[body] + rng.normal(0, 200, body.sum()), -400, 1000)
+        hu[:, :, round(first * n) : round(last * n)] = OUTSIDE_HU
+    found = align((fixed, *scan[1:]), (moving, place), "affine")
+    low, high = (scan[1][2, 3] + f * SHAPE[2] * SPACING[2] for f in (0.4, 0.6))
+    shared = scan[2][(scan[2][:, 2] > low) & (scan[2][:, 2] < high)]
+    # Half of the 8 mm voxels in which the search runs. A search that takes the missing
+    # overlap off the similarity is 50 mm off.
+    assert error_mm(found, truth, shared) < 4.0
+
+
 def test_affine_align_of_equal_scans_is_the_identity(scan):
     np.testing.assert_array_equal(align(scan, scan[:2], "affine"), np.eye(4))
 

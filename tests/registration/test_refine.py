@@ -401,9 +401,14 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     others += [digest(io_iterations=0), digest(io_iterations=49)]
     others += [digest(passes=2), digest(symmetric=True)]
     assert digest("none", passes=2) == digest("none")  # no network, no passes
+    kept = digest(affine="none")
     monkeypatch.setattr(verb, "_IO_ALGORITHM", "another")
     assert len({plain, *others, digest()}) == 9
     assert digest(io_iterations=0) == others[3]
+    monkeypatch.undo()
+    monkeypatch.setattr(verb, "_SEARCH_ALGORITHM", "another")
+    assert digest() != plain
+    assert digest(affine="none") == kept
 
 
 def test_many_pairs_are_refined_as_one(files, model):

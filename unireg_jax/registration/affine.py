@@ -6,9 +6,11 @@ image is read at `matrix @ x` for a point x of the fixed image.
 The similarity is the mean squared correlation of some hundred small cubes of the fixed
 body with the moving image. Only positive correlation counts, cubes near the body's long
 axis weigh more than arms and shoulders, and what lies outside either scan does not
-count. One compiled program per pair of shapes scores shifts along the long axis and
-tilts, refines the best of them with Adam, and keeps the best of all. Not from the
-paper, which takes its affine stage from SAMReg: chosen because it needs no weights.
+count, up to two fifths of what could be compared: more than that counts as unlike, so
+that a map of little overlap must be the more similar where the scans meet. One compiled
+program per pair of shapes scores shifts along the long axis, until the scans hardly
+meet, and tilts, refines the best of them with Adam, and keeps the best of all. Not from
+the paper, which takes its affine stage from SAMReg: chosen because it needs no weights.
 """
 
 import itertools
@@ -32,6 +34,7 @@ _SHARED = 0.3  # least share of the smaller scan that two such scans have in com
 # serves all: 3 translations (mm), 3 rotations, 3 log scales, 3 shears (1/100).
 _ARM_MM = 100.0
 _VOXEL_MM = 8.0  # resolution of the search; finer ones gained no overlap (head-neck)
+_SHIFTS_STEP = 8  # few sizes: scans of about one length share a program
 
 
 class Plan(NamedTuple):
@@ -42,7 +45,8 @@ class Plan(NamedTuple):
         fine: cubes used for the last refinement.
         side: voxels of 8 mm along the edge of a cube.
         tilts_deg: rotations about the left-right axis to start from, degrees.
-        reach_mm: largest shift along the long axis to start from, mm.
+        shared: of the shorter scan's length, what the largest shift along the long axis
+            to start from leaves in common.
         stride_mm: between two such shifts, mm.
         starts: refined rigidly.
         finalists: refined in full.
@@ -58,7 +62,7 @@ class Plan(NamedTuple):
     fine: int = 512
     side: int = 4
     tilts_deg: tuple[float, ...] = (-25.0, -12.0, 0.0, 12.0, 25.0)
-    reach_mm: float = 105.0
+    shared: float = 1 / 3
     stride_mm: float = 15.0
     starts: int = 12
     finalists: int = 3
@@ -210,6 +214,7 @@ def affine_align(
         _cubes(fixed, plan, plan.fine),
         _target(moving, fixed),
         plain,
+        _shifts(fixed, moving, plan),
         free,
         plan=plan,
     )
@@ -278,6 +283,7 @@ class _Scan(NamedTuple):
         vox2world: [4, 4], of these voxels.
         center: [3] centroid of the body, LPS mm.
         middle: [3] centre of the grid, LPS mm.
+        length: of the scan along the body, mm.
         volume: of the body, mm3.
     """
 
@@ -288,6 +294,7 @@ class _Scan(NamedTuple):
     vox2world: np.ndarray
     center: np.ndarray
     middle: np.ndarray
+    length: float
     volume: float
 
     @classmethod
@@ -316,18 +323,17 @@ class _Scan(NamedTuple):
             coarse,
             _apply(vox2world, points.mean(axis=0)),
             _apply(vox2world, (np.array(hu.shape) - 1) / 2),
+            float(np.count_nonzero(valid.any(axis=(0, 1))) * spacing[2]),
             len(points) * float(np.prod(spacing)),
         )
 
 
-def _search(coarse, fine, moving, plain, free, *, plan):
+def _search(coarse, fine, moving, plain, shifts, free, *, plan):
     """Best parameters [12]: grid of starts, rigid refinement, full refinement."""
 
     def score(cubes, p):
         return _score(cubes, moving, p, plan.prior)
 
-    count = int(plan.reach_mm // plan.stride_mm)
-    shifts = plan.stride_mm * jnp.arange(-count, count + 1, dtype=jnp.float32)
     tilts = jnp.deg2rad(jnp.array(plan.tilts_deg, jnp.float32)) * _ARM_MM
     grid = jnp.zeros((len(plain), len(tilts), len(shifts), 12), jnp.float32)
     grid = grid + jnp.expand_dims(plain, (1, 2))
@@ -387,7 +393,7 @@ def _score(cubes, moving, p, prior):
 
 
 def _likeness(cubes, moving, linear, shift):
-    """Weighted mean over cubes of max(cc, 0)^2, less missing overlap; at most 1."""
+    """Weighted mean over cubes of max(cc, 0)^2, a missing one 0; at most 1."""
     turn = _matmul(moving.mm2vox[:3, :3], linear)
     start = _matmul(moving.mm2vox[:3, :3], shift) + moving.mm2vox[:3, 3]
     coords = _matmul(cubes.points, turn.T) + jnp.expand_dims(start, (0, 1))
@@ -412,10 +418,8 @@ def _likeness(cubes, moving, linear, shift):
     cc = mean(f * w) * jax.lax.rsqrt((mean(f * f) + 1e-3) * (mean(w * w) + 1e-3))
     total = total * cubes.weight
     whole = jnp.maximum(jnp.sum(cubes.weight * jnp.sum(cubes.inside, axis=1)), 1e-3)
-    similarity = jnp.sum(total * jnp.square(jnp.maximum(cc, 0.0)))
-    similarity = similarity / jnp.maximum(jnp.sum(total), 1e-3)
-    missing = jnp.maximum(moving.overlap - jnp.sum(total) / whole, 0.0)
-    return similarity - missing
+    similar = jnp.sum(total * jnp.square(jnp.maximum(cc, 0.0)))
+    return similar / jnp.maximum(jnp.sum(total), moving.overlap * whole)
 
 
 def _linear(p, xp):
@@ -471,11 +475,19 @@ def _cubes(fixed: _Scan, plan: Plan, number: int) -> _Cubes:
     )
 
 
+def _shifts(fixed: _Scan, moving: _Scan, plan: Plan) -> np.ndarray:
+    """Shifts along the long axis to start from, mm; 0 in the middle."""
+    lengths = (fixed.length, moving.length)
+    reach = sum(lengths) / 2 - plan.shared * min(lengths)
+    count = max(1, int(np.ceil(reach / (plan.stride_mm * _SHIFTS_STEP)))) * _SHIFTS_STEP
+    return plan.stride_mm * np.arange(-count, count + 1, dtype=np.float32)
+
+
 def _target(moving: _Scan, fixed: _Scan) -> _Moving:
     """Moving image for the search, in coordinates about the fixed body's centre."""
     mm2vox = np.linalg.inv(moving.vox2world)
     mm2vox[:3, 3] = _apply(mm2vox, fixed.center)
-    # Half of what could overlap: a short scan cannot cover a long one.
+    # Of what could overlap: a short scan cannot cover a long one.
     overlap = 0.6 * min(1.0, moving.volume / fixed.volume)
     return _Moving(
         moving.image[None, ..., None],
