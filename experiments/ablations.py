@@ -83,22 +83,35 @@ def cases(data: Path, affine_used: dict[str, str]) -> Iterator[Case]:
         affine = affine_used.get(pair.task, "affine")
         yield Case(pair.task, pair.patients, scans, truth, affine)
     read = Scans(data)
+    for group, names, truth in between(read):
+        scans = tuple(read(name) for name in names)
+        yield Case(group, names, scans, truth, "affine")
+
+
+def between(read: Scans) -> Iterator[tuple[str, tuple[str, str], Truth]]:
+    """Pairs of two patients with labels, other than head-neck.
+
+    Args:
+        read: of the collection.
+
+    Yields:
+        Group, names of fixed and moving in `SCANS`, what both have labels of. Pairs of
+        which a file is missing are left out.
+    """
     for group, *ends in _BETWEEN:
         if not all(read.path(SCANS[name][1]).is_file() for name in ends):
             continue
-        # What both scans have labels of.
         one, other = (set(SCANS[name][3].values()) for name in ends)
         counted = sorted(one & other)
-        for pair in itertools.permutations(ends):
-            scans = tuple(read(name) for name in pair)
-            labels = (read(name, labels=True) for name in pair)
+        for names in itertools.permutations(ends):
+            labels = (read(name, labels=True) for name in names)
             truth = tuple(
                 volume._replace(
                     data=np.where(np.isin(volume.data, counted), volume.data, 0)
                 )
                 for volume in labels
             )
-            yield Case(group, pair, scans, truth, "affine")
+            yield group, names, truth
 
 
 def conditions(case: Case, model) -> list[dict]:
