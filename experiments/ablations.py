@@ -83,23 +83,27 @@ def cases(data: Path, affine_used: dict[str, str]) -> Iterator[Case]:
         affine = affine_used.get(pair.task, "affine")
         yield Case(pair.task, pair.patients, scans, truth, affine)
     read = Scans(data)
-    for group, names, truth in between(read):
+    for group, names, truth in between(read, ("chest", "abdomen", "liver_inter")):
         scans = tuple(read(name) for name in names)
         yield Case(group, names, scans, truth, "affine")
 
 
-def between(read: Scans) -> Iterator[tuple[str, tuple[str, str], Truth]]:
+def between(
+    read: Scans, groups: Sequence[str]
+) -> Iterator[tuple[str, tuple[str, str], Truth]]:
     """Pairs of two patients with labels, other than head-neck.
 
     Args:
         read: of the collection.
+        groups: which: chest, abdomen, liver_inter.
 
     Yields:
-        Group, names of fixed and moving in `SCANS`, what both have labels of. Pairs of
-        which a file is missing are left out.
+        Group, names of fixed and moving in `SCANS`, labels that tables of both have.
+        Pairs of which a file is missing are left out.
     """
     for group, *ends in _BETWEEN:
-        if not all(read.path(SCANS[name][1]).is_file() for name in ends):
+        files = (read.path(file) for name in ends for file in SCANS[name][1:3])
+        if group not in groups or not all(file.is_file() for file in files):
             continue
         one, other = (set(SCANS[name][3].values()) for name in ends)
         counted = sorted(one & other)

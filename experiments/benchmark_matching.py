@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
     Attributes:
         pair: its paths.
-        truth: of `real_pairs.read_truth`.
+        truth: of `real_pairs.read_truth`, or of `ablations.between`.
         fixed_mm: [N, 3] LPS mm, landmarks or centroids of organs.
         moving_mm: [N, 3] LPS mm, the same spots.
         moved: [4, 4], the moving scan's own world -> where the fault put it.
@@ -94,10 +94,9 @@ def cases_of(data: Path, split: str, fault: str = "none") -> list[Case]:
     moved[:3, 3] = TABLE_MM if fault == "table" else 0
     found = [(p, real_pairs.read_truth(p)) for p in real_pairs.pairs(data, split)]
     read = Scans(data)
-    for group, names, truth in ablations.between(read):
-        if group in BETWEEN:
-            paths = (read.path(SCANS[name][1]) for name in names)
-            found.append((Pair(group, names, *paths, ()), truth))
+    for group, names, truth in ablations.between(read, BETWEEN):
+        scans, labels = ([read.path(SCANS[n][i]) for n in names] for i in (1, 2))
+        found.append((Pair(group, names, *scans, tuple(labels)), truth))
     out = []
     for i, (pair, truth) in enumerate(found):
         cut = ("lower", "upper")[i % 2] if fault == "cut" else ""
@@ -318,7 +317,7 @@ def table_maps(rows: list[dict]) -> str:
         tre = [column(task, "score")[0] for task in LANDMARKS]
         seconds = np.median([r["seconds"] for r in rows if r["method"] == method])
         either = (column(group, "score") for group in BETWEEN)
-        between = ", ".join(" / ".join(f"{x:.1f}" for x in pair) for pair in either)
+        either = (" / ".join(f"{x:.1f}" for x in pair) or "-" for pair in either)
         extra = ["-"] * 5
         if method not in ("worlds", "intensity"):
             counts = (np.mean(column("headneck", k)) for k in ("matches", "close"))
@@ -337,7 +336,7 @@ def table_maps(rows: list[dict]) -> str:
         lines.append(
             f"| {method} | **{dsc.mean():.1f}** ({dsc.min():.1f} … {dsc.max():.1f}) | "
             f"{extra[0]} | {extra[1]} | {extra[2]} | {tre[0]:.2f} | {tre[1]:.2f} | "
-            f"{extra[3]} | {seconds:.2f} | {extra[4]} | {between} |"
+            f"{extra[3]} | {seconds:.2f} | {extra[4]} | {', '.join(either)} |"
         )
     return "\n".join(lines)
 

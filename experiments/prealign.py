@@ -63,6 +63,8 @@ def prealign(
     volumes = dataset.index["volumes"]
     done = {k: v.tolist() for k, v in dataset.alignments.items()}
     asked = kind if extractor is None else f"{kind} ({extractor.label})"
+    # Pairs of one folder are found by one search.
+    asked += f", search {affine.ALGORITHM}"
     notes = _notes(Path(root), asked, done)
     wanted = [pair for split in pairs.SPLITS for pair in dataset.pairs(split)]
     todo = [pair for pair in wanted if _key(volumes, pair) not in done]

@@ -86,13 +86,15 @@ def test_prealign_by_features_says_how_each_pair_was_found(tmp_path):
     stored = loader.Dataset(root).alignments
     assert all(np.isfinite(m).all() for m in stored.values())
     notes = json.loads((root / prealign.KINDS_NAME).read_text())
-    assert notes["kind"] == "features (mind)" and set(notes["pairs"]) == set(stored)
+    assert notes["kind"] == "features (mind), search 2" and set(notes["pairs"]) == set(
+        stored
+    )
     found = {key.split("_")[0]: how for key, how in notes["pairs"].items()}
     # Within a patient as before.
     assert found["lung"] == "none"
     again = prealign.prealign(root, kind="features", extractor=mind)
     assert again.total() == 0
-    with pytest.raises(UserError, match=r"features \(mind\) expected, as 6 pairs"):
+    with pytest.raises(UserError, match=r"features \(mind\), search 2 expected"):
         prealign.prealign(root)
     with pytest.raises(ValueError, match="an extractor belongs to 'features' alone"):
         prealign.prealign(root, kind="features")

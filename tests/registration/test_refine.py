@@ -22,6 +22,7 @@ from unireg_jax.models.features import Extractor, sam
 from unireg_jax.models.unireg import UniReg
 from unireg_jax.ops import jacobian, smoothness
 from unireg_jax.registration import (
+    affine,
     batch,
     embedding,
     memory,
@@ -379,11 +380,12 @@ def test_command_register_optimises_and_records_it(files, tmp_path, capsys):
     assert "from 0 to 20 expected" in capsys.readouterr().err
 
 
-def test_choices_are_those_of_refine():
+def test_choices_are_those_of_refine_and_of_the_search():
     assert verb.IO_FEATURES == tuple(sorted(refine.LEVELS))
     assert verb.IO_FINER == refine.FINER
     assert options.MOST_SMOOTHNESS == refine.MOST_SMOOTHNESS
     assert options.SMOOTHNESS == Plan().smoothness
+    assert verb.SEARCH_ALGORITHM == affine.ALGORITHM
     assert Plan().features == "image"  # as `results.settings_sha256` has it
 
 
@@ -401,14 +403,22 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     others += [digest(io_iterations=0), digest(io_iterations=49)]
     others += [digest(passes=2), digest(symmetric=True)]
     assert digest("none", passes=2) == digest("none")  # no network, no passes
-    kept = digest(affine="none")
     monkeypatch.setattr(verb, "_IO_ALGORITHM", "another")
     assert len({plain, *others, digest()}) == 9
     assert digest(io_iterations=0) == others[3]
-    monkeypatch.undo()
-    monkeypatch.setattr(verb, "_SEARCH_ALGORITHM", "another")
-    assert digest() != plain
-    assert digest(affine="none") == kept
+
+
+@pytest.mark.parametrize("kind", [*verb.AFFINES, "given"])
+def test_digest_of_settings_knows_the_search_where_there_is_one(monkeypatch, kind):
+    asked = {"fov": "auto", "io_iterations": 0, "io_features": None, "passes": 1}
+    asked |= {"io_finer": None, "symmetric": False, "reg_weight": None}
+    init = "a.txt" if kind == "given" else None
+    asked["affine"] = "auto" if init else kind
+    case = Case("a", "f.nii", "m.nii", "lung", init=init)
+    before = verb.settings_sha256(argparse.Namespace(**asked), case)
+    monkeypatch.setattr(verb, "SEARCH_ALGORITHM", "another")
+    after = verb.settings_sha256(argparse.Namespace(**asked), case)
+    assert (after == before) == (kind in ("none", "com", "given"))
 
 
 def test_many_pairs_are_refined_as_one(files, model):

@@ -5,12 +5,12 @@ image is read at `matrix @ x` for a point x of the fixed image.
 
 The similarity is the mean squared correlation of some hundred small cubes of the fixed
 body with the moving image. Only positive correlation counts, cubes near the body's long
-axis weigh more than arms and shoulders, and what lies outside either scan does not
-count, up to two fifths of what could be compared: more than that counts as unlike, so
+axis weigh more than arms and shoulders. Up to two fifths of what could be compared may
+lie outside of either scan and do not count; what is missing beyond counts as unlike, so
 that a map of little overlap must be the more similar where the scans meet. One compiled
-program per pair of shapes scores shifts along the long axis, until the scans hardly
-meet, and tilts, refines the best of them with Adam, and keeps the best of all. Not from
-the paper, which takes its affine stage from SAMReg: chosen because it needs no weights.
+program per pair of grids scores shifts along the long axis, until a quarter is shared,
+and tilts, refines the best of them with Adam, and keeps the best of all. Not from the
+paper, which takes its affine stage from SAMReg: chosen because it needs no weights.
 """
 
 import itertools
@@ -27,6 +27,7 @@ from unireg_jax.ops import warp
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
 
 KINDS = ("none", "com", "rigid", "affine")
+ALGORITHM = 2  # one more with every change of what is found
 _FAR_MM = 30.0  # centres of two scans of one patient on one table are nearer
 _SHARED = 0.3  # least share of the smaller scan that two such scans have in common
 
@@ -34,7 +35,7 @@ _SHARED = 0.3  # least share of the smaller scan that two such scans have in com
 # serves all: 3 translations (mm), 3 rotations, 3 log scales, 3 shears (1/100).
 _ARM_MM = 100.0
 _VOXEL_MM = 8.0  # resolution of the search; finer ones gained no overlap (head-neck)
-_SHIFTS_STEP = 8  # few sizes: scans of about one length share a program
+_WANTED = 0.6  # of what could be compared: less overlap lowers the similarity
 
 
 class Plan(NamedTuple):
@@ -45,8 +46,8 @@ class Plan(NamedTuple):
         fine: cubes used for the last refinement.
         side: voxels of 8 mm along the edge of a cube.
         tilts_deg: rotations about the left-right axis to start from, degrees.
-        shared: of the shorter scan's length, what the largest shift along the long axis
-            to start from leaves in common.
+        shared: share of the shorter grid's length that the largest shift along the long
+            axis to start from leaves in common, in (0, 1].
         stride_mm: between two such shifts, mm.
         starts: refined rigidly.
         finalists: refined in full.
@@ -55,14 +56,15 @@ class Plan(NamedTuple):
         coarse_mm: first step length of the former, mm.
         fine_mm: first step length of the latter, mm.
         axis_mm: width (Gaussian sigma) of the weight about the long axis, mm.
-        prior: penalty on log scales and shears, per square of 10 %.
+        prior: penalty on log scales and shears, per square of 10 %; it does not shrink
+            with the similarity where overlap is missing.
     """
 
     coarse: int = 256
     fine: int = 512
     side: int = 4
     tilts_deg: tuple[float, ...] = (-25.0, -12.0, 0.0, 12.0, 25.0)
-    shared: float = 1 / 3
+    shared: float = 0.25
     stride_mm: float = 15.0
     starts: int = 12
     finalists: int = 3
@@ -242,7 +244,7 @@ def best_map(
         fixed_mask: the same.
 
     Returns:
-        Name and matrix of the best, and the similarity of each, at most 1. To the names
+        Name and matrix of the best, and the similarity of each, in [0, 1]. To the names
         come "none", "middle" (the grids' centres meet) and "com" (the bodies' do); of
         equal ones the first wins, given before plain.
 
@@ -283,7 +285,7 @@ class _Scan(NamedTuple):
         vox2world: [4, 4], of these voxels.
         center: [3] centroid of the body, LPS mm.
         middle: [3] centre of the grid, LPS mm.
-        length: of the scan along the body, mm.
+        length: of the grid along the body, mm.
         volume: of the body, mm3.
     """
 
@@ -323,7 +325,7 @@ class _Scan(NamedTuple):
             coarse,
             _apply(vox2world, points.mean(axis=0)),
             _apply(vox2world, (np.array(hu.shape) - 1) / 2),
-            float(np.count_nonzero(valid.any(axis=(0, 1))) * spacing[2]),
+            float(hu.shape[2] * spacing[2]),
             len(points) * float(np.prod(spacing)),
         )
 
@@ -366,7 +368,9 @@ def _search(coarse, fine, moving, plain, shifts, free, *, plan):
         finalists,
     )
     rest = jax.lax.map(lambda p: score(fine, p), plain)
-    return jnp.concatenate([found, plain])[jnp.argmax(jnp.concatenate([scores, rest]))]
+    # Plain ones first: of equal scores the first wins, and without overlap all are 0.
+    every = jnp.concatenate([plain, found])
+    return every[jnp.argmax(jnp.concatenate([rest, scores]))]
 
 
 def _refine(score, start, free, steps, length):
@@ -393,7 +397,11 @@ def _score(cubes, moving, p, prior):
 
 
 def _likeness(cubes, moving, linear, shift):
-    """Weighted mean over cubes of max(cc, 0)^2, a missing one 0; at most 1."""
+    """Weighted mean over cubes of max(cc, 0)^2, in [0, 1].
+
+    Over those that meet the moving scan, and over as many that count 0 as are missing
+    of `moving.overlap`.
+    """
     turn = _matmul(moving.mm2vox[:3, :3], linear)
     start = _matmul(moving.mm2vox[:3, :3], shift) + moving.mm2vox[:3, 3]
     coords = _matmul(cubes.points, turn.T) + jnp.expand_dims(start, (0, 1))
@@ -419,7 +427,8 @@ def _likeness(cubes, moving, linear, shift):
     total = total * cubes.weight
     whole = jnp.maximum(jnp.sum(cubes.weight * jnp.sum(cubes.inside, axis=1)), 1e-3)
     similar = jnp.sum(total * jnp.square(jnp.maximum(cc, 0.0)))
-    return similar / jnp.maximum(jnp.sum(total), moving.overlap * whole)
+    wanted = jnp.maximum(moving.overlap * whole, 1e-3)
+    return similar / jnp.maximum(jnp.sum(total), wanted)
 
 
 def _linear(p, xp):
@@ -479,7 +488,7 @@ def _shifts(fixed: _Scan, moving: _Scan, plan: Plan) -> np.ndarray:
     """Shifts along the long axis to start from, mm; 0 in the middle."""
     lengths = (fixed.length, moving.length)
     reach = sum(lengths) / 2 - plan.shared * min(lengths)
-    count = max(1, int(np.ceil(reach / (plan.stride_mm * _SHIFTS_STEP)))) * _SHIFTS_STEP
+    count = int(np.ceil(reach / plan.stride_mm))
     return plan.stride_mm * np.arange(-count, count + 1, dtype=np.float32)
 
 
@@ -487,8 +496,8 @@ def _target(moving: _Scan, fixed: _Scan) -> _Moving:
     """Moving image for the search, in coordinates about the fixed body's centre."""
     mm2vox = np.linalg.inv(moving.vox2world)
     mm2vox[:3, 3] = _apply(mm2vox, fixed.center)
-    # Of what could overlap: a short scan cannot cover a long one.
-    overlap = 0.6 * min(1.0, moving.volume / fixed.volume)
+    # A short scan cannot cover a long one.
+    overlap = _WANTED * min(1.0, moving.volume / fixed.volume)
     return _Moving(
         moving.image[None, ..., None],
         moving.valid[None, ..., None],
