@@ -2,10 +2,12 @@
 
 import itertools
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from experiments import ablations, mr_results
+from experiments import ablations, benchmark_matching, mr_results
+from experiments.benchmark_quality import SCANS, Scans
 from unireg_jax.imaging.nifti import Volume
 
 PAIRS = [{"patients": pair} for pair in itertools.permutations("abcd", 2)]
@@ -58,3 +60,40 @@ def test_table_of_scans_onto_themselves_has_a_line_per_way_of_asking():
         "| a | one pass | 5.0 | 2.0 | 0.25 |",
         "| a | two, both ways | 2.5 | 2.0 | 0.25 |",
     ]
+
+
+def test_between_gives_pairs_whose_files_are_there_with_labels_of_both(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("abdomen_lidc", "abdomen_ts"):
+        _, image, labels, ids = SCANS[name]
+        for file in (image, labels):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        # 4 is of the file alone, in no table.
+        data = rng.choice([0, 4, *ids], (16, 12, 14)).astype(np.uint8)
+        for file, values in ((image, data.astype(np.int16)), (labels, data)):
+            nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / file)
+    found = list(ablations.between(Scans(tmp_path), ("chest", "abdomen")))
+    assert [(group, names) for group, names, _ in found] == [
+        ("abdomen", ("abdomen_lidc", "abdomen_ts")),
+        ("abdomen", ("abdomen_ts", "abdomen_lidc")),
+    ]
+    for _, names, truth in found:
+        for name, volume in zip(names, truth, strict=True):
+            assert set(np.unique(volume.data)) == {0, *SCANS[name][3].values()}
+    assert not list(ablations.between(Scans(tmp_path), ("chest",)))
+    # Without labels no pair.
+    (tmp_path / SCANS["abdomen_ts"][2]).unlink()
+    assert not list(ablations.between(Scans(tmp_path), ("abdomen",)))
+
+
+def test_matching_table_has_a_column_of_both_directions():
+    rows = [
+        {"method": "intensity", "task": task, "score": score, "seconds": 1.0}
+        for task, score in (
+            *(("headneck", 40.0), ("headneck", 44.0), ("liver", 2.0), ("lung", 6.0)),
+            *(("abdomen", 37.0), ("abdomen", 42.1)),
+        )
+    ]
+    *_, line = benchmark_matching.table_maps(rows).splitlines()
+    assert line.startswith("| intensity | **42.0** (40.0 … 44.0) |")
+    assert line.endswith("| -, 37.0 / 42.1 |")
