@@ -89,7 +89,7 @@ FIRST_HALF = tuple(f"headneck_{case}" for case in HEADNECK[:8]) + (
     *("liver_pre", "liver_art", "liver_pvp", "chest_lidc", "abdomen_lidc"),
     *("abdomen_chaos",),
 )
-# No tissue of one is in the other, or next to none.
+# Another part of the body; a neck and a chest share the upper thorax.
 WRONG = (
     ("headneck_0022", "chest_nsclc"),
     ("headneck_0112", "abdomen_ts"),
