@@ -181,8 +181,8 @@ def _soft_sums(fixed, moving, disp, num_labels, counting):
                 bins = add(bins, row, label, one)
         return bins
 
-    bins = _in_chunks(count, fixed[0].shape).astype(jnp.float32) / scale
-    agree, differ, fixed, moving = jnp.sum(bins, axis=0)[:, 1:]
+    sums = _sum_slices(_in_chunks(count, fixed[0].shape)) / scale
+    agree, differ, fixed, moving = sums[:, 1:]
     return agree, agree + differ, fixed, moving
 
 
@@ -341,6 +341,17 @@ def _fixed_point(shape, layers):
     """
     room = (2**31 - 1) / (shape[1] * shape[2]) - 4 * layers
     return 2.0 ** min(23, math.floor(math.log2(room)))
+
+
+def _sum_slices(bins):
+    """Sums [X, ...] int32, none negative, over X to float32.
+
+    In two halves of 16 bits, which stay whole numbers: a float sum over slices would
+    depend on the order in which a compiled program adds them, which is another for
+    another way of counting and on another processor.
+    """
+    high, low = (jnp.sum(part, axis=0) for part in (bins >> 16, bins & 0xFFFF))
+    return high.astype(jnp.float32) * 2.0**16 + low.astype(jnp.float32)
 
 
 def _ratio(overlap, total, empty):
