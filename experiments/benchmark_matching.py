@@ -316,8 +316,10 @@ def table_maps(rows: list[dict]) -> str:
         dsc = np.array(column("headneck", "score"))
         tre = [column(task, "score")[0] for task in LANDMARKS]
         seconds = np.median([r["seconds"] for r in rows if r["method"] == method])
-        either = (column(group, "score") for group in BETWEEN)
-        either = (" / ".join(f"{x:.1f}" for x in pair) or "-" for pair in either)
+        either = [
+            " / ".join(f"{score:.1f}" for score in column(group, "score")) or "-"
+            for group in BETWEEN
+        ]
         extra = ["-"] * 5
         if method not in ("worlds", "intensity"):
             counts = (np.mean(column("headneck", k)) for k in ("matches", "close"))

@@ -425,7 +425,7 @@ def _likeness(cubes, moving, linear, shift):
     # 1e-3: variance of 20 HU of noise in the window of 1200 HU, squared.
     cc = mean(f * w) * jax.lax.rsqrt((mean(f * f) + 1e-3) * (mean(w * w) + 1e-3))
     total = total * cubes.weight
-    whole = jnp.maximum(jnp.sum(cubes.weight * jnp.sum(cubes.inside, axis=1)), 1e-3)
+    whole = jnp.sum(cubes.weight * jnp.sum(cubes.inside, axis=1))
     similar = jnp.sum(total * jnp.square(jnp.maximum(cc, 0.0)))
     wanted = jnp.maximum(moving.overlap * whole, 1e-3)
     return similar / jnp.maximum(jnp.sum(total), wanted)

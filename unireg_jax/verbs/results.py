@@ -35,7 +35,7 @@ IO_FINER = (1, 2, 4)
 PASSES, MOST_PASSES, SYMMETRIC = 1, 8, False
 # Of pre-alignments and instance optimisation: what another left is not what was asked
 # for. That of matches, too, is held against plain starts by the search's similarity.
-SEARCHED = ("auto", "rigid", "affine", "features", "coarse")
+_SEARCHED = ("auto", "rigid", "affine", "features", "coarse")
 SEARCH_ALGORITHM = 2
 _COARSE_ALGORITHM = 2
 _IO_ALGORITHM = "greedy 3"
@@ -191,7 +191,7 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["passes"] = [args.passes, args.symmetric]
     if args.fov != "auto":
         asked["fov"] = args.fov
-    if args.affine in SEARCHED and not case.init:
+    if args.affine in _SEARCHED and not case.init:
         asked["search"] = SEARCH_ALGORITHM
     if args.affine == "coarse" and not case.init:
         asked["coarse"] = _COARSE_ALGORITHM
