@@ -189,6 +189,9 @@ def test_affine_align_compiles_once_per_shape(scan, monkeypatch):
         ({"fixed_hu": np.zeros((1, 4, 5, 6))}, r"fixed_hu must be \(X, Y, Z\)"),
         ({"moving_vox2world": np.zeros((4, 4))}, "moving_vox2world must be"),
         ({"fixed_mask": np.ones((4, 4, 4), bool)}, "fixed_mask must be"),
+        ({"fixed_mask": np.zeros((4, 5, 6), bool)}, "within the scan and the mask;"),
+        ({"moving_hu": np.full((4, 5, 6), OUTSIDE_HU)}, "is within the scan;"),
+        ({"plan": Plan(shared=0.0)}, r"plan.shared must be in \(0, 1\]"),
     ],
 )
 def test_affine_align_rejects(change, match):

@@ -195,12 +195,15 @@ def affine_align(
         [4, 4] float64, fixed world -> moving world, LPS mm.
 
     Raises:
-        ValueError: unknown kind, wrong shapes, or matrices that are not invertible.
+        ValueError: unknown kind, wrong shapes, matrices that are not invertible, a scan
+            or a mask without a voxel, or `plan.shared` out of its range.
     """
     _check(fixed_hu, moving_hu, fixed_vox2world, moving_vox2world, kind, fixed_mask)
     if kind == "none":
         return np.eye(4)
     plan = plan or Plan()
+    if not 0 < plan.shared <= 1:
+        raise ValueError(f"plan.shared must be in (0, 1], got {plan.shared}")
     fixed = _Scan.of(fixed_hu, fixed_vox2world, fixed_mask)
     moving = _Scan.of(moving_hu, moving_vox2world, None)
     shift = moving.center - fixed.center
@@ -309,6 +312,11 @@ class _Scan(NamedTuple):
         ]
         valid = hu != OUTSIDE_HU
         body = _body(hu) if mask is None else mask & valid
+        if not body.any():
+            raise ValueError(
+                f"nothing to align: no voxel of {np.shape(hu)} is within the scan"
+                f"{'' if mask is None else ' and the mask'}; is its grid where it is?"
+            )
         near = ndimage.binary_dilation(body, iterations=max(1, min(factor))) & valid
         # Same window as the network's; what is not body (table, arms apart) is air.
         image = np.where(near, (np.clip(hu, -800, 400) + 800) / 600 - 1, -1)
