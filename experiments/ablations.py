@@ -1,6 +1,7 @@
 """What the ids, the pre-alignment and an unseen task change, on real scans.
 
     python -m experiments.ablations --data=FOLDER --out=runs/ablations
+    python -m experiments.ablations --join=runs/ablations --join=runs/fold1/ablations
 
 UniReg, Tables 5 and 3, with weights as they are: nothing is trained. The 12 ordered
 head-neck pairs that training never saw, the liver and lung pairs of real_pairs, chest
@@ -9,10 +10,13 @@ no training stream has: the CHAOS scan, seen by no training, with two others. Ea
 is predicted under every region and pair type in one pass of the backbone
 (registration/sweeps.py; scores on the network's grid). Then the first three again with
 each pre-alignment, as real_results measures them, on the scans' own grids; and the four
-patients onto themselves. Writes a JSON file per part and prints Markdown.
+patients onto themselves. Writes a JSON file per part and prints Markdown. --split
+takes the head-neck patients of another part, for weights that never saw those; --join
+tells what the conditions change over the trainings of several --out.
 
-Intervals: 95 %, over all equally likely draws of the patients with replacement; a pair
-counts as often as both of its patients were drawn. Four patients give a rough one.
+Intervals: 95 %, over all equally likely draws of the patients with replacement (of
+--join over 10 000 draws within each training's); a pair counts as often as both of its
+patients were drawn. Four patients give a rough one.
 """
 
 import itertools
@@ -29,8 +33,8 @@ from tqdm import tqdm
 from experiments import cli, conventional, real_pairs, real_results
 from experiments.benchmark_quality import SCANS, Scans
 from experiments.real_pairs import LANDMARKS, Truth
-from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
+from unireg_jax.errors import USAGE, UserError
 from unireg_jax.evaluation.comparison import signed_rank
 from unireg_jax.imaging import nifti, orientation, preprocess
 from unireg_jax.imaging.mapping import Mapping
@@ -68,17 +72,18 @@ class Case(NamedTuple):
     affine: str
 
 
-def cases(data: Path, affine_used: dict[str, str]) -> Iterator[Case]:
+def cases(data: Path, affine_used: dict[str, str], split: str) -> Iterator[Case]:
     """All pairs, read one by one.
 
     Args:
         data: folder of the collection.
         affine_used: pre-alignment of liver and lung, as "auto" chose it.
+        split: of `real_pairs.SPLITS`, of the head-neck pairs.
 
     Yields:
         Case.
     """
-    for pair in real_pairs.pairs(data):
+    for pair in real_pairs.pairs(data, split):
         scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
         affine = affine_used.get(pair.task, "affine")
         yield Case(pair.task, pair.patients, scans, truth, affine)
@@ -221,9 +226,9 @@ def _span(ends: tuple[float, float], digits: int = 2) -> str:
     return "" if ends[0] != ends[0] else f" ({low} … {high})"
 
 
-def prealignments(data: Path, model, affine: str) -> dict:
+def prealignments(data: Path, model, split: str, affine: str) -> dict:
     """Results of `real_results` from one pre-alignment."""
-    rows = real_results.headneck(data, model, affine=affine)
+    rows = real_results.headneck(data, model, split=split, affine=affine)
     for row in rows:
         row["patients"] = (row["fixed"], row["moving"])
     return {"headneck": rows} | {
@@ -266,10 +271,11 @@ ASKED = {
 }
 
 
-def itself(data: Path, model) -> list[dict]:
+def itself(data: Path, model, split: str) -> list[dict]:
     """Each held-out patient onto itself: a perfect network would not move."""
     rows = []
-    for case, (name, how) in itertools.product(HELD_OUT, ASKED.items()):
+    patients = sorted({name for pair in real_pairs.SPLITS[split] for name in pair})
+    for case, (name, how) in itertools.product(patients, ASKED.items()):
         scan = nifti.read_image(real_pairs.headneck_case(data, case)[0])
         found = registration.register(
             scan, scan, task="headneck", weights=model, affine="none", **how
@@ -295,7 +301,7 @@ def table_of_itself(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def all_conditions(data: Path, model) -> list[dict]:
+def all_conditions(data: Path, model, split: str) -> list[dict]:
     """Rows of `conditions` of every pair."""
     used = {
         task: real_results.landmarks(data, model, task)["affine_used"]
@@ -303,7 +309,7 @@ def all_conditions(data: Path, model) -> list[dict]:
     }
     return [
         row
-        for case in tqdm(cases(data, used), disable=not sys.stderr.isatty())
+        for case in tqdm(cases(data, used, split), disable=not sys.stderr.isatty())
         for row in conditions(case, model)
     ]
 
@@ -317,9 +323,95 @@ def tables_of_conditions(rows: list[dict]) -> str:
     return "\n\n".join(text)
 
 
-def all_prealignments(data: Path, model) -> dict[str, dict]:
+def all_prealignments(data: Path, model, split: str) -> dict[str, dict]:
     """Results from each pre-alignment."""
-    return {kind: prealignments(data, model, kind) for kind in AFFINES}
+    return {kind: prealignments(data, model, split, kind) for kind in AFFINES}
+
+
+def table_of_trainings(trainings: Sequence[list[dict]]) -> str:
+    """Markdown: one line per condition, over several trainings.
+
+    Args:
+        trainings: rows of `all_conditions`, each of head-neck patients of its own.
+    """
+    groups = list(dict.fromkeys(row["group"] for row in trainings[0]))
+    columns = [g + (" TRE mm" if g in LANDMARKS else " DSC %") for g in groups[1:]]
+    lines = [
+        "| region, type | headneck DSC % (95 %) | against the right one | of each "
+        "training | folds % | " + " | ".join(columns) + " |",
+        "|" + "---|" * (5 + len(columns)),
+    ]
+    right = tuple(part.name.lower() for part in RIGHT["headneck"])
+    for condition in dict.fromkeys((r["region"], r["type"]) for r in trainings[0]):
+        name = "pre-alignment alone" if condition[0] is None else ", ".join(condition)
+        mine = [_of(rows, "headneck", condition) for rows in trainings]
+        pairs = [[row["patients"] for row in rows] for rows in mine]
+        score = [np.array([row["score"] for row in rows]) for rows in mine]
+        more = ["", ""]
+        if condition != right:
+            change = [
+                own - [row["score"] for row in _of(rows, "headneck", right)]
+                for own, rows in zip(score, trainings, strict=True)
+            ]
+            more = [_mean_of_parts(pairs, change, "+"), _each(change, "+")]
+        folds = [row["fold_percent_network"] for rows in mine for row in rows]
+        cells = [_mean_of_parts(pairs, score), *more, f"{np.mean(folds):.2f}"]
+        for group in groups[1:]:
+            means = [
+                np.mean([row["score"] for row in _of(rows, group, condition)])
+                for rows in trainings
+            ]
+            spread = f" ({min(means):.2f} … {max(means):.2f})"
+            cells.append(f"{np.mean(means):.2f}{spread if np.ptp(means) else ''}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _of(rows: list[dict], group: str, condition: tuple) -> list[dict]:
+    """Rows of one group under one condition, in their order."""
+    keys = ("group", "region", "type")
+    return [row for row in rows if tuple(row[k] for k in keys) == (group, *condition)]
+
+
+def _mean_of_parts(pairs, values: list[np.ndarray], sign: str = "") -> str:
+    ends = real_pairs.interval_of_parts(list(zip(pairs, values, strict=True)))
+    return f"{np.concatenate(values).mean():{sign}.2f}{_span(ends)}"
+
+
+def _each(values: list[np.ndarray], sign: str) -> str:
+    return ", ".join(f"{v.mean():{sign}.2f}" for v in values)
+
+
+def read(folders: Sequence[str]) -> list[list[dict]]:
+    """Rows of conditions of several trainings.
+
+    Args:
+        folders: --out of each.
+
+    Raises:
+        UserError: exit code 2, none there, or patients that two trainings left out.
+    """
+    trainings, seen = [], set()
+    for folder in folders:
+        path = Path(folder) / "conditions.json"
+        if not path.is_file():
+            raise UserError("not_found", f"--join: {path} is not there", USAGE)
+        trainings.append(json.loads(path.read_text())["conditions"])
+        mine = {
+            name
+            for row in trainings[-1]
+            for name in row["patients"]
+            if row["group"] == "headneck"
+        }
+        if twice := sorted(seen & mine):
+            raise UserError(
+                "schema",
+                f"--join: each patient in one training expected, got "
+                f"{', '.join(twice)} in two; name each once",
+                USAGE,
+            )
+        seen |= mine
+    return trainings
 
 
 PARTS = {
@@ -331,13 +423,16 @@ PARTS = {
 
 def main(argv) -> None:
     del argv
+    if flags.FLAGS.join:
+        print(table_of_trainings(read(flags.FLAGS.join)))
+        return
     cli.setup()
     data, out = Path(flags.FLAGS.data), Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     model = registration.load_model(flags.FLAGS.weights)
     for part in flags.FLAGS.parts:
         measure, table = PARTS[part]
-        found = measure(data, model)
+        found = measure(data, model, flags.FLAGS.split)
         kept = {"weights_sha256": model.spec.get("sha256"), part: found}
         (out / f"{part}.json").write_text(json.dumps(kept, indent=1))
         print(f"{table(found)}\n", flush=True)
@@ -349,5 +444,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/ablations", "Where a .json per part goes.")
     flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
     flags.DEFINE_multi_enum("parts", [*PARTS], [*PARTS], "What to measure.")
-    flags.mark_flags_as_required(["data"])
+    flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
+    flags.DEFINE_multi_string("join", None, "Instead: an --out; may repeat.")
+    flags.mark_flags_as_mutual_exclusive(["data", "join"], required=True)
     cli.run(main)

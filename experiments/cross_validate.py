@@ -29,7 +29,6 @@ from experiments.compare_peers import RESULTS, read_rows
 from experiments.real_pairs import LANDMARKS
 from unireg_jax.errors import USAGE, UserError
 
-_DRAWS = 10_000
 _BASE = "ours: affine"
 Rows = list[dict[str, Any]]
 
@@ -98,15 +97,8 @@ def interval(parts: Sequence[Rows], values: Sequence[np.ndarray]) -> tuple[float
     Returns:
         Lower and upper end.
     """
-    rng = np.random.default_rng(0)
-    total, weight = np.zeros(_DRAWS), np.zeros(_DRAWS)
-    for rows, mine in zip(parts, values, strict=True):
-        pairs = [patients(row) for row in rows]
-        count = len({name for pair in pairs for name in pair})
-        drawn = rng.multinomial(count, [1 / count] * count, size=_DRAWS)
-        sums = real_pairs.drawn_sums(pairs, mine, drawn)
-        total, weight = total + sums[0], weight + sums[1]
-    return real_pairs.interval(total, weight)
+    pairs = ([patients(row) for row in rows] for rows in parts)
+    return real_pairs.interval_of_parts(list(zip(pairs, values, strict=True)))
 
 
 def table(parts: Sequence[Rows], against: str) -> str:

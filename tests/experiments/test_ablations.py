@@ -1,6 +1,7 @@
 """The arithmetic of the ablations: intervals, landmark errors, tables."""
 
 import itertools
+import json
 
 import nibabel as nib
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from experiments import ablations, benchmark_matching, mr_results
 from experiments.benchmark_quality import SCANS, Scans
+from unireg_jax.errors import UserError
 from unireg_jax.imaging.nifti import Volume
 
 PAIRS = [{"patients": pair} for pair in itertools.permutations("abcd", 2)]
@@ -40,6 +42,36 @@ def test_table_compares_with_the_right_condition():
     assert text[2].startswith("| pre-alignment alone | 40.00 (40.00 … 40.00) | -15.50")
     assert text[3].startswith("| **headneck, inter** (right) | 55.50")
     assert "| -1.00 (-1.00 … -1.00) | < 0.001 | 1.00 | 0.25 | 0.50 |" in text[4]
+
+
+def test_table_of_trainings_has_the_change_of_each(tmp_path):
+    for number in range(2):
+        rows = [
+            {"group": group, "region": region, "type": kind, "patients": names}
+            | {"score": score + number * (group == "lung"), "fold_percent_network": 0.5}
+            for group, pairs in (
+                ("headneck", itertools.permutations("abcd" if number else "efgh", 2)),
+                ("lung", [("lung", "lung")]),
+            )
+            for names in pairs
+            for region, kind, score in (
+                (None, None, 40.0),
+                ("headneck", "inter", 50.0),
+                ("chest", "inter", 49.0 + number),
+            )
+        ]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "conditions.json").write_text(json.dumps({"conditions": rows}))
+    folders = [str(tmp_path / "0"), str(tmp_path / "1")]
+    _, _, *lines = ablations.table_of_trainings(ablations.read(folders)).splitlines()
+    assert lines[0].endswith("| -10.00, -10.00 | 0.50 | 40.50 (40.00 … 41.00) |")
+    assert lines[1].startswith("| headneck, inter | 50.00 (50.00 … 50.00) |  |  |")
+    assert "| 49.50 (49.33 … 49.67) | -0.50 (-0.67 … -0.33) | -1.00, +0.00" in lines[2]
+    with pytest.raises(UserError, match="each patient in one training"):
+        ablations.read(folders[:1] * 2)
+    with pytest.raises(UserError, match="is not there"):
+        ablations.read([str(tmp_path)])
 
 
 def test_mr_is_stretched_to_air_and_tissue():
