@@ -158,9 +158,19 @@ def test_prepare_applies_the_alignment():
     inner = (slice(None), slice(1, -4), slice(2, -4), slice(3, -4))
     np.testing.assert_allclose(pair.moving[inner], pair.fixed[inner], atol=1e-6)
     np.testing.assert_array_equal(pair.moving_labels[inner], pair.fixed_labels[inner])
-    # Beyond the moving grid: not valid, and air.
+    # Beyond the moving grid: not valid, air, and no label.
     assert float(pair.moving_valid[0, -1, 0, 0, 0]) == 0
     assert float(pair.moving[0, -1, 0, 0, 0]) == -1
+    assert not pair.moving_labels[:, -1].any()
+
+
+def test_prepare_keeps_the_labels_of_slices_that_are_cut_away():
+    """An organ that is cut through is no stump for Dice."""
+    batch = _batch()
+    cut = batch._replace(moving=batch.moving.at[:, :, :, 24:].set(OUTSIDE_HU))
+    pair = prepare(cut, Extractor("none"))
+    assert not pair.moving_valid[:, :, :, 24:].any()
+    np.testing.assert_array_equal(pair.moving_labels, batch.moving_labels)
 
 
 @pytest.mark.slow
