@@ -883,6 +883,19 @@ def test_exit_code_is_the_same_where_the_line_cannot_be_written(tmp_path):
     assert done.returncode == errors.FAILED
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is full")
+@pytest.mark.parametrize("verb", [["info", "--json"], ["weights", "list"]])
+def test_a_full_stdout_is_told_as_storage(verb):
+    command = [sys.executable, "-m", "unireg_jax", *verb]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=REPO, stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == errors.STORAGE
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("unireg: error: storage: No space left")
+
+
 def test_process_exits_with_the_code_and_one_line(tmp_path):
     run = process(
         *("-m", "unireg_jax", "register", "-f", "absent.nii.gz", "-m", "b.nii.gz"),

@@ -7,6 +7,7 @@ code of unireg_jax/errors.py; anything else is our fault and exit code 1.
 import argparse
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -43,6 +44,8 @@ VERBS = {
     "info": "version, tasks and weights",
 }
 _INTERNAL = 1
+# Files that we write say `storage` by themselves: these are of stdout.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,17 +67,23 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse([_dashes(word) for word in argv])
     try:
         with _terminable():
-            return args.run(args)
+            code = args.run(args)
+            # Now, not at exit, where Python would say what nobody can read.
+            sys.stdout.flush()
+            return code
     except UserError as error:
         return complain(with_notes(with_reason(error), error), error.exit_code)
     except KeyboardInterrupt as error:
         line = with_notes("interrupted: no file is half written", error)
         return complain(line, 128 + signal.SIGINT)
     except BrokenPipeError:
-        # Who read stdout has left: nothing more to say to them, also not at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who read stdout has left: nothing more to say to them.
+        _drop_stdout()
         return STORAGE
     except Exception as error:  # the one place where all else ends
+        if isinstance(error, OSError) and error.errno in _FULL:
+            _drop_stdout()
+            return complain(with_notes(f"storage: {error.strerror}", error), STORAGE)
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             line = (
                 "out_of_memory: more is needed than this machine has; crop the scans "
@@ -138,6 +147,11 @@ def _dashes(word: str) -> str:
 
 
 # --- ends ---------------------------------------------------------------------------
+
+
+def _drop_stdout() -> None:
+    """What still waits for it goes nowhere, also at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _internal(error: Exception, args: argparse.Namespace) -> int:
