@@ -101,7 +101,8 @@ def test_read_table_gives_lps_mm(tmp_path, frame, text):
     [
         ("1,2,3\n1,2\n", "schema"),
         ("1,2\n", "schema"),
-        ("a,b,c\n", "empty"),
+        ("x,y,z\n", "empty"),
+        ("id,x_lps,y_lps,z_lps\n1,2,3,4\n", "schema"),
         (f"{HEAD}\n1,2,3,4,5,6\n", "schema"),
     ],
 )

@@ -88,7 +88,7 @@ def read_table(
 
     Args:
         path: as of `read_file`; or a table of any other name, also between white space,
-            whose first three columns are taken where none are called x, y, z.
+            with columns x, y, z (or x_mm ...), or no header and three numbers first.
         frame: one of FRAMES, of a table; voxel indices count along the axes as stored.
         volume: the scan, whose grid gives voxels their place; None with mm.
 
@@ -107,8 +107,7 @@ def read_table(
     table = point_tables.parse(path, point_tables.read_text(path))
     if point_tables.places(table, FIXED):
         raise point_tables.no_columns(path, table, "x, y, z of one scan")
-    columns = point_tables.places(table, AXES) or [0, 1, 2]
-    values = point_tables.numbers(path, table, columns)
+    values = point_tables.numbers(path, table, _columns(path, table))
     if frame == "lps_mm":
         return values
     matrix = _to_lps("voxel", volume, path)
@@ -298,13 +297,18 @@ def _parse_csv(path, text, landmarks):
     if both:  # written as points of one scan: nothing else in it would hold
         values = point_tables.numbers(path, table, both)
         return values, point_tables.names(table), "lps", None
+    columns = _columns(path, table)
+    values = point_tables.numbers(path, table, columns)
+    return values, point_tables.names(table), None, (table, columns)
+
+
+def _columns(path, table) -> list[int]:
+    """Places of x, y, z; without a header the first three."""
     columns = point_tables.places(table, AXES)
     if columns is None and table.head:
         expected = "x, y, z (or x_mm, y_mm, z_mm), or fixed_x_mm ... moving_z_mm"
         raise point_tables.no_columns(path, table, expected)
-    columns = columns or [0, 1, 2]
-    values = point_tables.numbers(path, table, columns)
-    return values, point_tables.names(table), None, (table, columns)
+    return columns or [0, 1, 2]
 
 
 def _parse_fcsv(path, text):
