@@ -7,12 +7,13 @@ import argparse
 import concurrent.futures
 import contextlib
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from unireg_jax.imaging import grids
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -89,7 +90,7 @@ def _pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Adds --workers to a command that reads scans and writes none."""
-    cores = min(4, len(os.sched_getaffinity(0)))
+    cores = min(4, grids.cores())
     parser.add_argument(
         "--workers",
         type=int,

@@ -14,15 +14,15 @@ Together the tetrahedra of all voxels fill each cube twice.
 import concurrent.futures
 import itertools
 import math
-import os
 from collections.abc import Callable
 
 import numpy as np
 
+from unireg_jax.imaging import grids
+
 LEAST_VOXELS = 3  # along each axis, for a determinant
 LEAST_VOXELS_L2R = 5
 _SLAB_VOXELS = 2**19  # of one slab: its arrays stay near the cache
-_THREADS = 8  # at most: each holds some 100 MiB
 _FLOOR = 1e-9  # of a determinant, before the logarithm
 
 
@@ -191,8 +191,7 @@ def _slabs(
         disp = to_voxel @ np.moveaxis(mm, -1, 0).reshape(3, -1)
         work(slice(i, i + depth), disp.reshape(3, *mm.shape[:3]))
 
-    threads = len(os.sched_getaffinity(0))
-    with concurrent.futures.ThreadPoolExecutor(min(threads, _THREADS)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(grids.cores()) as pool:
         for _ in pool.map(convert, range(0, x - 2, depth)):
             pass  # raises what a worker raised
 

@@ -223,18 +223,18 @@ def slabs(
     """
     depth = max(1, (points or SLAB_POINTS) // (shape[0] * shape[1]))
     parts = [slice(k, min(k + depth, shape[2])) for k in range(0, shape[2], depth)]
-    with concurrent.futures.ThreadPoolExecutor(threads or _cores()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads or cores()) as pool:
         for _ in pool.map(work, parts):
             pass
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those of this process, 8 at most: each worker holds a slab."""
     try:
-        cores = len(os.sched_getaffinity(0))
+        count = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
-        cores = os.cpu_count() or 1
-    return min(8, cores)
+        count = os.cpu_count() or 1
+    return min(8, count)
 
 
 def positions(grid: Grid, part: slice) -> np.ndarray:
