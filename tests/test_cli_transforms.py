@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ import SimpleITK as sitk
 
 from tests import oracles, test_cli
 from unireg_jax import __main__ as cli
+from unireg_jax import errors
 from unireg_jax.imaging import grids, mapping, nifti, orientation, transforms
 from unireg_jax.imaging.mapping import Grid, Mapping
 
@@ -183,6 +185,27 @@ def test_warp_of_labels_keeps_ids_and_type(run, tmp_path, interp):
         / ((labels > 0).sum() + (target > 0).sum())
     )
     assert dsc > 0.95
+
+
+@pytest.mark.parametrize("fill", [-1, 300])
+def test_warp_of_labels_widens_them_to_hold_the_fill(run, tmp_path, fill):
+    place = FIXED.vox2world.copy()
+    place[0, 3] += 40  # a field of view beyond the moving scan
+    save(tmp_path / "f.nii", np.zeros(FIXED.shape, np.int16), place)
+    words = ["warp", "-m", "moving_seg.nii.gz", "-f", tmp_path / "f.nii", "-t", "a.txt"]
+    words += ["--interp", "label", "-o", tmp_path / "o.nii", f"--fill-value={fill}"]
+    assert run(*words)[0] == 0
+    assert {0, fill} <= set(np.unique(nib.load(tmp_path / "o.nii").get_fdata()))
+
+
+@pytest.mark.parametrize(
+    ("interp", "fill"), [("label", "0.5"), ("label", "3e9"), ("linear", "1e39")]
+)
+def test_warp_refuses_a_fill_that_no_voxel_holds(run, tmp_path, interp, fill):
+    words = ["-m", "moving_seg.nii.gz", "-f", "fixed.nii.gz", "-t", "c.h5"]
+    words += ["--interp", interp, "-o", tmp_path / "o.nii", "--fill-value", fill]
+    code, _, stderr = run("warp", *words)
+    assert code == errors.USAGE and "--fill-value: a" in stderr
 
 
 def test_warp_warns_of_labels_warped_as_an_image(run, tmp_path):
@@ -594,6 +617,15 @@ def test_check_transform_warns_of_folds_and_length(run, tmp_path):
         assert code == 0 and word in stdout and "verdict      warn" in stdout, name
 
 
+def test_jacobian_never_replaces_an_input(run, tmp_path):
+    scan = tmp_path / "moving.nii.gz"
+    scan.write_bytes(Path("moving.nii.gz").read_bytes())
+    words = ("-t", "c.h5", "-m", scan, "-o", scan, "--overwrite")
+    code, _, _ = run("jacobian", *words)
+    assert code == errors.USAGE
+    assert scan.read_bytes() == Path("moving.nii.gz").read_bytes()
+
+
 def test_jacobian_writes_a_map_and_prints_statistics(run, tmp_path):
     out = tmp_path / "j.nii.gz"
     code, stdout, _ = run("jacobian", "-t", "c.h5", "-f", "fixed.nii.gz", "-o", out)
@@ -671,6 +703,7 @@ def test_a_full_disk_leaves_no_short_file(folder, tmp_path):
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 from unireg_jax import __main__ as cli
+from unireg_jax import errors
 for words in {calls!r}:
     code = cli.main([*words, sys.argv[1] + "/o.nii.gz"])
     assert code == 6, (words, code)
@@ -768,6 +801,7 @@ def test_verbs_import_no_jax(folder, tmp_path):
     code = f"""
 import sys
 from unireg_jax import __main__ as cli
+from unireg_jax import errors
 for n, words in enumerate({calls!r}):
     ending = ".csv" if words[0] == "warp-points" else ".nii.gz"
     assert cli.main([*words, "--quiet", "-o", sys.argv[1] + f"/{{n}}" + ending]) == 0

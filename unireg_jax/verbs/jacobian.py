@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code."""
-    inputs = (args.fixed, args.mask, *args.transforms)
+    inputs = (args.fixed, args.moving, args.mask, *args.transforms)
     if args.file:
         files.output(args.file, _ENDINGS, overwrite=args.overwrite, inputs=inputs)
     say = progress(args.quiet)

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     label = args.interp == "label"
+    _check_fill(args.fill_value, label)
     fixed = scans.read_scan(args.fixed)
     moving = (scans.read_labels if label else scans.read_scan)(args.moving)
     whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     fixed = files.without_voxels(fixed)
     fill = 0 if label else mapping.fill_of(moving.data)
     fill = fill if args.fill_value is None else args.fill_value
-    moving, dtype = _stored(moving, fill)
+    moving, dtype = _stored(moving, fill, np.int32 if label else np.float32)
     say("warping")
     warped = mapping.resample(whole, moving, grid, interp=args.interp, fill=fill)
     say("writing")
@@ -110,11 +111,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stored(moving: Volume, fill: float) -> tuple[Volume, np.dtype]:
-    """The volume in a type that holds `fill`, and the type to store: the file's own."""
+def _check_fill(fill: float | None, label: bool) -> None:
+    """Raises UserError, exit code 2, for what no voxel can hold."""
+    most = float(np.iinfo(np.int32).max if label else np.finfo(np.float32).max)
+    if fill is None or (abs(fill) <= most and not (label and fill % 1)):
+        return
+    kind = "whole number" if label else "number"
+    raise UserError(
+        "schema",
+        f"--fill-value: a {kind} from {-most:g} to {most:g} expected, got {fill:g}",
+        USAGE,
+    )
+
+
+def _stored(moving: Volume, fill: float, wide: type) -> tuple[Volume, np.dtype]:
+    """The volume in a type that holds `fill`, and the type to store: the file's own.
+
+    `wide` is the type of voxels whose own does not hold it.
+    """
     data = moving.data
     if data.dtype.kind in "iu" and np.array(fill).astype(data.dtype) != fill:
-        data = data.astype(np.float32)
+        data = data.astype(wide)
     dtype = data.dtype
     header = moving.header
     if tuple(header.get_data_shape()[:3]) != moving.native.shape:
