@@ -645,6 +645,14 @@ def test_read_image_refuses_dtype(tmp_path, code, word):
     refuse(path, "dtype", f"8 to 64 bits, got .*{word}.*; save it as int16")
 
 
+def test_read_image_refuses_ids_that_float32_changes(tmp_path):
+    ids = np.where(scan() > 0, 614454277, 0).astype("i4")
+    refuse(put(tmp_path, encode(ids)), "dtype", "whole numbers up to 16777216, got")
+    # A padding of 2^31 is the same in float32.
+    padded = np.where(scan() > 0, -(2**31), 0).astype("i4")
+    assert nifti.read_image(put(tmp_path, encode(padded))).data.min() == -(2**31)
+
+
 def test_read_image_refuses_contradicting_bits(tmp_path):
     path = put(tmp_path, encode(scan().astype("i2"), bitpix=8))
     refuse(path, "dtype", "expected 16 bits, got 8 bits for int16")

@@ -83,8 +83,9 @@ def test_values_keep_their_meaning(tmp_path, image):
     halves = sitk.Cast(image[0], sitk.sitkFloat64) + 0.5
     volume = scans.read_scan(save(halves, tmp_path / "halves.mha"))
     assert volume.data.dtype == np.float32
+    # A file of fractions stays one, as in NIfTI: soft masks have whole values, too.
     whole = sitk.Cast(image[0], sitk.sitkFloat32)
-    assert scans.read_scan(save(whole, tmp_path / "w.mha")).data.dtype == np.int16
+    assert scans.read_scan(save(whole, tmp_path / "w.mha")).data.dtype == np.float32
     labels = sitk.GetImageFromArray(np.arange(9 * 11 * 13).reshape(9, 11, 13) % 300)
     labels.SetSpacing(SPACING)
     found = scans.read_labels(save(labels, tmp_path / "labels.nrrd"))
@@ -116,11 +117,14 @@ def test_a_label_map_given_as_a_scan_is_told(tmp_path, ending):
     noise = np.random.default_rng(0).integers(0, 900, shape)
     for values, told in (
         (3 * ball, True),
+        (3.0 * ball, True),
+        (40_000 * ball, True),
+        (0.5 * ball, False),
         (np.where(ball, 40, -1000), False),
         (np.where(ball, 900 + noise, 24), False),
         (np.where(ball, noise, 0), False),
     ):
-        image = sitk.GetImageFromArray(values.astype(np.int16))
+        image = sitk.GetImageFromArray(values)
         image.SetSpacing((2.0, 3.0, 4.0))
         warnings = scans.read_scan(save(image, tmp_path / f"s{ending}")).warnings
         assert any(w.startswith("label_value") for w in warnings) == told, warnings

@@ -28,6 +28,7 @@ INTENT_DISPVECT = 1006  # displacements, RAS mm
 INTENT_VECTOR = 1007  # any vector; ITK and ANTs keep displacements in LPS mm in it
 
 _BLOCK = 1 << 24  # bytes per read: bounds the copy that gzip makes
+_EXACT = 1 << 24  # whole numbers up to here are the same in float32
 _TRAILING = 1 << 16  # bytes read beyond the voxels before giving up
 _EXTENSIONS = 1 << 26  # largest believable gap between header and voxels
 _DEFLATE = 1032  # no deflate stream expands further
@@ -128,7 +129,7 @@ def read_image(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
         max_voxels: refuse larger images before anything is allocated.
 
     Returns:
-        Volume; data int16 when every value is a whole number that fits, else float32.
+        Volume; data int16 when stored as whole numbers that fit, else float32.
 
     Raises:
         UserError: the file is not a readable 3-D image; reason says why.
@@ -804,7 +805,12 @@ def _rescale(stored: _Stored, path: str | os.PathLike) -> np.ndarray:
             return (array.astype(np.int64) + int(inter)).astype(np.int16)
     if slope == 1 and inter == 0:
         with np.errstate(over="ignore", invalid="ignore"):
-            return array.astype(np.float32)  # overflow becomes inf: refused later
+            out = array.astype(np.float32)  # overflow becomes inf: refused later
+        if array.dtype.kind in "iu" and max(abs(low), abs(high)) > _EXACT:
+            if changed := np.count_nonzero(out.astype(np.float64) != array):
+                expected = f"whole numbers up to {_EXACT}"
+                raise _fault("dtype", path, expected, f"{changed} that are larger")
+        return out
     out = np.empty(array.shape, np.float32, order="F")
     with np.errstate(over="ignore", invalid="ignore"):
         for k in range(array.shape[-1]):  # slice by slice: float64 for one only

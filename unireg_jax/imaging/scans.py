@@ -27,7 +27,7 @@ def read_scan(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
         max_voxels: refuse larger images before any voxel is read.
 
     Returns:
-        Volume; data int16 when every value is a whole number that fits, else float32.
+        Volume; data int16 when stored as whole numbers that fit, else float32.
         Its header is that of the NIfTI file, or one made for the stored grid. A label
         map in place of an image is warned of, `label_value`.
 
@@ -103,11 +103,10 @@ def like_labels(data: np.ndarray) -> bool:
     Returns:
         Whether they are few whole ids from 0 on, most of them 0: no image looks so.
     """
-    if data.dtype.kind not in "iu":
-        return False
     sample = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
     ids = np.unique(sample)
-    return bool(ids[0] == 0 and ids.size < 150 and (sample == 0).mean() > 0.5)
+    whole = ids.size < 150 and bool((ids == np.rint(ids)).all())
+    return bool(whole and ids[0] == 0 and (sample == 0).mean() > 0.5)
 
 
 def files_of(path: str | os.PathLike) -> list[Path]:
@@ -180,8 +179,8 @@ def _check_shape(path, size, components, max_voxels) -> None:
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:
-    """int16 where that loses nothing, else float32."""
-    whole = array.dtype.kind in "iu" or bool((array == np.rint(array)).all())
+    """int16 of whole numbers that fit, else float32, as of NIfTI."""
+    whole = array.dtype.kind in "iu"
     if whole and array.min() >= -32768 and array.max() <= 32767:
         return array.astype(np.int16)
     return array.astype(np.float32)
