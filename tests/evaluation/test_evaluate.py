@@ -169,7 +169,7 @@ def test_score_judges_an_affine_on_the_labels_grid():
         mapping.affine(grow), fixed_labels=labels, moving_labels=labels
     )
     assert report["field"]["sdlogj_whole"] == pytest.approx(0, abs=1e-4)
-    with pytest.raises(UserError, match="affines alone have no grid"):
+    with pytest.raises(UserError, match="an affine acts first"):
         cases.score(mapping.affine(grow))
 
 
@@ -252,6 +252,30 @@ def test_score_brings_the_foreground_onto_the_field():
     assert report["field"]["fold_percent"] == report["field"]["ndv_percent"] == 100
     assert report["field"]["fold_percent_whole"] < 90
     assert any("grid_mismatch" in line for line in report["warnings"])
+
+
+def test_score_of_a_field_behind_an_affine_is_on_the_grid_of_the_labels():
+    """As the inverse of ANTs: the field lies where the affine leads, far from here."""
+    far = np.eye(4)
+    far[:3, 3] = 300, -200, 100
+    back = mapping.field(np.full((*SHAPE, 3), -far[:3, 3], np.float32), far @ PLACE)
+    chain = mapping.Mapping((far, *back.parts))
+    labels = Volume(box(), PLACE)
+    report = cases.score(chain, fixed_labels=labels, moving_labels=labels, mask=labels)
+    assert report["mean"]["dsc"] == 1.0
+    assert report["field"]["fold_percent"] == 0 and report["warnings"] == []
+    with pytest.raises(UserError, match="an affine acts first"):
+        cases.score(chain)
+
+
+def test_evaluate_without_a_label_is_done_and_undefined(folder, capsys):
+    for name in ("fixed", "moving"):
+        write_labels(folder / f"{name}.nii.gz", 0 * box())
+    rows = (folder / "cases.csv").read_text().splitlines()[:3]
+    (folder / "cases.csv").write_text("\n".join(rows) + "\n")
+    words = ("--manifest", folder / "cases.csv", "--out", folder / "scores", "--json")
+    found = strict(evaluate(capsys, *words)[0])
+    assert found["cases"]["done"] == 2 and found["metrics"]["dsc"]["undefined"] == 2
 
 
 def test_score_rejects_one_label_map():

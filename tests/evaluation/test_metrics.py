@@ -165,6 +165,15 @@ def test_overlap_counts_what_is_undefined():
     assert found["mean"]["hd95_mm_lost"] is None
 
 
+def test_overlap_of_maps_without_a_label_is_undefined():
+    empty = np.zeros((4, 5, 6), np.uint8)
+    volume = Volume(empty, np.eye(4))
+    found = metrics.overlap(volume, volume, {"": empty, "before": empty})
+    names = ["dsc", "hd95_mm", "nsd", "dsc_before", "hd95_mm_before", "nsd_before"]
+    assert found["labels"] == {} and found["mean"] == dict.fromkeys(names)
+    assert found["n"] == dict.fromkeys(names, 0)
+
+
 # --- landmarks ----------------------------------------------------------------------
 
 

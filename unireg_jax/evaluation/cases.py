@@ -109,8 +109,8 @@ def score(
     if field is None and (pairs is None or l2r):
         raise UserError(
             "schema",
-            "schema: affines alone have no grid to be judged on; name labels or a mask "
-            "of the fixed scan",
+            "schema: where an affine acts first there is no grid to be judged on; name "
+            "labels or a mask of the fixed scan",
             USAGE,
         )
     if fixed_labels is not None and moving_labels is not None:
@@ -389,14 +389,15 @@ def _landmarks(files: Files) -> PointPairs | None:
 def _field(
     transform: mapping.Mapping, mask: Volume | None, labels: Volume | None
 ) -> mapping.Field | None:
-    """The whole map, on the grid of its first field, else that of mask or labels.
+    """The whole map, on the grid of a field that acts first, else of mask or labels.
 
-    None for affines alone when there is neither.
+    A field behind an affine does not lie where the map starts. None without a grid.
     """
     if len(transform.parts) == 1 and transform.fields:
         field = transform.fields[0]
     else:
-        grids = [part.grid for part in transform.fields]
+        first = transform.parts[:1]
+        grids = [part.grid for part in first if isinstance(part, mapping.Field)]
         grids += [mapping.grid_of(v) for v in (mask, labels) if v is not None]
         if not grids:
             return None
@@ -503,8 +504,10 @@ def _on_grid(volume: Volume, grid: mapping.Grid) -> bool:
 
 
 def _label_sets(fixed: Volume, moving: Volume) -> list[str]:
-    """Warns of labels that only one scan has."""
+    """Warns of labels that only one scan has, or none."""
     a, b = (set(np.unique(v.data).tolist()) - {0} for v in (fixed, moving))
+    if not a | b:
+        return ["label_set: neither map has a label, nothing overlaps"]
     return [
         f"label_set: only the {name} labels have {', '.join(map(str, sorted(more)))}"
         for name, more in (("fixed", a - b), ("moving", b - a))

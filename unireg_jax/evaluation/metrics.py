@@ -239,7 +239,9 @@ def overlap(
             for key in (k for k, value in scores[i].items() if math.isnan(value)):
                 where = _absence(fixed_counts[i] == 0, lost[i])
                 undefined.setdefault(f"{key}{ending}", {})[i] = where
-    names = next(iter(rows.values()), {})
+    # Two maps without a label have these, too: undefined.
+    metrics = ("dsc", "hd95_mm", "nsd") if surface else ("dsc",)
+    names = [f"{m}_{name}" if name else m for name in warped for m in metrics]
     columns = {name: [row[name] for row in rows.values()] for name in names}
     n = {name: sum(v == v for v in values) for name, values in columns.items()}
     mean = {name: _mean(values) for name, values in columns.items()}
