@@ -30,7 +30,7 @@ import numpy as np
 
 from data_pipeline import store
 from data_pipeline.augment import AugmentSpec, make_augment
-from data_pipeline.pairs import Pair, make_pairs, read_alignments
+from data_pipeline.pairs import Pair, make_pairs, read_alignments, stale_alignments
 from unireg_jax.errors import DATA_CHANGED, NOTHING, STORAGE, USAGE, UserError, tell
 from unireg_jax.tasks import TASKS, PairBatch
 
@@ -66,11 +66,20 @@ class Dataset:
                 process with exit code 6, see `_ends_if_stuck`; None waits for ever.
 
         Raises:
-            UserError: see `store.read_index` and `pairs.read_alignments`.
+            UserError: see `store.read_index` and `pairs.read_alignments`; `schema`,
+                exit code 10, for alignments of volumes as they were before.
         """
         self.root = Path(root)
         self.index = store.read_index(root)
         self.alignments = read_alignments(root)
+        if stale := stale_alignments(root, self.index, self.alignments):
+            raise UserError(
+                "schema",
+                f"{store.ALIGN_NAME}: {len(stale)} pairs ({stale[0]} first) were "
+                "aligned before their volumes were prepared anew; run "
+                "experiments.prealign again",
+                DATA_CHANGED,
+            )
         self.shape = tuple(self.index["spec"]["shape"])
         # Of the volume with most: batches of one dataset are all of one shape.
         self.layers = max(

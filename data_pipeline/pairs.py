@@ -6,6 +6,7 @@ count: 20 subjects give 20 * 19 = 380 pairs (UniReg, Table 1). Where the index l
 pairs of a task and split, as challenges do, these and no others are taken.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,6 +128,53 @@ def read_alignments(root: Path | str) -> dict[str, np.ndarray]:
             "schema", f"{path.name}: must be one JSON object; {remedy}", DATA_CHANGED
         )
     return {key: _affine(key, value, remedy) for key, value in entries.items()}
+
+
+def volume_digests(index: dict[str, Any]) -> dict[str, str]:
+    """What alignments hold for: id -> digest of the image and its grid.
+
+    Args:
+        index: of a prepared folder.
+    """
+    return {
+        v["id"]: hashlib.sha256(
+            json.dumps([v["sha256"]["image"], v["vox2world"]]).encode()
+        ).hexdigest()[:16]
+        for v in index["volumes"]
+    }
+
+
+def stale_alignments(
+    root: Path | str, index: dict[str, Any], entries: Iterable[str]
+) -> list[str]:
+    """Names alignments of volumes that were prepared anew since.
+
+    Args:
+        root: the prepared folder.
+        index: of it.
+        entries: keys of `read_alignments`.
+
+    Returns:
+        Those keys; none where align_kinds.json does not say of which volumes they are.
+
+    Raises:
+        UserError: `schema`, exit code 10: align_kinds.json is not readable as JSON.
+    """
+    path = Path(root) / store.ALIGN_NOTES_NAME
+    try:
+        then = json.loads(path.read_text(encoding="utf-8")).get("volumes", {})
+    except FileNotFoundError:
+        return []
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            "schema",
+            f"{path.name}: one JSON object expected; delete it and {store.ALIGN_NAME}, "
+            "and compute the pre-alignment again",
+            DATA_CHANGED,
+        ) from error
+    now = volume_digests(index)
+    other = {name for name in then.keys() & now.keys() if then[name] != now[name]}
+    return [key for key in entries if other & set(key.split("|"))]
 
 
 def _affine(key: str, value: Any, remedy: str) -> np.ndarray:

@@ -6,6 +6,7 @@
     <root>/volumes/<id>.overlaps.npy  optional: [L, X, Y, Z] uint8, further ids of the
                                       same voxels, where organs overlap
     <root>/align.json                 optional: "<fixed id>|<moving id>" -> 4 x 4
+    <root>/align_kinds.json           optional: how, and of which volumes
 
 and, where the source has them, for evaluation (the loader does not read them):
 
@@ -40,6 +41,7 @@ INDEX_VERSION = 2  # 2: may list pairs, which a reader of 1 would not heed
 READABLE = (1, 2)
 INDEX_NAME = "index.json"
 ALIGN_NAME = "align.json"
+ALIGN_NOTES_NAME = "align_kinds.json"
 VOLUMES_NAME = "volumes"
 POINTS_NAME = "points"
 # What numpy.save writes before a plain array: magic, version 1.0, length, header.

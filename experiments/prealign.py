@@ -6,8 +6,8 @@
 By the rule that `unireg register --affine auto` follows (registration/affine.py); with
 another kind, inter-patient pairs by that. UniReg, section 4.1: inter-patient datasets
 are aligned globally first, by matched features. Pairs already in align.json are kept,
-so an interrupted run goes on where it stopped; align_kinds.json says how each was
-found.
+so an interrupted run goes on where it stopped, but those of volumes that were prepared
+anew since; align_kinds.json says how each was found.
 """
 
 import functools
@@ -32,7 +32,6 @@ from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.tasks import OUTSIDE_HU, PairType
 
 KINDS = ("auto", "affine", "rigid", "features")
-KINDS_NAME = "align_kinds.json"
 _SAVE_EVERY = 20
 _KEEP_BYTES = 2**31  # of features
 
@@ -59,6 +58,7 @@ def prealign(
             f"kind must be one of {KINDS}, an extractor belongs to 'features' alone, "
             f"got {kind!r} and {extractor and extractor.backend!r}"
         )
+    _forget(Path(root))
     dataset = loader.Dataset(root)
     volumes = dataset.index["volumes"]
     done = {k: v.tolist() for k, v in dataset.alignments.items()}
@@ -66,6 +66,7 @@ def prealign(
     # Pairs of one folder are found by one search.
     asked += f", search {affine.ALGORITHM}"
     notes = _notes(Path(root), asked, done)
+    notes["volumes"] = pairs.volume_digests(dataset.index)
     wanted = [pair for split in pairs.SPLITS for pair in dataset.pairs(split)]
     todo = [pair for pair in wanted if _key(volumes, pair) not in done]
     see = _seer(dataset, extractor) if extractor else None
@@ -78,14 +79,23 @@ def prealign(
         used[name] += 1
         if i % _SAVE_EVERY == _SAVE_EVERY - 1 or i == len(todo) - 1:
             # Notes first: they may name a pair too many, never one too few.
-            store.write_json(Path(root) / KINDS_NAME, notes)
+            store.write_json(Path(root) / store.ALIGN_NOTES_NAME, notes)
             store.write_json(Path(root) / store.ALIGN_NAME, done)
     return used
 
 
+def _forget(root: Path) -> None:
+    """Drops alignments of volumes that were prepared anew."""
+    done = pairs.read_alignments(root)
+    stale = pairs.stale_alignments(root, store.read_index(root), done)
+    if stale:
+        kept = {k: v.tolist() for k, v in done.items() if k not in set(stale)}
+        store.write_json(root / store.ALIGN_NAME, kept)
+
+
 def _notes(root: Path, asked: str, done: dict) -> dict:
     """What align_kinds.json says; it must have been asked for in the same way."""
-    path = root / KINDS_NAME
+    path = root / store.ALIGN_NOTES_NAME
     notes = {"kind": "auto", "pairs": {}}  # of a folder that knew no other
     if path.is_file():
         notes = json.loads(path.read_text(encoding="utf-8"))

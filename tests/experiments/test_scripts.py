@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipeline import loader, synthetic
+from data_pipeline import loader, store, synthetic
 from data_pipeline.datasets import manifest
 from experiments import demo, figures, prealign, real_pairs, real_scans
 from unireg_jax import registration
@@ -71,6 +71,27 @@ def test_prealign_stores_every_pair_once(tmp_path):
     np.testing.assert_allclose(lung, np.tile(np.eye(4), (len(lung), 1, 1)), atol=1e-6)
 
 
+def test_prealign_begins_anew_where_a_volume_was_prepared_anew(tmp_path):
+    root = synthetic.write_dataset(
+        tmp_path,
+        shape=(32, 24, 32),
+        spacing_mm=10.0,
+        subjects_per_task=2,
+        tasks=("chest", "lung"),
+    )
+    prealign.prealign(root)
+    index = store.read_index(root)
+    first = index["volumes"][0]
+    first["vox2world"][0][3] += 1.0
+    store.write_index(root, index)
+    with pytest.raises(UserError, match="run experiments.prealign again"):
+        loader.Dataset(root)
+    again = prealign.prealign(root).total()
+    keys = loader.Dataset(root).alignments
+    assert 0 < again < len(keys)
+    assert again == sum(first["id"] in key.split("|") for key in keys)
+
+
 def test_prealign_by_features_says_how_each_pair_was_found(tmp_path):
     root = synthetic.write_dataset(
         tmp_path,
@@ -85,7 +106,7 @@ def test_prealign_by_features_says_how_each_pair_was_found(tmp_path):
     assert used.total() == len(wanted) and set(used) <= {"none", "features", "com"}
     stored = loader.Dataset(root).alignments
     assert all(np.isfinite(m).all() for m in stored.values())
-    notes = json.loads((root / prealign.KINDS_NAME).read_text())
+    notes = json.loads((root / store.ALIGN_NOTES_NAME).read_text())
     assert notes["kind"] == "features (mind), search 2" and set(notes["pairs"]) == set(
         stored
     )
