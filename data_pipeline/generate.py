@@ -222,12 +222,16 @@ class PaintedPairs:
         return Scan(np.maximum(hu, _AIR_HU), labels, phase)
 
     def _varied(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The organs of somebody else: shapes moved by a smooth field."""
+        """The organs of somebody else: shapes moved by a smooth field.
+
+        As they were where that leaves none, of a voxel or so.
+        """
         empty = np.broadcast_to(np.int16(0), labels.shape)
         disp, _ = deformed.random_fields(
             empty, spacing_mm=self.spec.spacing_mm, rng=rng, breathing=False
         )
-        return fields.warp(labels, disp, order=0)
+        varied = fields.warp(labels, disp, order=0)
+        return varied if varied.any() else labels
 
 
 class DeformedPairs:

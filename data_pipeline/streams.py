@@ -85,6 +85,8 @@ def _source(
         if (volume["task"], volume["split"]) == (task, "train")
         and (kind == "deformed" or volume["labels"])
     ]
+    if kind == "painted":  # a scan without its only organ has nothing to paint
+        volumes = [i for i in volumes if dataset.volume(i)[1].any()]
     if not volumes:
         return None
     names = dataset.label_names(task)

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipeline import loader, streams, synthetic
+from data_pipeline import loader, store, streams, synthetic
 from data_pipeline.augment import AugmentSpec
 from unireg_jax.errors import DATA_CHANGED, NOTHING, UserError
 from unireg_jax.tasks import TASKS
@@ -158,6 +158,27 @@ def test_kinds_without_what_they_need_and_bad_shares_are_refused(dataset):
     for shares in ({"drawn": 0.1}, {"painted": 0.7, "deformed": 0.4}):
         with pytest.raises(ValueError, match="shares must be of"):
             streams.make_streams(dataset, shares, WEIGHTS, seed=0)
+
+
+def test_scans_without_a_structure_are_not_painted(dataset, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(dataset.root, root)
+    first, *others = [
+        v for v in store.read_index(root)["volumes"] if v["split"] == "train"
+    ]
+    assert any(v["task"] == first["task"] for v in others)
+    path = root / first["labels"]
+    np.save(path, np.load(path) * 0)
+    index = store.read_index(root)
+    for volume in index["volumes"]:
+        if volume["id"] == first["id"]:
+            volume["sha256"]["labels"] = store.file_sha256(path)
+    store.write_index(root, index)
+    (stream,) = streams.make_streams(
+        loader.Dataset(root), {"painted": 0.5}, {first["task"]: 1.0}, seed=0
+    )
+    for number in range(4):
+        assert stream.draw(number).fixed_labels.any()
 
 
 def test_volume_gone_bad_is_named_by_a_made_pair(dataset, tmp_path):
