@@ -196,7 +196,9 @@ def _file(path: str | Path) -> str:
 
 
 def _add(layers: list[np.ndarray], marked: np.ndarray, number: int) -> None:
-    """Puts an id where it is marked, each voxel into its first free layer."""
+    """Puts an id where it is marked and not yet, into the first layer that is free."""
+    for layer in layers:
+        marked = marked & (layer != number)
     for layer in layers:
         free = marked & (layer == 0)
         layer[free] = number

@@ -16,6 +16,13 @@ SPACING = np.diag([8.0, 9.0, 10.0, 1.0])
 SPEC = PreprocessSpec(shape=(24, 19, 17), spacing_mm=(8.0, 9.0, 10.0))
 
 
+def test_a_structure_named_twice_is_in_one_layer():
+    """By a label map and by a mask: DSC would count it twice."""
+    layers = [np.array([1, 1, 1, 0], np.uint8), np.array([2, 0, 0, 0], np.uint8)]
+    sources._add(layers, np.array([True, True, True, True]), 1)
+    np.testing.assert_array_equal(layers, [[1, 1, 1, 1], [2, 0, 0, 0]])
+
+
 def _body():
     """A body that fills the middle, so that the network grid is the scan's own."""
     hu = np.full(SHAPE, -1000, np.int16)
