@@ -266,6 +266,8 @@ def interval_of_parts(
     total, weight = np.zeros(_DRAWS), np.zeros(_DRAWS)
     for patients, values in parts:
         count = len({name for pair in patients for name in pair})
+        if not count:
+            continue
         drawn = rng.multinomial(count, [1 / count] * count, size=_DRAWS)
         sums = drawn_sums(patients, values, drawn)
         total, weight = total + sums[0], weight + sums[1]

@@ -146,7 +146,7 @@ def main(argv) -> None:
     results, picture = {}, out
     for path, passes in itertools.product(options.weights, options.passes):
         model = registration.load_model(path)
-        name = Path(path).parent.name or path
+        name = path
         if passes > 1 or options.symmetric:
             name += f", {passes} pass" + "es" * (passes > 1)
             name += ", both ways" * options.symmetric

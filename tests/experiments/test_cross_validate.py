@@ -84,6 +84,10 @@ def test_gains_are_those_of_the_same_pairs(folders):
     assert line.startswith(f"- {NETWORK} against {AFFINE}: +7.5 (")
     assert line.endswith(") points of DSC over 24 pairs")
     assert cross_validate.gains(parts, "greedy") == ""
+    # Of a method that one part lacks: over the pairs of the others.
+    parts[1] = [r for r in parts[1] if r["method"] != NETWORK]
+    (line,) = cross_validate.gains(parts, NETWORK).splitlines()
+    assert line.endswith(") points of DSC over 12 pairs")
 
 
 def test_interval_is_that_of_the_patients(folders):
