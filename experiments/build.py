@@ -74,6 +74,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
     except (TypeError, ValueError) as error:
         raise UserError("schema", f"config: {error}", USAGE) from error
     extractor, source, described = _extractor(config)
+    low, high = map(float, config.data.hu_window)  # prepared volumes hold all HU
     dataset = _dataset(config, workdir)
     made = streams.make_streams(
         dataset,
@@ -97,7 +98,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
         spec={
             "architecture": architecture(config),
             **described,
-            "preprocess": dataset.index["spec"],
+            "preprocess": dataset.index["spec"] | {"hu_low": low, "hu_high": high},
         },
         num_labels=num_labels,
         extractor=extractor,

@@ -126,6 +126,13 @@ def test_shares_of_made_pairs_that_no_run_can_have_are_refused(config, tmp_path)
         build.build(config, tmp_path)
 
 
+def test_weights_are_asked_with_the_window_that_they_saw(config, tmp_path):
+    with config.unlocked():
+        config.data.hu_window = (-200, 300)
+    card = build.build(config, tmp_path).spec["preprocess"]
+    assert (card["hu_low"], card["hu_high"]) == (-200.0, 300.0)
+
+
 def test_run_leaves_weights_config_and_metrics(config, tmp_path):
     path = train.train(config, tmp_path)
     assert path.is_file() and path.with_suffix(".json").is_file()
@@ -401,7 +408,7 @@ def test_per_label_means_over_the_pairs_that_show_the_label():
     assert found["chest"] == pytest.approx({"heart": 0.6, "aorta": 0.4})
 
 
-@pytest.mark.parametrize("preset", ["paper", "real_small", "real_small_finish"])
+@pytest.mark.parametrize("preset", ["paper", "real_small", "real_small_varied"])
 def test_presets_validate_during_the_run(preset):
     train_config = unireg.get_config(preset).train
     assert train_config.eval_every <= train_config.steps / 5
