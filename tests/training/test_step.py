@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import backbone
+from unireg_jax.models.features import Extractor
 from unireg_jax.ops import warp
 from unireg_jax.tasks import PairBatch
 from unireg_jax.training import mesh as train_mesh
@@ -70,6 +71,27 @@ def test_running_mean_follows_its_formula():
         np.testing.assert_allclose(state.ema["w"], mean, rtol=1e-5)
         np.testing.assert_allclose(state.weights["w"], mean, rtol=1e-5)
     np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
+
+
+def test_validation_counts_labels_that_both_scans_have():
+    """One drawn in one scan alone is undefined, one that the field loses counts 0."""
+    shape = (16, 16, 16)
+    fixed = np.zeros((1, *shape), np.uint8)
+    moving = fixed.copy()
+    fixed[0, 4:8, 4:8, 4:8], moving[0, 4:8, 4:8, 4:8] = 1, 1
+    fixed[0, 10:12], moving[0, 14:] = 2, 3
+    moving[0, 0], fixed[0, 9] = 4, 4
+    layers = np.zeros((1, 0, *shape), np.uint8)
+    hu = np.random.default_rng(0).integers(-900, 300, (1, *shape, 1)).astype(np.int16)
+    batch = _batch([0])._replace(fixed=hu, moving=hu, align=np.eye(4, dtype="f4")[None])
+    batch = batch._replace(fixed_labels=fixed, moving_labels=moving)
+    batch = batch._replace(fixed_more=layers, moving_more=layers)
+    evaluate = train_step.make_eval_step(
+        lambda params, image, *rest: jnp.zeros((*image.shape[:4], 3)), num_labels=5
+    )
+    found = evaluate({}, batch, Extractor("none"))
+    np.testing.assert_array_equal(found["dsc"], [[1.0, np.nan, np.nan, 0.0]])
+    np.testing.assert_array_equal(found["dsc"], found["dsc_before"])
 
 
 def test_without_running_mean_the_parameters_are_released():

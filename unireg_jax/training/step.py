@@ -153,8 +153,9 @@ def make_eval_step(
         planes: whether the result also holds `planes`, see `mid_planes`.
 
     Returns:
-        A jitted function; its result holds dsc and dsc_before [B, K - 1] (NaN where a
-        label is absent in both maps), ncc and ncc_before, sdlogj, sdlogj_l2r and
+        A jitted function; its result holds dsc and dsc_before [B, K - 1] (NaN for a
+        label that one of the two scans lacks, which no field can mend, 0 for one that
+        the field loses), ncc and ncc_before, sdlogj, sdlogj_l2r and
         folding_fraction [B] over the fixed scan's field of view.
     """
 
@@ -183,17 +184,23 @@ def judge(
     disp: jax.Array, batch: PairBatch, pair: objective.Pair, *, num_labels: int
 ) -> dict[str, jax.Array]:
     """Metrics of a field for one batch; see `make_eval_step`."""
-    after, before = (
-        dice.dsc(
-            batch.fixed_labels,
-            labels,
+    fixed = (batch.fixed_labels, batch.fixed_more)
+    moving = (batch.moving_labels, batch.moving_more)
+
+    def dsc(one, other):
+        return dice.dsc(
+            one[0],
+            other[0],
             num_labels=num_labels,
-            fixed_more=batch.fixed_more,
-            warped_more=more,
+            fixed_more=one[1],
+            warped_more=other[1],
         )
-        for labels, more in (
-            _moving_labels(field, batch) for field in (disp, jnp.zeros_like(disp))
-        )
+
+    # A map with itself: 1 where it has the label, else NaN.
+    in_both = dsc(fixed, fixed) * dsc(moving, moving)
+    after, before = (
+        in_both * dsc(fixed, _moving_labels(field, batch))
+        for field in (disp, jnp.zeros_like(disp))
     )
     body = intensity.valid(batch.fixed)[..., 0]
     mask = pair.fixed_valid[..., 0] * pair.moving_valid[..., 0]
