@@ -15,8 +15,8 @@ What becomes of `align`, the matrix from fixed to moving voxels: a flip mirrors 
 its ends, and every point keeps its partner. Affine and elastic leave it: they play a
 worse pre-alignment and another anatomy, which the network is to undo, or move both ends
 alike; the labels move with the image, so that loss and DSC stay right. A cut leaves the
-labels whole: where an organ of the other scan was cut away, the rest of the body has to
-tell where it lies.
+labels whole: the loss counts what both scans show, so that the rest of the body has to
+tell where the organ lies that was cut away.
 
 OUTSIDE_HU is no intensity: a voxel that would be interpolated from one, or from beyond
 the grid, is itself outside. Types stay int16 and uint8.

@@ -49,7 +49,7 @@ def oracle_soft(fixed, moving, disp, num_labels):
     return out
 
 
-def plain_soft(fixed, moving, disp, num_labels):
+def plain_soft(fixed, moving, disp, num_labels, mask=1.0):
     """One-hot warp in jnp, for autodiff to differentiate; one example."""
     shape = fixed.shape[1:]
     onehot = jax.nn.one_hot(moving[0], num_labels, dtype=jnp.float32)
@@ -68,6 +68,7 @@ def plain_soft(fixed, moving, disp, num_labels):
             weight = weight * (f if bit else 1.0 - f)
         warped = warped + weight[..., None] * corner
     onehot_f = jax.nn.one_hot(fixed[0], num_labels, dtype=jnp.float32)
+    warped, onehot_f = (a * jnp.expand_dims(mask, -1) for a in (warped, onehot_f))
     overlap = jnp.sum(onehot_f * warped, axis=(0, 1, 2))
     total = jnp.sum(onehot_f, axis=(0, 1, 2)) + jnp.sum(warped, axis=(0, 1, 2))
     return (2.0 * overlap / total)[None, 1:]
@@ -285,6 +286,40 @@ def test_soft_dice_gradient_matches_autodiff_of_one_hot_warp(shape):
     np.testing.assert_allclose(
         out, expected[1], atol=1e-6 * np.abs(expected[1]).max() + 1e-8
     )
+
+
+@pytest.mark.parametrize("counting", ["scatter", "compare"])
+def test_soft_dice_sums_over_the_mask(counting):
+    shape = (1, 10, 4, 8)
+    fixed, moving = blocks(shape), blocks(shape, seed=1)
+    disp = away_from_voxels(shape)
+    mask = jnp.asarray(np.random.default_rng(5).random(shape) > 0.4)
+
+    def masked(fixed, moving, disp, num_labels):
+        options = {"mask": mask, "counting": counting}
+        return dice.soft_dice(fixed, moving, disp, num_labels=num_labels, **options)
+
+    def plain(fixed, moving, disp, num_labels):
+        return plain_soft(fixed, moving, disp, num_labels, mask[0].astype("f4")), None
+
+    found, present = masked(fixed, moving, disp, LABELS)
+    expected, _ = plain(fixed, moving, disp, LABELS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    grads = [
+        jax.grad(weighted, 2)(fixed, moving, disp, LABELS, function)
+        for function in (masked, plain)
+    ]
+    np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-6)
+    assert not np.asarray(grads[0])[~np.asarray(mask)].any()
+    # A fixed label outside of the mask alone is not there.
+    none = dice.soft_dice(
+        fixed, moving, disp, num_labels=LABELS, mask=jnp.zeros(shape, bool)
+    )
+    assert present.any() and not none[1].any() and not none[0].any()
+    with pytest.raises(ValueError, match="mask must be"):
+        dice.soft_dice(
+            fixed, moving, disp, num_labels=LABELS, mask=jnp.ones(shape, jnp.float32)
+        )
 
 
 def test_soft_dice_gradient_at_the_border_is_one_sided():

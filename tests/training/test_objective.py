@@ -145,6 +145,20 @@ def test_objective_ignores_what_lies_beyond_either_scan(key):
     np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
 
 
+def test_dice_ends_where_a_scan_ends(key):
+    """An organ that is cut through is no stump to press the other one into."""
+    batch = _batch()
+    batch = batch._replace(moving=batch.moving.at[:, :, :, 24:].set(OUTSIDE_HU))
+    fixed = batch.fixed_labels.at[:, :, :, 30:].set(2)
+    moving = batch.moving_labels.at[:, :, :, 30:].set(1)
+    disp = 0.3 * jax.random.normal(key, (1, *SHAPE, 3))
+    found = [
+        judged(disp, prepare(b, Extractor("none")), weights=_weights())[1]["dice"]
+        for b in (batch, batch._replace(fixed_labels=fixed, moving_labels=moving))
+    ]
+    assert found[0] == found[1]
+
+
 def test_prepare_applies_the_alignment():
     """align maps fixed voxels to moving voxels: a shift by (1, 2, 3) is undone."""
     batch = _batch()

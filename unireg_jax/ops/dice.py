@@ -29,6 +29,7 @@ def soft_dice(
     num_labels: int,
     fixed_more: jax.Array | None = None,
     moving_more: jax.Array | None = None,
+    mask: jax.Array | None = None,
     counting: str = "scatter",
 ) -> tuple[jax.Array, jax.Array]:
     """Dice of the fixed map and the linearly warped one-hot of the moving map.
@@ -49,14 +50,15 @@ def soft_dice(
         num_labels: K, background included; static.
         fixed_more: [B, L, X, Y, Z] integer, further layers of fixed_labels, or None.
         moving_more: [B, M, X, Y, Z] integer, further layers of moving_labels, or None.
+        mask: [B, X, Y, Z] bool, the fixed voxels p to sum over; None for all.
         counting: "scatter" adds integers into bins, exact in any order; "compare" tests
             every voxel for every label, for devices or flags under which a scatter is
             serial. Both give the same bits.
 
     Returns:
         dice: [B, K - 1] float32 in [0, 1], labels 1 ... K - 1; 0 for an empty label.
-        present: [B, K - 1] bool, the label has voxels in both fixed and (unwarped)
-            moving. Average dice over these.
+        present: [B, K - 1] bool, the label has voxels in both fixed (of those that
+            count) and (unwarped) moving. Average dice over these.
 
     Raises:
         ValueError: shapes, dtypes or num_labels are not as above.
@@ -71,13 +73,21 @@ def soft_dice(
         raise ValueError(
             f"counting must be one of {sorted(_COUNTING)}, got {counting!r}"
         )
+    if mask is None:
+        mask = jnp.ones(fixed_labels.shape, bool)
+    if mask.shape != fixed_labels.shape or mask.dtype != bool:
+        raise ValueError(
+            f"mask must be {fixed_labels.shape} bool like fixed_labels, got "
+            f"{mask.shape} {mask.dtype}"
+        )
     # vmap keeps the batch an axis of its own: split over devices, no example moves.
     overlap, warped, fixed, moving = jax.vmap(
-        lambda f, m, d: _soft_sums(f, m, d, num_labels, counting)
+        lambda f, m, d, w: _soft_sums(f, m, d, w, num_labels, counting)
     )(
         _layers("fixed_more", fixed_labels, fixed_more),
         _layers("moving_more", moving_labels, moving_more),
         disp,
+        mask,
     )
     return _ratio(overlap, fixed + warped, 0.0), (fixed > 0.0) & (moving > 0.0)
 
@@ -149,8 +159,8 @@ def _hard_sums(fixed, warped, num_labels):
     return jnp.sum(_in_chunks(count, fixed[0].shape), axis=0)[:, 1:]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _soft_sums(fixed, moving, disp, num_labels, counting):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _soft_sums(fixed, moving, disp, mask, num_labels, counting):
     """Overlap, warped, fixed and moving sums, each [K - 1] float32; one example.
 
     fixed and moving are tuples of layers [X, Y, Z].
@@ -161,10 +171,12 @@ def _soft_sums(fixed, moving, disp, num_labels, counting):
     def count(start, slices):
         f, m = (_chunks(a, start, slices, num_labels) for a in (fixed, moving))
         coords = _coords(_chunk(disp, start, slices), start, moving[0].shape)
+        counts = _chunk(mask, start, slices)
 
         def add_corner(bins, corner):
             x, y, z = _corner_weights(coords, corner)
             share = jnp.round(x * y * z * scale).astype(jnp.int32)
+            share = jnp.where(counts, share, 0)
             for layer in moving:
                 label = _corner_label(layer, coords, corner, num_labels)
                 differs = functools.reduce(jnp.logical_and, [label != a for a in f])
@@ -176,9 +188,9 @@ def _soft_sums(fixed, moving, disp, num_labels, counting):
         # long on CPU.
         bins, _ = lax.scan(add_corner, _bins(slices, 4, num_labels), _corner_numbers())
         one = jnp.full(f[0].shape, scale, jnp.int32)
-        for row, maps in ((2, f), (3, m)):
+        for row, maps, each in ((2, f, jnp.where(counts, one, 0)), (3, m, one)):
             for label in maps:
-                bins = add(bins, row, label, one)
+                bins = add(bins, row, label, each)
         return bins
 
     sums = _sum_slices(_in_chunks(count, fixed[0].shape)) / scale
@@ -186,10 +198,10 @@ def _soft_sums(fixed, moving, disp, num_labels, counting):
     return agree, agree + differ, fixed, moving
 
 
-def _soft_sums_forward(fixed, moving, disp, num_labels, counting):
+def _soft_sums_forward(fixed, moving, disp, mask, num_labels, counting):
     """Keeps the inputs alone: gathering again costs less than storing 8 corners."""
-    sums = _soft_sums(fixed, moving, disp, num_labels, counting)
-    return sums, (fixed, moving, disp)
+    sums = _soft_sums(fixed, moving, disp, mask, num_labels, counting)
+    return sums, (fixed, moving, disp, mask)
 
 
 def _soft_sums_backward(num_labels, counting, residuals, cotangents):
@@ -198,7 +210,7 @@ def _soft_sums_backward(num_labels, counting, residuals, cotangents):
     A corner of id k is worth dL/dwarped_k, and dL/doverlap_k more where fixed is k.
     """
     del counting  # of the forward pass
-    fixed, moving, disp = residuals
+    fixed, moving, disp, mask = residuals
     # Background is worth nothing.
     worth_overlap, worth_warped = (jnp.pad(c, (1, 0)) for c in cotangents[:2])
 
@@ -222,10 +234,11 @@ def _soft_sums_backward(num_labels, counting, residuals, cotangents):
 
         zeros = (jnp.zeros(f[0].shape, jnp.float32),) * 3
         sums, _ = lax.scan(add_corner, zeros, _corner_numbers())
+        counts = _chunk(mask, start, slices)
         inside = zip(coords.inside, sums, strict=True)
-        return jnp.stack([jnp.where(i, g, 0.0) for i, g in inside], axis=-1)
+        return jnp.stack([jnp.where(i & counts, g, 0.0) for i, g in inside], axis=-1)
 
-    return None, None, _in_chunks(gradient, fixed[0].shape)
+    return None, None, _in_chunks(gradient, fixed[0].shape), None
 
 
 _soft_sums.defvjp(_soft_sums_forward, _soft_sums_backward)

@@ -112,8 +112,8 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
 def sample_labels(batch: PairBatch, coords: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Reads all layers of the moving labels at some positions, nearest neighbour.
 
-    Beyond the moving grid all are 0. Where the image is cut short (`data_pipeline`,
-    augment) they go on: an organ that is cut through is no stump to match.
+    Beyond the moving grid all are 0; where the image is cut short (`data_pipeline`,
+    augment) they go on.
 
     Args:
         batch: moving_labels and moving_more count.
@@ -139,7 +139,9 @@ def objective(
 
     loss = (1 - NCC(F, M o phi)) + lambda[region] * R(phi) + w (1 - Dice)
 
-    NCC is the mean over `weights.ncc_scales` grids.
+    NCC is the mean over `weights.ncc_scales` grids. Both count voxels that lie in the
+    fixed scan and are led into the moving one: where a scan ends an organ is no stump
+    that the other's is to be pressed into.
 
     Args:
         disp: [B, X, Y, Z, 3] float32, voxels.
@@ -177,6 +179,7 @@ def objective(
             counting=weights.dice_counting,
             fixed_more=pair.fixed_more,
             moving_more=pair.moving_more,
+            mask=mask[..., 0] > 0.5,
         )
         count = present.sum(-1)
         mean = (overlap * present).sum(-1) / jnp.maximum(count, 1)
