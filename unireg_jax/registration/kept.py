@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from unireg_jax.errors import FAILED, UserError
+
 
 class Kept:
     """The last few things made, by key; threads that ask for the same one wait."""
@@ -16,7 +18,11 @@ class Kept:
         self._entries: collections.OrderedDict[Any, tuple] = collections.OrderedDict()
 
     def get(self, key: Any, make: Callable[[], Any], held: Any = None) -> Any:
-        """Result or exception of `make`; `held` lives as long, so an id stays its."""
+        """Result of `make`, or what it says of bad input.
+
+        `held` lives as long, so an id stays its. Other exceptions, of memory or of a
+        disk, are for those who wait and not kept.
+        """
         with self._lock:
             absent = key not in self._entries
             if absent:
@@ -29,5 +35,13 @@ class Kept:
             try:
                 future.set_result(make())
             except BaseException as error:  # for those who wait, too
+                if not (isinstance(error, UserError) and error.exit_code == FAILED):
+                    # No fault of what was asked for: the next one may have better luck.
+                    self._drop(key, future)
                 future.set_exception(error)
         return future.result()
+
+    def _drop(self, key: Any, future: concurrent.futures.Future) -> None:
+        with self._lock:
+            if key in self._entries and self._entries[key][0] is future:
+                del self._entries[key]
