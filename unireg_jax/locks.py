@@ -41,11 +41,12 @@ def lock(
 
     Raises:
         UserError: `storage`, exit code 2 at once when another run holds it; 6 when it
-            cannot be written.
+            cannot be written or locked.
     """
     folder = Path(folder)
     try:
-        file = open(folder / name, "a", opener=no_link)
+        # To be read, too: NFS shares no lock of a file that is only written.
+        file = open(folder / name, "a+", opener=no_link)
     except OSError as error:
         raise UserError(
             "storage",
@@ -56,11 +57,18 @@ def lock(
         try:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 "storage",
                 f"{shown(folder.name)}: another run is writing to it; wait for it, or "
                 "give another folder",
                 USAGE,
+            ) from error
+        except OSError as error:
+            raise UserError(
+                "storage",
+                f"{shown(folder.name)}: it cannot be locked ({error.strerror}); give a "
+                "folder on another file system",
+                STORAGE,
             ) from error
         yield
