@@ -2,6 +2,8 @@
 
 import argparse
 import csv
+import errno
+import fcntl
 import json
 import os
 import re
@@ -514,6 +516,34 @@ def test_results_of_a_pair_that_fails_when_done_again_are_set_aside(
     shutil.copy(done / "s1.nii", done / "s2.nii")
     assert run(done, network) == 0
     assert (done / "out" / "a2" / "a2_run.json").is_file() and not aside.exists()
+
+
+def test_folder_that_cannot_be_locked_is_told(tmp_path, monkeypatch):
+    def refuse(file, kind):
+        assert file.readable() and file.writable()  # NFS wants both
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(errors.UserError, match="No locks available") as error:
+        with lock(tmp_path, shared=True):
+            pass
+    assert error.value.exit_code == errors.STORAGE
+
+
+def test_results_of_a_scan_that_cannot_be_read_now_stay(done, network):
+    """A share that is away for a moment disagrees with nothing."""
+    away = done / "s2.nii"
+    away.rename(done / "away.nii")
+    before = {p.name: p.read_bytes() for p in (done / "out" / "a2").iterdir()}
+    assert run(done, network, "--skip-existing") == errors.PARTLY
+    line = told(done)[0]["a2"]
+    assert line["reason"] == "not_found" and "earlier results stay" in line["message"]
+    assert "begun" not in line
+    assert {p.name: p.read_bytes() for p in (done / "out" / "a2").iterdir()} == before
+    (done / "away.nii").rename(away)
+    assert run(done, network, "--skip-existing") == 0
+    summary = json.loads((done / "out" / "batch.json").read_text())
+    assert summary["this_run"]["skipped"] == 3
 
 
 def test_gate_sets_results_of_before_aside(done, network):

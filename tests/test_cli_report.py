@@ -225,6 +225,29 @@ def test_report_of_a_batch_lists_all_cases_and_makes_their_pages(made, out, caps
     assert str(out) not in text
 
 
+def test_report_lists_what_failed_when_done_again_as_failed(made, out, capsys):
+    table = out / "failed.csv"
+    table.write_text(f"id,reason,message\n{CASE},not_found,scan gone\n")
+    record = out / CASE / f"{CASE}_run.json"
+
+    def listed():
+        assert cli.main(["report", str(out), "--overwrite", "--json", "--quiet"]) == 0
+        (case,) = json.loads(capsys.readouterr().out)["cases"]
+        return case
+
+    since = record.stat().st_mtime
+    os.utime(table, (since + 5, since + 5))
+    assert listed() == {"case": CASE, "status": "failed", "reasons": ["scan gone"]}
+    # Mended since, or told by the table of a part that is older than the whole run's.
+    os.utime(table, (since - 5, since - 5))
+    assert listed()["status"] != "failed"
+    table.rename(out / "failed-1.csv")
+    table.write_text("id,reason,message\n")
+    os.utime(out / "failed-1.csv", (since + 5, since + 5))
+    os.utime(table, (since + 9, since + 9))
+    assert listed()["status"] != "failed"
+
+
 def test_report_of_a_folder_without_cases_has_nothing_to_do(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == errors.NOTHING
     assert cli.main(["report", str(tmp_path / "absent")]) == errors.USAGE

@@ -156,11 +156,11 @@ def _run(args, cases, digest, book, stop) -> int:
     started = time.perf_counter()
     counts: collections.Counter = collections.Counter()
     network = any(case.task != manifest.NO_TASK for case in cases)
+    register = worker.Worker(args, digest, network=network)
     if args.ray:
         module = importlib.import_module("unireg_jax.verbs.ray_job")
         ends = module.run(args, cases, digest, network=network, stop=stop)
     else:
-        register = worker.Worker(args, digest, network=network)
 
         def work(case, claim):
             return None if stop.is_set() else register(case, claim)
@@ -170,12 +170,15 @@ def _run(args, cases, digest, book, stop) -> int:
     show, broken = _Progress(len(cases), args.quiet), False
     with contextlib.closing(ends), contextlib.closing(show):
         for end in ends:
-            item = _timed_out(args, end, digest) if end.timed_out else end.value
+            item = end.value
+            if end.timed_out:  # of another machine it is not known
+                item = _timed_out(args, end, digest)
+                item["begun"] = args.ray or item["id"] in register.begun
             if item is None:
                 continue
-            kept = item.pop("kept", False)
+            kept, begun = item.pop("kept", False), item.pop("begun", True)
             if item["status"] == "failed":
-                _part_with_earlier(args, item)
+                _part_with_earlier(args, item, begun)
             if not (kept and _same(book.last(item["id"]), item)):
                 book.add(item)
             counts["skipped" if kept else item["status"]] += 1
@@ -320,10 +323,13 @@ def _timed_out(args, end: End, weights_sha256: str) -> dict[str, Any]:
     )
 
 
-def _part_with_earlier(args, item: dict[str, Any]) -> None:
-    """Results of before must not look like those of a pair that failed now."""
+def _part_with_earlier(args, item: dict[str, Any], begun: bool) -> None:
+    """Results of before must not look like those of a pair that failed now.
+
+    Those of a pair that was not begun, since a scan could not be read to compare, stay.
+    """
     out, name = Path(args.out), item["id"]
-    if not (args.skip_existing or args.overwrite):
+    if not (begun and (args.skip_existing or args.overwrite)):
         if (out / name).is_dir():
             item["message"] += f"; earlier results stay in {shown(name)}"
     elif outputs.set_aside(out, name):

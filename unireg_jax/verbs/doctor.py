@@ -120,7 +120,7 @@ def _file(name: str, find: Callable[[], Path]) -> dict[str, Any]:
 
 def _embedding() -> Path:
     named = os.environ.get("UNIREG_SAM")
-    return Path(named) if named else weights.PACKAGE / "sam_lite.safetensors"
+    return weights.named_file(named or "sam_lite")
 
 
 def _memory() -> dict[str, Any]:

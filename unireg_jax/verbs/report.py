@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -184,8 +185,13 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
             except UserError as error:
                 name = record.parent.name
                 entries.append(_failed(name, [str(error)]))
+    failures = _failures(folder)
+    made = {case.name: _record_time(case) for case in cases}
+    # What failed after its results were made has those of before, and is listed once.
+    fresh = {n: why for n, (why, at) in failures.items() if made.get(n, -1.0) < at}
+    cases = [case for case in cases if case.name not in fresh]
     known = {entry.case for entry in entries} | {case.name for case in cases}
-    entries += [_failed(n, [m]) for n, m in _failures(folder).items() if n not in known]
+    entries += [_failed(n, [why]) for n, why in fresh.items() if n not in known]
     if not entries and not cases:
         raise UserError(
             "empty",
@@ -249,18 +255,32 @@ def _failed(name: str, why: list[str]) -> index.Entry:
     return index.Entry(name, "failed", float("inf"), why, {})
 
 
-def _failures(folder: Path) -> dict[str, str]:
-    """Cases without results, and why: what `unireg batch` wrote of them."""
+def _record_time(case: _Case) -> float:
+    """When its results were made, seconds; those held back failed themselves."""
+    if case.folder.parent.name == outputs.REJECTED:
+        return math.inf
+    return (case.folder / f"{case.name}_run.json").stat().st_mtime
+
+
+def _failures(folder: Path) -> dict[str, tuple[str, float]]:
+    """Cases that failed, why and when: what `unireg batch` wrote of them.
+
+    Tables of parts (`failed-2.csv`) that are older than that of a whole run do not
+    count.
+    """
     found = {}
+    whole = folder / "failed.csv"
+    since = whole.stat().st_mtime if whole.is_file() else -math.inf
     for path in sorted(folder.glob("failed*.csv")):
         try:
+            if (at := path.stat().st_mtime) < since:
+                continue
             with open(path, encoding="utf-8", newline="") as file:
                 for row in csv.DictReader(file):
                     name, message = row.get("id"), row.get("message")
                     if name:
-                        found[tables.unescape(name)] = (
-                            message or row.get("reason") or "failed"
-                        )
+                        why = message or row.get("reason") or "failed"
+                        found[tables.unescape(name)] = why, at
         except (OSError, ValueError, csv.Error):
             continue
     return found

@@ -198,7 +198,7 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
     if args.affine in ("features", "coarse") or args.io_features == "sam":
         # What describes the scans then is chosen by the environment.
         named = os.environ.get("UNIREG_SAM")
-        found = Path(named) if named else weights.PACKAGE / "sam_lite.safetensors"
+        found = weights.named_file(named or "sam_lite")
         asked["embedding"] = _sha256(found) if found.is_file() else None
     text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

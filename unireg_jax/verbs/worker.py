@@ -56,6 +56,7 @@ class Worker:
         self._args, self._weights, self._network = args, weights_sha256, network
         self._out = Path(args.out)
         self._files, self._sessions = results.Files(KEEP), Kept(1)
+        self.begun: set[str] = set()  # cases whose results of before do not stand
 
     def __call__(
         self, case: Case, claim: Callable[[], None] = lambda: None
@@ -67,8 +68,8 @@ class Worker:
             claim: called before results appear.
 
         Returns:
-            A line for the journal, with `kept` if the results were there; None when
-            `claim` raised GivenUp.
+            A line for the journal, with `kept` if the results were there and `begun`
+            of one that failed; None when `claim` raised GivenUp.
 
         Raises:
             UserError: weights that cannot be used, exit code 9; `device` that is not
@@ -96,7 +97,7 @@ class Worker:
             weights_sha256=self._weights,
             settings=settings,
             seconds=time.perf_counter() - started,
-        )
+        ) | {"begun": case.id in self.begun}
 
     def _record(self, case: Case, claim) -> tuple[dict[str, Any], bool]:
         """Of results that are there, or that are made now."""
@@ -108,6 +109,7 @@ class Worker:
             return record, True
         if why is not None and not (args.skip_existing or args.overwrite):
             raise in_the_way(why)
+        self.begun.add(case.id)
         started = time.perf_counter()
         replace = args.skip_existing or args.overwrite
         with outputs.case_folder(
