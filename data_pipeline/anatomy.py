@@ -22,6 +22,7 @@ _DOWN = (
     {"kidney"},
     {"bladder", "prostate", "sacrum"},
 )
+_OTHER = {"gall"}  # a bladder of another place
 _BACK = (
     {"larynx", "heart", "stomach", "liver"},
     {"spinal", "spinalcord", "vertebrae", "vertebra", "kidney"},
@@ -144,7 +145,7 @@ def _order(name, centers, axis: int, sign: int, ends: str, steps) -> list[Findin
     placed: list[tuple[int, float, str]] = []
     for structure, center in centers.items():
         for rank, step in enumerate(steps):
-            if step & set(words(structure)):
+            if step & set(words(structure)) and not _OTHER & set(words(structure)):
                 placed.append((rank, sign * float(center[axis]), structure))
     wrong = [
         (a[1] - b[1], a[2], b[2])

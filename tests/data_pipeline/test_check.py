@@ -410,6 +410,9 @@ def test_one_exchanged_pair_is_told_from_all():
     (finding,) = anatomy.check_places("s", centers)
     assert "lung_left 140 mm to the right of lung_right (1 of 2 pairs)" in finding.got
     assert finding.remedy.startswith("exchange the two names")
+    # A gall bladder is no bladder, which would lie below the kidneys.
+    centers = {"gall_bladder": np.array([30.0, 0, 50]), "kidney": np.zeros(3)}
+    assert not anatomy.check_places("s", centers)
     centers = {"liver": np.array([50.0, 0, 0]), "spleen": np.array([-70.0, 0, 0])}
     (finding,) = anatomy.check_places("s", centers)
     assert finding.level == "warning" and "situs inversus" in finding.remedy
