@@ -114,7 +114,15 @@ def _trace(model: Model, shape: tuple[int, int, int]) -> jax.export.Exported:
             combine=model.extractor.combine,
         )
         params = {"params": model.params}
-        return model.module.apply(params, encoded, region, pair_type, method="decode")
+        # A vector is as long as in the window of the weights, whatever this one's.
+        return model.module.apply(
+            params,
+            encoded,
+            region,
+            pair_type,
+            unit_shape=model.preprocess.shape,
+            method="decode",
+        )
 
     (batch,) = jax.export.symbolic_shape("b")
     hu = jax.ShapeDtypeStruct((batch, *shape, 1), jnp.int16)
