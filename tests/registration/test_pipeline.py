@@ -855,11 +855,23 @@ def test_register_finds_the_task_by_itself(calm, bodies):
         *scans_of(bodies, "chest", "chest"), task="chest", weights=calm, affine="none"
     )
     np.testing.assert_array_equal(result.disp_mm, named.disp_mm)
+    given = run(*scans_of(bodies, "chest", "chest"), **(common | {"affine": np.eye(4)}))
+    assert given.settings["affine"] == given.settings["affine_used"] == "given"
+    np.testing.assert_array_equal(given.disp_mm, named.disp_mm)
     liver = run(*scans_of(bodies, "abdomen", "abdomen"), pair_type="intra", **common)
     assert (liver.settings["task"], liver.settings["region"]) == ("liver", "liver")
     with pytest.raises(UserError, match="fixed: .*chest.*; moving: .*abdomen") as error:
         run(*scans_of(bodies, "chest", "abdomen"), **common)
     assert error.value.exit_code == errors.USAGE
+
+
+@pytest.mark.parametrize("affine", ["affine", "none", "features"])
+def test_register_refuses_a_mask_without_a_voxel(calm, bodies, affine):
+    scans = scans_of(bodies, "chest", "chest")
+    mask = np.zeros(scans[0][0].shape, bool)
+    with pytest.raises(UserError, match="fixed mask: a voxel of the scan") as error:
+        run(*scans, task="chest", weights=calm, affine=affine, fixed_mask=mask)
+    assert (error.value.reason, error.value.exit_code) == ("empty", errors.FAILED)
 
 
 def test_register_warns_where_a_scan_shows_another_region(calm, bodies):

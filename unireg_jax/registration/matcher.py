@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from unireg_jax.imaging import preprocess
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import orientation, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 from unireg_jax.models import features
@@ -147,10 +148,21 @@ def body(
 
     Returns:
         [x, y, z] bool.
+
+    Raises:
+        UserError: `empty`, exit code 4, for a mask without a voxel there.
     """
-    if mask is not None:
-        labels = Volume((mask != 0).astype(np.uint8), volume.vox2world)
-        inside = preprocess.prepare_labels(labels, grid) > 0
-    else:
+    if mask is None:
         inside = preprocess.body_mask(Volume(hu, grid.vox2world))
-    return inside & (hu != OUTSIDE_HU)
+        return inside & (hu != OUTSIDE_HU)
+    labels = Volume((mask != 0).astype(np.uint8), volume.vox2world)
+    inside = (preprocess.prepare_labels(labels, grid) > 0) & (hu != OUTSIDE_HU)
+    if not inside.any():
+        spacing = orientation.spacing_mm(grid.vox2world)
+        mm = " x ".join(f"{s:g}" for s in spacing)
+        raise UserError(
+            "empty",
+            f"empty: fixed mask: a voxel of the scan on the network's grid of {mm} mm "
+            "expected, got none; mask the body, or leave the mask out",
+        )
+    return inside

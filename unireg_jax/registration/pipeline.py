@@ -455,8 +455,8 @@ class Session:
         if settings["task"] == AUTO_TASK:
             given = settings["pair_type"]
             task = regions.choose_task(list(seen.values()), given)
-            settings |= check_settings(task, given, settings["affine"])
-            settings["task_asked"] = AUTO_TASK
+            kept = {"affine": settings["affine"], "task_asked": AUTO_TASK}
+            settings |= check_settings(task, given, "auto") | kept
             why = "; ".join(f"{name} {one.why}" for name, one in seen.items())
             say(f"task: auto: {task}, {settings['pair_type']}-patient ({why})")
             return settings, []

@@ -102,6 +102,8 @@ def sweep(
                 f"{label.data.shape}; resample them first"
             )
     clock.lap("read")
+    if isinstance(affine, str) and affine == "coarse":
+        raise ValueError("affine must be a map, got 'coarse', which is a field, too")
     model = weights if isinstance(weights, Model) else load_model(weights)
     clock.lap("weights")
     session = Session(model, network=False, fov="crop")

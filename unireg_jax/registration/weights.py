@@ -166,7 +166,12 @@ def save_weights(
 
 
 def check_tensors(
-    params: Mapping[str, Any], expected: Mapping[str, Any], path: str | os.PathLike
+    params: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    path: str | os.PathLike,
+    *,
+    network: str = "the architecture in its description",
+    remedy: str = "use the two files of one training run",
 ) -> None:
     """Refuses parameters that do not fit the network.
 
@@ -174,6 +179,8 @@ def check_tensors(
         params: nested dict of arrays, as loaded.
         expected: the same tree of the network, leaves with a `shape`.
         path: for the message.
+        network: for the message, what `expected` is.
+        remedy: for the message.
 
     Raises:
         UserError: `checkpoint_other`, exit code 9, with both values.
@@ -183,8 +190,7 @@ def check_tensors(
     if wrong := shape_faults(want, got):
         raise _fault(
             "other",
-            f"{shown(path)}: the tensors do not fit the architecture in its "
-            f"description: {wrong}; use the two files of one training run",
+            f"{shown(path)}: the tensors do not fit {network}: {wrong}; {remedy}",
         )
 
 
