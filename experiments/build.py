@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import optax
 
@@ -266,8 +267,9 @@ def _dataset(config: ml_collections.ConfigDict, workdir: Path | str) -> loader.D
     root = data.root
     if not root and data.phantoms:
         root = store.make_folders(Path(workdir) / "phantoms")
-        with store.lock(root):
-            _make_phantoms(config, root)
+        if jax.process_index() == 0:  # the others come when it is done
+            with store.lock(root):
+                _make_phantoms(config, root)
     if not root:
         raise UserError(
             "schema",

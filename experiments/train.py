@@ -142,7 +142,13 @@ def _init_from(name: str, state: train_state.TrainState):
         return state, None
     path = released.find_weights(None if name == "package" else name)
     params, spec = released.load_weights(path)
-    released.check_tensors(params, state.params, path)
+    released.check_tensors(
+        params,
+        state.params,
+        path,
+        network="the network that is to start from them",
+        remedy="set config.model as it was for them, or config.train.init_from",
+    )
     origin = {"name": path.name, "sha256": spec["sha256"]}
     return state.start_from(params), origin
 
