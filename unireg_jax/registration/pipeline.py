@@ -127,7 +127,8 @@ def register(
             "coarse": then also a coarse displacement through the matches, see
             `coarse_align`, on top of which the network acts.
         fixed_mask: [X, Y, Z] bool on the grid of `fixed`: where scans are compared, in
-            pre-alignment and quality control; the body by default.
+            pre-alignment and quality control; the body by default. Of a file or Volume
+            along LPS+ axes, as `scans.read_labels` gives it.
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         moving_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         passes: how often the network acts, 1 to 8, each time on the moving scan as
