@@ -56,6 +56,7 @@ class Dataset:
         *,
         cache_gib: float = 64.0,
         read_timeout_s: float | None = None,
+        stale: bool = False,
     ):
         """Opens a prepared folder.
 
@@ -64,6 +65,8 @@ class Dataset:
             cache_gib: memory for volumes; beyond it the least recently used one goes.
             read_timeout_s: a volume that takes longer to read is named and ends the
                 process with exit code 6, see `_ends_if_stuck`; None waits for ever.
+            stale: whether alignments of volumes as they were before are left out
+                rather than refused.
 
         Raises:
             UserError: see `store.read_index` and `pairs.read_alignments`; `schema`,
@@ -72,10 +75,14 @@ class Dataset:
         self.root = Path(root)
         self.index = store.read_index(root)
         self.alignments = read_alignments(root)
-        if stale := stale_alignments(root, self.index, self.alignments):
+        old = stale_alignments(root, self.index, self.alignments)
+        if stale:
+            for key in old:
+                del self.alignments[key]
+        elif old:
             raise UserError(
                 "schema",
-                f"{store.ALIGN_NAME}: {len(stale)} pairs ({stale[0]} first) were "
+                f"{store.ALIGN_NAME}: {len(old)} pairs ({old[0]} first) were "
                 "aligned before their volumes were prepared anew; run "
                 "experiments.prealign again",
                 DATA_CHANGED,

@@ -58,15 +58,14 @@ def prealign(
             f"kind must be one of {KINDS}, an extractor belongs to 'features' alone, "
             f"got {kind!r} and {extractor and extractor.backend!r}"
         )
-    _forget(Path(root))
-    dataset = loader.Dataset(root)
+    dataset = loader.Dataset(root, stale=True)
     volumes = dataset.index["volumes"]
     done = {k: v.tolist() for k, v in dataset.alignments.items()}
     asked = kind if extractor is None else f"{kind} ({extractor.label})"
     # Pairs of one folder are found by one search.
     asked += f", search {affine.ALGORITHM}"
     notes = _notes(Path(root), asked, done)
-    notes["volumes"] = pairs.volume_digests(dataset.index)
+    now = pairs.volume_digests(dataset.index)
     wanted = [pair for split in pairs.SPLITS for pair in dataset.pairs(split)]
     todo = [pair for pair in wanted if _key(volumes, pair) not in done]
     see = _seer(dataset, extractor) if extractor else None
@@ -77,20 +76,21 @@ def prealign(
         done[key] = matrix.tolist()
         notes["pairs"][key] = name + (f"; {warning}" if warning else "")
         used[name] += 1
-        if i % _SAVE_EVERY == _SAVE_EVERY - 1 or i == len(todo) - 1:
-            # Notes first: they may name a pair too many, never one too few.
-            store.write_json(Path(root) / store.ALIGN_NOTES_NAME, notes)
-            store.write_json(Path(root) / store.ALIGN_NAME, done)
+        if i % _SAVE_EVERY == _SAVE_EVERY - 1:
+            _save(Path(root), notes, done)
+    if todo or notes.get("volumes") != now:
+        _save(Path(root), notes | {"volumes": now}, done)
     return used
 
 
-def _forget(root: Path) -> None:
-    """Drops alignments of volumes that were prepared anew."""
-    done = pairs.read_alignments(root)
-    stale = pairs.stale_alignments(root, store.read_index(root), done)
-    if stale:
-        kept = {k: v.tolist() for k, v in done.items() if k not in set(stale)}
-        store.write_json(root / store.ALIGN_NAME, kept)
+def _save(root: Path, notes: dict, done: dict) -> None:
+    """Notes first: they may name a pair too many, never one too few.
+
+    Of which volumes they are comes last: until all are aligned anew, those that were
+    before are refused.
+    """
+    store.write_json(root / store.ALIGN_NOTES_NAME, notes)
+    store.write_json(root / store.ALIGN_NAME, done)
 
 
 def _notes(root: Path, asked: str, done: dict) -> dict:
@@ -107,10 +107,8 @@ def _notes(root: Path, asked: str, done: dict) -> dict:
             f"{store.ALIGN_NAME} to align them anew",
             USAGE,
         )
-    return {
-        "kind": asked,
-        "pairs": {k: v for k, v in notes["pairs"].items() if k in done},
-    }
+    kept = {k: v for k, v in notes["pairs"].items() if k in done}
+    return notes | {"kind": asked, "pairs": kept}
 
 
 class _Seen(NamedTuple):
