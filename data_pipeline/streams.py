@@ -11,7 +11,7 @@ the rest is left out, of both scans of a pair.
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from data_pipeline import generate, loader
+from data_pipeline import generate, loader, store
 from unireg_jax.errors import NOTHING, UserError
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.tasks import TASKS, PairBatch
@@ -86,7 +86,12 @@ def _source(
         and (kind == "deformed" or volume["labels"])
     ]
     if kind == "painted":  # a scan without its only organ has nothing to paint
-        volumes = [i for i in volumes if dataset.volume(i)[1].any()]
+        entries = dataset.index["volumes"]
+        volumes = [
+            i
+            for i in volumes
+            if store.read_array(dataset.root, entries[i], "labels").any()
+        ]
     if not volumes:
         return None
     names = dataset.label_names(task)

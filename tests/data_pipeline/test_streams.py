@@ -186,7 +186,6 @@ def test_volume_gone_bad_is_named_by_a_made_pair(dataset, tmp_path):
     shutil.copytree(dataset.root, root)
     for entry in dataset.index["volumes"]:
         (root / entry["labels"]).write_bytes(b"other")
-    iterator = _make(loader.Dataset(root), {"painted": 1.0}, num_threads=0)
     with pytest.raises(UserError, match="changed since it was prepared") as caught:
-        next(iterator)
+        _make(loader.Dataset(root), {"painted": 1.0}, num_threads=0)
     assert caught.value.exit_code == DATA_CHANGED
