@@ -78,7 +78,8 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
         extractor: of the features; its HU window becomes [-1, 1] (section 4.3).
 
     Returns:
-        The pair on the fixed grid; outside either scan images are air and not valid.
+        The pair on the fixed grid; outside either scan images are air and not valid,
+        outside the moving one, as where it is cut short, without labels.
     """
     shape = batch.fixed.shape[1:4]
     coords = warp.affine_coords(batch.align, shape)
@@ -90,7 +91,10 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
     # The marker of what lies outside is no HU to interpolate: air, then the marker.
     moving = jnp.maximum(batch.moving.astype(jnp.float32), _AIR_HU)
     moving = jnp.where(valid > 0.5, warp.sample(moving, coords), OUTSIDE_HU)
+    seen = valid[..., 0] > 0.5
     labels, more = sample_labels(batch, coords)
+    labels = jnp.where(seen, labels, 0)
+    more = jnp.where(jnp.expand_dims(seen, 1), more, 0)
     low, high = extractor.window
     maps = (features.describe(hu, extractor) for hu in (batch.fixed, moving))
     pair = Pair(
@@ -112,8 +116,7 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
 def sample_labels(batch: PairBatch, coords: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Reads all layers of the moving labels at some positions, nearest neighbour.
 
-    Beyond the moving grid all are 0; where the image is cut short (`data_pipeline`,
-    augment) they go on.
+    Beyond the moving grid all are 0.
 
     Args:
         batch: moving_labels and moving_more count.

@@ -196,10 +196,10 @@ def judge(
             warped_more=other[1],
         )
 
-    # A map with itself: 1 where it has the label, else NaN.
-    in_both = dsc(fixed, fixed) * dsc(moving, moving)
+    # A map with itself: NaN where it lacks the label.
+    undefined = jnp.isnan(dsc(fixed, fixed)) | jnp.isnan(dsc(moving, moving))
     after, before = (
-        in_both * dsc(fixed, _moving_labels(field, batch))
+        jnp.where(undefined, jnp.nan, dsc(fixed, _moving_labels(field, batch)))
         for field in (disp, jnp.zeros_like(disp))
     )
     body = intensity.valid(batch.fixed)[..., 0]
