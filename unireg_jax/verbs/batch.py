@@ -171,9 +171,9 @@ def _run(args, cases, digest, book, stop) -> int:
     with contextlib.closing(ends), contextlib.closing(show):
         for end in ends:
             item = end.value
-            if end.timed_out:  # of another machine it is not known
+            if end.timed_out:
                 item = _timed_out(args, end, digest)
-                item["begun"] = args.ray or item["id"] in register.begun
+                item["begun"] = item["id"] in register.begun
             if item is None:
                 continue
             kept, begun = item.pop("kept", False), item.pop("begun", True)

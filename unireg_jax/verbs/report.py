@@ -185,13 +185,19 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
             except UserError as error:
                 name = record.parent.name
                 entries.append(_failed(name, [str(error)]))
-    failures = _failures(folder)
-    made = {case.name: _record_time(case) for case in cases}
-    # What failed after its results were made has those of before, and is listed once.
-    fresh = {n: why for n, (why, at) in failures.items() if made.get(n, -1.0) < at}
-    cases = [case for case in cases if case.name not in fresh]
     known = {entry.case for entry in entries} | {case.name for case in cases}
-    entries += [_failed(n, [why]) for n, why in fresh.items() if n not in known]
+    tables_of = sorted(folder.glob("failed*.csv"))
+    failures = {n: row for path in tables_of for n, row in _failures(path).items()}
+    entries += [_failed(n, [m]) for n, m in failures.items() if n not in known]
+    # Of the last whole run, else of parts: done again and failed, with the results of
+    # before in its folder.
+    whole = folder / "failed.csv"
+    again = {
+        n: (message, path.stat().st_mtime)
+        for path in ([whole] if whole in tables_of else tables_of)
+        for n, message in _failures(path).items()
+        if not message.startswith("id_duplicate")
+    }
     if not entries and not cases:
         raise UserError(
             "empty",
@@ -214,7 +220,12 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
                 if args.overwrite or not page.exists():
                     with nifti.atomic_path(page) as temp:
                         judging.write_page(temp, case.record, drawn)
-        entries.append(_entry(case, target, page if page.is_file() else None, thumbs))
+        entry = _entry(case, target, page if page.is_file() else None, thumbs)
+        why, at = again.get(case.name, ("", -math.inf))
+        if entry.status != "failed" and _record_time(case) < at:
+            reasons = [why, *entry.reasons]
+            entry = entry._replace(status="failed", badness=math.inf, reasons=reasons)
+        entries.append(entry)
     with nifti.atomic_path(target) as temp:
         text = index.index_page(folder.resolve().name, entries)
         temp.write_text(text, encoding="utf-8")
@@ -256,33 +267,22 @@ def _failed(name: str, why: list[str]) -> index.Entry:
 
 
 def _record_time(case: _Case) -> float:
-    """When its results were made, seconds; those held back failed themselves."""
-    if case.folder.parent.name == outputs.REJECTED:
-        return math.inf
+    """When its results were made, seconds."""
     return (case.folder / f"{case.name}_run.json").stat().st_mtime
 
 
-def _failures(folder: Path) -> dict[str, tuple[str, float]]:
-    """Cases that failed, why and when: what `unireg batch` wrote of them.
-
-    Tables of parts (`failed-2.csv`) that are older than that of a whole run do not
-    count.
-    """
+def _failures(path: Path) -> dict[str, str]:
+    """Cases that were not done, and why, of one table of `unireg batch`."""
     found = {}
-    whole = folder / "failed.csv"
-    since = whole.stat().st_mtime if whole.is_file() else -math.inf
-    for path in sorted(folder.glob("failed*.csv")):
-        try:
-            if (at := path.stat().st_mtime) < since:
-                continue
-            with open(path, encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    name, message = row.get("id"), row.get("message")
-                    if name:
-                        why = message or row.get("reason") or "failed"
-                        found[tables.unescape(name)] = why, at
-        except (OSError, ValueError, csv.Error):
-            continue
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                name, message = row.get("id"), row.get("message")
+                if name:
+                    why = message or row.get("reason") or "failed"
+                    found[tables.unescape(name)] = why
+    except (OSError, ValueError, csv.Error):
+        return found
     return found
 
 

@@ -20,6 +20,8 @@ from unireg_jax.verbs.messages import one_line, progress
 
 SCHEMA = 1  # of a line of the journal
 KEEP = 4  # scans remembered
+# Why an input cannot be compared with the one of before, which may come back.
+_AWAY = ("not_found", "permission", "storage")
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -103,8 +105,14 @@ class Worker:
         """Of results that are there, or that are made now."""
         args = self._args
         settings = results.settings_sha256(args, case)
-        why, record = standing(args, case, self._files, self._weights, settings)
+        try:
+            why, record = standing(args, case, self._files, self._weights, settings)
+        except UserError as error:
+            if error.reason not in _AWAY:
+                self.begun.add(case.id)
+            raise
         if why is None and record is not None:
+            self.begun.add(case.id)
             judging.check_kept(args, record)
             return record, True
         if why is not None and not (args.skip_existing or args.overwrite):
