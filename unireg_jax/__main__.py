@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         with _terminable():
             code = args.run(args)
             # Now, not at exit, where Python would say what nobody can read.
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return code
     except UserError as error:
         return complain(with_notes(with_reason(error), error), error.exit_code)
@@ -151,7 +152,8 @@ def _dashes(word: str) -> str:
 
 def _drop_stdout() -> None:
     """What still waits for it goes nowhere, also at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _internal(error: Exception, args: argparse.Namespace) -> int:
