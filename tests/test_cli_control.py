@@ -144,7 +144,7 @@ def test_sweep_api_takes_arrays_and_some_conditions(network):
     assert len(found.rows) == 2 and found.disp.shape[0] == 1
     assert found.rows[1]["task"] == "lung"
     assert found.settings["seen"]["moving"]["region"] == "chest"
-    with pytest.raises(ValueError, match="which is a field"):
+    with pytest.raises(ValueError, match="which adds a field"):
         sweeps.sweep(made.hu, made.hu, weights=network, affine="coarse", **common)
     with pytest.raises(ValueError, match="at least one"):
         sweeps.sweep(made.hu, made.hu, conditions=[], weights=network, **common)

@@ -703,7 +703,6 @@ def test_a_full_disk_leaves_no_short_file(folder, tmp_path):
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 from unireg_jax import __main__ as cli
-from unireg_jax import errors
 for words in {calls!r}:
     code = cli.main([*words, sys.argv[1] + "/o.nii.gz"])
     assert code == 6, (words, code)
@@ -801,7 +800,6 @@ def test_verbs_import_no_jax(folder, tmp_path):
     code = f"""
 import sys
 from unireg_jax import __main__ as cli
-from unireg_jax import errors
 for n, words in enumerate({calls!r}):
     ending = ".csv" if words[0] == "warp-points" else ".nii.gz"
     assert cli.main([*words, "--quiet", "-o", sys.argv[1] + f"/{{n}}" + ending]) == 0

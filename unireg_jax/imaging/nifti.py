@@ -28,7 +28,7 @@ INTENT_DISPVECT = 1006  # displacements, RAS mm
 INTENT_VECTOR = 1007  # any vector; ITK and ANTs keep displacements in LPS mm in it
 
 _BLOCK = 1 << 24  # bytes per read: bounds the copy that gzip makes
-_EXACT = 1 << 24  # whole numbers up to here are the same in float32
+EXACT = 1 << 24  # whole numbers up to here are the same in float32
 _TRAILING = 1 << 16  # bytes read beyond the voxels before giving up
 _EXTENSIONS = 1 << 26  # largest believable gap between header and voxels
 _DEFLATE = 1032  # no deflate stream expands further
@@ -806,10 +806,15 @@ def _rescale(stored: _Stored, path: str | os.PathLike) -> np.ndarray:
     if slope == 1 and inter == 0:
         with np.errstate(over="ignore", invalid="ignore"):
             out = array.astype(np.float32)  # overflow becomes inf: refused later
-        if array.dtype.kind in "iu" and max(abs(low), abs(high)) > _EXACT:
+        if array.dtype.kind in "iu" and max(abs(low), abs(high)) > EXACT:
             if changed := np.count_nonzero(out.astype(np.float64) != array):
-                expected = f"whole numbers up to {_EXACT}"
-                raise _fault("dtype", path, expected, f"{changed} that are larger")
+                raise _fault(
+                    "dtype",
+                    path,
+                    f"whole numbers up to {EXACT}",
+                    f"{changed} that are larger",
+                    remedy="renumber the ids to 65535 at most",
+                )
         return out
     out = np.empty(array.shape, np.float32, order="F")
     with np.errstate(over="ignore", invalid="ignore"):

@@ -27,9 +27,9 @@ def read_scan(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
         max_voxels: refuse larger images before any voxel is read.
 
     Returns:
-        Volume; data int16 when stored as whole numbers that fit, else float32.
-        Its header is that of the NIfTI file, or one made for the stored grid. A label
-        map in place of an image is warned of, `label_value`.
+        Volume; data int16 when stored as whole numbers that fit (DICOM: when they
+        are such), else float32. Its header is that of the NIfTI file, or one made for
+        the stored grid. A label map in place of an image is warned of, `label_value`.
 
     Raises:
         UserError: what `nifti.read_image` and `dicom.read_series` raise;
@@ -59,7 +59,7 @@ def _read_image(path: str | os.PathLike, max_voxels: int) -> Volume:
             f"{count} NaN or infinite",
             "replace them with air (-1000 HU)",
         )
-    array = _narrowed(array)
+    array = _narrowed(path, array)
     return _volume(path, array, vox2world, nifti.intensity_warnings(array))
 
 
@@ -178,12 +178,21 @@ def _check_shape(path, size, components, max_voxels) -> None:
         )
 
 
-def _narrowed(array: np.ndarray) -> np.ndarray:
+def _narrowed(path, array: np.ndarray) -> np.ndarray:
     """int16 of whole numbers that fit, else float32, as of NIfTI."""
     whole = array.dtype.kind in "iu"
     if whole and array.min() >= -32768 and array.max() <= 32767:
         return array.astype(np.int16)
-    return array.astype(np.float32)
+    out = array.astype(np.float32)
+    if whole and (changed := np.count_nonzero(out.astype(np.float64) != array)):
+        raise _fault(
+            "dtype",
+            path,
+            f"whole numbers up to {nifti.EXACT}",
+            f"{changed} that are larger",
+            "renumber the ids to 65535 at most",
+        )
+    return out
 
 
 def _fault(reason, path, expected, got, remedy) -> UserError:

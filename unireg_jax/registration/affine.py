@@ -315,7 +315,7 @@ class _Scan(NamedTuple):
         if not body.any():
             raise ValueError(
                 f"nothing to align: no voxel of {np.shape(hu)} is within the scan"
-                f"{'' if mask is None else ' and the mask'}; is its grid where it is?"
+                f"{'' if mask is None else ' and the mask'}; do they lie on the grid?"
             )
         near = ndimage.binary_dilation(body, iterations=max(1, min(factor))) & valid
         # Same window as the network's; what is not body (table, arms apart) is air.

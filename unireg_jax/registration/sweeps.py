@@ -76,7 +76,7 @@ def sweep(
         labels: of fixed and of moving, on their grids; None for no DSC.
         conditions: region and pair type of each row.
         weights: Model, or as in `load_model`.
-        affine: see `register`; "auto" is affine.
+        affine: see `register`, but not "coarse"; "auto" is affine.
         fixed_mask: [X, Y, Z] bool on the LPS+ axes of `fixed`; the body by default.
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         moving_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
@@ -103,7 +103,7 @@ def sweep(
             )
     clock.lap("read")
     if isinstance(affine, str) and affine == "coarse":
-        raise ValueError("affine must be a map, got 'coarse', which is a field, too")
+        raise ValueError("affine must not be 'coarse', which adds a field")
     model = weights if isinstance(weights, Model) else load_model(weights)
     clock.lap("weights")
     session = Session(model, network=False, fov="crop")
