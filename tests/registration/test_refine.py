@@ -245,6 +245,26 @@ def test_refine_sees_neither_outside_the_scans_nor_the_mask(kind, scans, program
     assert float(out.cost_before[0]) == 1.0  # nothing in common
 
 
+def test_features_end_at_no_wall():
+    """Half a voxel over the moving scan's edge equal features still agree."""
+    shape = (1, 32, 8, 8)
+    plan = Plan(1, features="mind")
+    values = np.zeros((*shape, 12), np.float32)
+    values[..., 0] = 1.0
+    valid = np.ones((*shape, 1), np.float32)
+    ends = valid.copy()
+    ends[:, 16:] = 0.0
+    costs = refine._costs_at(
+        4, 2, refine.View(values, valid), refine.View(values, ends), None, plan
+    )
+    disp = jnp.zeros((1, 16, 4, 4, 3))
+    moved = disp.at[:, 7, ..., 0].set(0.5)  # the last voxel inside, half out of it
+    assert float(costs(disp)[0]) == pytest.approx(0, abs=1e-6)
+    assert 0 < float(costs(moved)[0]) < 0.01
+    slope = jnp.abs(jax.grad(lambda d: costs(d).sum())(moved))
+    assert float(slope.max()) < 0.01
+
+
 @pytest.mark.parametrize("kind", sorted(PLANS))
 def test_refine_holds_no_scatter(kind, programs):
     for stage in programs[kind]:
@@ -403,6 +423,9 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     others += [digest(io_iterations=0), digest(io_iterations=49)]
     others += [digest(passes=2), digest(symmetric=True)]
     assert digest("none", passes=2) == digest("none")  # no network, no passes
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "_FEATURES_ALGORITHM", "another")
+        assert digest(io_features="mind") != others[1] and digest() == plain
     monkeypatch.setattr(verb, "_IO_ALGORITHM", "another")
     assert len({plain, *others, digest()}) == 9
     assert digest(io_iterations=0) == others[3]

@@ -377,7 +377,9 @@ def _refine_described(fixed, moving, extractor, body, disp, *, plan, described):
 
 def _costs_at(factor, finest, fixed, moving, weight, plan):
     """Cost of displacements on the grid of one level, as a function: [B]."""
-    fixed, moving = (_coarser(scan, factor // finest) for scan in (fixed, moving))
+    fixed, moving = (
+        _coarser(scan, factor // finest, plan.features) for scan in (fixed, moving)
+    )
     share = fixed.valid[..., 0]
     if weight is not None:
         share = share * resample.downsample_mean(weight, factor)[..., 0]
@@ -389,19 +391,20 @@ def _costs_at(factor, finest, fixed, moving, weight, plan):
     return costs
 
 
-def _coarser(scan: View, factor: int) -> View:
-    """Means over blocks of what lies inside the scan; -1 where nothing does.
+def _coarser(scan: View, factor: int, features: str) -> View:
+    """Means over blocks of what lies inside the scan.
 
-    That is air in an image; of features, whose means are no unit vectors either,
-    nothing that is compared: its validity is 0.
+    Where nothing does, air of an image; of features 0, which beside a unit vector is no
+    wall: what is read between the two counts by its share of the latter.
     """
     if factor == 1:
         return scan
+    empty = -1.0 if features == "image" else 0.0
     valid = resample.downsample_mean(scan.valid, factor)
     inside = scan.values * jnp.broadcast_to(scan.valid, scan.values.shape)
     total = resample.downsample_mean(inside, factor)
     share = jnp.broadcast_to(valid, total.shape)
-    values = jnp.where(share > 0.0, total / jnp.where(share > 0.0, share, 1.0), -1.0)
+    values = jnp.where(share > 0.0, total / jnp.where(share > 0.0, share, 1.0), empty)
     return View(values, valid)
 
 

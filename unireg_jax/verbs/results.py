@@ -39,6 +39,7 @@ _SEARCHED = ("auto", "rigid", "affine", "features", "coarse")
 SEARCH_ALGORITHM = 2
 _COARSE_ALGORITHM = 2
 _IO_ALGORITHM = "greedy 3"
+_FEATURES_ALGORITHM = 2  # of the former, where it compares features
 FOVS = ("auto", "crop", "tiles", "whole")
 _UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
 
@@ -185,6 +186,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
             options.SMOOTHNESS if args.reg_weight is None else args.reg_weight,
         ],
     }
+    if args.io_iterations and (args.io_features or "image") != "image":
+        asked["io_features"] = _FEATURES_ALGORITHM
     if args.io_iterations and (args.io_finer or 1) != 1:
         asked["io_finer"] = args.io_finer
     if case.task != NO_TASK and (args.passes, args.symmetric) != (1, False):
