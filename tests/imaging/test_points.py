@@ -1,5 +1,7 @@
 """Landmark tables."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -112,6 +114,18 @@ def test_read_table_refuses_what_is_no_point(tmp_path, text, reason):
     with pytest.raises(UserError) as caught:
         points.read_table(tmp_path / "p.csv", "voxel_from_0", volume)
     assert caught.value.reason == reason
+
+
+def test_read_table_refuses_markups_without_a_place(tmp_path):
+    """Points of two scans are paired line by line: none may be left out."""
+    points_of = [{"label": "a", "position": [1, 2, 3]}]
+    points_of.append({"label": "b", "position": [], "positionStatus": "undefined"})
+    markups = [{"coordinateSystem": "LPS", "controlPoints": points_of}]
+    path = tmp_path / "p.mrk.json"
+    path.write_text(json.dumps({"markups": markups}))
+    assert len(points.read_file(path).xyz) == 1
+    with pytest.raises(UserError, match="got none of b"):
+        points.read_table(path, "lps_mm", None)
 
 
 # --- point files --------------------------------------------------------------------

@@ -109,6 +109,25 @@ def test_read_scan_refuses(tmp_path, image, spoil, reason):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("space", [None, "scanner-xyz", "right-anterior-superior"])
+def test_nrrd_says_how_the_patient_lay(tmp_path, space):
+    """ITK takes none, and a scanner's, for LPS."""
+    lines = ["NRRD0005", "type: int16", "dimension: 3", "sizes: 12 10 8"]
+    lines += ["endian: little", "encoding: raw"]
+    if space:
+        directions = "space directions: (2,0,0) (0,2,0) (0,0,3)"
+        lines += [f"space: {space}", directions]
+    path = tmp_path / "scan.nrrd"
+    path.write_bytes(("\n".join(lines) + "\n\n").encode() + bytes(2 * 12 * 10 * 8))
+    if space == "right-anterior-superior":
+        assert scans.read_labels(path).native.vox2world[0, 0] == -2
+        return
+    for read in (scans.read_scan, scans.read_labels):
+        with pytest.raises(UserError, match=f"got {space or 'none'}") as error:
+            read(path)
+        assert error.value.reason == "orientation_unknown"
+
+
 @pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
 def test_a_label_map_given_as_a_scan_is_told(tmp_path, ending):
     """And no scan is: CT of water and air alone, CT that adds 1024, an MR image."""

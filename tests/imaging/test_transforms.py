@@ -146,6 +146,27 @@ def test_read_field_intents_mean_what_itk_reads(tmp_path, codes, intent, flip):
         np.testing.assert_allclose(moved, point + displacement(point), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["NREG_TRANS", "Mapping"])
+def test_read_field_refuses_what_other_tools_call_a_vector(tmp_path, name):
+    image = nib.Nifti1Image(np.zeros((12, 10, 11, 1, 3), "f4"), np.diag([2, 2, 2, 1]))
+    image.header.set_xyzt_units("mm")
+    image.header.set_intent(1007, name=name)
+    nib.save(image, tmp_path / "f.nii.gz")
+    with pytest.raises(UserError, match=f"intent name {name}") as error:
+        transforms.read_field(tmp_path / "f.nii.gz")
+    assert error.value.reason == "schema"
+
+
+@pytest.mark.parametrize("intent", [1006, 2006, 2009])
+def test_read_l2r_refuses_millimetres_and_fsl(tmp_path, intent):
+    image = nib.Nifti1Image(np.zeros((12, 10, 11, 3), "f4"), np.diag([2, 2, 2, 1]))
+    image.header.set_xyzt_units("mm")
+    image.header["intent_code"] = intent
+    nib.save(image, tmp_path / "f.nii.gz")
+    with pytest.raises(UserError, match=f"{intent}: mm, or a transform of FSL"):
+        transforms.read_l2r(tmp_path / "f.nii.gz", np.eye(4))
+
+
 def test_read_field_of_simpleitk_file(tmp_path):
     vectors = displacement(world(oblique()))
     image = sitk.GetImageFromArray(vectors.transpose(2, 1, 0, 3), isVector=True)

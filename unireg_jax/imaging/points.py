@@ -103,7 +103,12 @@ def read_table(
     if frame not in FRAMES:
         raise ValueError(f"frame must be one of {FRAMES}, got {frame!r}")
     if not _is_table(path):
-        return read_file(path).xyz
+        found = read_file(path)
+        if found.kind == "json" and (lost := _unplaced(found.content)):
+            raise point_tables.fault(
+                path, "a place of every point, as line by line it has a partner", lost
+            )
+        return found.xyz
     table = point_tables.parse(path, point_tables.read_text(path))
     if point_tables.places(table, FIXED):
         raise point_tables.no_columns(path, table, "x, y, z of one scan")
@@ -361,6 +366,14 @@ def _defined(markup: dict) -> list[dict]:
     """Control points that have a place."""
     points = markup.get("controlPoints", [])
     return [p for p in points if p.get("positionStatus", "defined") == "defined"]
+
+
+def _unplaced(content: dict) -> str:
+    """Labels of control points without a place; "" for none."""
+    points = [p for m in content["markups"] for p in m.get("controlPoints", [])]
+    placed = {id(p) for m in content["markups"] for p in _defined(m)}
+    names = [str(p.get("label", "?")) for p in points if id(p) not in placed]
+    return f"none of {', '.join(names)[:80]}" if names else ""
 
 
 def _csv_rows(table, names, space, content):

@@ -16,6 +16,7 @@ from unireg_jax.imaging import dicom, itk_files, nifti, orientation
 from unireg_jax.imaging.nifti import Native, Volume
 
 ITK_ENDINGS = tuple(itk_files.IMAGE_IO)
+_LPS = "left-posterior-superior"  # of what ITK has brought there
 
 
 def read_scan(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
@@ -153,6 +154,16 @@ def _read_itk(path, max_voxels) -> tuple[np.ndarray, np.ndarray]:
         _check_shape(path, size, components, max_voxels)
 
     image = itk_files.read(path, check)
+    # ITK takes what tells no space, or one of a scanner, for LPS.
+    space = image.told.get("NRRD_space", "none")
+    if Path(path).suffix.lower() in (".nrrd", ".nhdr") and space != _LPS:
+        raise _fault(
+            "orientation_unknown",
+            path,
+            "a space of the patient such as left-posterior-superior",
+            space,
+            "set it with a tool that knows how the patient lay",
+        )
     spacing = np.array(orientation.spacing_mm(image.vox2world))
     nifti.check_extent(path, image.voxels.shape, spacing)
     return np.ascontiguousarray(image.voxels), image.vox2world

@@ -14,6 +14,8 @@ from unireg_jax.imaging import nifti, orientation
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.transforms import checks
 
+_INTENT_FSL = 2006  # its displacements, and coefficients above
+
 
 def write_l2r(
     path: str | os.PathLike,
@@ -103,7 +105,17 @@ def _linear(matrix: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 def _read_l2r_array(path: str | os.PathLike) -> np.ndarray:
     """[X, Y, Z, 3] float64 voxels."""
     if not os.fspath(path).lower().endswith(".npz"):
-        return nifti.read_vectors(path, frames=False)[1].astype(np.float64)
+        header, disp, _ = nifti.read_vectors(path, frames=False)
+        intent = int(header["intent_code"])
+        if intent == nifti.INTENT_DISPVECT or intent >= _INTENT_FSL:
+            raise bad_file(
+                path,
+                "dtype",
+                "voxels as of Learn2Reg, which has no intent code",
+                f"{intent}: mm, or a transform of FSL",
+                "convert it to a field of ITK",
+            )
+        return disp.astype(np.float64)
     nifti.check_file(path)
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:

@@ -11,6 +11,8 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.transforms import checks
 
 _TURN = (np.float32(-1), np.float32(-1), np.float32(1))  # LPS <-> RAS, of vectors
+# Intent names of files that say 1007, too.
+_OTHERS = {"NREG_TRANS": "a transform of NiftyReg", "Mapping": "positions of SPM"}
 
 
 def write_field(
@@ -63,8 +65,8 @@ def read_field(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
         disp_mm [X, Y, Z, 3] float32, LPS mm; vox2world [4, 4] float64, LPS mm.
 
     Raises:
-        UserError: as `nifti.read_image`; `dtype` for another intent, `field_nonfinite`,
-            `field_range` beyond 1 km.
+        UserError: as `nifti.read_image`; `dtype` for another intent, `schema` for a
+            transform of NiftyReg or SPM, `field_nonfinite`, `field_range` beyond 1 km.
     """
     header, disp_mm, native = nifti.read_vectors(path)
     intent = int(header["intent_code"])
@@ -75,6 +77,16 @@ def read_field(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
             "intent code 1007 (LPS mm) or 1006 (RAS mm)",
             str(intent),
             "set the code that says in which frame the vectors are",
+        )
+    # Both say 1007 and hold positions, splines or RAS vectors.
+    name = bytes(header["intent_name"].tobytes()).rstrip(b"\0").decode("latin-1")
+    if name in _OTHERS:
+        raise bad_file(
+            path,
+            "schema",
+            "a displacement field as of ITK",
+            f"{_OTHERS[name]} (intent name {name})",
+            "convert it with that tool, or with ITK",
         )
     checks.refuse_vectors(disp_mm, path)
     if intent == nifti.INTENT_DISPVECT:
