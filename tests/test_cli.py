@@ -765,7 +765,7 @@ def test_export_runs_without_this_package_and_equals_register(
     )
     process_run = process("-c", code)
     assert process_run.returncode == 0, process_run.stderr
-    program = compile_register(load_model(network), (32, 16, 32))
+    program = compile_register(load_model(network), (32, 16, 32), unit_shape=SPEC.shape)
     result = np.load(tmp_path / "out.npz")
     for i, (region, pair_type) in enumerate(((1, 0), (2, 1))):
         expected = program(hu[0, i], hu[1, i], region, pair_type)[0]

@@ -49,7 +49,7 @@ def oracle_soft(fixed, moving, disp, num_labels):
     return out
 
 
-def plain_soft(fixed, moving, disp, num_labels, mask=1.0):
+def plain_soft(fixed, moving, disp, num_labels, mask=None):
     """One-hot warp in jnp, for autodiff to differentiate; one example."""
     shape = fixed.shape[1:]
     onehot = jax.nn.one_hot(moving[0], num_labels, dtype=jnp.float32)
@@ -68,7 +68,8 @@ def plain_soft(fixed, moving, disp, num_labels, mask=1.0):
             weight = weight * (f if bit else 1.0 - f)
         warped = warped + weight[..., None] * corner
     onehot_f = jax.nn.one_hot(fixed[0], num_labels, dtype=jnp.float32)
-    warped, onehot_f = (a * jnp.expand_dims(mask, -1) for a in (warped, onehot_f))
+    if mask is not None:
+        warped, onehot_f = (a * jnp.expand_dims(mask, -1) for a in (warped, onehot_f))
     overlap = jnp.sum(onehot_f * warped, axis=(0, 1, 2))
     total = jnp.sum(onehot_f, axis=(0, 1, 2)) + jnp.sum(warped, axis=(0, 1, 2))
     return (2.0 * overlap / total)[None, 1:]

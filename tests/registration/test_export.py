@@ -69,11 +69,13 @@ def test_export_of_another_shape_keeps_the_length_of_a_vector(model, tmp_path):
     """As register in a window of that many voxels of the same size."""
     shape = (*SHAPE[:2], 2 * SHAPE[2])
     path = tmp_path / "net.stablehlo"
-    assert export_register(path, weights=model, shape=shape)["shape"] == list(shape)
+    card = export_register(path, weights=model, shape=shape)
+    assert card["preprocess"]["shape"] == list(shape)
+    assert card["preprocess"]["spacing_mm"] == list(model.preprocess.spacing_mm)
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     hu = np.random.default_rng(0).integers(-1000, 600, (2, 1, *shape)).astype(np.int16)
     program = compile_register(model, shape, unit_shape=SHAPE)
-    expected = program(*hu, 2, 1)
+    expected = program(*hu[:, 0], 2, 1)
     got = exported.call(*hu[..., None], np.array([2], "i4"), np.array([1], "i4"))
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
