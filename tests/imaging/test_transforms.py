@@ -157,6 +157,16 @@ def test_read_field_refuses_what_other_tools_call_a_vector(tmp_path, name):
     assert error.value.reason == "schema"
 
 
+def test_read_l2r_takes_a_file_that_does_not_say_where_it_lies(tmp_path):
+    disp = np.random.default_rng(0).normal(size=(12, 10, 11, 3)).astype("f4")
+    nib.save(nib.Nifti1Image(disp, None), tmp_path / "f.nii.gz")
+    nib.save(nib.Nifti1Image(disp, np.diag([2, 2, 2, 1])), tmp_path / "g.nii.gz")
+    place = np.diag([2.0, 3.0, 2.0, 1.0])
+    found = [transforms.read_l2r(tmp_path / f"{n}.nii.gz", place) for n in "fg"]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_allclose(found[0][0], disp * [2, 3, 2], rtol=1e-6)
+
+
 @pytest.mark.parametrize("intent", [1006, 2006, 2009])
 def test_read_l2r_refuses_millimetres_and_fsl(tmp_path, intent):
     image = nib.Nifti1Image(np.zeros((12, 10, 11, 3), "f4"), np.diag([2, 2, 2, 1]))

@@ -247,7 +247,7 @@ def read_vectors(
 
     Returns:
         header (nibabel), vectors [X, Y, Z, 3] float32 in the file's own frame, and the
-        stored grid.
+        stored grid; without frames the header's is not looked at.
 
     Raises:
         UserError: as `read_image`; `ndim` when the shape is another.
@@ -374,7 +374,10 @@ def _load_stream(
     dtype = _check_dtype(header, path)
     warnings: list[str] = []
     offset = _check_offset(header, path, warnings)
-    affine = _check_affine(header, path, shape, warnings)
+    # Learn2Reg's voxels lie on the grid of the scans, whatever this header says.
+    affine = np.eye(4)
+    if last != (3,):
+        affine = _check_affine(header, path, shape, warnings)
     _check_scaling(header, path, warnings)
 
     shape += last[-1:]
