@@ -186,16 +186,16 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
                 name = record.parent.name
                 entries.append(_failed(name, [str(error)]))
     known = {entry.case for entry in entries} | {case.name for case in cases}
-    tables_of = sorted(folder.glob("failed*.csv"))
-    failures = {n: row for path in tables_of for n, row in _failures(path).items()}
+    not_done = {path: _failures(path) for path in sorted(folder.glob("failed*.csv"))}
+    failures = {n: why for found in not_done.values() for n, why in found.items()}
     entries += [_failed(n, [m]) for n, m in failures.items() if n not in known]
     # Of the last whole run, else of parts: done again and failed, with the results of
     # before in its folder.
     whole = folder / "failed.csv"
     again = {
         n: (message, path.stat().st_mtime)
-        for path in ([whole] if whole in tables_of else tables_of)
-        for n, message in _failures(path).items()
+        for path in ([whole] if whole in not_done else not_done)
+        for n, message in not_done[path].items()
         if not message.startswith("id_duplicate")
     }
     if not entries and not cases:

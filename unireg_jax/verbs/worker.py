@@ -111,13 +111,12 @@ class Worker:
             if error.reason not in _AWAY:
                 self.begun.add(case.id)
             raise
+        self.begun.add(case.id)
         if why is None and record is not None:
-            self.begun.add(case.id)
             judging.check_kept(args, record)
             return record, True
         if why is not None and not (args.skip_existing or args.overwrite):
             raise in_the_way(why)
-        self.begun.add(case.id)
         started = time.perf_counter()
         replace = args.skip_existing or args.overwrite
         with outputs.case_folder(
