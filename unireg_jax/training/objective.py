@@ -91,10 +91,7 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
     # The marker of what lies outside is no HU to interpolate: air, then the marker.
     moving = jnp.maximum(batch.moving.astype(jnp.float32), _AIR_HU)
     moving = jnp.where(valid > 0.5, warp.sample(moving, coords), OUTSIDE_HU)
-    seen = valid[..., 0] > 0.5
-    labels, more = sample_labels(batch, coords)
-    labels = jnp.where(seen, labels, 0)
-    more = jnp.where(jnp.expand_dims(seen, 1), more, 0)
+    labels, more = sample_labels(batch, coords, valid[..., 0] > 0.5)
     low, high = extractor.window
     maps = (features.describe(hu, extractor) for hu in (batch.fixed, moving))
     pair = Pair(
@@ -113,14 +110,15 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
     return jax.lax.stop_gradient(pair)
 
 
-def sample_labels(batch: PairBatch, coords: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sample_labels(
+    batch: PairBatch, coords: jax.Array, where: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Reads all layers of the moving labels at some positions, nearest neighbour.
-
-    Beyond the moving grid all are 0.
 
     Args:
         batch: moving_labels and moving_more count.
         coords: [B, X, Y, Z, 3] float32, voxels of the moving grid.
+        where: [B, X, Y, Z] bool; elsewhere all labels are 0.
 
     Returns:
         labels: [B, X, Y, Z], as batch.moving_labels.
@@ -128,10 +126,7 @@ def sample_labels(batch: PairBatch, coords: jax.Array) -> tuple[jax.Array, jax.A
     """
     layers = jnp.concatenate([batch.moving_labels[:, None], batch.moving_more], axis=1)
     found = warp.sample(jnp.moveaxis(layers, 1, -1), coords, order=0)
-    limit = jnp.array(layers.shape[2:], jnp.float32) - 0.5
-    within = (coords >= -0.5) & (coords <= jnp.broadcast_to(limit, coords.shape))
-    within = within.all(-1, keepdims=True)
-    found = jnp.where(within, found, 0).astype(found.dtype)
+    found = jnp.where(where[..., None], found, 0).astype(found.dtype)
     return found[..., 0], jnp.moveaxis(found[..., 1:], -1, 1)
 
 

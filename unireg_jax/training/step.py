@@ -262,4 +262,7 @@ def _moving_labels(disp: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Ar
         "bxyzi,bji->bxyzj", coords, linear, precision=jax.lax.Precision.HIGHEST
     )
     coords = coords + offset[:, None, None, None, :]
-    return objective.sample_labels(batch, coords)
+    limit = jnp.array(batch.moving_labels.shape[1:4], jnp.float32) - 0.5
+    limit = jnp.broadcast_to(limit, coords.shape)
+    within = ((coords >= -0.5) & (coords <= limit)).all(-1)
+    return objective.sample_labels(batch, coords, within)
