@@ -602,6 +602,10 @@ def test_warp_tells_when_scans_agree_better_without(run, tmp_path):
     words = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz", "-t", tmp_path / "other.txt")
     code, _, stderr = run("warp", *words, "-o", tmp_path / "o.nii.gz")
     assert code == 0 and "warning: similarity: the scans agree better" in stderr
+    # Without --json nothing else would tell.
+    code, _, stderr = run("warp", *words, "-o", tmp_path / "q.nii.gz", "--quiet")
+    (line,) = stderr.splitlines()
+    assert code == 0 and line.startswith("unireg: warning: similarity: the scans")
 
 
 def test_check_transform_warns_of_folds_and_length(run, tmp_path):

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     fixed = files.read_grid(args.fixed)
-    whole = files.read_chain(args.transforms, say, fixed=fixed)
+    whole = files.read_chain(args.transforms, fixed=fixed)
     say("writing")
     mapping.write(args.file, whole, fixed=fixed)
     kinds = [mapping.kind_of(part) for part in whole.parts]

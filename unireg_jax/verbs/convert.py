@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     if args.to == "l2r" and moving is None:
         say(
             "warning: no --moving: the field holds only if the moving scan lies on the "

@@ -22,7 +22,7 @@ from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import nifti, scans
 from unireg_jax.verbs import options, outputs
 from unireg_jax.verbs.journal import Journal
-from unireg_jax.verbs.messages import number, progress
+from unireg_jax.verbs.messages import number, progress, warn
 
 HELP = "metrics of any transform"
 
@@ -172,9 +172,8 @@ def _one(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
         moving_points=args.moving_points,
     )
     report = cases.score_files(files, **settings)
-    say = progress(args.quiet)
     for line in report["warnings"]:
-        say(f"warning: {line}")
+        warn(line)
     head["transform"] = {
         **outputs.digest(Path(args.transform)),
         "name": Path(args.transform).name,

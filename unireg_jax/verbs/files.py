@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from unireg_jax.imaging import mapping, scans, transforms
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
+from unireg_jax.verbs.messages import warn
 
 
 def add_transforms(parser: argparse.ArgumentParser, *, one: bool = False) -> None:
@@ -121,7 +122,6 @@ def _same_file(a: str, b: str) -> bool:
 
 def read_chain(
     paths: Sequence[str],
-    say: Callable[[str], None],
     *,
     fixed: Volume | None = None,
     moving: Volume | None = None,
@@ -138,8 +138,8 @@ def read_chain(
             USAGE,
         )
     if fixed and _is_l2r(paths[0]):
-        say(
-            f"warning: {shown(paths[0])} does not tell its unit: read as a Learn2Reg "
+        warn(
+            f"{shown(paths[0])} does not tell its unit: read as a Learn2Reg "
             "field, in voxels"
         )
     return mapping.compose(

@@ -8,7 +8,7 @@ from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.imaging import belonging, mapping, nifti
 from unireg_jax.imaging.inverse import check_inverse, invert
 from unireg_jax.verbs import files, options
-from unireg_jax.verbs.messages import number, progress
+from unireg_jax.verbs.messages import number, progress, warn
 
 HELP = "the transform back, and how well it leads back"
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     if whole.fields and moving is None:
         raise UserError(
             "schema",
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             f"{number(stats['residual_max_mm'])} mm; see --residual-out"
         )
     for line in warnings:
-        say(f"warning: {line}")
+        warn(line)
     parts = mapping.spelling_of(args.file) == "itk"  # which keeps them
     target = None if parts else moving
     mapping.write(args.file, inverse.mapping, fixed=target, moving=fixed)

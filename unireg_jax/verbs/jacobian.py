@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     target = fixed or _own_grid(whole)
     mask = None
     if args.mask:

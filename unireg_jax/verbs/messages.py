@@ -15,6 +15,11 @@ def progress(quiet: bool) -> Callable[[str], None]:
     return say
 
 
+def warn(line: str) -> None:
+    """Prints one line on stderr, --quiet or not: it is no progress."""
+    tell(f"unireg: warning: {one_line(line)}")
+
+
 def complain(message: str, code: int) -> int:
     tell(f"unireg: error: {one_line(message)}")
     return code

@@ -13,7 +13,7 @@ def add_messages(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None
     """--quiet, --json and --debug, which every verb has."""
     if quiet:
         parser.add_argument(
-            "--quiet", action="store_true", help="no progress on stderr"
+            "--quiet", action="store_true", help="warnings and errors alone on stderr"
         )
     parser.add_argument("--json", action="store_true", help="the result as JSON")
     parser.add_argument(

@@ -14,7 +14,7 @@ from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.manifest import NO_TASK, Case
 from unireg_jax.verbs import judging, options, outputs, results
-from unireg_jax.verbs.messages import number, progress
+from unireg_jax.verbs.messages import number, progress, warn
 
 HELP = "one pair of scans -> transform and warped image"
 EXAMPLES = """examples:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         read = time.perf_counter() - started
         options.use_device(args)
         if registration.use_compilation_cache() is None:
-            say("warning: no folder of yours for compiled programs: set UNIREG_CACHE")
+            warn("no folder of yours for compiled programs: set UNIREG_CACHE")
         model = registration.load_model(args.weights)
         result = registration.register(
             inputs.fixed,
@@ -148,5 +148,5 @@ def _summarize(say: Callable[[str], None], record: dict[str, Any], where: Path) 
         line += f", mean DSC {' -> '.join(map(number, steps))}"
     say(line)
     for warning in record["warnings"]:
-        say(f"warning: {warning}")
+        warn(warning)
     say(f"done in {record['timings']['total']:.1f} s: {shown(where)}")

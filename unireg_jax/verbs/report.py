@@ -18,7 +18,7 @@ from unireg_jax.imaging import nifti, scans, transforms
 from unireg_jax.reports import case as told
 from unireg_jax.reports import index, pictures
 from unireg_jax.verbs import judging, options, outputs, results
-from unireg_jax.verbs.messages import progress, with_reason
+from unireg_jax.verbs.messages import progress, warn, with_reason
 
 HELP = "a page to look at, for a case or for a batch"
 INDEX = "index.html"
@@ -214,7 +214,7 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
             try:
                 case, drawn = _look(case, row.fixed, row.moving)
             except UserError as error:
-                say(f"warning: {case.name}: no page: {with_reason(error)}")
+                warn(f"{case.name}: no page: {with_reason(error)}")
             else:
                 thumbs = _thumbs(drawn)
                 if args.overwrite or not page.exists():

@@ -15,7 +15,7 @@ from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti, scans
 from unireg_jax.verbs import options, results, versions
-from unireg_jax.verbs.messages import progress
+from unireg_jax.verbs.messages import progress, warn
 
 HELP = "one pair under every task and pair type: similarity against folding"
 
@@ -77,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
             nifti.check_same_grid(image, label)
     options.use_device(args)
     if registration.use_compilation_cache() is None:
-        say("warning: no folder of yours for compiled programs: set UNIREG_CACHE")
+        warn("no folder of yours for compiled programs: set UNIREG_CACHE")
     found = registration.sweep(
         *images, labels=labels, weights=args.weights, affine=args.affine, progress=say
     )
     for line in found.warnings:
-        say(f"warning: {line}")
+        warn(line)
     if args.plot:
         draw(Path(args.plot), found.rows)
         say(f"picture: {shown(args.plot)}")

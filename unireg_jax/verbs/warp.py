@@ -8,7 +8,7 @@ from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.imaging import belonging, mapping, nifti, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
-from unireg_jax.verbs.messages import number, one_line, progress
+from unireg_jax.verbs.messages import number, one_line, progress, warn
 
 HELP = "a scan or labels through a transform"
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     _check_fill(args.fill_value, label)
     fixed = scans.read_scan(args.fixed)
     moving = (scans.read_labels if label else scans.read_scan)(args.moving)
-    whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     grid = mapping.grid_of(fixed)
     found = belonging.fit(whole, grid, mapping.grid_of(moving))
     belonging.check(found, args.transforms[0])
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     elif not label:
         warnings += belonging.similarity_warnings(whole, fixed, moving)
     for line in warnings:
-        say(f"warning: {line}")
+        warn(line)
     fixed = files.without_voxels(fixed)
     fill = 0 if label else mapping.fill_of(moving.data)
     fill = fill if args.fill_value is None else args.fill_value

@@ -7,7 +7,7 @@ import numpy as np
 from unireg_jax.errors import shown
 from unireg_jax.imaging import belonging, mapping, points
 from unireg_jax.verbs import files, options
-from unireg_jax.verbs.messages import number, progress
+from unireg_jax.verbs.messages import number, progress, warn
 
 HELP = "points through a transform"
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     given = points.read_file(args.points, args.space, fixed, scan=args.of)
-    whole = files.read_chain(args.transforms, say, fixed=fixed, moving=moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     moved = mapping.points(whole, given.xyz)
     found = given._replace(xyz=moved)
     points.write_file(args.file, found, args.out_space or given.space, moving)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             "displacements, which are zero there"
         )
     for line in warnings:
-        say(f"warning: {line}")
+        warn(line)
     say(
         f"done: {shown(args.file)}, {len(way)} points moved by {number(way.mean())} "
         f"mm in the mean, {number(way.max())} mm at most"
