@@ -159,6 +159,25 @@ def test_dice_ends_where_a_scan_ends(key):
     assert found[0] == found[1]
 
 
+def test_objective_ignores_what_is_led_beyond_the_grid():
+    """A scan that fills its grid has no edge in its voxels, yet ends there."""
+    batch = _batch()
+    batch = batch._replace(
+        fixed=jnp.maximum(batch.fixed, 0), moving=jnp.maximum(batch.moving, 0)
+    )
+    disp = jnp.zeros((1, *SHAPE, 3)).at[..., 2].set(6.0)
+    other = batch._replace(
+        fixed=batch.fixed.at[:, :, :, 46:].set(777),  # far from what the mask admits
+        fixed_labels=batch.fixed_labels.at[:, :, :, 42:].set(2),
+    )
+    found = [
+        judged(disp, prepare(b, Extractor("none")), weights=_weights())
+        for b in (batch, other)
+    ]
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert found[0][1]["dice"] == found[1][1]["dice"] < 1
+
+
 def test_prepare_applies_the_alignment():
     """align maps fixed voxels to moving voxels: a shift by (1, 2, 3) is undone."""
     batch = _batch()

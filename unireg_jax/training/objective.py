@@ -157,7 +157,10 @@ def objective(
     """
     _check(weights, disp.shape[1:4])
     warped = warp.warp(pair.moving, disp)
-    mask = pair.fixed_valid * jax.lax.stop_gradient(warp.warp(pair.moving_valid, disp))
+    still = jax.lax.stop_gradient(disp)
+    # Beyond its grid a warp repeats the last voxel, of the mask, too.
+    reached = warp.warp(pair.moving_valid, still) * warp.inside(still)[..., None]
+    mask = pair.fixed_valid * reached
     similarity = _similarity(pair.fixed, warped, mask, weights)
     field = disp
     if weights.reg_units == "normalized":
