@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,13 @@ class Kept:
                 if not (isinstance(error, UserError) and error.exit_code == FAILED):
                     # No fault of what was asked for: the next one may have better luck.
                     self._drop(key, future)
-                future.set_exception(error)
+                known = isinstance(error, UserError)
+                future.set_exception(copy.copy(error) if known else error)
+        error = future.exception()
+        if isinstance(error, UserError):
+            # Its own for each: one that is raised holds the frames of all who get it,
+            # and with them their scans.
+            raise copy.copy(error)
         return future.result()
 
     def _drop(self, key: Any, future: concurrent.futures.Future) -> None:
