@@ -11,7 +11,7 @@ from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import backbone
 from unireg_jax.models.features import Extractor
 from unireg_jax.ops import warp
-from unireg_jax.tasks import PairBatch
+from unireg_jax.tasks import OUTSIDE_HU, PairBatch
 from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import objective
 from unireg_jax.training import step as train_step
@@ -92,6 +92,28 @@ def test_validation_counts_labels_that_both_scans_have():
     found = evaluate({}, batch, Extractor("none"))
     np.testing.assert_array_equal(found["dsc"], [[1.0, np.nan, np.nan, 0.0]])
     np.testing.assert_array_equal(found["dsc"], found["dsc_before"])
+
+
+def test_validation_compares_what_both_scans_show(key):
+    """The field brings into view what was cut, and leads out of it at the far end."""
+    shape = (1, 16, 16, 32, 1)
+    rough = np.asarray(jax.random.randint(key, shape, -900, 900))
+    moving = rough.astype("i2")
+    fixed = np.roll(moving, -8, 3)  # fixed(z) = moving(z + 8), for z < 24
+    moving[:, :, :, :8] = OUTSIDE_HU
+    batch = _batch([0])._replace(fixed=fixed, moving=moving)
+    batch = batch._replace(align=np.eye(4, dtype="f4")[None])
+    empty = np.zeros(shape[:4], "u1")
+    batch = batch._replace(fixed_labels=empty, moving_labels=empty)
+    layers = np.zeros((1, 0, *shape[1:4]), "u1")
+    batch = batch._replace(fixed_more=layers, moving_more=layers)
+
+    def shift(params, image, *rest):
+        return jnp.zeros((*image.shape[:4], 3)).at[..., 2].set(8.0)
+
+    found = train_step.make_eval_step(shift, num_labels=2)({}, batch, Extractor("none"))
+    # Windows reach beyond what counts.
+    assert found["ncc"] > 0.9 > 0.2 > found["ncc_before"]
 
 
 def test_without_running_mean_the_parameters_are_released():

@@ -157,10 +157,7 @@ def objective(
     """
     _check(weights, disp.shape[1:4])
     warped = warp.warp(pair.moving, disp)
-    still = jax.lax.stop_gradient(disp)
-    # Beyond its grid a warp repeats the last voxel, of the mask, too.
-    reached = warp.warp(pair.moving_valid, still) * warp.inside(still)[..., None]
-    mask = pair.fixed_valid * reached
+    mask = in_both(pair, jax.lax.stop_gradient(disp))
     similarity = _similarity(pair.fixed, warped, mask, weights)
     field = disp
     if weights.reg_units == "normalized":
@@ -192,6 +189,21 @@ def objective(
         )
     loss = loss.mean()
     return loss, {"loss": loss, **scalars}
+
+
+def in_both(pair: Pair, disp: jax.Array) -> jax.Array:
+    """Says how far voxels lie in the fixed scan and are led into the moving one.
+
+    Args:
+        pair: from `prepare`.
+        disp: [B, X, Y, Z, 3] float32, voxels.
+
+    Returns:
+        [B, X, Y, Z, 1] float32, 0 to 1.
+    """
+    # Beyond its grid a warp repeats the last voxel, of the mask, too.
+    reached = warp.warp(pair.moving_valid, disp) * warp.inside(disp)[..., None]
+    return pair.fixed_valid * reached
 
 
 def _similarity(fixed, warped, mask, weights):

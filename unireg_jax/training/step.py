@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from unireg_jax.models.features import Extractor
-from unireg_jax.ops import dice, intensity, jacobian, warp
+from unireg_jax.ops import dice, intensity, jacobian, ncc, warp
 from unireg_jax.tasks import PairBatch
 from unireg_jax.training import objective
 from unireg_jax.training.mesh import pair_sharding, replicated, traced_on
@@ -155,8 +155,8 @@ def make_eval_step(
     Returns:
         A jitted function; its result holds dsc and dsc_before [B, K - 1] (NaN for a
         label that one of the two scans lacks, which no field can mend, 0 for one that
-        the field loses), ncc and ncc_before, sdlogj, sdlogj_l2r and
-        folding_fraction [B] over the fixed scan's field of view.
+        the field loses), ncc and ncc_before [B] where both scans are, sdlogj, sdlogj_l2r
+        and folding_fraction [B] over the fixed scan's field of view.
     """
 
     def evaluate(params: Any, batch: PairBatch, extractor: Extractor):
@@ -203,13 +203,18 @@ def judge(
         for field in (disp, jnp.zeros_like(disp))
     )
     body = intensity.valid(batch.fixed)[..., 0]
-    mask = pair.fixed_valid[..., 0] * pair.moving_valid[..., 0]
-    ncc_before = objective.ncc.local_ncc(pair.fixed, pair.moving, mask=mask)
-    warped = warp.warp(pair.moving, disp)
+    ncc_after, ncc_before = (
+        ncc.local_ncc(
+            pair.fixed,
+            warp.warp(pair.moving, field),
+            mask=objective.in_both(pair, field)[..., 0],
+        )
+        for field in (disp, jnp.zeros_like(disp))
+    )
     return {
         "dsc": after,
         "dsc_before": before,
-        "ncc": objective.ncc.local_ncc(pair.fixed, warped, mask=mask),
+        "ncc": ncc_after,
         "ncc_before": ncc_before,
         "sdlogj": jacobian.sdlogj(disp, mask=body),
         "sdlogj_l2r": jacobian.sdlogj_l2r(disp, mask=body),
