@@ -4,6 +4,7 @@ A table of results is any CSV with a column `id`, and `label` if it has a line p
 label; every other column whose cells are numbers, or empty where undefined, is a score.
 """
 
+import collections
 import csv
 import math
 import os
@@ -67,7 +68,7 @@ def read_scores(path: str | os.PathLike) -> Scores:
     if not rows:
         raise _fault("empty", path, "one case or more", "none")
     keys = [(tables.unescape(row["id"]), row.get("label", "")) for row in rows]
-    if twice := [key for key in keys if keys.count(key) > 1]:
+    if twice := [key for key, n in collections.Counter(keys).items() if n > 1]:
         raise _fault("id_duplicate", path, "every case once", f"{twice[0]} twice")
     columns = {}
     for name in head:
