@@ -7,8 +7,9 @@
 
 The first form times the default plans on textured volumes: seconds of CPU and of the
 clock of all steps, of `--iterations`, taken as the difference to none; seconds to
-compile; scratch. Where PyTorch is installed, the same steps run in turn with ours, and
-both costs after the last one are printed.
+compile; scratch. Where PyTorch is installed, the same steps run in turn with ours and
+are timed alike, and both costs after the last one are printed. OMP_WAIT_POLICY=PASSIVE
+keeps its threads from counting as work while they wait.
 
 The others register pairs of the real collection through `registration`, with 0 and 50
 iterations or with several values of one field of the plan at a time: the 12 ordered
@@ -88,31 +89,42 @@ def measure(shape: tuple[int, int, int], iterations: int, repeats: int) -> list[
     for kind in sorted(refine.LEVELS):
         plan = Plan(iterations, kind)
         views = [_view(scan, plan) for scan in scans]
-        none, ours = (
+        plans = plan._replace(iterations=0), plan
+        ours = [
             timing.compile_program(
                 functools.partial(refine.refine, plan=p), disp, *views
             )
-            for p in (plan._replace(iterations=0), plan)
-        )
-        runs = {"none": none.run, "ours": ours.run}
-        peer = _torch_loop(disp, *views, plan)
-        if peer:
-            runs["torch"] = peer
+            for p in plans
+        ]
+        peers = [_torch_loop(disp, *views, p) for p in plans]
+        runs = {("ours", i): program.run for i, program in enumerate(ours)}
+        runs |= {("torch", i): peer for i, peer in enumerate(peers) if peer}
         times = timing.measure(runs, repeats)
-        cost = float(ours.run().cost_after[0])
-        each = (times["ours"].cpu_ms - times["none"].cpu_ms) / 1e3
-        wall = (times["ours"].wall_ms - times["none"].wall_ms) / 1e3
+        cpu, wall = _difference(times, "ours")
+        cost = float(ours[1].run().cost_after[0])
         line = (
-            f"| {size} | {kind} | {each:.2f} | {wall:.2f} | {ours.compile_s:.1f} | "
-            f"{ours.scratch_mib:.0f} | {cost:.4f} | "
+            f"| {size} | {kind} | {cpu:.2f} | {wall:.2f} | {ours[1].compile_s:.1f} | "
+            f"{ours[1].scratch_mib:.0f} | {cost:.4f} | "
         )
-        if peer:
-            theirs = times["torch"].cpu_ms / 1e3
-            line += f"{theirs:.1f} | {theirs / each:.1f} | {peer():.4f} |"
+        if peers[1]:
+            theirs = _difference(times, "torch")
+            line += (
+                f"{theirs[0]:.2f} | {theirs[1]:.2f} | {theirs[0] / cpu:.1f} | "
+                f"{theirs[1] / wall:.1f} | {peers[1]():.4f} |"
+            )
         else:
-            line += "- | - | - |"
+            line += "- | - | - | - | - |"
         lines.append(line)
     return lines
+
+
+def _difference(times, name) -> tuple[float, float]:
+    """Seconds of CPU and of the clock of the steps, without what surrounds them."""
+    none, all_steps = times[name, 0], times[name, 1]
+    return (
+        (all_steps.cpu_ms - none.cpu_ms) / 1e3,
+        (all_steps.wall_ms - none.wall_ms) / 1e3,
+    )
 
 
 def _inputs(shape):
@@ -147,6 +159,8 @@ def _torch_loop(disp, fixed, moving, plan):
     try:
         import torch
         from torch.nn import functional
+
+        from experiments.torch_twin import box_mean as mean
     except ImportError:
         return None
     if jax.default_backend() != "cpu":
@@ -154,14 +168,6 @@ def _torch_loop(disp, fixed, moving, plan):
 
     def first(array):
         return torch.tensor(np.moveaxis(np.asarray(array), -1, 1)).contiguous()
-
-    def mean(x, window):
-        # One axis after another: at once, a window of 9^3 takes tens of times as long.
-        for axis in range(3):
-            size, pad = [1, 1, 1], [0, 0, 0]
-            size[axis], pad[axis] = window, window // 2
-            x = functional.avg_pool3d(x, size, 1, pad, count_include_pad=False)
-        return x
 
     def correlation(a, b, mask):
         mean_a, mean_b = mean(a, plan.window), mean(b, plan.window)
@@ -416,8 +422,8 @@ def main(argv) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     print(
         "| grid | features | CPU s | wall s | compile s | scratch MiB | cost after | "
-        "torch CPU s | ratio | its cost after |\n"
-        "|---|---|---|---|---|---|---|---|---|---|"
+        "torch CPU s | wall s | CPU x | wall x | its cost after |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     for text in options.shape:
         shape = tuple(int(n) for n in text.split(","))
