@@ -155,8 +155,8 @@ def make_eval_step(
     Returns:
         A jitted function; its result holds dsc and dsc_before [B, K - 1] (NaN for a
         label that one of the two scans lacks, which no field can mend, 0 for one that
-        the field loses), ncc and ncc_before [B] where both scans are, sdlogj, sdlogj_l2r
-        and folding_fraction [B] over the fixed scan's field of view.
+        the field loses), ncc and ncc_before [B] where both scans are, sdlogj,
+        sdlogj_l2r and folding_fraction [B] over the fixed scan's field of view.
     """
 
     def evaluate(params: Any, batch: PairBatch, extractor: Extractor):
