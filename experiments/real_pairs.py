@@ -190,7 +190,12 @@ def scores(truth: Truth, found: Mapping, *, surface: bool = False) -> dict[str, 
     each = {label: row["dsc"] for label, row in said["labels"].items()}
     means = {key: said["mean"][key] for key in ("dsc", *("hd95_mm",) * surface)}
     part = shared_slices(fixed.data, np.asarray(warped), list(map(int, each)))
-    known = [value for value in part if value == value]
+    # An organ of both scans that is led past all slices of the other one counts 0.
+    known = [
+        0.0 if value != value else value
+        for value, whole in zip(part, each.values(), strict=True)
+        if whole == whole
+    ]
     shared = float(np.mean(known)) if known else np.nan
     return means | {"labels": each, "dsc_shared": shared}
 

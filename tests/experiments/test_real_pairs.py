@@ -84,6 +84,8 @@ def test_labels_are_scored_after_the_map():
     whole = {"dsc": 1, "hd95_mm": 0, "labels": {"1": 1, "2": 1}, "dsc_shared": 1}
     assert found == whole
     assert real_pairs.told(found) == 100
+    moved[2, 3] = 18  # past all slices of both
+    assert real_pairs.scores(truth, mapping.affine(moved))["dsc_shared"] == 0
 
 
 def test_real_pairs_are_read(data_root):
