@@ -334,13 +334,13 @@ KINDS = {
     "flip 1": "front and back exchanged",
     "flip 2": "head and feet exchanged",
     "constant": "a scan of one value",
-    "failed": "real, failed",
-    "folds": "real, truth agrees but the map folds",
+    "failed": "fit, yet failed",
+    "folds": "fit, truth agrees but the map folds",
     "succeeded": "real, succeeded",
-    "unknown": "real, without labels or landmarks",
-    "phantom": "phantoms",
+    "phantom": "phantoms, succeeded",
+    "unknown": "fit, without labels or landmarks: in no sum",
 }
-GOOD = ("succeeded", "found", "unknown", "phantom")
+GOOD = ("succeeded", "found", "phantom")
 
 
 def flags_of(row: dict[str, Any]) -> list[str]:
@@ -365,11 +365,12 @@ def kind_of(row: dict[str, Any]) -> str:
     agrees = succeeded(row)
     if row["kind"] == "shift" and agrees:
         return "found"
-    if row["kind"] != "good":
+    if row["kind"] not in ("good", "phantom"):
         return row["kind"]
     if agrees is not False and row["truth"]["folds"] > SUCCESS_FOLD_PERCENT:
         return "folds"
-    return {True: "succeeded", False: "failed", None: "unknown"}[agrees]
+    right = "phantom" if row["kind"] == "phantom" else "succeeded"
+    return {True: right, False: "failed", None: "unknown"}[agrees]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -388,7 +389,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines += ["", "| fixed patient | good pairs flagged | failures flagged |"]
     lines.append("|---|---|---|")
     for half, name in enumerate(("first half", "second half", "phantoms")):
-        members = [row for row in rows if _half(row) == half]
+        members = [r for r in rows if _half(r) == half and kind_of(r) != "unknown"]
         cells = []
         for good in (True, False):
             found = [flags_of(r) for r in members if (kind_of(r) in GOOD) == good]
@@ -407,7 +408,7 @@ def _surprises(groups) -> Iterator[str]:
     """Good pairs that are flagged, and failures that are not."""
     for kind, title in KINDS.items():
         for row in groups.get(kind, ()):
-            if bool(flags_of(row)) != (kind in GOOD):
+            if kind == "unknown" or bool(flags_of(row)) != (kind in GOOD):
                 continue
             values = {k: row.get(k) for k in quality.CHECKS if row.get(k) is not None}
             shown = ", ".join(f"{k} {v:.3g}" for k, v in values.items())
