@@ -49,7 +49,8 @@ def pair(tmp_path, monkeypatch):
         labels = (values > -300).astype(np.uint8) + 2 * (values > 150).astype(np.uint8)
         made.save(tmp_path / f"{name}_seg.nii.gz", labels, place)
     (field,) = residual.parts
-    transforms.write_field(tmp_path / "case_residual.nii.gz", *field)
+    mapping.write(tmp_path / "to_atlas.h5", residual)
+    mapping.write(tmp_path / "atlas_to_moving.h5", mapping.affine(made.matrix()))
     transforms.write_affine_txt(tmp_path / "case_0GenericAffine.txt", made.matrix())
     transforms.write_composite(tmp_path / "case_Composite.h5", made.matrix(), *field)
     mapping.write(tmp_path / "case_1Warp.nii.gz", whole)
@@ -88,10 +89,9 @@ def examples(page, *kinds):
     ]
 
 
-def python(page, namespace, *, shape=None):
-    """Runs a page's Python; the paper's grid is shrunk to another shape."""
+def python(page, namespace):
+    """Runs a page's Python."""
     for line, code in examples(page, "python"):
-        code = code.replace("(192, 192, 160)", str(shape)) if shape else code
         # Blank lines before it: an error names the line of the page.
         compiled = compile("\n" * (line - 1) + code, page.name, "exec")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -130,7 +130,7 @@ def test_examples_of_the_readme_run(walk, capsys):
     (first,) = [x for x in examples(README, "") if "-o OUT" in x[1]]
     assert do(README, [first], capsys) == 4
     assert Path("OUT/pair/qc.html").is_file()
-    python(README, walk, shape=test_pipeline.SPEC.shape)
+    python(README, walk)
     assert walk["seg"].GetSize() == walk["fixed"].GetSize()
     assert walk["outcome"].error.reason == "not_found"
     assert walk["disp"].shape == (8, *test_pipeline.SPEC.shape, 3)

@@ -19,7 +19,7 @@ class Pair(NamedTuple):
     """One pair to register; see `register` for what the fields mean.
 
     Attributes:
-        fixed: path of a NIfTI file, or Volume.
+        fixed: path of a scan (see imaging/scans.py), or Volume.
         moving: the same.
         task: name in tasks.TASKS.
         pair_type: "inter", "intra", or None for the task's own.

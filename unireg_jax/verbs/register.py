@@ -30,10 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Writes into OUT/CASE: CASE_warped.nii.gz, the moving image on the fixed "
         "grid; CASE_1Warp.nii.gz, the whole map as one displacement field in mm "
         "(works alone in ITK, ANTs, Slicer); CASE_Composite.h5, the same map as "
-        "affine and field; CASE_0GenericAffine.txt, the pre-alignment, for "
-        "information: it is part of the other two; CASE_run.json, settings, quality "
-        "and timings. Scans are NIfTI; NRRD or MetaImage with the extra itk; a folder "
-        "of DICOM slices with the extra dicom."
+        "affine and field (none of a sheared fixed grid); CASE_0GenericAffine.txt, the "
+        "pre-alignment, for information: it is part of the other two; CASE_run.json, "
+        "settings, quality and timings; with labels CASE_warped_label.nii.gz, with "
+        "--html qc.html. Scans are NIfTI; NRRD or MetaImage with the extra itk; a "
+        "folder of DICOM slices with the extra dicom."
     )
     parser.description = textwrap.fill(text, 79)
     parser.epilog = EXAMPLES
