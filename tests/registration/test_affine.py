@@ -119,6 +119,19 @@ def test_affine_align_finds_the_third_that_two_scans_share(scan, kept):
     assert error_mm(found, truth, shared) < 4.0
 
 
+@pytest.mark.parametrize("thin", [0, 1])
+def test_affine_align_of_a_scan_of_two_slices_finds_it(scan, thin):
+    """They fill no voxel of the search by more than a half."""
+    truth = world_map(angle_deg=0.0, shift_mm=(15.0, 10.0, -10.0), scale=1.0)
+    scans = [scan[:2], moved(scan, truth, shape=SHAPE, spacing=SPACING)]
+    hu = scans[thin][0].copy()
+    hu[:, :25] = hu[:, 27:] = OUTSIDE_HU
+    scans[thin] = (hu, scans[thin][1])
+    found = align(*scans, "rigid")
+    # Half of the 8 mm voxels in which the search runs; the identity is 21 mm off.
+    assert error_mm(found, truth, scan[2]) < 4.0
+
+
 def test_affine_align_of_equal_scans_is_the_identity(scan):
     np.testing.assert_array_equal(align(scan, scan[:2], "affine"), np.eye(4))
 

@@ -327,7 +327,7 @@ class _Scan(NamedTuple):
         points = np.argwhere(body)
         return cls(
             _pool(image, factor),
-            _pool(valid, factor) > 0.5,
+            _filled(_pool(valid, factor)),
             _pool(near, factor),
             _axis_distance(share, np.linalg.norm(coarse[:3, :3], axis=0)),
             coarse,
@@ -465,7 +465,7 @@ def _matmul(a, b):
 
 def _cubes(fixed: _Scan, plan: Plan, number: int) -> _Cubes:
     """Picks the heaviest `number` cubes, one per cell of 24 mm with body in it."""
-    where = np.argwhere(fixed.body > 0.5)
+    where = np.argwhere(_filled(fixed.body))
     _, cell = np.unique(where // 3, axis=0, return_inverse=True)
     count = np.bincount(cell.ravel())
     center = [np.bincount(cell.ravel(), where[:, axis]) / count for axis in range(3)]
@@ -543,6 +543,12 @@ def _pool(x: np.ndarray, factor: list[int]) -> np.ndarray:
     i, j, k = factor
     x = x[: a * i, : b * j, : c * k].astype(np.float32)
     return x.reshape(a, i, b, j, c, k).mean(axis=(1, 3, 5))
+
+
+def _filled(share: np.ndarray) -> np.ndarray:
+    """Voxels more than half full; of a scan too thin to fill any so, those it meets."""
+    most = share > 0.5
+    return most if most.any() else share > 0
 
 
 def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
