@@ -808,6 +808,18 @@ def test_export_overwrites_only_when_asked(tmp_path, network, capsys):
     assert sorted(os.listdir(tmp_path)) == ["net.json", "net.stablehlo"]
 
 
+def test_export_never_replaces_the_description_of_weights(tmp_path, network, capsys):
+    mine = tmp_path / "my.safetensors"
+    for path in (mine, mine.with_suffix(".json")):
+        path.write_bytes(Path(network).with_suffix(path.suffix).read_bytes())
+    arguments = ["export", "--weights", str(mine), "--quiet", "--overwrite"]
+    arguments += ["--out", str(tmp_path / "my.stablehlo")]
+    line = refused(capsys, arguments, errors.USAGE)
+    assert "the description of my.safetensors" in line
+    assert sorted(os.listdir(tmp_path)) == ["my.json", "my.safetensors"]
+    weights.load_weights(mine)
+
+
 def test_export_without_flatbuffers_names_the_extra(
     tmp_path, network, capsys, monkeypatch
 ):

@@ -342,6 +342,8 @@ def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def check_target(path: Path, suffix: str, *, overwrite: bool) -> None:
     """Refuses to write a file and the .json beside it, before any work.
 
+    The description of weights is never replaced by that of another file.
+
     Args:
         path: the file.
         suffix: that its name shall have.
@@ -355,6 +357,14 @@ def check_target(path: Path, suffix: str, *, overwrite: bool) -> None:
             "name_mismatch",
             f"{shown(path)}: a name that ends in {suffix} expected, got "
             f"{shown(path.name)}; rename it",
+            USAGE,
+        )
+    weights = path.with_suffix(".safetensors")
+    if weights != path and os.path.lexists(weights):
+        raise UserError(
+            "id_duplicate",
+            f"{shown(path)}: its .json is the description of {shown(weights.name)} "
+            "beside it; choose another name",
             USAGE,
         )
     if not path.parent.is_dir():
