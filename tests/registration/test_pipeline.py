@@ -673,6 +673,18 @@ def tall_body(shape, vox2world, *, shift=(0.0, 0.0, 0.0)):
     return np.rint(-1000 + 1040 * body * ends + 250 * spots * ends).astype(np.int16)
 
 
+def test_register_names_the_matching_window_that_a_mask_misses(calm, own_features):
+    """The tiles cover the mask, so that other pre-alignments take it."""
+    images, grids = long_pair()
+    mask = images[0] > -300
+    mask[:, :, 10:] = False
+    common = dict(task="chest", weights=calm, fov="tiles", fixed_mask=mask)
+    with pytest.raises(UserError, match="matching window.* --affine affine") as error:
+        run(images, grids, affine="features", **common)
+    assert (error.value.reason, error.value.exit_code) == ("empty", errors.FAILED)
+    run(images, grids, affine="com", **common)
+
+
 def test_register_looks_through_one_window_where_the_body_fits(model):
     images, grids = pair()
     common = dict(task="chest", weights=model, affine=MATRIX)

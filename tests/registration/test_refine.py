@@ -612,3 +612,13 @@ def test_grid_that_takes_more_memory_than_there_is_is_refused(model, monkeypatch
         refine.compile_refine(model, plan)
     assert (error.value.reason, error.value.exit_code) == ("too_large", errors.LIMIT)
     assert "--io-finer" in str(error.value)
+
+
+def test_memory_is_looked_at_where_the_cpu_was_asked_for_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(memory, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_device(jax.devices("cpu")[0]):
+        program = jax.jit(jnp.sin).lower(jnp.zeros(5)).compile()
+        with pytest.raises(errors.UserError, match="a sine: 0 MiB are free"):
+            memory.check_program(program, "a sine", "take less")

@@ -65,12 +65,22 @@ class Matcher:
             Alignment, and which features were matched.
 
         Raises:
-            UserError: $UNIREG_SAM cannot be used, exit code 9.
+            UserError: $UNIREG_SAM cannot be used, exit code 9; `empty`, exit code 4,
+                for a mask without a voxel in the matching window.
         """
         extractor = self._extractors.get(0, lambda: load_matcher(self._model.extractor))
         spec = matching_grid(self._model.preprocess, extractor)
         fixed, moving = (self._scan(v, spec, extractor) for v in (target, source))
-        where = None if mask is None else body(mask, target, fixed.grid, fixed.hu)
+        where = None
+        if mask is not None:
+            where = body(
+                mask,
+                target,
+                fixed.grid,
+                fixed.hu,
+                name="the matching window's grid",
+                remedy="that window is in the middle of the body: pass --affine affine",
+            )
         with self._device:
             found = feature_affine.feature_align(
                 fixed.maps,
@@ -136,7 +146,13 @@ def matching_grid(
 
 
 def body(
-    mask: np.ndarray | None, volume: Volume, grid: Grid, hu: np.ndarray
+    mask: np.ndarray | None,
+    volume: Volume,
+    grid: Grid,
+    hu: np.ndarray,
+    *,
+    name: str = "the network's grid",
+    remedy: str = "mask the body, or leave the mask out",
 ) -> np.ndarray:
     """Marks where a scan is compared.
 
@@ -145,6 +161,8 @@ def body(
         volume: the scan.
         grid: where the result lies.
         hu: [x, y, z] int16, the scan there.
+        name: of that grid, for the message.
+        remedy: for a mask without a voxel there, for the message.
 
     Returns:
         [x, y, z] bool.
@@ -162,7 +180,7 @@ def body(
         mm = " x ".join(f"{s:g}" for s in spacing)
         raise UserError(
             "empty",
-            f"empty: fixed mask: a voxel of the scan on the network's grid of {mm} mm "
-            "expected, got none; mask the body, or leave the mask out",
+            f"empty: fixed mask: a voxel of the scan on {name} of {mm} mm expected, "
+            f"got none; {remedy}",
         )
     return inside

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from unireg_jax.errors import LIMIT, UserError
+from unireg_jax.registration.devices import default_device
 
 # Bytes per voxel besides the scans themselves. While the field is made: field (12),
 # warped scan and one clipped copy with its float32 part; the moving scan padded, and as
@@ -55,7 +56,7 @@ def check_program(program: jax.stages.Compiled, what: str, remedy: str) -> None:
         UserError: `too_large`, exit code 7, with the need in MiB.
     """
     sizes = program.memory_analysis()
-    if jax.default_backend() != "cpu" or sizes is None:
+    if default_device().platform != "cpu" or sizes is None:
         return
     parts = ("temp", "argument", "output")
     need = sum(getattr(sizes, f"{part}_size_in_bytes") for part in parts)
