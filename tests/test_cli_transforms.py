@@ -402,6 +402,25 @@ def test_invert_of_an_affine_needs_no_scan(run, tmp_path):
     np.testing.assert_allclose(back @ matrix(), np.eye(4), atol=1e-9)
     code, _, stderr = run("invert", "-t", "c.h5", "-o", tmp_path / "c.h5")
     assert code == 2 and "--moving" in stderr
+    words = ("-t", "a.txt", "-o", tmp_path / "d.txt")
+    words += ("--residual-out", tmp_path / "residual.nii")
+    code, _, stderr = run("invert", *words)
+    assert code == errors.USAGE and "its residual" in stderr
+    assert os.listdir(tmp_path) == ["b.txt"]
+
+
+def test_invert_to_learn2reg_needs_both_scans(run, tmp_path):
+    out = tmp_path / "back.npz"
+    words = ("invert", "-t", "c.h5", "-m", "moving.nii.gz", "-o", out)
+    code, _, stderr = run(*words)
+    assert code == errors.USAGE and "--fixed: the scan whose voxels" in stderr
+    assert not out.exists()
+    assert run(*words, "-f", "fixed.nii.gz")[0] == 0
+    fixed, moving = (nifti.read_image(f"{name}.nii.gz") for name in ("fixed", "moving"))
+    back = mapping.read(out, fixed=moving, moving=fixed)
+    xyz = np.array([[8.0, -160, 710], [20, -140, 700]])
+    there = mapping.points(mapping.read("c.h5"), xyz)
+    np.testing.assert_allclose(mapping.points(back, there), xyz, atol=0.2)
 
 
 def test_invert_of_a_fold_ends_in_8_and_writes_nothing(run, tmp_path):
@@ -475,6 +494,31 @@ def test_convert_of_learn2reg_needs_the_scans(run, tmp_path):
     assert code == 4 and "grid_mismatch" in stderr
     code, _, stderr = run("compose", "-t", disp, "-t", "a.txt", "-o", tmp_path / "c.h5")
     assert code == 2 and "stands alone" in stderr
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "compose -o {}/o.h5 -t",
+        "convert --to itk -o {}/o.h5 -t",
+        "jacobian -t",
+        "check-transform",
+    ],
+)
+def test_a_learn2reg_field_is_not_read_with_the_fixed_scan_alone(run, tmp_path, call):
+    """Its vectors hold the change of grid: from grid to same grid is another map."""
+    scans, disp = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz"), tmp_path / "disp.npz"
+    assert run("convert", "-t", "c.h5", "--to", "l2r", *scans, "-o", disp)[0] == 0
+    words = (*call.format(tmp_path).split(), disp, *scans)
+    code, _, stderr = run(*words[:-2])
+    assert code == errors.USAGE and "--moving: the scan whose voxels" in stderr
+    assert run(*words)[0] == 0
+
+
+def test_convert_to_learn2reg_warns_without_the_moving_scan(run, tmp_path):
+    words = ("-t", "c.h5", "--to", "l2r", "-f", "fixed.nii.gz", "--quiet")
+    code, _, stderr = run("convert", *words, "-o", tmp_path / "disp.npz")
+    assert code == 0 and stderr.startswith("unireg: warning: no --moving: the field")
 
 
 # --- check-transform, jacobian ------------------------------------------------------
@@ -589,9 +633,14 @@ def test_warp_tells_of_a_field_of_another_pair(run, tmp_path, away_mm, code, wor
     vox2world[0, 3] += away_mm
     transforms.write_field(tmp_path / "x.nii", disp_mm, vox2world)
     call = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz", "-t", tmp_path / "x.nii")
-    got, _, stderr = run("warp", *call, "-o", tmp_path / "o.nii.gz")
-    assert got == code and "grid_mismatch" in stderr and words in stderr
-    assert (tmp_path / "o.nii.gz").exists() == (code == 0)
+    for verb, more, name in (
+        ("warp", (), "o.nii.gz"),
+        ("warp-points", ("-p", "p.csv", "--space", "lps"), "q.csv"),
+        ("invert", (), "i.h5"),
+    ):
+        got, _, stderr = run(verb, *call, *more, "-o", tmp_path / name)
+        assert got == code and "grid_mismatch" in stderr and words in stderr, verb
+        assert (tmp_path / name).exists() == (code == 0)
 
 
 def test_warp_tells_when_scans_agree_better_without(run, tmp_path):
@@ -649,6 +698,13 @@ def test_jacobian_writes_a_map_and_prints_statistics(run, tmp_path):
     np.testing.assert_allclose(logs, np.log(detj), atol=1e-6)
     code, _, stderr = run("jacobian", "-t", "a.txt")
     assert code == 2 and "--fixed" in stderr
+
+
+def test_jacobian_of_one_slice_is_refused(run, tmp_path):
+    disp_mm, vox2world = transforms.read_field("w.nii.gz")
+    mapping.write(tmp_path / "slice.h5", mapping.field(disp_mm[:, :, :1], vox2world))
+    code, _, stderr = run("jacobian", "-t", tmp_path / "slice.h5")
+    assert code == errors.USAGE and "along each axis expected, got 24x30x1" in stderr
 
 
 # --- refusals common to all ---------------------------------------------------------

@@ -614,6 +614,8 @@ def test_write_refuses_a_field_beyond_a_kilometre(tmp_path):
         errors.NUMERICAL,
     )
     mapping.write(tmp_path / "a.h5", far)
+    with pytest.raises(UserError, match="within 1 km, got .* without the fixed scan"):
+        mapping.write(tmp_path / "b.h5", far, fixed=stored(tmp_path)[0])
 
 
 def test_write_refuses_a_shear_in_itk_files(tmp_path):

@@ -274,6 +274,18 @@ def test_read_file_takes_the_points_of_one_scan_of_landmarks(tmp_path, sign):
     np.testing.assert_array_equal(pairs.moving, [[4, 5, 6]])
 
 
+def test_written_voxels_are_not_called_millimetres(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("note, Z_mm ,Y_mm,x_mm,d_mm\np,-7,30.5,12,1\n")
+    found = points.read_file(path, "lps")
+    for space, head in (
+        ("voxel", "note,z,y,x,d_mm"),
+        ("ras", "note,Z_mm ,Y_mm,x_mm,d_mm"),
+    ):
+        points.write_file(path, found, space, scan())
+        assert path.read_text().splitlines()[0] == head
+
+
 def test_read_table_takes_files_of_slicer(tmp_path):
     given = points.PointFile(LPS, ["a", "b"], "csv", "lps", None)
     for name in ("p.fcsv", "p.mrk.json"):

@@ -287,6 +287,7 @@ def write(
     if to == "itk":
         if fixed is not None:
             mapping = compose([mapping], grid_of(fixed))
+            _check_range(path, mapping.fields[0].disp_mm)
         if any(transforms.has_shear(f.vox2world) for f in mapping.fields):
             raise _cannot(
                 path, "grids of perpendicular axes", "a shear", "name another grid"
@@ -301,17 +302,7 @@ def write(
         disp_mm, vox2world = flatten(mapping, grid), grid.vox2world
     else:
         raise _cannot(path, "the fixed scan, whose grid is needed", "none", "name it")
-    longest = max(float(disp_mm.max()), -float(disp_mm.min()))
-    if longest > transforms.RANGE_MM:
-        raise bad_file(
-            path,
-            "field_range",
-            "displacements within 1 km",
-            f"{longest:.4g} mm",
-            "check the order and frames of the transforms, or write an .h5, which "
-            "keeps affines apart",
-            NUMERICAL,
-        )
+    _check_range(path, disp_mm)
     if to == "l2r":
         place = moving and (moving.native or moving).vox2world
         transforms.write_l2r(
@@ -322,6 +313,21 @@ def write(
     else:
         intent = 1006 if to == "nifti1006" else 1007
         transforms.write_field(path, disp_mm, vox2world, like=fixed, intent=intent)
+
+
+def _check_range(path: str | os.PathLike, disp_mm: np.ndarray) -> None:
+    """Raises UserError, exit code 8, for a field that no reader would take."""
+    longest = max(float(disp_mm.max()), -float(disp_mm.min()))
+    if longest > transforms.RANGE_MM:
+        raise bad_file(
+            path,
+            "field_range",
+            "displacements within 1 km",
+            f"{longest:.4g} mm",
+            "check the order and frames of the transforms, or write an .h5 without "
+            "the fixed scan: it keeps affines apart",
+            NUMERICAL,
+        )
 
 
 def _cannot(path: str | os.PathLike, expected: str, got: str, remedy: str) -> UserError:

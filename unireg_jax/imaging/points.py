@@ -386,7 +386,11 @@ def _csv_rows(table, names, space, content):
         return
     given, columns = content
     if given.head:
-        yield given.head
+        head = list(given.head)
+        for place, axis in zip(columns, AXES, strict=True):
+            if space == "voxel" and head[place].strip().lower() == f"{axis}_mm":
+                head[place] = axis
+        yield head
     yield from _replaced(given.rows, columns, table)
 
 

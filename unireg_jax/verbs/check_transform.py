@@ -20,7 +20,7 @@ from unireg_jax.imaging import (
 from unireg_jax.imaging.grids import Field
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
-from unireg_jax.verbs import options, outputs
+from unireg_jax.verbs import files, options, outputs
 from unireg_jax.verbs.messages import number, one_line
 
 HELP = "what a transform file holds and what is wrong with it"
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     broken = None
     try:
         spelled = transforms.spelling(args.file)
+        files.check_scans(args.file, fixed, moving)
         whole = mapping.read(args.file, fixed=fixed, moving=moving)
     except UserError as error:
         if error.reason not in _BROKEN:

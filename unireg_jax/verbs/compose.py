@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="fixed scan, for one field on its grid",
     )
+    parser.add_argument(
+        *("-m", "--moving"), metavar="FILE", help="moving scan, for a Learn2Reg field"
+    )
     files.add_out(parser, ", ".join(e for e in mapping.USUAL if e != ".npz"))
     options.add_messages(parser)
 
@@ -36,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
     """Exit code."""
     mapping.spelling_of(args.file)
     endings = tuple(e for e in mapping.USUAL if e != ".npz")
-    inputs = (args.fixed, *args.transforms)
+    inputs = (args.fixed, args.moving, *args.transforms)
     files.output(args.file, endings, overwrite=args.overwrite, inputs=inputs)
     say = progress(args.quiet)
     say("reading")
-    fixed = files.read_grid(args.fixed)
-    whole = files.read_chain(args.transforms, fixed=fixed)
+    fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
+    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     say("writing")
     mapping.write(args.file, whole, fixed=fixed)
     kinds = [mapping.kind_of(part) for part in whole.parts]

@@ -5,7 +5,7 @@ import argparse
 from unireg_jax.errors import shown
 from unireg_jax.imaging import mapping
 from unireg_jax.verbs import files, options
-from unireg_jax.verbs.messages import progress
+from unireg_jax.verbs.messages import progress, warn
 
 HELP = "a transform in the spelling of another tool"
 
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     if args.to == "l2r" and moving is None:
-        say(
-            "warning: no --moving: the field holds only if the moving scan lies on the "
+        warn(
+            "no --moving: the field holds only if the moving scan lies on the "
             "grid of the fixed one"
         )
     say("writing")

@@ -137,6 +137,7 @@ def read_chain(
             "convert it to .h5 first",
             USAGE,
         )
+    check_scans(paths[0], fixed, moving)
     if fixed and _is_l2r(paths[0]):
         warn(
             f"{shown(paths[0])} does not tell its unit: read as a Learn2Reg "
@@ -145,6 +146,17 @@ def read_chain(
     return mapping.compose(
         [mapping.read(path, fixed=fixed, moving=moving) for path in paths]
     )
+
+
+def check_scans(path: str, fixed: Volume | None, moving: Volume | None) -> None:
+    """Refuses a Learn2Reg field of which the fixed scan alone is known."""
+    if fixed and moving is None and _is_l2r(path):
+        raise UserError(
+            "schema",
+            "--moving: the scan whose voxels a Learn2Reg field leads to expected, got "
+            "none; name it",
+            USAGE,
+        )
 
 
 def _is_l2r(path: str) -> bool:

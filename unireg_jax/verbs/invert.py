@@ -66,7 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code."""
-    mapping.spelling_of(args.file)
+    if mapping.spelling_of(args.file) == "l2r" and not args.fixed:
+        raise UserError(
+            "schema",
+            f"--fixed: the scan whose voxels {shown(args.file)} leads to expected, got "
+            "none; name it, or write an .h5",
+            USAGE,
+        )
     inputs = (args.moving, args.fixed, *args.transforms)
     files.output(args.file, (), overwrite=args.overwrite, inputs=inputs)
     if args.residual_out:
@@ -77,16 +83,17 @@ def run(args: argparse.Namespace) -> int:
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
-    if whole.fields and moving is None:
+    if moving is None and (whole.fields or args.residual_out):
         raise UserError(
             "schema",
             "--moving: the scan that the transform leads to expected, got none; name "
-            "it: its grid is that of the inverse",
+            "it: its grid is that of the inverse and of its residual",
             USAGE,
         )
     warnings = []
     if fixed and moving:
         found = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
+        belonging.check(found, args.transforms[0])
         warnings = found.warnings
     say("inverting")
     grid = mapping.grid_of(moving) if moving else mapping.Grid((2, 2, 2), np.eye(4))
@@ -110,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     parts = mapping.spelling_of(args.file) == "itk"  # which keeps them
     target = None if parts else moving
     mapping.write(args.file, inverse.mapping, fixed=target, moving=fixed)
-    if args.residual_out and moving:
+    if args.residual_out:
         residual = np.nan_to_num(inverse.residual_mm, nan=-1)
         nifti.write_like(args.residual_out, residual, moving)
     say(

@@ -56,6 +56,14 @@ def run(args: argparse.Namespace) -> int:
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     target = fixed or _own_grid(whole)
+    shape = target.data.shape
+    if min(shape) < 2:
+        raise UserError(
+            "schema",
+            "--fixed: a grid of 2 voxels or more along each axis expected, got "
+            f"{'x'.join(map(str, shape))}; name a scan that has them",
+            USAGE,
+        )
     mask = None
     if args.mask:
         volume = scans.read_labels(args.mask)

@@ -48,8 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the coordinates, mm or voxels from 0 as stored; Slicer's files tell",
     )
     add("--out-space", choices=points.SPACES, help="of the result, default the same")
-    add("-f", "--fixed", metavar="FILE", help="fixed scan, for voxels")
-    add("-m", "--moving", metavar="FILE", help="moving scan, for voxels")
+    add(
+        *("-f", "--fixed"),
+        metavar="FILE",
+        help="fixed scan, for voxels, and to check that it is this pair's",
+    )
+    add("-m", "--moving", metavar="FILE", help="moving scan, for the same")
     options.add_messages(parser)
 
 
@@ -61,15 +65,16 @@ def run(args: argparse.Namespace) -> int:
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     given = points.read_file(args.points, args.space, fixed, scan=args.of)
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    warnings = []
+    if fixed and moving:
+        lies = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
+        belonging.check(lies, args.transforms[0])
+        warnings = lies.warnings
     moved = mapping.points(whole, given.xyz)
     found = given._replace(xyz=moved)
     points.write_file(args.file, found, args.out_space or given.space, moving)
     way = np.linalg.norm(moved - given.xyz, axis=1)
     beyond = int((~mapping.within(whole, given.xyz)).sum())
-    warnings = []
-    if fixed and moving:
-        lies = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
-        warnings = lies.warnings
     if beyond:
         warnings.append(
             f"fov: {beyond} of {len(way)} points lie beyond the grid of the "
