@@ -240,9 +240,9 @@ def prealignments(data: Path, model, split: str, affine: str) -> dict:
 def table_of_prealignments(results: dict[str, dict]) -> str:
     """Markdown: one line per pre-alignment."""
     lines = [
-        "| `--affine` | DSC₇ after it | network | pairs better | folds % | "
-        "liver TRE mm | lung TRE mm |",
-        "|---|---|---|---|---|---|---|",
+        "| `--affine` | DSC₇ after it | network | by the network | pairs better | "
+        "folds % | liver TRE mm | lung TRE mm |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         rows = result["headneck"]
@@ -258,7 +258,8 @@ def table_of_prealignments(results: dict[str, dict]) -> str:
         lines.append(
             f"| {name} | {before.mean():.1f}{_span(interval(rows, before), 1)} | "
             f"**{after.mean():.1f}**{_span(interval(rows, after), 1)} | "
-            f"{int((after > before).sum())} of {len(rows)} | {folds:.2f} | "
+            f"{(after - before).mean():+.1f}{_span(interval(rows, after - before), 1)}"
+            f" | {int((after > before).sum())} of {len(rows)} | {folds:.2f} | "
             f"{errors[0]} | {errors[1]} |"
         )
     return "\n".join(lines)

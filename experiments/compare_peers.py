@@ -551,6 +551,8 @@ def race(
             "task": pair.task,
             **{key: getattr(method, key) for key in _SAME},
             "date": datetime.date.today().isoformat(),
+            # To 0.001: whether rows of one pair belong together.
+            "start": np.round(start.affine, 3).tolist(),
         }
         if options["accuracy"]:
             if method.name not in sessions:

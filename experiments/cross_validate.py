@@ -17,6 +17,7 @@ Intervals: 95 % of the means over 10 000 draws of the patients of each part with
 replacement; a pair counts as often as both of its patients were drawn.
 """
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ Rows = list[dict[str, Any]]
 def read(folder: Path) -> Rows:
     """Rows of one part, on the grid of 4 mm, that did not fail.
 
+    Says which did, and where methods of one pair began at different affines.
+
     Args:
         folder: --out of compare_peers.
 
@@ -45,8 +48,15 @@ def read(folder: Path) -> Rows:
     path = folder / RESULTS
     if not path.is_file():
         raise UserError("not_found", f"--part: {path} is not there", USAGE)
-    rows = read_rows(path).values()
-    return [row for row in rows if row["spacing"] == 4 and "failed" not in row]
+    rows = [row for row in read_rows(path).values() if row["spacing"] == 4]
+    for row in rows:
+        if "failed" in row:
+            print(f"{path}: left out: {row['method']}, {row['pair']}: {row['failed']}")
+    starts = {(row["pair"], str(row["start"])) for row in rows if "start" in row}
+    for pair, count in collections.Counter(pair for pair, _ in starts).items():
+        if count > 1:
+            print(f"{path}: {pair}: {count} different affines to begin with; redo it")
+    return [row for row in rows if "failed" not in row]
 
 
 def patients(row: dict[str, Any]) -> tuple[str, str]:

@@ -117,3 +117,17 @@ def test_parts_that_do_not_fit_are_refused(folders, tmp_path, fault):
             rows = cross_validate.read(folders[0])
             cross_validate.check([[r for r in rows if r[key] == value]])
     assert error.value.exit_code == USAGE
+
+
+def test_rows_left_out_and_starts_that_differ_are_told(tmp_path, capsys):
+    folder = part(tmp_path / "a", real_scans.FOLDS[0], 5.0, 4.0)
+    path = folder / compare_peers.RESULTS
+    rows = json.loads(path.read_text())["rows"]
+    rows[0]["start"], rows[1]["start"], rows[2]["start"] = [[1]], [[2]], [[1]]
+    path.write_text(json.dumps({"rows": rows}))
+    assert len(cross_validate.read(folder)) == len(rows) - 2
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and told[0].endswith(
+        "left out: ours: affine, liver: exit code 1"
+    )
+    assert f"{rows[0]['pair']}: 2 different affines" in told[1]
