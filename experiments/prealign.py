@@ -65,7 +65,7 @@ def prealign(
     # Pairs of one folder are found by one search.
     asked += f", search {affine.ALGORITHM}"
     notes = _notes(Path(root), asked, done)
-    now = pairs.volume_digests(dataset.index)
+    now, before = pairs.volume_digests(dataset.index), notes.get("volumes", {})
     wanted = [pair for split in pairs.SPLITS for pair in dataset.pairs(split)]
     todo = [pair for pair in wanted if _key(volumes, pair) not in done]
     see = _seer(dataset, extractor) if extractor else None
@@ -77,17 +77,18 @@ def prealign(
         notes["pairs"][key] = name + (f"; {warning}" if warning else "")
         used[name] += 1
         if i % _SAVE_EVERY == _SAVE_EVERY - 1:
-            _save(Path(root), notes, done)
-    if todo or notes.get("volumes") != now:
-        _save(Path(root), notes | {"volumes": now}, done)
+            _save(Path(root), notes | {"volumes": now | before}, done)
+    if todo or before != before | now:
+        for volumes in (now | before, before | now):
+            _save(Path(root), notes | {"volumes": volumes}, done)
     return used
 
 
 def _save(root: Path, notes: dict, done: dict) -> None:
     """Notes first: they may name a pair too many, never one too few.
 
-    Of which volumes they are comes last: until all are aligned anew, those that were
-    before are refused.
+    Digests of volumes as they were before stay until all are aligned anew, so that what
+    is left of then is refused; those of volumes that are gone stay for their return.
     """
     store.write_json(root / store.ALIGN_NOTES_NAME, notes)
     store.write_json(root / store.ALIGN_NAME, done)

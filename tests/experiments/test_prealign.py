@@ -1,0 +1,102 @@
+"""Alignments of a folder say of which volumes they are, whenever a run was stopped."""
+
+import numpy as np
+import pytest
+
+from data_pipeline import loader, store, synthetic
+from experiments import prealign
+from unireg_jax.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three chests: six pairs."""
+    return synthetic.write_dataset(
+        tmp_path,
+        shape=(8, 6, 7),
+        spacing_mm=50.0,
+        subjects_per_task=3,
+        tasks=("chest",),
+    )
+
+
+@pytest.fixture
+def align(monkeypatch):
+    """Aligns at once, by a given shift in voxels; stops after some pairs."""
+
+    def run(root, shift=0.0, stop_after=6, save_every=1):
+        left = iter(range(stop_after))
+
+        def found(*_):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            matrix = np.eye(4)
+            matrix[0, 3] = shift
+            return matrix, "none", ""
+
+        monkeypatch.setattr(prealign, "_align", found)
+        monkeypatch.setattr(prealign, "_SAVE_EVERY", save_every)
+        return prealign.prealign(root).total()
+
+    return run
+
+
+def _move(root):
+    """The first volume is prepared anew, on another grid."""
+    index = store.read_index(root)
+    index["volumes"][0]["vox2world"][0][3] += 1.0
+    store.write_index(root, index)
+    return index["volumes"][0]["id"]
+
+
+def _is_refused(root):
+    with pytest.raises(UserError, match="run experiments.prealign again"):
+        loader.Dataset(root)
+    return True
+
+
+def test_stopped_first_run_knows_its_volumes(root, align):
+    with pytest.raises(KeyboardInterrupt):
+        align(root, stop_after=4)
+    assert len(loader.Dataset(root).alignments) == 4
+    first = _move(root)
+    assert _is_refused(root)
+    align(root, shift=2.0)
+    for key, matrix in loader.Dataset(root).alignments.items():
+        assert matrix[0, 3] == 2.0 or first not in key.split("|")
+
+
+def test_volume_that_was_gone_and_came_back_another_is_aligned_anew(root, align):
+    assert align(root) == 6
+    index = store.read_index(root)
+    store.write_index(root, index | {"volumes": index["volumes"][1:]})
+    assert align(root) == 0
+    store.write_index(root, index)
+    assert len(loader.Dataset(root).alignments) == 6
+    _move(root)
+    assert _is_refused(root)
+    assert align(root) == 4
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_run_killed_between_writes_leaves_no_stale_alignment(
+    root, align, monkeypatch, writes
+):
+    align(root)
+    first = _move(root)
+    plain, left = store.write_json, iter(range(writes))
+
+    def write(path, value):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        plain(path, value)
+
+    monkeypatch.setattr(store, "write_json", write)
+    with pytest.raises(KeyboardInterrupt):
+        align(root, shift=2.0, save_every=20)
+    if writes < 3:
+        assert _is_refused(root)
+    else:
+        found = loader.Dataset(root).alignments
+        shifts = [m[0, 3] for key, m in found.items() if first in key.split("|")]
+        assert shifts == 4 * [2.0]
