@@ -205,7 +205,8 @@ def _duplicates(scans: Sequence[_Result]) -> list[Finding]:
     for group in groups.values():
         first = group[0]
         for other in group[1:]:
-            same_file = first["sha256"].get("image") == other["sha256"].get("image")
+            digests = [scan["sha256"].get("image") for scan in (first, other)]
+            same_file = digests[0] is not None and digests[0] == digests[1]
             got = "the same file" if same_file else "the same voxels, another file"
             got += f" as {first['id']}"
             where = f"{first['subject']} and {other['subject']}"

@@ -51,7 +51,7 @@ def examine(record: Record) -> dict[str, Any]:
     image = None
     try:
         image = sources.read_scan(record)
-        result["sha256"] = sources.digests(record)
+        result["sha256"] = _digests(record)
     except UserError as error:
         found.append(findings.from_error(record.id, "image", error, record.image))
     except OSError as error:  # it vanished or broke after it had been read
@@ -108,6 +108,20 @@ def value_digest(data: np.ndarray) -> str | None:
     digest = hashlib.sha256(str(sorted(data.shape)).encode())
     digest.update(np.ascontiguousarray(values))
     return digest.hexdigest()[:16]
+
+
+def _digests(record: Record) -> dict[str, str]:
+    """Of all files; of the image alone where another cannot be read, as is told there.
+
+    Raises:
+        UserError: the image cannot be read.
+    """
+    try:
+        return sources.digests(record)
+    except UserError:
+        return sources.digests(
+            record._replace(labels=None, masks=(), roi=None, points=None)
+        )
 
 
 def _unreadable(name: str, what: str, error: OSError) -> Finding:
@@ -319,12 +333,13 @@ def _examine_labels(
     found = result["findings"]
     structures: dict[str, _Structure] = {}
     unknown: list[int] = []
+    labels = None
+    table = record.label_map or ()
     fits = image is not None
     if record.labels is not None:
         labels, same = _read_labels(record, record.labels, "labels", image, found)
         if labels is not None:
             ids, codes = _compact(labels.data)
-            table = record.label_map or ()
             structures = _measure(table, ids, labels._replace(data=codes), image, same)
             unknown = sorted(set(ids.tolist()) - {0} - {i for i, _ in table})
         fits &= same
@@ -333,6 +348,10 @@ def _examine_labels(
         masks.setdefault(name, []).append(path)
     for name, paths in masks.items():
         marked = None
+        raw_ids = [raw_id for raw_id, other in table if other == name]
+        if labels is not None and raw_ids:  # the structure is both together
+            drawn = np.isin(labels.data, raw_ids)
+            marked = labels._replace(data=drawn.astype(np.uint16))
         for path in paths:
             mask, same = _read_labels(record, path, f"mask of {name}", image, found)
             fits &= same

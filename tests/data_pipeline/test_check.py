@@ -325,6 +325,21 @@ def test_masks_are_looked_at_like_a_label_map(phantoms, folder):
     assert sizes["liver"] == (scan.labels == scan.label_names.index("liver") + 1).sum()
 
 
+def test_mask_and_label_map_are_one_structure(phantoms, folder):
+    scan = phantoms[0]
+    number = scan.label_names.index("liver") + 1
+    liver = scan.labels == number
+    drawn = liver & (
+        np.arange(SHAPE[0])[:, None, None] < np.argwhere(liver)[:, 0].mean()
+    )
+    _write(folder, "a0", None, np.where(drawn, 0, scan.labels), scan.vox2world)
+    nifti.write_volume(folder / "l.nii.gz", drawn.astype(np.uint8), scan.vox2world)
+    _rows(folder, lambda rows: rows[0].update(masks={"liver": "l.nii.gz"}))
+    report = _check(folder)
+    assert report["scans"][0]["labels"]["voxels"]["liver"] == liver.sum()
+    assert _found(report, "a0") == []
+
+
 def test_landmarks_and_roi_are_looked_at(phantoms, folder):
     (folder / "p.csv").write_text("x,y,z\n0,0,0\n999,0,0\n")
     (folder / "q.csv").write_text("x,y,z\n0,zero,0\n")
@@ -475,6 +490,21 @@ def test_one_picture_twice_is_found_whatever_its_header(phantoms, folder):
         found["turned"].got
     )
     assert check.exit_code(report) == PARTLY
+
+
+def test_one_picture_without_digests_is_not_called_one_file():
+    scan = {"id": "a", "task": "lung", "subject": "s", "split": "train"}
+    scan |= {"voxels": "v", "sha256": {}}
+    (finding,) = check._duplicates([scan, scan | {"id": "b"}])
+    assert finding.got == "the same voxels, another file as a"
+
+
+def test_missing_labels_are_told_of_the_labels(folder):
+    (folder / "a0_label.nii.gz").unlink()
+    report = _check(folder)
+    (finding,) = _found(report, "a0")
+    assert (finding.what, finding.reason) == ("labels", "not_found")
+    assert report["scans"][0]["sha256"].keys() == {"image"}
 
 
 def test_value_digest_is_blind_to_axes_alone(phantoms):
