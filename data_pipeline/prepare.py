@@ -43,7 +43,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.tasks import TASKS, PairType
 
 # Raise it when the same source would now give other arrays: everything is made again.
-CODE_VERSION = 1
+CODE_VERSION = 2
 RECORDS_NAME = "records"
 
 _Result = dict[str, Any]
@@ -212,9 +212,9 @@ def _by_task(
 def _write_points(out: Path, index: dict[str, Any]) -> None:
     """Landmark tables of all pairs that have them; counts that differ warn."""
     volumes = index["volumes"]
-    if not any("points" in volume for volume in volumes):
-        return
-    store.make_folders(out, store.POINTS_NAME)
+    folder, written = out / store.POINTS_NAME, set()
+    if any("points" in volume for volume in volumes):
+        store.make_folders(folder)
     for pair in (p for split in SPLITS for p in make_pairs(index, split)):
         fixed, moving = volumes[pair.fixed], volumes[pair.moving]
         if "points" not in fixed or "points" not in moving:
@@ -227,7 +227,20 @@ def _write_points(out: Path, index: dict[str, Any]) -> None:
         name = f"{fixed['id']}__{moving['id']}.csv"
         names = [str(i) for i in range(1, len(a) + 1)]
         table = points.PointPairs(names, a, b)
-        points.write_points(out / store.POINTS_NAME / name, table)
+        points.write_points(folder / name, table)
+        written.add(name)
+    for path in folder.glob("*__*.csv"):  # of an earlier run
+        if path.name not in written:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise UserError(
+            "storage", f"{nifti.shown(path)}: {error.strerror}; remove it", STORAGE
+        ) from error
 
 
 # --- one scan ---
@@ -384,22 +397,24 @@ def grid_arguments(
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return _numbers(text, int)
+    return _numbers(text, int, above=1)
 
 
 def _lengths(text: str) -> tuple[float, ...]:
     return _numbers(text, float)
 
 
-def _numbers(text: str, kind: type) -> tuple:
-    """One or three positive numbers; argparse reports anything else."""
+def _numbers(text: str, kind: type, *, above: int = 0) -> tuple:
+    """One or three numbers above a limit; argparse reports anything else."""
     try:
         values = tuple(kind(part) for part in text.split(","))
     except ValueError:
         values = ()
     values = values * 3 if len(values) == 1 else values
-    if len(values) != 3 or not all(0 < v < math.inf for v in values):
-        raise argparse.ArgumentTypeError(f"one or three positive numbers, got {text!r}")
+    if len(values) != 3 or not all(above < v < math.inf for v in values):
+        raise argparse.ArgumentTypeError(
+            f"one or three numbers above {above}, got {text!r}"
+        )
     return values
 
 

@@ -180,9 +180,17 @@ def _other_map(out, rows):
     rows[0]["label_map"] = str(table)
 
 
+def _older_code(out, rows):
+    path = out / "records" / f"{rows[0]['id']}.json"
+    record = json.loads(path.read_text())
+    record["source"]["code"] = 1
+    path.write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        (_older_code, ["done", "skipped"]),
         (_other_spec, ["done", "done"]),
         (_torn_array, ["done", "skipped"]),
         (_missing_array, ["done", "skipped"]),

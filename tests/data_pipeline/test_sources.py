@@ -182,6 +182,22 @@ def test_landmarks_of_a_pair_can_be_evaluated(scans, tmp_path):
     assert [p.name for p in (out / "points").iterdir()] == ["a__b.csv"]
 
 
+def test_landmarks_of_an_earlier_run_go(scans, tmp_path):
+    out = tmp_path / "out"
+    rows = [_row(name, "p", points=f"{name}.csv") for name in "ab"]
+    bare = [_row(name, "p") for name in "ab"]
+    for listed, pair, expected in (
+        (rows, ["a", "b"], {"a__b.csv", "own.csv"}),
+        (rows, ["b", "a"], {"b__a.csv", "own.csv"}),
+        (bare, ["b", "a"], {"own.csv"}),
+    ):
+        found = manifest.collect(_manifest(scans, listed, [pair]))
+        store.make_folders(out, "points")
+        (out / "points" / "own.csv").write_text("of the user")
+        prepare.prepare(found.records, out, SPEC, pairs=found.pairs)
+        assert {p.name for p in (out / "points").iterdir()} == expected
+
+
 def test_landmarks_that_do_not_correspond_warn(scans, tmp_path):
     (scans / "b.csv").write_text("1,2,3\n")
     rows = [_row(name, "p", points=f"{name}.csv") for name in "ab"]
