@@ -1,6 +1,7 @@
 """Pairs made on the fly, without end: phantoms, painted label maps, deformed scans.
 
 Each source is a grain data source: element k is a function of its seed and k alone.
+Its `version` is raised when the same arguments would now give other pairs.
 `make_iterator` turns one into the batches that training consumes, as `loader` does with
 a prepared folder; `data_pipeline.synthesize` writes elements to such a folder.
 """
@@ -72,6 +73,7 @@ class PhantomPairs:
     """Phantoms: two phases or breaths of one subject, or two subjects."""
 
     kind = "phantoms"
+    version = 1
 
     def __init__(self, task: str, spec: PreprocessSpec, *, seed: int, known: bool):
         """Describes the pairs.
@@ -115,6 +117,7 @@ class PaintedPairs:
     """CT painted from label maps, each of which is deformed anew in every element."""
 
     kind = "painted"
+    version = 2  # of 1, tasks shared their random numbers
 
     def __init__(
         self,
@@ -156,17 +159,17 @@ class PaintedPairs:
 
     def __repr__(self) -> str:
         return (
-            f"PaintedPairs({self.task}, seed={self.seed}, known={self.known}, "
-            f"maps={self._digest})"
+            f"PaintedPairs({self.task}, version={self.version}, seed={self.seed}, "
+            f"known={self.known}, maps={self._digest})"
         )
 
     @functools.cached_property
     def _digest(self) -> str:
-        """Of all maps, which may have to be read for it."""
-        return _digest(*(m.labels for m in self._maps))
+        """Of names and all maps, which may have to be read for it."""
+        return _digest(self.label_names, *(m.labels for m in self._maps))
 
     def __getitem__(self, k: int) -> ScanPair:
-        rng = _rng("painted", self.seed, k)
+        rng = _rng(f"painted/{self.task}", self.seed, k)
         chosen = rng.permutation(len(self._maps))[:2]
         if not self.known:
             fixed, moving = (self._patient(self._maps[i], rng) for i in chosen[[0, -1]])
@@ -238,6 +241,7 @@ class DeformedPairs:
     """Scans and deformed copies of them."""
 
     kind = "deformed"
+    version = 2  # of 1, tasks shared their random numbers
     known = True
 
     def __init__(
@@ -273,12 +277,16 @@ class DeformedPairs:
         return sys.maxsize
 
     def __repr__(self) -> str:
-        return f"DeformedPairs({self.task}, seed={self.seed}, scans={self._digest})"
+        return (
+            f"DeformedPairs({self.task}, version={self.version}, seed={self.seed}, "
+            f"scans={self._digest})"
+        )
 
     @functools.cached_property
     def _digest(self) -> str:
-        """Of all scans, which may have to be read for it."""
-        return _digest(*(part for s in self._scans for part in (s.hu, s.labels)))
+        """Of names and all scans, which may have to be read for it."""
+        parts = (part for s in self._scans for part in (s.hu, s.labels))
+        return _digest(self.label_names, *parts)
 
     def __getitem__(self, k: int) -> ScanPair:
         # Every scan in turn: all are used equally often.
@@ -287,7 +295,7 @@ class DeformedPairs:
             scan.hu,
             scan.labels,
             spacing_mm=self.spec.spacing_mm,
-            rng=_rng("deformed", self.seed, k),
+            rng=_rng(f"deformed/{self.task}", self.seed, k),
             breathing=TASKS[self.task].region != Region.HEADNECK,
         )
         fixed = Scan(made.fixed, made.fixed_labels, "deformed")
@@ -358,7 +366,7 @@ def read_maps(
 
     Raises:
         UserError: a file cannot be read, or `label_set`: it holds none of the names
-            (exit code 4), or there are more than 255 (2).
+            (exit code 4), the grid shows none of them, or there are more than 255 (2).
     """
     vocabulary, lookup = _vocabulary(names)
     maps = []
@@ -376,8 +384,11 @@ def read_maps(
         vox2world = np.diag([*spec.spacing_mm, 1.0])
         half = vox2world[:3, :3] @ ((np.array(spec.shape) - 1) / 2)
         vox2world[:3, 3] = (volume.vox2world @ middle)[:3] - half
-        grid = preprocess.Grid(spec.shape, vox2world)
-        maps.append(LabelMap(preprocess.prepare_labels(volume, grid), Path(path).name))
+        labels = preprocess.prepare_labels(
+            volume, preprocess.Grid(spec.shape, vox2world)
+        )
+        _check_shown(labels, nifti.shown(path), spec)
+        maps.append(LabelMap(labels, Path(path).name))
     return maps, vocabulary
 
 
@@ -396,6 +407,7 @@ def phantom_maps(
         The maps, and the task's vocabulary.
 
     Raises:
+        UserError: `label_set`, exit code 2: the grid shows no organ.
         ValueError: unknown task.
     """
     grid = dict(shape=spec.shape, spacing_mm=spec.spacing_mm)
@@ -403,6 +415,8 @@ def phantom_maps(
         synthetic.phantom(task, seed=_number(seed, k), **grid) for k in range(count)
     ]
     named = [LabelMap(made.labels, f"phantom {k}") for k, made in enumerate(maps)]
+    for labels, name in named:
+        _check_shown(labels, name, spec)
     return named, synthetic.label_names(task)
 
 
@@ -520,8 +534,19 @@ def _renamed(labels: np.ndarray, lookup: np.ndarray) -> np.ndarray:
     return lookup[labels]
 
 
-def _digest(*arrays: np.ndarray) -> str:
-    whole = hashlib.sha256()
+def _check_shown(labels: np.ndarray, name: str, spec: PreprocessSpec) -> None:
+    """Refuses a map of which the grid shows nothing: there is nothing to paint."""
+    if not labels.any():
+        raise UserError(
+            "label_set",
+            f"{name}: a structure on the grid of {spec.shape} at {spec.spacing_mm} mm "
+            "expected, none left; give another --shape or --spacing",
+            USAGE,
+        )
+
+
+def _digest(names: Sequence[str], *arrays: np.ndarray) -> str:
+    whole = hashlib.sha256(repr(tuple(names)).encode())
     for array in arrays:
         whole.update(np.ascontiguousarray(array).tobytes())
     return whole.hexdigest()[:12]

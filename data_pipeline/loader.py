@@ -233,12 +233,14 @@ class Stream(NamedTuple):
         label_names: of its ids, id i + 1 is the i-th; for flips.
         draw: number -> PairBatch without the batch axis, a function of the number
             alone; its `pair` does not count.
+        version: of what it draws; a run of another one does not go on.
     """
 
     name: str
     share: float
     label_names: tuple[str, ...]
     draw: Callable[[int], PairBatch]
+    version: int = 1
 
 
 class PairIterator(grain.DatasetIterator):
@@ -264,9 +266,9 @@ class PairIterator(grain.DatasetIterator):
         """Goes to a state.
 
         Raises:
-            UserError: `checksum`, exit code 10, when the prepared data are others;
-                `schema`, exit code 2, when split, seed, weights, batch size or
-                augmentation are.
+            UserError: `checksum`, exit code 10, when the prepared data are others, or
+                what draws the made pairs; `schema`, exit code 2, when split, seed,
+                weights, batch size or augmentation are.
         """
         if state.get("data", self._settings["data"]) != self._settings["data"]:
             raise UserError(
@@ -285,6 +287,14 @@ class PairIterator(grain.DatasetIterator):
                 "schema",
                 f"data stream: {'; '.join(other)}; resume with the settings of the run",
                 USAGE,
+            )
+        versions = self._settings.get("versions")
+        if "data" in state and state.get("versions") != versions:
+            raise UserError(
+                "checksum",
+                f"made pairs: versions {state.get('versions')} when the run began, now "
+                f"{versions}: another release drew other pairs; start a new run",
+                DATA_CHANGED,
             )
         self._parent.set_state({"next_index": int(state["next_index"])})
 
@@ -380,6 +390,9 @@ def make_iterator(
         "global_batch_size": batch_size * shard[1],
         "augment": augment._asdict() if augment is not None and augment.on else None,
     }
+    # States that were saved before there were versions are of the first.
+    if versions := {s.name: s.version for s in streams if s.version > 1}:
+        settings["versions"] = versions
     return PairIterator(iter(batches.to_iter_dataset(options)), settings)
 
 

@@ -17,10 +17,12 @@ and, where the source has them, for evaluation (the loader does not read them):
 Every file appears whole or not at all: temporary file beside it, fsync, rename.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,36 @@ def make_folders(root: Path | str, *names: str) -> Path:
             "storage", f"{root.name}: {error.strerror}; give another --out", STORAGE
         ) from error
     return root
+
+
+@contextlib.contextmanager
+def made_folder(root: Path | str) -> Iterator[Path]:
+    """Holds a folder to be written: a new one, or one of made pairs, to be replaced.
+
+    Args:
+        root: the folder; made if absent.
+
+    Yields:
+        root as a Path.
+
+    Raises:
+        UserError: `schema`, exit code 2: scans were prepared there, which took other
+            files and perhaps hours; `storage`, 2, when another run holds it; see
+            `make_folders` and `read_index`.
+    """
+    root = make_folders(root)
+    with lock(root):
+        volumes = read_index(root)["volumes"] if (root / INDEX_NAME).exists() else []
+        for volume in volumes:
+            if not {"generated", "phantom"} & set(volume.get("source", {})):
+                raise UserError(
+                    "schema",
+                    f"{nifti.shown(root.name)}: a new folder or one of made pairs "
+                    f"expected, got one of prepared scans ({volume['id']}); give "
+                    "another --out",
+                    USAGE,
+                )
+        yield root
 
 
 def write_atomic(path: Path | str, content: bytes) -> None:

@@ -66,6 +66,7 @@ def make_streams(
                 share=shares[kind] * weights[task] / total,
                 label_names=source.label_names,
                 draw=_drawer(source),
+                version=source.version,
             )
             for task, source in sources.items()
         ]

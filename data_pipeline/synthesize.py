@@ -13,7 +13,7 @@ holds what relates its scans, both ways; `read_field` reads it.
 
 import argparse
 import io
-import json
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import tqdm
 
 from data_pipeline import generate, store
+from data_pipeline.datasets import manifest
 from data_pipeline.prepare import grid_arguments
 from unireg_jax.errors import DATA_CHANGED, USAGE, UserError, tell
 from unireg_jax.imaging.preprocess import PreprocessSpec
@@ -39,9 +40,10 @@ def write_pairs(
     """Writes pairs as a prepared folder.
 
     Args:
-        out: folder; made if absent.
-        sources: split -> source: all of one task, kind and vocabulary. With "val",
-            every fourth pair goes there.
+        out: folder; made if absent. One of made pairs is written anew.
+        sources: split -> source: all of one task, kind and vocabulary, each of its own
+            seed. With "val", every fourth pair goes there. A split takes the elements
+            of its source from 0 on.
         count: pairs.
 
     Returns:
@@ -49,26 +51,36 @@ def write_pairs(
         [X, Y, Z, 3] float16 voxels (to 0.01).
 
     Raises:
-        ValueError: count below 1, no "train", sources that differ.
-        UserError: `storage`, exit code 6.
+        ValueError: count below 1, no "train", sources that differ or share a seed.
+        UserError: `storage`, exit code 6; see `store.made_folder`.
     """
     described = {(s.task, s.kind, s.label_names, s.spec) for s in sources.values()}
-    if count < 1 or "train" not in sources or len(described) != 1:
+    apart = len({s.seed for s in sources.values()}) == len(sources)
+    if count < 1 or "train" not in sources or len(described) != 1 or not apart:
         raise ValueError(
             "count must be at least 1 and sources of one task, kind, vocabulary and "
-            f"grid, train among them, got {count} and {sorted(sources)}"
+            "grid, each of its own seed, train among them, got "
+            f"{count} and {sorted(sources)}"
         )
+    with store.made_folder(out):
+        _write_pairs(out, sources, count)
+    return Path(out)
+
+
+def _write_pairs(out: Path | str, sources, count: int) -> None:
+    """As write_pairs, in a folder that is held."""
     first = sources["train"]
     store.make_folders(out, store.VOLUMES_NAME)
     volumes: list[dict[str, Any]] = []
     known: dict[str, str] = {}
     listed: dict[str, list[list[str]]] = {split: [] for split in sources}
-    numbers = range(count)
+    elements = {split: itertools.count() for split in sources}
     quiet = not sys.stderr.isatty()
-    for k in tqdm.tqdm(numbers, desc=first.kind, unit="pair", disable=quiet):
+    for k in tqdm.tqdm(range(count), desc=first.kind, unit="pair", disable=quiet):
         split = "val" if "val" in sources and k % 4 == 3 else "train"
-        pair = sources[split][k]
-        ids = _write_scans(out, sources[split], pair, k, split, volumes)
+        element = next(elements[split])
+        pair = sources[split][element]
+        ids = _write_scans(out, sources[split], pair, k, element, split, volumes)
         if pair.disp_fm is not None:
             listed[split] += [ids, ids[::-1]]
             for (one, other), disp in zip(
@@ -85,7 +97,6 @@ def write_pairs(
         # Two copies of one scan make a pair; scans of other pairs do not.
         index |= {"pairs": {first.task: listed}, "fields": known}
     store.write_index(out, index)
-    return Path(out)
 
 
 def read_field(root: Path | str, fixed_id: str, moving_id: str) -> np.ndarray:
@@ -116,7 +127,9 @@ def read_field(root: Path | str, fixed_id: str, moving_id: str) -> np.ndarray:
     return np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
 
 
-def _write_scans(out, source, pair, k: int, split: str, volumes: list) -> list[str]:
+def _write_scans(
+    out, source, pair, k: int, element: int, split: str, volumes: list
+) -> list[str]:
     """Writes both scans of a pair and gives their ids."""
     spec = source.spec
     vox2world = np.diag([*spec.spacing_mm, 1.0])
@@ -136,7 +149,11 @@ def _write_scans(out, source, pair, k: int, split: str, volumes: list) -> list[s
                 "group": scan.kind,
                 **store.write_volume(out, volume_id, scan.hu, labels),
                 "vox2world": vox2world.tolist(),
-                "source": {"generated": repr(source), "element": k, "scan": place},
+                "source": {
+                    "generated": repr(source),
+                    "element": element,
+                    "scan": place,
+                },
             }
         )
         ids.append(volume_id)
@@ -158,22 +175,25 @@ def _write_field(out, fixed_id: str, moving_id: str, disp: np.ndarray) -> str:
 def _sources(options: argparse.Namespace) -> dict[str, generate.Source]:
     """The sources of each split; label maps and scans never serve two."""
     spec = PreprocessSpec(shape=options.shape, spacing_mm=options.spacing)
-    task, seed, known = options.task, options.seed, options.known
+    task, known = options.task, options.known
     names = _read_names(options)
     if options.kind == "phantoms":
-        source = generate.PhantomPairs(task, spec, seed=seed, known=known)
-        return _split(options.count, [source] * 4, lambda items: items[0])
+        return _split(
+            options,
+            [None] * 4,  # enough for a val
+            lambda _, seed: generate.PhantomPairs(task, spec, seed=seed, known=known),
+        )
     if options.kind == "painted":
         if options.labels:
             maps, vocabulary = generate.read_maps(options.labels, names, spec)
         else:
             maps, vocabulary = generate.phantom_maps(
-                task, spec, count=_PHANTOM_MAPS, seed=seed
+                task, spec, count=_PHANTOM_MAPS, seed=options.seed
             )
         return _split(
-            options.count,
+            options,
             maps,
-            lambda some: generate.PaintedPairs(
+            lambda some, seed: generate.PaintedPairs(
                 task, spec, some, vocabulary, seed=seed, known=known
             ),
         )
@@ -181,18 +201,26 @@ def _sources(options: argparse.Namespace) -> dict[str, generate.Source]:
         options.scans, spec, label_paths=options.labels, names=names
     )
     return _split(
-        options.count,
+        options,
         scans,
-        lambda some: generate.DeformedPairs(task, spec, some, vocabulary, seed=seed),
+        lambda some, seed: generate.DeformedPairs(
+            task, spec, some, vocabulary, seed=seed
+        ),
     )
 
 
-def _split(count: int, items: list, make) -> dict[str, generate.Source]:
-    """Of four items or more, every fourth is kept for val, if count is 4 or more."""
-    if count < 4 or len(items) < 4:
-        return {"train": make(items)}
+def _split(
+    options: argparse.Namespace, items: list, make
+) -> dict[str, generate.Source]:
+    """Of four items or more, every fourth is kept for val, if count is 4 or more.
+
+    Train has twice the seed, val the next: no random number serves two splits or seeds.
+    """
+    seed = 2 * options.seed
+    if options.count < 4 or len(items) < 4:
+        return {"train": make(items, seed)}
     rest = [item for i, item in enumerate(items) if i % 4 != 3]
-    return {"train": make(rest), "val": make(items[3::4])}
+    return {"train": make(rest, seed), "val": make(items[3::4], seed + 1)}
 
 
 def _read_names(options: argparse.Namespace) -> dict[int, str]:
@@ -210,20 +238,12 @@ def _read_names(options: argparse.Namespace) -> dict[int, str]:
             f"{places[0].name}: names of the labels expected, none found; give --names",
             USAGE,
         )
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        names = {int(k): str(v) for k, v in table.items() if k.isdigit() and int(k)}
-    except (ValueError, AttributeError) as error:
+    # Of an id with several names the first: a voxel is painted once.
+    names = dict(reversed(manifest.read_label_map(path)))
+    if not names:
         raise UserError(
             "schema",
-            f'{path.name}: {{"1": "liver", …}} expected, not readable as such; mend it',
-            USAGE,
-        ) from error
-    if not names or max(names) >= 2**16:
-        raise UserError(
-            "schema",
-            f"{path.name}: ids from 1 to 65535 expected, got {max(names, default=0)} "
-            "at most; mend it",
+            f"{path.name}: a structure expected, got background alone; list the ids",
             USAGE,
         )
     return names
@@ -271,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None: those of the process.
 
     Returns:
-        Exit code: 0, 2 (usage), 4 (a file cannot be used), 6 (storage).
+        Exit code: 0, 2 (usage), 4 (a file cannot be used), 6 (storage), 9 or 10 (the
+        index in --out cannot be read).
     """
     parser = _parser()
     options = parser.parse_args(argv)

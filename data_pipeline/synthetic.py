@@ -290,7 +290,7 @@ def write_dataset(
     Also a command: `python -m data_pipeline.synthetic --out DIR`.
 
     Args:
-        out: folder; made if absent.
+        out: folder; made if absent. The caller holds it; see `store.made_folder`.
         shape, spacing_mm: the network grid.
         subjects_per_task: of n, n // 4 (at least 2 if n >= 4) go to val, as many to
             test if n >= 6, the rest to train.
@@ -517,7 +517,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None: those of the process.
 
     Returns:
-        Exit code: 0, 2 (usage), 6 (storage).
+        Exit code: 0, 2 (usage), 6 (storage), 9 or 10 (the index in --out cannot be
+        read).
     """
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.synthetic",
@@ -543,14 +544,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--subjects must be at least 1 and --seed at least 0")
     write = write_nifti if options.nifti else write_dataset
     try:
-        made = write(
-            options.out,
-            shape=options.shape,
-            spacing_mm=options.spacing,
-            subjects_per_task=options.subjects,
-            seed=options.seed,
-            tasks=tasks,
-        )
+        with store.made_folder(options.out):
+            made = write(
+                options.out,
+                shape=options.shape,
+                spacing_mm=options.spacing,
+                subjects_per_task=options.subjects,
+                seed=options.seed,
+                tasks=tasks,
+            )
     except UserError as error:
         tell(f"error: {error.reason}: {error}")
         return error.exit_code

@@ -128,6 +128,17 @@ def test_another_mixture_is_refused_on_resume(dataset):
         other.set_state(state)
 
 
+def test_pairs_that_another_release_drew_are_refused(dataset):
+    iterator = _make(dataset)
+    state = iterator.get_state()
+    del state["versions"]  # as it was saved before there were any
+    with pytest.raises(UserError, match="made pairs: versions None when") as caught:
+        iterator.set_state(state)
+    assert caught.value.exit_code == DATA_CHANGED
+    # Phantoms are those of before: their runs go on.
+    assert "versions" not in _make(dataset, {"phantoms": 1.0}).get_state()
+
+
 def test_no_stream_is_the_plain_order(dataset):
     off = streams.make_streams(dataset, dict.fromkeys(SHARES, 0.0), WEIGHTS, seed=3)
     assert off == ()

@@ -1,5 +1,7 @@
 """Made pairs: streams and folders that training reads, with the fields beside them."""
 
+import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -61,6 +63,15 @@ def test_source_element_depends_on_seed_and_number_alone(kind, files):
     np.testing.assert_array_equal(first.disp_fm, again.disp_fm)
     for changed in (other, next_seed):
         assert np.mean(first.fixed.hu != changed.fixed.hu) > 0.1
+
+
+@pytest.mark.parametrize("kind", ("painted", "deformed"))
+def test_source_of_another_task_or_vocabulary_is_another(kind, files):
+    one, other = (_source(kind, files, task=task) for task in ("abdomen", "chest"))
+    assert np.mean(one[3].disp_fm != other[3].disp_fm) > 0.9
+    renamed = copy.copy(one)
+    renamed.label_names = one.label_names[::-1]
+    assert repr(renamed) != repr(one)
 
 
 @pytest.mark.parametrize("kind", synthesize.KINDS)
@@ -190,9 +201,55 @@ def test_command_keeps_every_fourth_pair_for_val(tmp_path):
     assert [len(dataset.pairs(s)) for s in ("train", "val", "test")] == [6, 2, 0]
 
 
+def test_every_scan_is_used_and_no_field_twice(tmp_path):
+    spec = PreprocessSpec((8, 6, 7), (12.0, 13.0, 12.5))
+    nothing = np.zeros(spec.shape, np.uint8)
+    scans = [generate.Scan(nothing.astype(np.int16) + i, nothing, "") for i in range(8)]
+    sources = synthesize._split(
+        argparse.Namespace(count=8, seed=3),
+        scans,
+        lambda some, seed: generate.DeformedPairs("chest", spec, some, seed=seed),
+    )
+    synthesize.write_pairs(tmp_path, sources, 8)
+    index = store.read_index(tmp_path)
+    used = {"train": [], "val": []}
+    for volume in index["volumes"]:
+        source, hu = volume["source"], store.read_array(tmp_path, volume, "image")
+        assert source["generated"] == repr(sources[volume["split"]])
+        pair = sources[volume["split"]][source["element"]]
+        np.testing.assert_array_equal(hu, getattr(pair, source["scan"]).hu)
+        if source["scan"] == "moving":
+            used[volume["split"]].append(int(hu.max()))
+    assert used == {"train": [0, 1, 2, 4, 5, 6], "val": [3, 7]}
+    found = {(tmp_path / name).read_bytes() for name in index["fields"].values()}
+    assert len(found) == 16
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (synthesize.main, ["--kind", "phantoms", "--task", "lung", "--count", "1"]),
+        (synthetic.main, ["--tasks", "lung", "--subjects", "1"]),
+    ],
+)
+def test_command_replaces_made_pairs_alone(command, options, tmp_path, capsys):
+    options = [*options, "--out", str(tmp_path), "--shape", "6,5,7", "--spacing", "60"]
+    assert [command(options), command(options)] == [0, 0]
+    with store.lock(tmp_path):
+        assert command(options) == 2
+    assert "another run is writing to it" in capsys.readouterr().err
+    index = store.read_index(tmp_path)
+    index["volumes"][1] |= {"id": "a", "source": {"sha256": {}}}
+    store.write_index(tmp_path, index)
+    assert command(options) == 2
+    assert "prepared scans (a); give another --out" in capsys.readouterr().err
+    assert store.read_index(tmp_path) == index
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
+        (["--kind", "phantoms", "--shape", "1"], "--shape: one or three numbers above"),
         (["--kind", "deformed"], "needs --scans"),
         (["--kind", "phantoms", "--scans", "x.nii"], "--scans goes with"),
         (["--kind", "phantoms", "--labels", "x.nii"], "--labels goes with"),
@@ -214,6 +271,8 @@ def test_command_refuses_names_that_do_not_fit(files, tmp_path, capsys):
     for text, code, reason in (
         ("[1]", 2, "schema"),
         ('{"70000": "liver"}', 2, "schema"),
+        ('{"1": null}', 2, "schema"),
+        ('{"0": "background"}', 2, "schema"),
         ('{"99": "liver"}', 4, "label_set"),
         (json.dumps({i: f"n{i}" for i in range(1, 300)}), 2, "label_set"),
     ):
@@ -222,6 +281,23 @@ def test_command_refuses_names_that_do_not_fit(files, tmp_path, capsys):
         assert synthesize.main([*common, "--names", str(names)]) == code
         assert f"error: {reason}" in capsys.readouterr().err
     assert synthesize.main([*common, "--names", str(tmp_path / "none.json")]) == 2
+    names.write_text('{"2": ["left lung", "lung"], "1": "liver"}')
+    options = argparse.Namespace(labels=[files / "map0.nii.gz"], names=names)
+    assert synthesize._read_names(options) == {1: "liver", 2: "left lung"}
+
+
+def test_command_refuses_a_grid_that_shows_no_organ(tmp_path, capsys):
+    labels = np.zeros((40, 30, 36), np.uint8)
+    labels[0, 0, 0] = labels[-1, -1, -1] = 1  # between the points of the grid
+    nifti.write_volume(tmp_path / "map.nii.gz", labels, np.eye(4))
+    (tmp_path / "labels.json").write_text('{"1": "liver"}')
+    common = ["--kind", "painted", "--task", "headneck", "--count", "1"]
+    common += ["--out", str(tmp_path / "out")]
+    maps = ["--labels", str(tmp_path / "map.nii.gz")]
+    for options in ([*GRID, *maps], ["--shape", "2", "--spacing", "2"]):
+        assert synthesize.main([*common, *options]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: label_set") and "--shape or --spacing" in told
 
 
 def test_sources_reject_bad_arguments(files):
@@ -237,6 +313,9 @@ def test_sources_reject_bad_arguments(files):
         )
     with pytest.raises(ValueError, match="count must be"):
         synthesize.write_pairs("out", {"train": _source("phantoms", files)}, 0)
+    twice = dict.fromkeys(("train", "val"), _source("phantoms", files))
+    with pytest.raises(ValueError, match="each of its own seed"):
+        synthesize.write_pairs("out", twice, 4)
 
 
 def test_every_command_of_the_docs_is_one_that_is_taken():

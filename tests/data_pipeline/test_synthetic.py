@@ -315,6 +315,9 @@ def test_command_writes_and_refuses(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         synthetic.main(["--out", out, "--tasks", "lungs", *options])
     assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        synthetic.main(["--out", out, "--shape", "1"])
+    assert stop.value.code == 2
     assert synthetic.main(["--out", f"{out}/index.json", "--nifti", *options]) == 2
 
 
