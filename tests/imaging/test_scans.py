@@ -128,6 +128,33 @@ def test_nrrd_says_how_the_patient_lay(tmp_path, space):
         assert error.value.reason == "orientation_unknown"
 
 
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("TransformMatrix = 1 0 0 0 1 0 0 0 1", "spacing"),
+        ("ElementSpacing = 2 2 3", "orientation_unknown"),
+        ("ElementSpacing = 2 2 3\nAnatomicalOrientation = ???", "orientation_unknown"),
+        ("ElementSpacing = 2 2 3\nAnatomicalOrientation = RAI", None),
+        ("ElementSpacing = 2 2 3\nTransformMatrix = -1 0 0 0 1 0 0 0 1", None),
+    ],
+)
+def test_metaimage_says_its_spacing_and_how_it_is_turned(tmp_path, lines, reason):
+    """ITK takes what is not told for 1 mm and LPS."""
+    path = tmp_path / "scan.mhd"
+    text = f"ObjectType = Image\nNDims = 3\nDimSize = 12 10 8\n{lines}\n"
+    path.write_text(text + "ElementType = MET_SHORT\nElementDataFile = scan.raw\n")
+    (tmp_path / "scan.raw").write_bytes(bytes(2 * 12 * 10 * 8))
+    if reason is None:
+        place = scans.read_labels(path).native.vox2world
+        np.testing.assert_array_equal(abs(np.diag(place)[:3]), (2, 2, 3))
+        assert np.sign(place[0, 0]) == (-1 if "= -1" in lines else 1)
+        return
+    for read in (scans.read_scan, scans.read_labels):
+        with pytest.raises(UserError, match=", got none; add it") as error:
+            read(path)
+        assert error.value.reason == reason
+
+
 @pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
 def test_a_label_map_given_as_a_scan_is_told(tmp_path, ending):
     """And no scan is: CT of water and air alone, CT that adds 1024, an MR image."""

@@ -26,6 +26,10 @@ IMAGE_IO = {
 _DATA_ENDINGS = (".raw", ".zraw", ".raw.gz", ".img")
 _LARGEST_HEADER = 1 << 16  # bytes
 _META_NAME = re.compile(rb"(?im)^\s*(ElementDataFile)\s*[=:]\s*(.*?)\s*$")
+_META_LINE = re.compile(rb"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$")
+_META_SPACING = {b"elementspacing", b"elementsize"}
+_META_TURN = {b"transformmatrix", b"rotation", b"orientation"}
+_META_LPS = b"RAI"  # from where to where: x from right to left
 _NRRD_NAME = re.compile(rb"(?im)^\s*data ?file\s*:\s*(.*?)\s*$")
 
 
@@ -60,7 +64,8 @@ def read(
     Raises:
         UserError: `not_found`, `not_a_file`, `permission`, `empty`, `path_escape`;
             `not_installed`, exit code 2, without SimpleITK; `not_nifti` for what ITK
-            does not read; what `check` raises.
+            does not read; `spacing`, `orientation_unknown` for a MetaImage that does
+            not tell, which ITK takes for 1 mm and LPS; what `check` raises.
     """
     if importlib.util.find_spec("SimpleITK") is None:
         raise UserError(
@@ -73,6 +78,8 @@ def read(
 
     nifti.check_file(path)
     check_own_voxels(path)
+    if IMAGE_IO[Path(path).suffix.lower()] == "MetaImageIO":
+        _check_meta_place(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(IMAGE_IO[Path(path).suffix.lower()])
     reader.SetFileName(os.fspath(path))
@@ -156,4 +163,28 @@ def check_own_voxels(path: str | os.PathLike) -> None:
             f"{', '.join(_DATA_ENDINGS)}",
             ascii(foreign[0].decode("latin-1")[:80]),
             "save it as one file, .nrrd or .mha",
+        )
+
+
+def _check_meta_place(path: str | os.PathLike) -> None:
+    """Refuses a MetaImage that does not tell its spacing, or how it is turned."""
+    with open(path, "rb") as file:
+        head = file.read(_LARGEST_HEADER).partition(b"ElementDataFile")[0]
+    told = {key.lower(): value for key, value in _META_LINE.findall(head)}
+    if not _META_SPACING & told.keys():
+        raise bad_file(
+            path,
+            "spacing",
+            "a line ElementSpacing",
+            "none",
+            "add it, in mm: ElementSpacing = 0.9 0.9 2.5",
+        )
+    if not _META_TURN & told.keys() and told.get(b"anatomicalorientation") != _META_LPS:
+        raise bad_file(
+            path,
+            "orientation_unknown",
+            "a line TransformMatrix",
+            "none",
+            "add it: TransformMatrix = 1 0 0 0 1 0 0 0 1 if x runs to the patient's "
+            "left, y to the back and z to the head",
         )
