@@ -164,6 +164,14 @@ def test_affine_align_of_nothing_but_air_is_finite(scan):
     np.testing.assert_array_equal(found, np.eye(4))
 
 
+def test_best_map_takes_no_given_map_that_is_no_better(scan):
+    air = np.full(SHAPE, -1000, np.int16)
+    places = {"fixed_vox2world": scan[1], "moving_vox2world": scan[1]}
+    name, found, scores = affine.best_map(air, air, {"odd": world_map()}, **places)
+    assert name == "none" and scores["odd"] == scores["none"] == 0
+    np.testing.assert_array_equal(found, np.eye(4))
+
+
 def test_affine_align_looks_only_inside_the_mask(scan):
     hu, vox2world, points = scan
     truth = world_map(angle_deg=4.0, scale=1.0, shift_mm=(0.0, 0.0, 10.0))

@@ -248,8 +248,8 @@ def best_map(
 
     Returns:
         Name and matrix of the best, and the similarity of each, in [0, 1]. To the names
-        come "none", "middle" (the grids' centres meet) and "com" (the bodies' do); of
-        equal ones the first wins, given before plain.
+        come "none", "middle" (the grids' centres meet) and "com" (the bodies' do),
+        which win over given ones that are no better.
 
     Raises:
         ValueError: see `affine_align`.
@@ -262,9 +262,9 @@ def best_map(
         "middle": moving.middle - fixed.middle,
         "com": moving.center - fixed.center,
     }
-    found = dict(matrices) | {
+    found = {
         name: _matrix(np.eye(3), shift, np.zeros(3)) for name, shift in plain.items()
-    }
+    } | dict(matrices)
     plan = Plan()
     score = jax.jit(_likeness)
     cubes, target = _cubes(fixed, plan, plan.fine), _target(moving, fixed)
