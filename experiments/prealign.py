@@ -70,6 +70,11 @@ def prealign(
     todo = [pair for pair in wanted if _key(volumes, pair) not in done]
     see = _seer(dataset, extractor) if extractor else None
     used = Counter()
+    changed = todo or before != before | now
+    if changed:
+        # What is left of volumes as they were goes before their digests do.
+        _save(Path(root), notes | {"volumes": now | before}, done)
+        notes["volumes"] = before | now
     for i, pair in enumerate(tqdm(todo, disable=not sys.stderr.isatty())):
         matrix, name, warning = _align(dataset, pair, kind, see, extractor)
         key = _key(volumes, pair)
@@ -77,18 +82,16 @@ def prealign(
         notes["pairs"][key] = name + (f"; {warning}" if warning else "")
         used[name] += 1
         if i % _SAVE_EVERY == _SAVE_EVERY - 1:
-            _save(Path(root), notes | {"volumes": now | before}, done)
-    if todo or before != before | now:
-        for volumes in (now | before, before | now):
-            _save(Path(root), notes | {"volumes": volumes}, done)
+            _save(Path(root), notes, done)
+    if changed:
+        _save(Path(root), notes, done)
     return used
 
 
 def _save(root: Path, notes: dict, done: dict) -> None:
     """Notes first: they may name a pair too many, never one too few.
 
-    Digests of volumes as they were before stay until all are aligned anew, so that what
-    is left of then is refused; those of volumes that are gone stay for their return.
+    Digests of volumes that are gone stay for their return.
     """
     store.write_json(root / store.ALIGN_NOTES_NAME, notes)
     store.write_json(root / store.ALIGN_NAME, done)

@@ -91,12 +91,27 @@ def test_run_killed_between_writes_leaves_no_stale_alignment(
             raise KeyboardInterrupt
         plain(path, value)
 
-    monkeypatch.setattr(store, "write_json", write)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "write_json", write)
         align(root, shift=2.0, save_every=20)
-    if writes < 3:
+    if writes < 2:
         assert _is_refused(root)
-    else:
+    for again in (False, True):
+        if again:
+            assert align(root, shift=2.0) == 4
+        elif writes < 2:
+            continue
         found = loader.Dataset(root).alignments
         shifts = [m[0, 3] for key, m in found.items() if first in key.split("|")]
-        assert shifts == 4 * [2.0]
+        assert shifts == (4 * [2.0] if again else [])
+
+
+def test_stopped_run_of_volumes_prepared_anew_goes_on(root, align):
+    align(root)
+    first = _move(root)
+    with pytest.raises(KeyboardInterrupt):
+        align(root, shift=2.0, stop_after=3)
+    assert align(root, shift=2.0) == 1
+    found = loader.Dataset(root).alignments
+    assert sum(m[0, 3] == 2.0 for m in found.values()) == 4
+    assert all(m[0, 3] == 2.0 for key, m in found.items() if first in key.split("|"))
