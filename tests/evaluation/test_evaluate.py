@@ -323,6 +323,9 @@ def test_evaluate_reads_a_learn2reg_field(folder, capsys):
     assert strict(out)["mean"]["dsc"] == 1.0
     _, err = evaluate(capsys, "-t", folder / "disp.npz", code=errors.USAGE)
     assert "fixed scan" in err[0]
+    mask = ("--fixed-mask", folder / "fixed.nii.gz")
+    _, err = evaluate(capsys, "-t", folder / "disp.npz", *mask, code=errors.USAGE)
+    assert "label maps of both scans" in err[0]
 
 
 # --- lists --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from unireg_jax.errors import USAGE, UserError, bad_file, shown
 from unireg_jax.evaluation import learn2reg, metrics, regularity
 from unireg_jax.evaluation.aggregate import better, quantile_l2r, summarize
 from unireg_jax.evaluation.tables import as_json
-from unireg_jax.imaging import belonging, mapping, nifti, points, scans
+from unireg_jax.imaging import belonging, mapping, nifti, points, scans, transforms
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.points import PointPairs
 
@@ -174,6 +174,14 @@ def score_files(
         )
     mask = scans.read_labels(files.fixed_mask) if files.fixed_mask else None
     pairs = _landmarks(files)
+    if mask and not moving and transforms.spelling(files.transform) == "l2r":
+        raise UserError(
+            "schema",
+            f"schema: {shown(files.transform)}: the label maps of both scans, whose "
+            "voxels a Learn2Reg field is in, expected, got none; name both, or convert "
+            "it to .h5 first",
+            USAGE,
+        )
     transform = mapping.read(files.transform, fixed=fixed or mask, moving=moving)
     return score(
         transform,
