@@ -256,7 +256,7 @@ def judge(job: Job, scans: Scans, session) -> dict[str, Any]:
         moved = moving.vox2world @ np.linalg.inv(stood)
         if errors := _landmarks(job, scans, result, moved):
             row["truth"] = errors
-    if job.kind == "good":
+    if job.kind in ("good", "phantom"):
         row["truth"] = row.get("truth", {}) | {"folds": _folds(fixed, result)}
     return metrics.as_json(row)
 
@@ -362,7 +362,7 @@ def kind_of(row: dict[str, Any]) -> str:
     """One of KINDS."""
     if row["kind"] == "flip":
         return f"flip {row['axis']}"
-    agrees = succeeded(row)
+    agrees = "refused" not in row and succeeded(row)
     if row["kind"] == "shift" and agrees:
         return "found"
     if row["kind"] not in ("good", "phantom"):
@@ -429,6 +429,7 @@ def main(argv) -> None:
     model = registration.load_model(flags.FLAGS.weights)
     of = {"weights": model.spec["sha256"], "plan": plan and plan._asdict()}
     of["others"] = flags.FLAGS.others
+    of["judged"] = 2  # phantoms by folds, too
     kept = json.loads(path.read_text()) if path.exists() else {"of": of, "rows": []}
     if kept["of"] != of:
         raise UserError(

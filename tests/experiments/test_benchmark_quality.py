@@ -81,6 +81,7 @@ def test_table_names_every_surprise():
             | {"truth": {"network": dsc, "folds": 0.0}}
             for i, dsc in enumerate((0.9, 0.1))
         ),
+        {"kind": "phantom", "fixed": "lung", "moving": "2", "refused": "x"},
         {**good, "kind": "wrong", "fixed": "e", "moving": "f"},
         {"kind": "constant", "fixed": "g", "moving": "h", "axis": 0, "refused": "x"},
     ]
@@ -88,11 +89,11 @@ def test_table_names_every_surprise():
     assert "| real, succeeded | 1 | 0 |  |" in lines
     assert "| fit, truth agrees but the map folds | 1 | 1 | coverage 1 |" in lines
     assert "| phantoms, succeeded | 1 | 0 |  |" in lines
-    assert "| fit, yet failed | 1 | 0 |  |" in lines
+    assert "| fit, yet failed | 2 | 1 | refused: x 1 |" in lines
     assert "| a scan of one value | 1 | 1 | refused: x 1 |" in lines
     assert "| first half | 0 of 1 | 0 of 0 |" in lines
     assert "| second half | 0 of 0 | 2 of 3 |" in lines
-    assert "| phantoms | 0 of 1 | 0 of 1 |" in lines
+    assert "| phantoms | 0 of 1 | 1 of 2 |" in lines
     surprises = lines[len(lines) - lines[::-1].index("") :]
     assert [line.split(":")[0] for line in surprises] == [
         "another part of the body, e <- f",
