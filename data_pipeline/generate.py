@@ -95,7 +95,7 @@ class PhantomPairs:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # with its version, once that is raised
         return f"PhantomPairs({self.task}, seed={self.seed}, known={self.known})"
 
     def __getitem__(self, k: int) -> ScanPair:

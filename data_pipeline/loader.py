@@ -290,10 +290,11 @@ class PairIterator(grain.DatasetIterator):
             )
         versions = self._settings.get("versions")
         if "data" in state and state.get("versions") != versions:
+            began = state.get("versions") or "of an older release"
             raise UserError(
                 "checksum",
-                f"made pairs: versions {state.get('versions')} when the run began, now "
-                f"{versions}: another release drew other pairs; start a new run",
+                f"made pairs: versions {began} when the run began, now {versions}: "
+                "they would be other pairs; start a new run",
                 DATA_CHANGED,
             )
         self._parent.set_state({"next_index": int(state["next_index"])})

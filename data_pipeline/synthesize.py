@@ -40,7 +40,7 @@ def write_pairs(
     """Writes pairs as a prepared folder.
 
     Args:
-        out: folder; made if absent. One of made pairs is written anew.
+        out: folder; made if absent. The caller holds it; see `store.made_folder`.
         sources: split -> source: all of one task, kind and vocabulary, each of its own
             seed. With "val", every fourth pair goes there. A split takes the elements
             of its source from 0 on.
@@ -52,7 +52,7 @@ def write_pairs(
 
     Raises:
         ValueError: count below 1, no "train", sources that differ or share a seed.
-        UserError: `storage`, exit code 6; see `store.made_folder`.
+        UserError: `storage`, exit code 6.
     """
     described = {(s.task, s.kind, s.label_names, s.spec) for s in sources.values()}
     apart = len({s.seed for s in sources.values()}) == len(sources)
@@ -62,13 +62,6 @@ def write_pairs(
             "grid, each of its own seed, train among them, got "
             f"{count} and {sorted(sources)}"
         )
-    with store.made_folder(out):
-        _write_pairs(out, sources, count)
-    return Path(out)
-
-
-def _write_pairs(out: Path | str, sources, count: int) -> None:
-    """As write_pairs, in a folder that is held."""
     first = sources["train"]
     store.make_folders(out, store.VOLUMES_NAME)
     volumes: list[dict[str, Any]] = []
@@ -97,6 +90,7 @@ def _write_pairs(out: Path | str, sources, count: int) -> None:
         # Two copies of one scan make a pair; scans of other pairs do not.
         index |= {"pairs": {first.task: listed}, "fields": known}
     store.write_index(out, index)
+    return Path(out)
 
 
 def read_field(root: Path | str, fixed_id: str, moving_id: str) -> np.ndarray:
@@ -307,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.scans and options.labels and len(options.labels) != len(options.scans):
         parser.error("--labels must be as many as --scans, in the same order")
     try:
-        made = write_pairs(options.out, _sources(options), options.count)
+        with store.made_folder(options.out):  # before scans are read for minutes
+            made = write_pairs(options.out, _sources(options), options.count)
     except UserError as error:
         tell(f"error: {error.reason}: {error}")
         return error.exit_code
