@@ -97,8 +97,8 @@ def measure(shape: tuple[int, int, int], iterations: int, repeats: int) -> list[
             for p in plans
         ]
         peers = [_torch_loop(disp, *views, p) for p in plans]
-        runs = {("ours", i): program.run for i, program in enumerate(ours)}
-        runs |= {("torch", i): peer for i, peer in enumerate(peers) if peer}
+        runs = {f"ours {i}": program.run for i, program in enumerate(ours)}
+        runs |= {f"torch {i}": peer for i, peer in enumerate(peers) if peer}
         times = timing.measure(runs, repeats)
         cpu, wall = _difference(times, "ours")
         cost = float(ours[1].run().cost_after[0])
@@ -120,7 +120,7 @@ def measure(shape: tuple[int, int, int], iterations: int, repeats: int) -> list[
 
 def _difference(times, name) -> tuple[float, float]:
     """Seconds of CPU and of the clock of the steps, without what surrounds them."""
-    none, all_steps = times[name, 0], times[name, 1]
+    none, all_steps = times[f"{name} 0"], times[f"{name} 1"]
     return (
         (all_steps.cpu_ms - none.cpu_ms) / 1e3,
         (all_steps.wall_ms - none.wall_ms) / 1e3,

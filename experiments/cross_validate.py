@@ -52,10 +52,12 @@ def read(folder: Path) -> Rows:
     for row in rows:
         if "failed" in row:
             print(f"{path}: left out: {row['method']}, {row['pair']}: {row['failed']}")
-    starts = {(row["pair"], str(row["start"])) for row in rows if "start" in row}
-    for pair, count in collections.Counter(pair for pair, _ in starts).items():
-        if count > 1:
-            print(f"{path}: {pair}: {count} different affines to begin with; redo it")
+    starts = collections.defaultdict(list)
+    for row in rows:
+        starts[row["pair"]] += [row["start"]] if "start" in row else []
+    for pair, found in starts.items():
+        if any(not np.allclose(start, found[0], atol=0.01) for start in found):
+            print(f"{path}: {pair}: methods began at different affines; redo it")
     return [row for row in rows if "failed" not in row]
 
 

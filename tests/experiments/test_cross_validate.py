@@ -130,4 +130,4 @@ def test_rows_left_out_and_starts_that_differ_are_told(tmp_path, capsys):
     assert len(told) == 2 and told[0].endswith(
         "left out: ours: affine, liver: exit code 1"
     )
-    assert f"{rows[0]['pair']}: 2 different affines" in told[1]
+    assert f"{rows[0]['pair']}: methods began at different affines" in told[1]

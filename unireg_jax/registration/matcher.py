@@ -79,7 +79,7 @@ class Matcher:
                 fixed.grid,
                 fixed.hu,
                 name="the matching window's grid",
-                remedy="that window is in the middle of the body: pass --affine affine",
+                remedy="mask the middle of the body, or pass --affine affine",
             )
         with self._device:
             found = feature_affine.feature_align(

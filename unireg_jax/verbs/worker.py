@@ -16,7 +16,7 @@ from unireg_jax.manifest import PATHS, Case
 from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.threads import GivenUp
 from unireg_jax.verbs import judging, options, outputs, results, versions
-from unireg_jax.verbs.messages import one_line, progress
+from unireg_jax.verbs.messages import one_line, warn
 
 SCHEMA = 1  # of a line of the journal
 KEEP = 4  # scans remembered
@@ -147,9 +147,7 @@ class Worker:
         """JAX, the model and its compiled programs."""
         options.use_device(self._args)
         if registration.use_compilation_cache() is None:
-            progress(self._args.quiet)(
-                "warning: no folder of yours for compiled programs: set UNIREG_CACHE"
-            )
+            warn("no folder of yours for compiled programs: set UNIREG_CACHE")
         return registration.Session(
             registration.load_model(self._args.weights),
             keep=KEEP,
