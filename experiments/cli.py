@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags
 
 from unireg_jax.errors import STORAGE, USAGE, UserError, tell
@@ -25,12 +26,12 @@ _STORAGE = (
     errno.ESTALE,
 )
 # Of malloc.h: no block from the system for itself, none of the heap back to it, 64 MiB
-# more than asked for each time, one heap for all threads.
+# more than asked for each time. Not one heap for all threads (arena_max): they then
+# wait for each other, and a step takes up to twice as long (docs/performance.md).
 _MALLOC = {
     "mmap_max": (-4, 0),
     "trim_threshold": (-1, -1),
     "top_pad": (-2, 2**26),
-    "arena_max": (-8, 1),
 }
 
 
@@ -50,15 +51,18 @@ def keep_freed_memory() -> None:
     XLA's CPU backend takes the buffers of every call from malloc. glibc gives large
     ones back to the system when they are freed, which clears each of their pages before
     the next call may have them: half the time of the local NCC at 192x192x160
-    (docs/performance.md). What was the peak then stays with the process, so this is for
-    training and timing. Nothing where there is no glibc, or where the environment says
-    how malloc is to work.
+    (docs/performance.md). Only the heap of the main thread can be kept, so programs run
+    in the thread that calls them. What was the peak then stays with the process, so
+    this is for training and timing, and is asked for before the first computation.
+    Nothing where there is no glibc, or where the environment says how malloc is to
+    work.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option, value in _MALLOC.values() if mallopt else ():
-        mallopt(option, value)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in _MALLOC.values():
+            mallopt(option, value)
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
