@@ -437,6 +437,11 @@ def test_evaluate_finds_results_of_a_batch(folder, capsys):
     rows = rows_of(folder / "out" / "cases.csv")
     assert [row["dsc"] for row in rows] == ["1.0", "0.75", ""]
     assert "c_1Warp.nii.gz" in rows[2]["message"]
+    # ANTs' field of that name lacks the affine, which lies beside it.
+    (results / "a" / "a_0GenericAffine.mat").write_bytes(b"")
+    words = (*arguments, "-o", folder / "ants")
+    _, err = evaluate(capsys, *words, code=errors.USAGE)
+    assert "unireg compose -t a_1Warp.nii.gz -t a_0GenericAffine.mat" in err[0]
 
 
 def test_evaluate_finds_a_learn2reg_submission(folder, capsys):
@@ -582,6 +587,7 @@ def test_evaluate_compares_columns(tmp_path, capsys):
         (["--manifest", "a.csv", "-o", "o", "--transforms", "absent"], "a folder of"),
         (["--manifest", "a.csv", "-o", "o", "--metric", "dsc"], "belongs to --compare"),
         (["-t", "u.nii.gz", "-o", "o"], "--out belongs to"),
+        (["-t", "u.nii.gz", "-t", "a.txt"], "compose -t u.nii.gz -t a.txt"),
         (["-t", "u.nii.gz", "--fixed-label", "f.nii.gz"], "belong together"),
         (["-t", "u.nii.gz", "--tolerance-mm", "-1"], "at least 0"),
         ([], "one of the arguments"),

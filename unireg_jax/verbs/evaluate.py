@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("-t", "--transform", metavar="FILE", help="field, affine or composite")
+    add(
+        *("-t", "--transform"),
+        metavar="FILE",
+        action="append",  # so that a second one is no silent change of mind
+        help="the whole map: field, affine or composite",
+    )
     add("--manifest", metavar="FILE", help="list of cases, CSV or JSON; with --out")
     add(
         "--compare",
@@ -130,6 +135,12 @@ def run(args: argparse.Namespace) -> int:
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses options that the chosen mode does not know."""
     options.both_labels(args)
+    if args.transform and len(args.transform) > 1:
+        raise _usage(
+            f"--transform: one file that holds the whole map expected, got "
+            f"{len(args.transform)}; chain them first: unireg compose -t "
+            f"{' -t '.join(map(shown, args.transform))} -o chain.h5"
+        )
     if bool(args.fixed_points) != bool(args.moving_points):
         raise _usage("--fixed-points and --moving-points belong together, got one")
     if args.landmarks and args.fixed_points:
@@ -162,8 +173,9 @@ def _usage(line: str) -> UserError:
 
 
 def _one(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
+    (transform,) = args.transform
     files = Files(
-        transform=args.transform,
+        transform=transform,
         fixed_label=args.fixed_label,
         moving_label=args.moving_label,
         fixed_mask=args.fixed_mask,
@@ -175,8 +187,8 @@ def _one(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
     for line in report["warnings"]:
         warn(line)
     head["transform"] = {
-        **outputs.digest(Path(args.transform)),
-        "name": Path(args.transform).name,
+        **outputs.digest(Path(transform)),
+        "name": Path(transform).name,
     }
     names = {"definitions": cases.definitions(l2r=args.l2r_compat)}
     _print(args, head | report | names, _table)
@@ -364,7 +376,16 @@ def _find(folder: Path, pair: manifest.Case) -> Path:
         for name in (f"disp_{a}_{b}_{c}_{d}", f"disp_{a}_{c}"):
             names += [f"{name}.nii.gz", f"{name}.npz"]
     found = (folder / name for name in names if (folder / name).is_file())
-    return next(found, folder / names[1])
+    path = next(found, folder / names[1])
+    affine = path.with_name(f"{pair.id}_0GenericAffine.mat")
+    if path.name.endswith("_1Warp.nii.gz") and affine.is_file():
+        raise _usage(
+            f"{shown(path.name)}: a map with its affine expected, got that of ANTs, "
+            f"whose affine is in {shown(affine.name)} beside it; write both into one "
+            f"file: unireg compose -t {shown(path.name)} -t {shown(affine.name)} -o "
+            f"{shown(pair.id)}_Composite.h5"
+        )
+    return path
 
 
 # --- methods ------------------------------------------------------------------------
