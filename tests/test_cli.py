@@ -932,3 +932,35 @@ def test_process_version_help_and_info_import_no_jax():
     run = process("-c", code)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("unireg ")
+
+
+def test_register_warped_labels_are_those_that_are_judged(
+    scans, tmp_path, network, capsys
+):
+    labels = ("--fixed-label", scans["fixed_label"])
+    labels += ("--moving-label", scans["moving_label"])
+    more = (*labels, "--affine", "com", "--json", "--quiet")
+    assert cli.main(command(scans, tmp_path / "out", network, *more)) == 0
+    record = json.loads(capsys.readouterr().out)
+    prefix = str(tmp_path / "out" / "fixed__moving" / "fixed__moving")
+    transform = sitk.ReadTransform(f"{prefix}_Composite.h5")
+    fixed, moving = (sitk.ReadImage(scans[n]) for n in ("fixed", "moving_label"))
+    expected = sitk.Resample(moving, fixed, transform, sitk.sitkNearestNeighbor)
+    voxels, theirs, target = (
+        sitk.GetArrayFromImage(image)
+        for image in (
+            sitk.ReadImage(f"{prefix}_warped_label.nii.gz"),
+            expected,
+            sitk.ReadImage(scans["fixed_label"]),
+        )
+    )
+    assert (voxels != theirs).mean() < 1e-3  # faces between voxels, in float32
+    for label, row in record["scores"]["labels"].items():
+        a, b = target == int(label), voxels == int(label)
+        assert row["dsc"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    # Contours that are there for the moving scan alone.
+    more = ("--moving-label", scans["moving_label"], "--case", "alone", *more[4:])
+    assert cli.main(command(scans, tmp_path / "out", network, *more)) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] is None
+    alone = sitk.ReadImage(str(tmp_path / "out/alone/alone_warped_label.nii.gz"))
+    assert (sitk.GetArrayFromImage(alone) == voxels).all()

@@ -174,8 +174,9 @@ def test_learn2reg_pairs_are_read_with_what_lies_beside(tmp_path):
     ]
     home = tmp_path.resolve()
     assert cases[0].moving_label == str(home / "labelsTr" / names[1])
-    # Only one scan has a mask.
-    assert cases[0].fixed_mask is None
+    # That of the moving scan is not looked at.
+    assert cases[0].fixed_mask == str(home / "masksTr" / names[0])
+    assert cases[0].moving_mask is None
     assert cases[0].fixed_subject == "AbdomenCTCT_0001"
     data.pop("registration_val")
     (case,) = manifest.read_cases(write_json(tmp_path, data))

@@ -77,7 +77,11 @@ PATHS = (
     *("fixed", "moving", "fixed_label", "moving_label", "fixed_mask", "moving_mask"),
     *("fixed_points", "moving_points", "init"),
 )
-_TOGETHER = (("fixed_label", "moving_label"), ("fixed_points", "moving_points"))
+# Columns that need another one; labels of the moving scan alone are to be warped.
+_NEEDS = (
+    ("fixed_label", "moving_label"),
+    *(("fixed_points", "moving_points"), ("moving_points", "fixed_points")),
+)
 
 
 def read_cases(
@@ -165,15 +169,18 @@ def _learn2reg(path: Path, data: Mapping[str, Any]) -> list[Row]:
 
 
 def _learn2reg_row(folder: Path, fixed: str, moving: str) -> dict[str, Any]:
-    """Fields of one pair; labels and masks count when both scans have them."""
+    """Fields of one pair; labels count when both scans have them."""
     row: dict[str, Any] = {"fixed": fixed, "moving": moving}
     for side, image in (("fixed", fixed), ("moving", moving)):
         # AbdomenCTCT_0001_0000: the middle number is the patient's.
         row[f"{side}_subject"] = stem(image).rpartition("_")[0]
-    for column, place in (("label", "labels"), ("mask", "masks")):
-        found = [image.replace("images", place, 1) for image in (fixed, moving)]
-        if found != [fixed, moving] and all((folder / f).is_file() for f in found):
-            row[f"fixed_{column}"], row[f"moving_{column}"] = found
+    images = (fixed, moving)
+    found = [image.replace("images", "labels", 1) for image in images]
+    if found != [*images] and all((folder / f).is_file() for f in found):
+        row["fixed_label"], row["moving_label"] = found
+    mask = fixed.replace("images", "masks", 1)  # that of moving is not looked at
+    if mask != fixed and (folder / mask).is_file():
+        row["fixed_mask"] = mask
     return row
 
 
@@ -208,10 +215,9 @@ def _case(
     if values["type"] and values["type"] not in TYPES:
         hint = nearest(values["type"], TYPES)
         faults.append(("task_unknown", f"{where}: type {values['type']!r}{hint}"))
-    for pair in _TOGETHER:
-        if len({bool(values[column]) for column in pair}) > 1:
-            lone, other = sorted(pair, key=lambda column: not values[column])
-            got = f"{where}: {lone} without {other}; give both or none"
+    for column, other in _NEEDS:
+        if values[column] and not values[other]:
+            got = f"{where}: {column} without {other}; give both or none"
             faults.append(("schema", got))
     for column in PATHS:
         values[column] = paths.resolve(where, column, values[column], faults)

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(works alone in ITK, ANTs, Slicer); CASE_Composite.h5, the same map as "
         "affine and field (none of a sheared fixed grid); CASE_0GenericAffine.txt, the "
         "pre-alignment, for information: it is part of the other two; CASE_run.json, "
-        "settings, quality and timings; with labels CASE_warped_label.nii.gz, with "
-        "--html qc.html. Scans are NIfTI; NRRD or MetaImage with the extra itk; a "
+        "settings, quality and timings; with --moving-label CASE_warped_label.nii.gz, "
+        "with --html qc.html. Scans are NIfTI; NRRD or MetaImage with the extra itk; a "
         "folder of DICOM slices with the extra dicom."
     )
     parser.description = textwrap.fill(text, 79)
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--out", required=True, metavar="DIR", help="folder, made if absent")
     results.add_settings(parser, required=True)
     add("--fixed-label", metavar="FILE", help="with --moving-label: DSC in the record")
-    add("--moving-label", metavar="FILE", help="labels to be warped too")
+    add("--moving-label", metavar="FILE", help="labels to be warped, by themselves too")
     add("--fixed-mask", metavar="FILE", help="where scans are compared, default body")
     add("--case", metavar="NAME", help="default: FIXED__MOVING")
     add(
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit code."""
     started = time.perf_counter()
     name = outputs.case_name(args.case, args.fixed, args.moving)
-    options.both_labels(args)
+    if args.fixed_label:
+        options.both_labels(args)
     results.check_settings(args)
     if args.task == NO_TASK and (args.passes > 1 or args.symmetric):
         raise UserError(

@@ -221,7 +221,7 @@ class Inputs(NamedTuple):
     Attributes:
         case: their names.
         fixed, moving: scans.
-        labels: of both, on their grids; or None.
+        labels: of fixed, or None, and of moving, on their grids; or None.
         mask: [X, Y, Z] bool on the LPS+ axes of `fixed`, or None.
         points: [N, 3] float64, LPS mm, of fixed and of moving; or None.
         init: [4, 4] float64, fixed world -> moving world, LPS mm; or None.
@@ -231,7 +231,7 @@ class Inputs(NamedTuple):
     case: Case
     fixed: Volume
     moving: Volume
-    labels: tuple[Volume, Volume] | None
+    labels: tuple[Volume | None, Volume] | None
     mask: np.ndarray | None
     points: tuple[np.ndarray, np.ndarray] | None
     init: np.ndarray | None
@@ -266,12 +266,14 @@ class Files:
         before = {column: _state(getattr(case, column)) for column in listed}
         fixed, moving = self._image(case.fixed), self._image(case.moving)
         labels = mask = table = init = None
-        if case.fixed_label:
+        if case.moving_label:
             labels = tuple(
-                self._label(path) for path in (case.fixed_label, case.moving_label)
+                path and self._label(path)
+                for path in (case.fixed_label, case.moving_label)
             )
             for image, label in zip((fixed, moving), labels, strict=True):
-                nifti.check_same_grid(image, label)
+                if label:
+                    nifti.check_same_grid(image, label)
         if case.fixed_mask:
             volume = self._label(case.fixed_mask)
             nifti.check_same_grid(fixed, volume)
@@ -377,16 +379,21 @@ def write(
     prefix = folder / case.id
     warnings = _write_transforms(prefix, result, inputs.fixed)
     scores = None
-    if inputs.labels:
+    target, source = inputs.labels or (None, None)
+    if target:
         scores = _score(prefix, result, inputs.labels, inputs.fixed)
         warnings += _label_warnings(inputs.labels)
+    elif source:
+        where = result.disp_mm, result.vox2world
+        warped = metrics.warp_labels(*where, source, inputs.fixed)
+        nifti.write_like(f"{prefix}_warped_label.nii.gz", warped, inputs.fixed)
     numbers = judging.assess(
         inputs.fixed,
         inputs.moving,
         result.disp_mm,
         result.affine,
         mask=inputs.mask,
-        fixed_labels=inputs.labels and inputs.labels[0].data,
+        fixed_labels=target and target.data,
         scores=scores,
         back_mm=back_mm,
     )
