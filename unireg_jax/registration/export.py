@@ -27,11 +27,16 @@ from unireg_jax.models import features
 from unireg_jax.registration import compiled
 from unireg_jax.registration.network import Model, load_model
 from unireg_jax.registration.weights import check_target
-from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
+from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 FORMAT = 1
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda")
+_SCAN = (
+    "HU cut to air_hu ... 3071 and rounded, outside_hu beyond the scan, interpolated "
+    "linearly (blurred first where voxels grow); hu_low ... hu_high is applied inside; "
+    "on the grid of `preprocess`, about the middle of"
+)
 _VERSIONED = ("unireg-jax", "jax", "jaxlib", "flax")
 _CARRIED = (
     "description",
@@ -157,8 +162,8 @@ def _describe(model, spec, exported, name, data) -> dict[str, Any]:
         },
         "platforms": list(exported.platforms),
         "inputs": [
-            array("fixed_hu", volume, "int16", "HU", "on the grid of `preprocess`"),
-            array("moving_hu", volume, "int16", "HU", "pre-aligned on the fixed grid"),
+            array("fixed_hu", volume, "int16", "HU", f"{_SCAN} the fixed body"),
+            array("moving_hu", volume, "int16", "HU", f"{_SCAN} it, pre-aligned"),
             array("region", ["b"], "int32", None, "see `region`"),
             array("pair_type", ["b"], "int32", None, "see `pair_type`"),
         ],
@@ -168,12 +173,17 @@ def _describe(model, spec, exported, name, data) -> dict[str, Any]:
                 ["b", *grid, 3],
                 "float32",
                 "voxels of the fixed grid",
-                "moving is read at x + disp(x)",
+                "moving_hu is read at x + disp(x), the scan itself where the "
+                "pre-alignment leads that to; instance optimisation is no part of it",
             )
         ],
         "outside_hu": OUTSIDE_HU,
         "region": {region.name.lower(): int(region) for region in Region},
         "pair_type": {kind.name.lower(): int(kind) for kind in PairType},
+        "tasks": {
+            name: [task.region.name.lower(), task.pair_type.name.lower()]
+            for name, task in TASKS.items()
+        },
         "preprocess": spec.to_json(),
         "features": model.extractor.backend,
         "architecture": model.spec.get("architecture"),

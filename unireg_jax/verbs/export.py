@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this verb."""
     parser.description = (
         "Writes FILE, a program for CPU and CUDA with the weights inside, any batch "
-        "size, which JAX alone can run, and beside it a .json: inputs, outputs, "
-        "units, preprocessing, digests. It takes volumes on the network's grid; "
-        "pre-alignment and files are not part of it."
+        "size, which JAX and flatbuffers alone can run, and beside it a .json: "
+        "inputs, outputs, units, preprocessing, digests. It takes volumes on the "
+        "network's grid; pre-alignment and files are not part of it."
     )
     parser.epilog = "example: unireg export --out unireg.stablehlo --shape 96,96,80"
     add = parser.add_argument
