@@ -788,6 +788,13 @@ def test_a_fault_of_ours_makes_no_folder_of_the_file(run, tmp_path, monkeypatch)
     assert code == 1 and "internal" in stderr
     assert os.listdir(tmp_path) == ["logs"]
 
+    def nowhere():
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(cli.tempfile, "gettempdir", nowhere)
+    code, _, stderr = run("warp", *CALLS["warp"], "-o", tmp_path / "o.nii.gz")
+    assert code == 1 and "no log could be written" in stderr
+
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_a_file_to_write_is_never_called_out(verb):

@@ -164,10 +164,10 @@ def _internal(error: Exception, args: argparse.Namespace) -> int:
     name = f"unireg-error-{uuid.uuid4().hex[:8]}.log"
     where = "no log could be written"
     # --out of a verb that writes into a folder; one that writes a file calls it `file`.
-    for folder in (getattr(args, "out", None), tempfile.gettempdir()):
-        if folder is None:
-            continue
-        with contextlib.suppress(OSError):
+    for place in (lambda: getattr(args, "out", None), tempfile.gettempdir):
+        with contextlib.suppress(OSError):  # there may be no folder for such files
+            if (folder := place()) is None:
+                continue
             Path(folder).mkdir(parents=True, exist_ok=True)
             # "x": a new file, never one that waits under the name, link or not.
             with open(Path(folder) / name, "x", encoding="utf-8") as file:

@@ -4,7 +4,10 @@ import stat
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from unireg_jax.registration import compilation_cache
 
 REPORT = """
 import os, sys
@@ -63,3 +66,20 @@ def test_cache_that_cannot_be_made_is_none(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     folder, seconds = use(tmp_path, monkeypatch, UNIREG_CACHE=tmp_path / "file")
     assert folder == "None" and seconds == 1.0
+
+
+def test_user_without_a_home_compiles_anew(monkeypatch):
+    """As in a container whose user is in no list."""
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("UNIREG_CACHE", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compilation_cache.Path, "home", homeless)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert compilation_cache.use_compilation_cache() is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -36,11 +36,11 @@ def use_compilation_cache() -> Path | None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return Path(jax.config.jax_compilation_cache_dir)
-    folder = cache_root() / f"xla-{_processor()}"
     try:
+        folder = cache_root() / f"xla-{_processor()}"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)  # made with other rights, before or by a umask
-    except OSError:
+    except (OSError, RuntimeError):  # the latter of a user without a home
         return None
     found = folder.stat()
     mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
