@@ -860,3 +860,42 @@ assert found == [True, True], found
 def test_ray_leaves_signals_to_the_run():
     pytest.importorskip("ray")
     subprocess.run([sys.executable, "-c", KEPT], cwd=REPO, check=True)
+
+
+def test_gate_looks_at_results_that_are_there(folder, network):
+    """Made without it; nothing is registered again."""
+    flat(folder, "s1.nii")
+    put(folder, rows()[:1])
+    assert run(folder, network) == 0
+    assert told(folder)[0]["a1"]["status"] == "warn"
+    before = times(folder)
+    assert run(folder, network, "--qc-gate") == errors.FAILED
+    line = told(folder)[0]["a1"]
+    assert (line["status"], line["reason"]) == ("failed", "constant")
+    assert "without --qc-gate" in line["message"] and times(folder) == before
+
+
+def test_mask_of_the_list_says_where_scans_are_compared(folder, network):
+    array, place = proof.body(np.zeros(3))
+    part = np.zeros(array.shape, "u1")
+    part[tuple(slice(n // 3, 2 * n // 3) for n in part.shape)] = 1
+    (folder / "m.nii").write_bytes(scans.encode(part, place))
+    row = rows()[0]
+    put(folder, [row | {"fixed_mask": ""}, row | {"id": "b1", "fixed_mask": "m.nii"}])
+    assert run(folder, network) == 0
+    whole, masked = (told(folder)[0][name]["qc"] for name in ("a1", "b1"))
+    assert whole["ncc_before"] != masked["ncc_before"]
+
+
+def test_type_of_the_list_then_the_options_then_the_tasks_own(folder, network):
+    put(folder, [rows()[0] | {"type": ""}, rows()[1] | {"type": "inter"}])
+
+    def kinds():
+        paths = (folder / "out" / n / f"{n}_run.json" for n in ("a1", "a2"))
+        return [json.loads(p.read_text())["settings"]["pair_type"] for p in paths]
+
+    assert run(folder, network) == 0 and kinds() == ["intra", "inter"]
+    assert run(folder, network, "--type", "inter") == errors.PARTLY
+    assert "other settings" in told(folder)[0]["a1"]["message"]
+    assert run(folder, network, "--type", "inter", "--skip-existing") == 0
+    assert kinds() == ["inter", "inter"]

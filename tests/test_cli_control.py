@@ -413,3 +413,29 @@ def test_help_of_the_verbs_shows_an_example_and_imports_no_jax():
     assert run.returncode == 0, run.stderr
     for verb in ("register", "sweep", "doctor"):
         assert f"\n  unireg {verb}" in run.stdout, verb
+
+
+def test_register_takes_another_pair_type(scans, tmp_path, network, capsys):
+    found = {}
+    for name, more in (("own", ()), ("other", ("--type", "inter"))):
+        more = (*more, "--affine", "none", "--case", name, "--json", "--quiet")
+        assert cli.main(command(scans, tmp_path, network, *more)) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    kinds = {name: record["settings"]["pair_type"] for name, record in found.items()}
+    assert kinds == {"own": "intra", "other": "inter"}
+    assert len({record["settings_sha256"] for record in found.values()}) == 2
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_doctor_ends_in_5_where_the_test_registration_is_wrong(
+    network, capsys, monkeypatch, passed
+):
+    found = {"error_mm": 9.0, "expected_mm": 5.0, "passed": passed, "seconds": 1.0}
+    monkeypatch.setattr(selftest, "self_test", lambda model: dict(found))
+    code = cli.main(["doctor", "--weights", network, "--json", "--quiet"])
+    report = json.loads(capsys.readouterr().out)
+    (check,) = (c for c in report["checks"] if c["name"] == "test registration")
+    assert check["status"] == ("ok" if passed else "broken")
+    assert (code, report["healthy"]) == (
+        (0, True) if passed else (errors.PARTLY, False)
+    )

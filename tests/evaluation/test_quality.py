@@ -310,3 +310,17 @@ def test_measure_refuses_other_grids():
     with pytest.raises(ValueError, match="mask must be"):
         mask = np.ones((4, 5, 6), bool)
         quality.measure(scan(), scan(), still(), np.eye(4), mask=mask)
+
+
+def test_length_is_that_before_the_pre_alignment():
+    """y = A (x + u): u is 4 mm in a tenth of the scan, 1 mm elsewhere."""
+    grow = np.diag([1.25, 0.8, 1.0, 1.0])
+    x = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
+    x = x @ place()[:3, :3].T + place()[:3, 3]
+    u = np.zeros((*SHAPE, 3))
+    u[..., 0] = 1.0
+    u[:, :, -4:, 0] = 4.0
+    disp = ((x + u) @ grow[:3, :3].T - x).astype(np.float32)
+    found = quality.measure(scan(), scan(), disp, grow, mask=np.ones(SHAPE, bool))
+    assert found["max_mm"] == pytest.approx(4, abs=0.01)
+    assert found["p99_mm"] == pytest.approx(4, abs=0.01)

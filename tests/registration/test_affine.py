@@ -249,3 +249,13 @@ def test_choose_kind_follows_patients_distance_and_shared_space(
     got, why = affine.choose_kind(fixed, moving, region=region, pair_type=pair_type)
     assert got == kind
     assert pair_type == PairType.INTER or "% of the smaller scan" in why
+
+
+def test_choose_kind_of_a_small_scan_within_a_large_one():
+    large = np.array([(0.0, 0, 0), (400, 400, 500)])
+    small = np.array([(150.0, 150, 200), (250, 250, 300)])
+    for boxes in ((large, small), (small, large)):
+        got, why = affine.choose_kind(
+            *boxes, region=Region.LIVER, pair_type=PairType.INTRA
+        )
+        assert got == "none" and "100 % of the smaller" in why

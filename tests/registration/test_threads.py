@@ -42,7 +42,7 @@ def test_hung_item_is_given_up_and_its_claim_refused(workers):
         published.append(item)
         return item
 
-    ends = list(in_threads(range(5), work, workers=workers, timeout_s=0.5))
+    ends = list(in_threads(range(5), work, workers=workers, timeout_s=2.0))
     assert [end.timed_out for end in ends] == [i == 1 for i in range(5)]
     assert [end.value for end in ends] == [0, None, 2, 3, 4]
     release.set()
@@ -56,10 +56,10 @@ def test_item_that_claimed_in_time_is_waited_for():
     def work(item, claim):
         claim()
         claimed.set()
-        time.sleep(0.3)  # beyond the limit
+        time.sleep(1.5)  # beyond the limit
         return item
 
-    (end,) = in_threads(["a"], work, workers=1, timeout_s=0.1)
+    (end,) = in_threads(["a"], work, workers=1, timeout_s=1.0)
     assert end.value == "a" and not end.timed_out and claimed.is_set()
 
 
