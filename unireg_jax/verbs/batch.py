@@ -69,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "batch.json sum up. The same command goes on where an earlier one stopped: "
         "results whose record, inputs, weights, settings and outputs agree stay."
     )
-    parser.epilog = (
-        "example: unireg batch pairs.csv --out results --task abdomen --skip-existing"
-    )
+    parser.epilog = "example: unireg batch pairs.csv --out results --task abdomen"
     add = parser.add_argument
     add(
         "list",
