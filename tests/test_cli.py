@@ -452,6 +452,7 @@ def test_results_that_cannot_be_put_back_are_not_deleted(earlier, monkeypatch):
         (["--moving", __file__], errors.FAILED, "not_nifti|name_mismatch"),
         (["--weights", "absent.safetensors"], errors.CHECKPOINT, "--weights"),
         (["--fixed-label", "one.nii.gz"], errors.USAGE, "belong together"),
+        (["--fixed-label", "", "--moving-label", "one.nii.gz"], errors.USAGE, "belong"),
     ],
 )
 def test_register_mistake_is_one_line_and_leaves_nothing(

@@ -48,7 +48,7 @@ class Case(NamedTuple):
         moving: scan to be warped, path.
         task: name in tasks.TASKS, "auto" or "none"; None to be chosen by the caller.
         type: "inter", "intra", or None for the task's own.
-        fixed_label, moving_label: label maps, both or none.
+        fixed_label, moving_label: label maps; that of moving may stand alone.
         fixed_mask, moving_mask: where scans are compared.
         fixed_points, moving_points: landmarks, x, y, z in LPS mm, line by line, both
             or none.
@@ -217,7 +217,7 @@ def _case(
         faults.append(("task_unknown", f"{where}: type {values['type']!r}{hint}"))
     for column, other in _NEEDS:
         if values[column] and not values[other]:
-            got = f"{where}: {column} without {other}; give both or none"
+            got = f"{where}: {column} without {other}; give that, too"
             faults.append(("schema", got))
     for column in PATHS:
         values[column] = paths.resolve(where, column, values[column], faults)

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -426,16 +427,19 @@ def test_evaluate_finds_results_of_a_batch(folder, capsys):
     scans = "fixed.nii.gz,moving.nii.gz"
     (folder / "pairs.csv").write_text(
         f"id,fixed,moving,fixed_label,moving_label\na,{scans},{scans}\nb,{scans},{scans}"
-        f"\nc,{scans},{scans}\n"
+        f"\nc,{scans},{scans}\nd,{scans},,moving.nii.gz\n"
     )
     results = folder / "results"
     (results / "a").mkdir(parents=True)
     os.rename(folder / "u0.nii.gz", results / "a" / "a_1Warp.nii.gz")
+    shutil.copy(folder / "u1.nii.gz", results / "d.nii.gz")
     os.rename(folder / "u1.nii.gz", results / "b.nii.gz")
     arguments = ["--manifest", folder / "pairs.csv", "--transforms", results]
     evaluate(capsys, *arguments, "-o", folder / "out", code=errors.PARTLY)
     rows = rows_of(folder / "out" / "cases.csv")
-    assert [row["dsc"] for row in rows] == ["1.0", "0.75", ""]
+    # Of the last one the list names labels that were to be warped.
+    assert [row["dsc"] for row in rows] == ["1.0", "0.75", "", ""]
+    assert [row["status"] for row in rows][2:] == ["failed", "ok"]
     assert "c_1Warp.nii.gz" in rows[2]["message"]
     # ANTs' field of that name lacks the affine, which lies beside it.
     (results / "a" / "a_0GenericAffine.mat").write_bytes(b"")

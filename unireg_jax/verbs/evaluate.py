@@ -322,7 +322,9 @@ def read_list(
         return {
             pair.id: Files(
                 transform=_find(Path(transforms), pair),
-                **{name: getattr(pair, name) for name in names},
+                **{name: getattr(pair, name) for name in names}
+                # To be warped by `batch`; alone they tell nothing of overlap.
+                | ({} if pair.fixed_label else {"moving_label": None}),
             )
             for pair in pairs
         }
@@ -378,7 +380,7 @@ def _find(folder: Path, pair: manifest.Case) -> Path:
     found = (folder / name for name in names if (folder / name).is_file())
     path = next(found, folder / names[1])
     affine = path.with_name(f"{pair.id}_0GenericAffine.mat")
-    if path.name.endswith("_1Warp.nii.gz") and affine.is_file():
+    if path.name == f"{pair.id}_1Warp.nii.gz" and path.is_file() and affine.is_file():
         raise _usage(
             f"{shown(path.name)}: a map with its affine expected, got that of ANTs, "
             f"whose affine is in {shown(affine.name)} beside it; write both into one "

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code."""
     started = time.perf_counter()
     name = outputs.case_name(args.case, args.fixed, args.moving)
-    if args.fixed_label:
+    if args.fixed_label is not None:
         options.both_labels(args)
     results.check_settings(args)
     if args.task == NO_TASK and (args.passes > 1 or args.symmetric):

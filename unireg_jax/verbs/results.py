@@ -268,7 +268,7 @@ class Files:
         labels = mask = table = init = None
         if case.moving_label:
             labels = tuple(
-                path and self._label(path)
+                self._label(path) if path else None
                 for path in (case.fixed_label, case.moving_label)
             )
             for image, label in zip((fixed, moving), labels, strict=True):
@@ -393,7 +393,7 @@ def write(
         result.disp_mm,
         result.affine,
         mask=inputs.mask,
-        fixed_labels=target and target.data,
+        fixed_labels=None if target is None else target.data,
         scores=scores,
         back_mm=back_mm,
     )
