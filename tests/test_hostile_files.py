@@ -36,6 +36,8 @@ def victim(tmp_path):
 _META = """ObjectType = Image
 NDims = 3
 DimSize = 4 4 4
+ElementSpacing = 1 1 1
+TransformMatrix = 1 0 0 0 1 0 0 0 1
 ElementType = MET_UCHAR
 ElementDataFile = {}
 """
