@@ -317,14 +317,16 @@ def read_list(
                 f"{shown(transforms)}: not_found: a folder of results expected",
                 USAGE,
             )
-        pairs = manifest.read_cases(path, roots=roots)
+        # Labels that `batch` was to warp tell nothing of overlap alone.
+        pairs = [
+            pair if pair.fixed_label else pair._replace(moving_label=None)
+            for pair in manifest.read_cases(path, roots=roots)
+        ]
         names = [name for name in _PATHS if name in manifest.Case._fields]
         return {
             pair.id: Files(
                 transform=_find(Path(transforms), pair),
-                **{name: getattr(pair, name) for name in names}
-                # To be warped by `batch`; alone they tell nothing of overlap.
-                | ({} if pair.fixed_label else {"moving_label": None}),
+                **{name: getattr(pair, name) for name in names},
             )
             for pair in pairs
         }

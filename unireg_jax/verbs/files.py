@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from unireg_jax.errors import STORAGE, USAGE, UserError, shown
-from unireg_jax.imaging import mapping, scans, transforms
+from unireg_jax.imaging import belonging, mapping, scans, transforms
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
@@ -157,6 +157,21 @@ def check_scans(path: str, fixed: Volume | None, moving: Volume | None) -> None:
             "none; name it",
             USAGE,
         )
+
+
+def check_pair(
+    transform: str, whole: Mapping, fixed: Volume | None, moving: Volume | None
+) -> list[str]:
+    """Holds a transform against its scans, where both are known; gives warnings.
+
+    Raises:
+        UserError: exit code 4, see `belonging.check`.
+    """
+    if fixed is None or moving is None:
+        return []
+    found = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
+    belonging.check(found, transform)
+    return found.warnings
 
 
 def _is_l2r(path: str) -> bool:

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from unireg_jax.errors import USAGE, UserError, shown
-from unireg_jax.imaging import belonging, mapping, nifti
+from unireg_jax.imaging import mapping, nifti
 from unireg_jax.imaging.inverse import check_inverse, invert
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress, warn
@@ -90,11 +90,7 @@ def run(args: argparse.Namespace) -> int:
             "it: its grid is that of the inverse and of its residual",
             USAGE,
         )
-    warnings = []
-    if fixed and moving:
-        found = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
-        belonging.check(found, args.transforms[0])
-        warnings = found.warnings
+    warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
     say("inverting")
     grid = mapping.grid_of(moving) if moving else mapping.Grid((2, 2, 2), np.eye(4))
     inverse = invert(whole, grid, tolerance_mm=args.tolerance)

@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     moving = (scans.read_labels if label else scans.read_scan)(args.moving)
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     grid = mapping.grid_of(fixed)
-    found = belonging.fit(whole, grid, mapping.grid_of(moving))
-    belonging.check(found, args.transforms[0])
-    warnings = found.warnings
+    warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
     if args.interp == "linear" and scans.like_labels(moving.data):
         warnings.append(
             f"label_value: {shown(args.moving)} looks like a label map; --interp label "

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from unireg_jax.errors import shown
-from unireg_jax.imaging import belonging, mapping, points
+from unireg_jax.imaging import mapping, points
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress, warn
 
@@ -65,11 +65,7 @@ def run(args: argparse.Namespace) -> int:
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     given = points.read_file(args.points, args.space, fixed, scan=args.of)
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
-    warnings = []
-    if fixed and moving:
-        lies = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
-        belonging.check(lies, args.transforms[0])
-        warnings = lies.warnings
+    warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
     moved = mapping.points(whole, given.xyz)
     found = given._replace(xyz=moved)
     points.write_file(args.file, found, args.out_space or given.space, moving)
