@@ -95,7 +95,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
         augment=augment.AugmentSpec(**config.data.augment.to_dict()),
         model=model,
         tx=tx,
-        loss=objective.make_loss(apply_fn, weights=weights),
+        loss=objective.make_loss(apply_fn, weights=weights, passes=config.train.passes),
         spec={
             "architecture": architecture(config),
             **described,
@@ -194,6 +194,7 @@ _LEAST = {
     "train.checkpoint_every": 1,
     "train.skip_nonfinite": 0,
     "train.accumulate": 1,
+    "train.passes": 1,
     "train.space_devices": 1,
     "train.watchdog_s": 1,
 }

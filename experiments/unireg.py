@@ -113,6 +113,9 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.train.skip_nonfinite = 0
     # Parts of a batch that come one after another, in the memory of one; 1: none.
     config.train.accumulate = 1
+    # Passes of the network in a step, each on the moving scan as warped so far; the
+    # paper's is one. So many times the arithmetic and the memory.
+    config.train.passes = 1
     # Decay of a running mean of the parameters, then judged and released; 0: none.
     config.train.ema = 0.0
     config.train.space_devices = 1  # devices that share a volume, split along X

@@ -476,7 +476,10 @@ def test_fields_that_did_not_exist_have_their_neutral_value(tmp_path):
     for section, names in {
         "data": ("streams", "augment", "on_fault"),
         "model": ("precision", "remat", "embedding", "combine"),
-        "train": ("accumulate", "ema", "space_devices", "watchdog_s", "init_from"),
+        "train": (
+            *("accumulate", "passes", "ema"),
+            *("space_devices", "watchdog_s", "init_from"),
+        ),
     }.items():
         for name in names:
             del old[section][name]

@@ -197,6 +197,47 @@ def test_prepare_applies_the_alignment():
     assert not pair.moving_labels[:, -1].any()
 
 
+def test_prepare_reads_the_moving_scan_where_a_field_leads():
+    matrix = jnp.eye(4).at[0, 3].set(2.0)
+    batch = _batch()._replace(align=matrix[None])
+    disp = jnp.zeros((1, *SHAPE, 3)).at[..., 1].set(3.0)
+    pair = jax.jit(objective.prepare)(batch, Extractor("none"), disp)
+    still = prepare(batch, Extractor("none"))
+    read = jnp.s_[:, :13, :28]
+    moved = jnp.roll(still.moving, -3, axis=2)[read]
+    np.testing.assert_allclose(pair.moving[read], moved, atol=1e-5)
+    labels = jnp.roll(still.moving_labels, -3, axis=2)[read]
+    np.testing.assert_array_equal(pair.moving_labels[read], labels)
+    np.testing.assert_array_equal(pair.fixed, still.fixed)
+    assert not pair.moving_valid[:, :, -3:].any()  # there is nothing to be read
+
+
+def test_a_second_pass_sees_the_warped_scan_and_is_judged_with_the_first():
+    batch, extractor, weights = _batch(), Extractor("none"), _weights()
+    seen = []
+
+    def apply_fn(shift, fixed, moving, *_, train):
+        assert train
+        seen.append(moving)
+        return jnp.zeros((1, *SHAPE, 3)).at[..., 0].set(shift)
+
+    loss = objective.make_loss(apply_fn, weights=weights, passes=2)
+    gradient, scalars = jax.grad(loss, has_aux=True)(0.4, batch, extractor)
+    pair = prepare(batch, extractor)
+
+    def single(shift, before):
+        disp = jnp.zeros((1, *SHAPE, 3)).at[..., 0].set(shift + before)
+        return objective.objective(disp, pair, weights=weights)[0]
+
+    first, second = (jax.value_and_grad(single)(0.4, before) for before in (0.0, 0.4))
+    np.testing.assert_allclose(scalars["loss"], (first[0] + second[0]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(gradient, (first[1] + second[1]) / 2, rtol=1e-4)
+    field = jnp.zeros((1, *SHAPE, 3)).at[..., 0].set(0.4)
+    expected = prepare(batch, extractor, field).moving
+    np.testing.assert_allclose(seen[1], expected, atol=1e-5)
+    assert not np.allclose(seen[0], seen[1])
+
+
 def test_dice_leaves_out_an_organ_that_is_cut_away():
     batch = _batch()
     batch = batch._replace(moving=batch.moving.at[:, :, :, 24:].set(OUTSIDE_HU))

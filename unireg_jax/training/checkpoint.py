@@ -330,6 +330,7 @@ _NEUTRAL = {
     "model.remat": "none",
     "train.init_from": "",
     "train.accumulate": 1,
+    "train.passes": 1,
     "train.ema": 0.0,
     "train.space_devices": 1,
     "train.skip_nonfinite": 0,

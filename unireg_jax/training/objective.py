@@ -70,20 +70,22 @@ class Weights(NamedTuple):
     dice_counting: str = "scatter"
 
 
-def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
+def prepare(
+    batch: PairBatch, extractor: Extractor, disp: jax.Array | None = None
+) -> Pair:
     """Windows, pre-aligns and describes a batch on the device.
 
     Args:
         batch: HU volumes and labels, see tasks.PairBatch.
         extractor: of the features; its HU window becomes [-1, 1] (section 4.3).
+        disp: [B, X, Y, Z, 3] float32, voxels; the moving scans as warped by it. None:
+            as the pre-alignment has them.
 
     Returns:
         The pair on the fixed grid; outside either scan images are air and not valid,
         outside the moving one, as where it is cut short, without labels.
     """
-    shape = batch.fixed.shape[1:4]
-    coords = warp.affine_coords(batch.align, shape)
-
+    coords = moving_coords(batch, disp)
     limit = jnp.array(batch.moving.shape[1:4], jnp.float32) - 1
     within = (coords >= 0) & (coords <= jnp.broadcast_to(limit, coords.shape))
     valid = intensity.valid(batch.moving).astype(jnp.float32)
@@ -108,6 +110,27 @@ def prepare(batch: PairBatch, extractor: Extractor) -> Pair:
         pair_type=batch.pair_type,
     )
     return jax.lax.stop_gradient(pair)
+
+
+def moving_coords(batch: PairBatch, disp: jax.Array | None = None) -> jax.Array:
+    """Where the moving scans are read: the pre-alignment of x + disp(x).
+
+    Args:
+        batch: of B pairs.
+        disp: [B, X, Y, Z, 3] float32, voxels of the fixed grid; None: 0.
+
+    Returns:
+        [B, X, Y, Z, 3] float32, voxels of the moving grid.
+    """
+    shape = batch.fixed.shape[1:4]
+    if disp is None:
+        return warp.affine_coords(batch.align, shape)
+    coords = jnp.broadcast_to(warp.identity_coords(shape), disp.shape) + disp
+    linear, offset = batch.align[:, :3, :3], batch.align[:, :3, 3]
+    coords = jnp.einsum(
+        "bxyzi,bji->bxyzj", coords, linear, precision=jax.lax.Precision.HIGHEST
+    )
+    return coords + offset[:, None, None, None, :]
 
 
 def sample_labels(
@@ -220,21 +243,37 @@ def _similarity(fixed, warped, mask, weights):
     return sum(scales) / weights.ncc_scales
 
 
-def make_loss(apply_fn: Callable, *, weights: Weights) -> Callable:
-    """Binds everything static: loss(params, batch, extractor) -> (loss, scalars)."""
+def make_loss(apply_fn: Callable, *, weights: Weights, passes: int = 1) -> Callable:
+    """Binds everything static: loss(params, batch, extractor) -> (loss, scalars).
+
+    Args:
+        apply_fn: see `step.make_eval_step`, with train=True.
+        weights: of the objective.
+        passes: how often the network acts, each time on the moving scan as warped so
+            far, as `registration.prediction` has it. The field of all passes so far is
+            judged after each, and what came before gets no gradient; means count. Not
+            in the paper.
+    """
 
     def loss(params, batch: PairBatch, extractor: Extractor):
-        pair = prepare(batch, extractor)
-        disp = apply_fn(
-            params,
-            pair.fixed,
-            pair.moving,
-            pair.corr,
-            pair.region,
-            pair.pair_type,
-            train=True,
-        )
-        return objective(disp, pair, weights=weights)
+        given = pair = prepare(batch, extractor)
+        total, found = None, []
+        for _ in range(passes):
+            if total is not None:
+                total = jax.lax.stop_gradient(total)
+                pair = prepare(batch, extractor, total)
+            disp = apply_fn(
+                params,
+                pair.fixed,
+                pair.moving,
+                pair.corr,
+                pair.region,
+                pair.pair_type,
+                train=True,
+            )
+            total = disp if total is None else warp.compose(disp, total)
+            found.append(objective(total, given, weights=weights))
+        return jax.tree.map(lambda *each: sum(each) / passes, *found)
 
     return loss
 

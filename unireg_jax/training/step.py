@@ -260,13 +260,7 @@ def mid_planes(disp: jax.Array, pair: objective.Pair) -> dict[str, list[jax.Arra
 
 def _moving_labels(disp: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
     """All layers of moving labels at align(x + disp(x)), 0 beyond the moving grid."""
-    shape = disp.shape[1:4]
-    coords = jnp.broadcast_to(warp.identity_coords(shape), disp.shape) + disp
-    linear, offset = batch.align[:, :3, :3], batch.align[:, :3, 3]
-    coords = jnp.einsum(
-        "bxyzi,bji->bxyzj", coords, linear, precision=jax.lax.Precision.HIGHEST
-    )
-    coords = coords + offset[:, None, None, None, :]
+    coords = objective.moving_coords(batch, disp)
     limit = jnp.array(batch.moving_labels.shape[1:4], jnp.float32) - 0.5
     limit = jnp.broadcast_to(limit, coords.shape)
     within = ((coords >= -0.5) & (coords <= limit)).all(-1)
