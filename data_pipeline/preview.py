@@ -12,7 +12,6 @@ right is on the left of the picture. Needs the extra `report`.
 
 import argparse
 import base64
-import colorsys
 import html
 import io
 import math
@@ -38,6 +37,7 @@ from unireg_jax.errors import (
     spelled_out,
     tell,
 )
+from unireg_jax.imaging.colors import label_colors
 from unireg_jax.tasks import OUTSIDE_HU, TASKS
 
 try:
@@ -224,7 +224,7 @@ def _tile(job: Job, picture: np.ndarray, drawn: np.ndarray, axis: int, spacing_m
     tile = np.repeat((255 * gray).astype(np.uint8)[..., None], 3, axis=2)
     tile[outside[nearest]] = _OUTSIDE
     edges = _edges(drawn[nearest])
-    tile[edges > 0] = _colors(len(job.names))[edges[edges > 0] - 1]
+    tile[edges > 0] = label_colors(len(job.names))[edges[edges > 0] - 1]
     return tile
 
 
@@ -247,15 +247,6 @@ def _edges(labels: np.ndarray) -> np.ndarray:
         height, width = labels.shape
         same &= padded[dy : dy + height, dx : dx + width] == labels
     return np.where(same, 0, labels)
-
-
-def _colors(count: int) -> np.ndarray:
-    """[count, 3] uint8: hues a golden section apart, so that neighbours differ."""
-    hues = [(i * 0.618034) % 1 for i in range(count)]
-    # Strong, pale and dark in turn: hues come close to one another after some steps.
-    kinds = ((0.8, 1.0), (0.4, 1.0), (0.9, 0.7))
-    colors = [colorsys.hsv_to_rgb(hue, *kinds[i % 3]) for i, hue in enumerate(hues)]
-    return (255 * np.array(colors).reshape(-1, 3)).astype(np.uint8)
 
 
 # --- pages ---
@@ -331,7 +322,7 @@ def _sheet(title: str, drawings: Sequence[Drawing]) -> bytes:
             _show(figure.add_axes(place, anchor="NW"), tile, PLANES[i])
     if listed:
         names = drawings[0].job.names
-        colors = _colors(len(names)) / 255
+        colors = label_colors(len(names)) / 255
         patches = [Patch(color=colors[i], label=_latin(names[i])) for i in listed]
         legend = figure.legend(handles=patches, loc="lower center", ncols=7, fontsize=9)
         for text in legend.get_texts():
@@ -398,7 +389,7 @@ def _page(groups: Mapping[str, Sequence[Drawing]], left_out: int) -> str:
         parts.append(f"<h2>{_escaped(task)}: {len(members)}</h2>")
         parts.append(f"<p>{low:g} to {high:g} HU from black to white.</p>")
         names = members[0].job.names
-        colors = _colors(len(names))
+        colors = label_colors(len(names))
         shown = sorted({i for drawing in members for i in drawing.shown})
         spans = [
             f'<span><i style="background:rgb({colors[i][0]},{colors[i][1]},'

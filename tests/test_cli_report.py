@@ -129,13 +129,68 @@ def test_register_writes_the_page_beside_the_results(made):
 
 def test_report_of_a_case_is_the_page_that_register_wrote(made, out, capsys):
     before = (out / CASE / "qc.html").read_text()
-    argv = ["report", str(out / CASE), *scans(made[1]), "--quiet", "--json"]
+    labels = ["--fixed-label", made[1]["fixed_label"]]
+    argv = ["report", str(out / CASE), *scans(made[1]), *labels, "--quiet", "--json"]
     assert cli.main(argv) == errors.USAGE  # never over a file unasked
     assert cli.main([*argv, "--overwrite"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["page"] == "qc.html" and told["case"] == CASE
     # The written image is rounded to whole HU, the field to float32: so were they.
     assert (out / CASE / "qc.html").read_text() == before
+
+
+def outlined(page):
+    """Layer -> labels that have a path."""
+    found = re.search(r'id="outlines">(.*?)</script>', page.read_text())
+    if found is None:
+        return {}
+    return {
+        layer["name"]: {k for p in layer["planes"].values() for s in p for k in s}
+        for layer in json.loads(found[1])["layers"]
+    }
+
+
+def test_page_outlines_the_labels_that_are_at_hand(made, out):
+    """The warped ones lie beside it; those of the fixed scan have to be named."""
+    folder, paths = out / CASE, made[1]
+    page = folder / "qc.html"
+    both = outlined(page)
+    assert set(both) == {"fixed", "warped"} and {"1", "3"} <= both["fixed"]
+    argv = ["report", str(folder), *scans(paths), "--overwrite", "--quiet"]
+    assert cli.main(argv) == 0
+    assert outlined(page) == {"warped": both["warped"]}
+    (folder / f"{CASE}_warped_label.nii.gz").unlink()
+    assert cli.main([*argv, "--fixed-label", paths["fixed_label"]]) == 0
+    assert outlined(page) == {"fixed": both["fixed"]}
+    assert cli.main(argv) == 0
+    assert outlined(page) == {}
+
+
+def test_register_outlines_labels_of_the_moving_scan_alone(made, tmp_path, network):
+    paths = made[1]
+    labels = ["--moving-label", paths["moving_label"]]
+    argv = command(paths, tmp_path, network, *labels, "--html", "--quiet")
+    assert cli.main(argv) == 0
+    assert outlined(tmp_path / CASE / "qc.html").keys() == {"warped"}
+
+
+def test_report_refuses_labels_that_do_not_belong_to_the_case(made, out, capsys):
+    folder, paths = out / CASE, made[1]
+    argv = ["report", str(folder), "--overwrite"]
+    named = [*argv, "--fixed-label", paths["fixed_label"]]
+    assert cli.main(named) == errors.USAGE
+    assert "--fixed-label needs --fixed" in capsys.readouterr().err
+    other = [*argv, *scans(paths), "--fixed-label", paths["moving_label"]]
+    assert cli.main(other) == errors.DATA_CHANGED
+    assert "has as fixed_label" in capsys.readouterr().err
+    path = folder / f"{CASE}_warped_label.nii.gz"
+    image = nib.load(path)
+    data = np.asarray(image.dataobj)[1:]
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    assert cli.main([*argv, *scans(paths)]) == errors.FAILED
+    assert "grid_mismatch" in capsys.readouterr().err
+    path.write_bytes(b"none")
+    assert cli.main([*argv, *scans(paths)]) == errors.FAILED
 
 
 def test_report_of_a_record_without_quality_measures_it(made, out):
@@ -206,12 +261,13 @@ def test_report_of_a_batch_lists_all_cases_and_makes_their_pages(made, out, caps
         shutil.copytree(out / CASE, parent / f".unireg-batch-{'0' * 32}.tmp")
     (out / "failed.csv").write_text("id,reason,message\nlost,not_found,=gone <b>\n")
     listed = out.parent / "pairs.csv"
-    names = [paths[k].rsplit("/", 1)[1] for k in ("fixed", "moving")]
-    listed.write_text(f"id,fixed,moving\nsecond,{','.join(names)}\n")
+    columns = ("fixed", "moving", "fixed_label", "moving_label")
+    names = [paths[k].rsplit("/", 1)[1] for k in columns]
+    listed.write_text(f"id,{','.join(columns)}\nsecond,{','.join(names)}\n")
     folder = paths["fixed"].rsplit("/", 1)[0]
     argv = ["report", str(out), "--list", str(listed), "--data-root", folder]
-    shutil.copy(paths["fixed"], listed.parent)
-    shutil.copy(paths["moving"], listed.parent)
+    for column in columns:
+        shutil.copy(paths[column], listed.parent)
     assert cli.main([*argv, "--json", "--quiet"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [c["case"] for c in told["cases"]][:2] == ["lost", "torn"]
@@ -221,7 +277,8 @@ def test_report_of_a_batch_lists_all_cases_and_makes_their_pages(made, out, caps
         f"{CASE}/qc.html",
         "second/qc.html",
     }
-    assert text.count("<img") == 2 and (out / "second" / "qc.html").is_file()
+    assert text.count("<img") == 2
+    assert outlined(out / "second" / "qc.html").keys() == {"fixed", "warped"}
     assert str(out) not in text
 
 

@@ -155,15 +155,12 @@ def test_many_scans_are_thinned_out_and_paged(prepared, tmp_path):
     assert "45 more were left out" in (tmp_path / "index.html").read_text()
 
 
-def test_outlines_are_borders_in_the_label_s_color():
+def test_outlines_are_borders_of_the_label():
     labels = np.zeros((7, 9), np.uint8)
     labels[2:6, 3:8] = 2
     edges = preview._edges(labels)
     assert edges[2:6, 3:8].min() == 0 and (edges[3:5, 4:7] == 0).all()
     assert edges[2, 3] == 2 and edges[1].max() == 0
-    colors = preview._colors(40)
-    assert len({tuple(c) for c in colors}) == 40
-    assert preview._colors(0).shape == (0, 3)
 
 
 def test_without_matplotlib_one_line_names_the_extra(

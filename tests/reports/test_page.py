@@ -1,5 +1,6 @@
 """The page of a case: nothing from outside, nothing unescaped, sliders that work."""
 
+import json
 import re
 
 import numpy as np
@@ -33,12 +34,20 @@ def scans(lung):
     return fixed, Volume(fixed.data, moved)
 
 
-def draw(lung):
+def draw(lung, labels=None):
     fixed, moving = scans(lung)
     disp = np.zeros((*SHAPE, 3), np.float32)
     disp[..., 0] = 6.0
-    scene = pictures.scene(fixed, moving, fixed.data, disp, np.eye(4))
-    return pictures.draw(scene, slices=9)
+    args = fixed, moving, fixed.data, disp, np.eye(4)
+    return pictures.draw(pictures.scene(*args, labels=labels), slices=9)
+
+
+def organs(x):
+    """Two boxes that touch, 12 voxels further right or left; a third is far away."""
+    labels = np.zeros(SHAPE, np.uint16)
+    labels[x : x + 6, 8:20, 6:18], labels[x + 6 : x + 9, 8:20, 6:18] = 3, 700
+    labels[30:32, 12:16, 10:14] = 4
+    return labels
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +58,11 @@ def drawn():
 @pytest.fixture(scope="module")
 def chest():
     return draw(lung=True)
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    return draw(lung=True, labels={"warped": organs(15), "fixed": organs(14)})
 
 
 def record(name="a__b", **more):
@@ -207,6 +221,123 @@ def test_lungs_have_a_window_of_their_own(chest, tmp_path):
         seen.press("w")
         assert shows("soft", "overlay")
         assert seen.requests == [file.as_uri()] and seen.complaints == []
+
+
+def test_page_without_labels_knows_nothing_of_outlines(drawn, labelled):
+    plain, lined = html(drawn), html(labelled)
+    for word in ('id="outlines"', "<svg", ".outlines {", 'class="labels"'):
+        assert word not in plain and word in lined
+    assert plain.count("<script") == 2 and lined.count("<script") == 3
+
+
+def test_page_with_labels_asks_for_nothing(labelled):
+    text = re.sub(r"[A-Za-z0-9+/=]{60,}", "", html(labelled))
+    assert "default-src 'none'" in text and "unsafe" not in text
+    # Not even the address that names SVG; no style in an attribute, which is forbidden.
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|style=", text)
+
+
+def test_page_has_a_colour_for_each_label_and_a_line_for_each_layer(labelled):
+    text = html(labelled)
+    items = re.findall(r'stroke="(#[0-9a-f]{6})"/></svg>(\d+)</li>', text)
+    assert [label for _, label in items] == ["3", "4", "700"]
+    assert len(dict(items)) == 3
+    assert "dashed: labels of the fixed scan; solid: labels of the moving" in text
+    alone = labelled._replace(outlines={"warped": labelled.outlines["warped"]})
+    text = html(alone)
+    assert "dashed:" not in text and "Outlines, solid:" in text
+
+
+def test_page_says_which_labels_are_not_outlined(labelled):
+    def legend(change):
+        planes = labelled.outlines["warped"].items()
+        lines = {plane: [change(p) for p in paths] for plane, paths in planes}
+        text = html(labelled._replace(outlines={"warped": lines}))
+        return re.search(r'<div class="labels"><p>(.*?)</p>', text)[1]
+
+    assert legend(lambda paths: paths).endswith("One colour per label.")
+    assert legend(lambda paths: {}).endswith("None lies in these slices.")
+    assert "too fine" in legend(lambda paths: None)
+    assert "too fine" in legend(lambda paths: paths if len(paths) > 1 else None)
+
+
+def test_outlines_count_and_are_thinned_with_the_pictures(labelled):
+    few = html(labelled)
+    found = labelled.outlines["warped"]
+    path = {3: "M0 0l" + "1 1-1 1" * 85_000 + "z"}
+    large = {plane: [path for _ in paths] for plane, paths in found.items()}
+    text = html(labelled._replace(outlines={"warped": large}))
+    counts = []
+    for page_text in (few, text):
+        data = re.search(r'id="outlines">(.*?)</script>', page_text)[1]
+        counts.append(len(json.loads(data)["layers"][0]["planes"]["axial"]))
+    assert counts == [9, 5]
+    assert '"axial": 2' in text  # the middle one of five
+
+
+@needs_browser
+def test_outlines_follow_sliders_and_are_shown_and_hidden(labelled, tmp_path):
+    """By buttons, which the keyboard reaches, and by keys of their own."""
+    file = tmp_path / "qc.html"
+    file.write_text(html(labelled), encoding="utf-8")
+    with browser.opened(file, tmp_path / "profile") as seen:
+        frames = "[...document.querySelectorAll('svg.outlines')]"
+        groups = frames + ".map(s => s.querySelector('.%s'))"
+        buttons = "[...document.querySelectorAll('.layers button')]"
+
+        def paths(layer, plane):
+            return seen.evaluate(
+                f"[...{groups % layer}[{pictures.PLANES.index(plane)}].children]"
+                ".map(p => [p.querySelector('title').textContent, p.getAttribute('d')])"
+            )
+
+        def expected(layer, plane, i):
+            found = labelled.outlines[layer][plane][i].items()
+            return [[f"{layer.title()} labels: {label}", d] for label, d in found]
+
+        def shown(layer):
+            shapes = f"{groups % layer}.map(g => g.getBoundingClientRect().width > 0)"
+            return seen.evaluate(shapes)
+
+        for layer in ("fixed", "warped"):
+            for plane in pictures.PLANES:
+                middle = labelled.middle[plane]
+                assert paths(layer, plane) == expected(layer, plane, middle)
+            assert shown(layer) == [True] * 3
+        assert paths("fixed", "axial") != paths("warped", "axial")
+        seen.evaluate(
+            "(() => { const s = document.querySelectorAll('input[type=range]')[1];"
+            "s.value = 3; s.dispatchEvent(new Event('input')); })()"
+        )
+        assert paths("fixed", "coronal") == expected("fixed", "coronal", 3) != []
+        dashes = "getComputedStyle(%s[0].firstChild).strokeDasharray"
+        assert seen.evaluate(dashes % (groups % "warped")) == "none"
+        assert seen.evaluate(dashes % (groups % "fixed")) == "4px, 3px"
+        seen.evaluate(f"{buttons}[0].focus()")
+        seen.press(" ")
+        assert shown("fixed") == [False] * 3 and shown("warped") == [True] * 3
+        pressed = f"{buttons}.map(b => b.textContent + b.ariaPressed)"
+        assert seen.evaluate(pressed) == ["Fixed labelsfalse", "Warped labelstrue"]
+        seen.press("l")
+        assert shown("fixed") == shown("warped") == [False] * 3
+        seen.press("f")
+        seen.evaluate(f"{buttons}[1].click()")
+        assert shown("fixed") == shown("warped") == [True] * 3
+        assert seen.evaluate("document.querySelectorAll('.viewer .labels').length") == 1
+        assert seen.requests == [file.as_uri()] and seen.complaints == []
+
+
+@needs_browser
+def test_outlines_without_scripts_are_on_the_fixed_scan(labelled, tmp_path):
+    file = tmp_path / "qc.html"
+    file.write_text(html(labelled), encoding="utf-8")
+    with browser.opened(file, tmp_path / "profile", scripts=False) as seen:
+        where = "[...document.querySelectorAll('svg.outlines')]"
+        modes = f"{where}.map(s => s.closest('.mode').dataset.mode)"
+        assert seen.evaluate(modes) == ["fixed"] * 6  # two windows, three planes
+        drawn = f"{where}.map(s => s.querySelectorAll('path').length > 1)"
+        assert seen.evaluate(drawn) == [True] * 6
+        assert seen.evaluate("document.querySelectorAll('.labels li').length") == 3
 
 
 @needs_browser

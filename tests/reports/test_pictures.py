@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
+from tests.reports.test_outlines import filled
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.reports import pictures
 
@@ -213,6 +214,38 @@ def test_scene_refuses_other_grids():
     fixed = Volume(body(), place())
     with pytest.raises(ValueError, match="warped and disp_mm must be"):
         pictures.scene(fixed, fixed, fixed.data, np.zeros((4, 5, 6, 3)), np.eye(4))
+    with pytest.raises(ValueError, match="labels must be"):
+        still = np.zeros((*SHAPE, 3), np.float32)
+        labels = {"fixed": np.zeros((4, 5, 6), np.uint8)}
+        pictures.scene(fixed, fixed, fixed.data, still, np.eye(4), labels=labels)
+
+
+def test_outlines_lie_on_what_the_pictures_show():
+    """A label of one bright organ, on the scan's own grid; no side is symmetric."""
+    hu, labels = body(), np.zeros(SHAPE, np.uint16)
+    organ = (slice(22, 33), slice(5, 14), slice(4, 9))
+    hu[organ], labels[organ] = 300, 700
+    fixed = Volume(hu, place())
+    still = np.zeros((*SHAPE, 3), np.float32)
+    given = {"fixed": labels, "warped": np.zeros_like(labels)}
+    found = pictures.scene(fixed, fixed, hu, still, np.eye(4), labels=given)
+    drawn = pictures.draw(found, slices=9)
+    assert set(drawn.outlines) == set(given)
+    for plane in pictures.PLANES:
+        assert not any(drawn.outlines["warped"][plane])
+        seen = 0
+        shown = zip(
+            drawn.png["soft"]["fixed"][plane],
+            drawn.outlines["fixed"][plane],
+            strict=True,
+        )
+        for png, paths in shown:
+            bright = decode(png)[..., 0] > 190  # between slices, too
+            np.testing.assert_array_equal(
+                filled(paths.get(700, ""), bright.shape), bright
+            )
+            seen += bright.any()
+        assert seen
 
 
 def test_legends_are_whole_sentences():

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unireg_jax.errors import shown
+from unireg_jax.imaging.colors import label_colors
+from unireg_jax.reports.outlines import LAYERS, UNITS
 from unireg_jax.reports.pictures import MODES, PLANES, WINDOWS, Slices
 
 _HERE = Path(__file__).parent
-_LIMIT = 12_000_000  # bytes of pictures, as text
+_LIMIT = 12_000_000  # bytes of pictures and outlines, as text
 _SIDES = {  # left, right, top, bottom of a picture
     "axial": "RLAP",
     "coronal": "RLSI",
@@ -66,17 +68,23 @@ def case_page(
         facts: name -> value: settings, inputs, versions.
 
     Returns:
-        HTML. Every second slice is left out as often as the pictures need more than
-        12 MB.
+        HTML. Every second slice is left out as often as pictures and outlines need more
+        than 12 MB.
     """
     slices = _thinned(slices)
     script, style = part("page.js"), part("page.css")
+    colors = _colors(slices)
+    if slices.outlines:
+        style += part("outlines.css")
+    if colors:
+        script += part("outlines.js")
     body = [
         _header(case, status, facts),
         "<main>",
         _findings(findings),
         "<h2>Pictures</h2>",
-        *(_mode(name, window, slices) for window, name in _shown_modes(slices)),
+        *_legend(slices, colors),
+        *(_mode(name, window, slices, colors) for window, name in _shown_modes(slices)),
         "<h2>Numbers</h2>",
         _numbers(rows),
         _labels(labels),
@@ -87,6 +95,7 @@ def case_page(
         "towards head and feet. Not a medical device.</footer>",
         "</main>",
         f'<script type="application/json" id="slices">{_data(slices)}</script>',
+        *_outlines_data(slices, colors),
         f"<script>{script}</script>",
     ]
     return document(f"{case}: registration", "\n".join(body), style, script)
@@ -191,8 +200,8 @@ def _shown_modes(slices: Slices) -> list[tuple[str, str]]:
     return [(window, mode) for window, modes in slices.png.items() for mode in modes]
 
 
-def _mode(name: str, window: str, slices: Slices) -> str:
-    """Three planes of one mode, their middle slices."""
+def _mode(name: str, window: str, slices: Slices, colors) -> str:
+    """Three planes of one mode, their middle slices; outlines on the fixed scan."""
     title, legend = MODES[name]
     if len(slices.png) > 1 and window != next(iter(slices.png)):
         title = f"{title}, {WINDOWS[window][0].lower()} window"
@@ -207,6 +216,7 @@ def _mode(name: str, window: str, slices: Slices) -> str:
         figures.append(
             f'<figure data-plane="{plane}"><div class="frame">'
             f'<img src="data:image/png;base64,{picture}" alt="{title}, {plane}">{sides}'
+            f"{_outlines(slices, plane, colors) if name == 'fixed' else ''}"
             f"</div><figcaption><span>{plane}</span><output>"
             f"{slices.index[plane][i] + 1} of {slices.count[plane]}</output>"
             "</figcaption></figure>"
@@ -243,6 +253,95 @@ def _data(slices: Slices) -> str:
         "middle": slices.middle,
     }
     return json.dumps(data).replace("<", "\\u003c")
+
+
+def _colors(slices: Slices) -> dict[int, str]:
+    """Label -> its colour, of all that are outlined."""
+    found = {label for paths in _outlined(slices) for label in paths or ()}
+    rgb = label_colors(len(found)).tolist()
+    return {
+        label: "#{:02x}{:02x}{:02x}".format(*color)
+        for label, color in zip(sorted(found), rgb, strict=True)
+    }
+
+
+def _outlined(slices: Slices) -> list[dict[int, str] | None]:
+    """Paths of every slice in every layer and plane."""
+    return [
+        paths
+        for planes in slices.outlines.values()
+        for pictures in planes.values()
+        for paths in pictures
+    ]
+
+
+def _layers(slices: Slices) -> list[str]:
+    """Layers of outlines that there are, the lowest first."""
+    return [name for name in LAYERS if name in slices.outlines]
+
+
+def _legend(slices: Slices, colors: Mapping[int, str]) -> list[str]:
+    """How outlines are read, and the colour of each label."""
+    if not slices.outlines:
+        return []
+    lines = "; ".join(LAYERS[name][2] for name in _layers(slices))
+    note = "" if colors else " None lies in these slices."
+    if None in _outlined(slices):
+        note = " Slices where labels are too fine to be outlined have none."
+    items = "".join(
+        '<li><svg class="line" viewBox="0 0 20 8" aria-hidden="true">'
+        f'<path d="M0 4h20" stroke="{color}"/></svg>{label}</li>'
+        for label, color in colors.items()
+    )
+    return [
+        f'<div class="labels"><p>Outlines, {lines}. One colour per label.{note}</p>'
+        f'<ul aria-label="Labels">{items}</ul></div>'
+    ]
+
+
+def _outlines(slices: Slices, plane: str, colors: Mapping[int, str]) -> str:
+    """The outlines of the middle slice."""
+    if not colors:
+        return ""
+    groups = []
+    for name in _layers(slices):
+        paths = slices.outlines[name][plane][slices.middle[plane]] or {}
+        lines = "".join(
+            f'<path d="{d}" stroke="{colors[k]}"/>' for k, d in paths.items()
+        )
+        groups.append(f'<g class="{name}">{lines}</g>')
+    width, height = (n * UNITS for n in slices.size[plane])
+    return (
+        f'<svg class="outlines" viewBox="0 0 {width} {height}" aria-hidden="true">'
+        f"{''.join(groups)}</svg>"
+    )
+
+
+def _outlines_data(slices: Slices, colors: Mapping[int, str]) -> list[str]:
+    """What the script of the outlines reads: numbers, and words of this package."""
+    if not colors:
+        return []
+    data = {
+        "layers": [
+            {
+                "name": name,
+                "title": LAYERS[name][0],
+                "key": LAYERS[name][1],
+                "planes": {
+                    plane: [paths or {} for paths in pictures]
+                    for plane, pictures in slices.outlines[name].items()
+                },
+            }
+            for name in _layers(slices)
+        ],
+        "colors": colors,
+        "size": {
+            plane: [n * UNITS for n in size] for plane, size in slices.size.items()
+        },
+    }
+    return [
+        f'<script type="application/json" id="outlines">{json.dumps(data)}</script>'
+    ]
 
 
 def _numbers(rows: Sequence[Row]) -> str:
@@ -293,8 +392,11 @@ def _thinned(slices: Slices) -> Slices:
             for pictures in planes.values()
             for picture in pictures
         )
+        lines = sum(
+            len(path) for paths in _outlined(slices) for path in (paths or {}).values()
+        )
         most = max(len(places) for places in slices.index.values())
-        if total * 4 / 3 <= _LIMIT or most < 4:
+        if total * 4 / 3 + lines <= _LIMIT or most < 4:
             return slices
         slices = slices._replace(
             png={
@@ -303,6 +405,10 @@ def _thinned(slices: Slices) -> Slices:
                     for mode, planes in modes.items()
                 }
                 for window, modes in slices.png.items()
+            },
+            outlines={
+                name: {plane: paths[::2] for plane, paths in planes.items()}
+                for name, planes in slices.outlines.items()
             },
             index={plane: places[::2] for plane, places in slices.index.items()},
             middle={plane: i // 2 for plane, i in slices.middle.items()},

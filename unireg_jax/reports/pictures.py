@@ -6,6 +6,7 @@ a coloured map, share the byte: 16 levels of one, 16 of the other.
 
 import base64
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from unireg_jax.imaging import preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.png import encode
+from unireg_jax.reports import outlines
 
 PLANES = ("axial", "coronal", "sagittal")
 _LINES_MM = 15.0  # of the grid
@@ -75,6 +77,8 @@ class Slices(NamedTuple):
         count: plane -> slices of the fixed image.
         middle: plane -> position in the lists of the slice to begin with.
         size: plane -> (width, height) in pixels.
+        outlines: of outlines.LAYERS -> plane -> what `outlines.trace` gives, one per
+            slice; empty without labels.
     """
 
     png: dict[str, dict[str, dict[str, list[bytes]]]]
@@ -82,6 +86,7 @@ class Slices(NamedTuple):
     count: dict[str, int]
     middle: dict[str, int]
     size: dict[str, tuple[int, int]]
+    outlines: dict[str, dict[str, list[dict[int, str] | None]]]
 
 
 class Scene(NamedTuple):
@@ -96,6 +101,7 @@ class Scene(NamedTuple):
         detj: [X, Y, Z] float32, determinant of the Jacobian of x + u.
         body: [X, Y, Z] bool, of the fixed scan.
         native: (X, Y, Z) of the fixed scan.
+        labels: of outlines.LAYERS -> [X, Y, Z] whole numbers; empty without labels.
     """
 
     grid: Grid
@@ -107,6 +113,7 @@ class Scene(NamedTuple):
     detj: np.ndarray
     body: np.ndarray
     native: tuple[int, int, int]
+    labels: dict[str, np.ndarray]
 
 
 def scene(
@@ -115,6 +122,8 @@ def scene(
     warped: np.ndarray,
     disp_mm: np.ndarray,
     affine: np.ndarray,
+    *,
+    labels: Mapping[str, np.ndarray] | None = None,
 ) -> Scene:
     """Brings a registered pair onto the grid of the pictures.
 
@@ -124,12 +133,13 @@ def scene(
         warped: [X, Y, Z], moving on the grid of `fixed`.
         disp_mm: [X, Y, Z, 3] LPS mm, the whole map, on the grid of `fixed`.
         affine: [4, 4], fixed world -> moving world, LPS mm: the pre-alignment.
+        labels: of outlines.LAYERS -> [X, Y, Z] whole numbers, on the grid of `fixed`.
 
     Returns:
         Scene, at most 208 voxels along an axis.
 
     Raises:
-        ValueError: warped or disp_mm is not on the grid of fixed.
+        ValueError: warped, disp_mm or labels are not on the grid of fixed.
     """
     shape = fixed.data.shape
     if warped.shape != shape or disp_mm.shape != (*shape, 3):
@@ -137,6 +147,12 @@ def scene(
             f"warped and disp_mm must be {shape} and {(*shape, 3)} on fixed's LPS+ "
             f"grid, got {warped.shape} and {disp_mm.shape}"
         )
+    for name, data in (labels or {}).items():
+        if data.shape != shape:
+            raise ValueError(
+                f"labels must be {shape} on fixed's LPS+ grid, got {data.shape} of "
+                f"{name}"
+            )
     grid, edge_mm = _isotropic(fixed)
     images = (
         preprocess.resample(fixed, grid, fill=_dark(fixed.data)),
@@ -159,11 +175,15 @@ def scene(
     lung = (images[0] > low) & (images[0] < high) & body
     if _is_ct(fixed.data) and lung.sum() > _LEAST_LUNG * body.sum():
         windows["lung"] = (WINDOWS["lung"][1], _window(moving.data, "lung"))
-    return Scene(grid, *images, windows, moved, detj, body, shape)
+    on_grid = {
+        name: preprocess.resample(fixed._replace(data=data), grid, fill=0, order=0)
+        for name, data in (labels or {}).items()
+    }
+    return Scene(grid, *images, windows, moved, detj, body, shape, on_grid)
 
 
 def draw(scene: Scene, *, slices: int = 24) -> Slices:
-    """Draws every mode in every plane and window.
+    """Draws every mode in every plane and window, and outlines of labels.
 
     Args:
         scene: from `scene`.
@@ -177,6 +197,7 @@ def draw(scene: Scene, *, slices: int = 24) -> Slices:
         for i, window in enumerate(scene.windows)
     }
     index, count, middle, size = {}, {}, {}, {}
+    lines: dict[str, dict] = {name: {} for name in scene.labels}
     for plane, axis in _AXES.items():
         places = _places(scene.body, axis, slices)
         of_native = scene.native[axis] / scene.grid.shape[axis]
@@ -190,7 +211,11 @@ def draw(scene: Scene, *, slices: int = 24) -> Slices:
                 ]
         first = png["soft"]["fixed"][plane][0]
         size[plane] = struct.unpack(">II", first[16:24])
-    return Slices(png, index, count, middle, size)
+        for name, labels in scene.labels.items():
+            lines[name][plane] = [
+                outlines.trace(_cut(labels, plane, p)) for p in places
+            ]
+    return Slices(png, index, count, middle, size, lines)
 
 
 def middle_slice(scene: Scene, plane: str) -> int:
@@ -226,9 +251,7 @@ def picture(
     axis = _AXES[plane]
 
     def cut(volume):
-        # Rows downwards: posterior or inferior.
-        flat = np.swapaxes(np.take(volume, place, axis=axis), 0, 1)
-        return flat if plane == "axial" else flat[::-1]
+        return _cut(volume, plane, place)
 
     of_fixed, of_moving = scene.windows[window]
     fixed = _shown(cut(scene.fixed), of_fixed)
@@ -300,6 +323,12 @@ def _residual(disp_mm, fixed, grid, affine) -> np.ndarray:
         i, j, k = np.ogrid[: grid.shape[0], : grid.shape[1], : grid.shape[2]]
         u[..., axis] -= (row[0] * i + row[1] * j + row[2] * k + row[3]).astype("f4")
     return u
+
+
+def _cut(volume: np.ndarray, plane: str, place: int) -> np.ndarray:
+    """[rows, columns] of a slice; rows downwards: posterior or inferior."""
+    flat = np.swapaxes(np.take(volume, place, axis=_AXES[plane]), 0, 1)
+    return flat if plane == "axial" else flat[::-1]
 
 
 def _places(body: np.ndarray, axis: int, slices: int) -> list[int]:

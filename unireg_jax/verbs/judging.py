@@ -11,6 +11,7 @@ import numpy as np
 
 from unireg_jax.errors import FAILED, UserError, shown
 from unireg_jax.evaluation import metrics, quality
+from unireg_jax.imaging import nifti
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.reports import case, page, pictures
 from unireg_jax.verbs import outputs
@@ -93,6 +94,34 @@ def findings(record: Mapping[str, Any]) -> list[quality.Finding]:
     return quality.judge(values, case.kind(record)) if values else []
 
 
+def labels_to_outline(
+    folder: Path, record: Mapping[str, Any], fixed: Volume, labels: Volume | None
+) -> dict[str, np.ndarray]:
+    """Gathers the labels that a page outlines.
+
+    Args:
+        folder: of the case; the warped labels of its record count while they are there.
+        record: CASE_run.json.
+        fixed: scan.
+        labels: of the fixed scan, on its grid, or None.
+
+    Returns:
+        "warped" and "fixed", as far as there are such -> [X, Y, Z] whole numbers.
+
+    Raises:
+        UserError: warped labels that cannot be read, or are on another grid.
+    """
+    found, listed = {}, record.get("outputs")
+    path = folder / f"{record['case']}_warped_label.nii.gz"
+    if isinstance(listed, Mapping) and path.name in listed and path.exists():
+        warped = nifti.read_labels(path)
+        nifti.check_same_grid(fixed, warped)
+        found["warped"] = warped.data
+    if labels is not None:
+        found["fixed"] = labels.data
+    return found
+
+
 def write_page(
     path: str | os.PathLike, record: Mapping[str, Any], drawn: pictures.Scene
 ) -> None:
@@ -120,8 +149,7 @@ def finish(
     args: argparse.Namespace,
     folder: Path,
     record: dict[str, Any],
-    fixed: Volume,
-    moving: Volume,
+    inputs: Any,
     result: Any,
 ) -> None:
     """Writes the page and lets the gate set the record's status; before it is sealed.
@@ -130,14 +158,16 @@ def finish(
         args: of `add_arguments`.
         folder: from `outputs.case_folder`.
         record: from `results.write`; changed in place.
-        fixed, moving: scans.
+        inputs: from `results.Files.read`.
         result: Registration.
     """
     if args.qc_gate and (found := findings(record)):
         record["status"], record["reason"] = "failed", found[0].reason
     if args.html:
+        fixed, (target, _) = inputs.fixed, inputs.labels or (None, None)
         drawn = pictures.scene(
-            fixed, moving, result.warped, result.disp_mm, result.affine
+            *(fixed, inputs.moving, result.warped, result.disp_mm, result.affine),
+            labels=labels_to_outline(folder, record, fixed, target),
         )
         write_page(folder / outputs.PAGE, record, drawn)
 

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         say("writing")
         settings = results.settings_sha256(args, case)
         record = results.write(folder, inputs, result, model, settings, back_mm=back)
-        judging.finish(args, folder, record, inputs.fixed, inputs.moving, result)
+        judging.finish(args, folder, record, inputs, result)
         total = time.perf_counter() - started
         record["timings"] |= {"read": round(read, 3), "total": round(total, 3)}
         text = results.seal(folder, record)

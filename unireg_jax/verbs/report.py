@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", metavar="DIR", help="OUT/CASE, or OUT of a batch")
     add("-f", "--fixed", metavar="FILE", help="of a case: the scans are not in DIR")
     add("-m", "--moving", metavar="FILE", help="with --fixed")
+    add("--fixed-label", metavar="FILE", help="with --fixed: labels to be outlined")
     add("--list", metavar="LIST", help="of a batch: the list that names the scans")
     add(
         "--data-root",
@@ -69,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.fixed) != bool(args.moving):
         raise UserError(
             "schema", "--fixed and --moving belong together, got one; name both", USAGE
+        )
+    if args.fixed_label and not args.fixed:
+        raise UserError(
+            "schema", "--fixed-label needs --fixed, got none; name the scan", USAGE
         )
     say = progress(args.quiet)
     done = _case(args, folder, say) if _records(folder) else _batch(args, folder, say)
@@ -105,26 +110,26 @@ def _case(args, folder: Path, say) -> dict[str, Any]:
         )
     target = _target(args, folder / outputs.PAGE)
     case = _read(folder)
-    case, drawn = _look(case, args.fixed, args.moving)
+    case, drawn = _look(case, args.fixed, args.moving, args.fixed_label)
     with nifti.atomic_path(target) as temp:
         judging.write_page(temp, case.record, drawn)
     say(f"{told.status(case.record)}: {shown(target)}")
     return _line(case) | {"page": target.name}
 
 
-def _look(case: _Case, fixed: str, moving: str) -> tuple[_Case, pictures.Scene]:
+def _look(
+    case: _Case, fixed: str, moving: str, fixed_label: str | None
+) -> tuple[_Case, pictures.Scene]:
     """Reads scans and results; measures what the record does not say yet."""
     volumes, files = [], results.Files()
     for name, path in (("fixed", fixed), ("moving", moving)):
-        known = _dict(_dict(case.record.get("inputs")).get(name)).get("sha256")
-        if known != files.digest(path)["sha256"]:
-            raise UserError(
-                "checksum",
-                f"{shown(path)}: the scan that was registered as {name} expected, its "
-                "digest is another; name that one, or register again",
-                DATA_CHANGED,
-            )
+        _check_input(case, name, path, files)
         volumes.append(scans.read_scan(path))
+    labels = None
+    if fixed_label:
+        _check_input(case, "fixed_label", fixed_label, files)
+        labels = scans.read_labels(fixed_label)
+        nifti.check_same_grid(volumes[0], labels)
     prefix = case.folder / case.name
     warped = nifti.read_image(f"{prefix}_warped.nii.gz")
     disp_mm, vox2world = transforms.read_field(f"{prefix}_1Warp.nii.gz")
@@ -142,7 +147,25 @@ def _look(case: _Case, fixed: str, moving: str) -> tuple[_Case, pictures.Scene]:
         if lines:
             warnings = [*told.warnings(case.record), *lines]
             case.record.update(warnings=warnings, status="warn")
-    return case, pictures.scene(*volumes, warped.data, disp_mm, affine)
+    outlined = judging.labels_to_outline(case.folder, case.record, volumes[0], labels)
+    scene = pictures.scene(*volumes, warped.data, disp_mm, affine, labels=outlined)
+    return case, scene
+
+
+def _input(case: _Case, name: str) -> Mapping[str, Any]:
+    """What the record says of an input."""
+    return _dict(_dict(case.record.get("inputs")).get(name))
+
+
+def _check_input(case: _Case, name: str, path: str, files: results.Files) -> None:
+    """Refuses a file that is not the one of the record."""
+    if _input(case, name).get("sha256") != files.digest(path)["sha256"]:
+        raise UserError(
+            "checksum",
+            f"{shown(path)}: the file that the record has as {name} expected, its "
+            "digest is another; name that one, or register again",
+            DATA_CHANGED,
+        )
 
 
 def _affine(case: _Case) -> np.ndarray:
@@ -212,7 +235,8 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
         if (row := listed.get(case.name)) and i < args.pages:
             say(f"{i + 1} of {min(len(cases), args.pages)}: {case.name}")
             try:
-                case, drawn = _look(case, row.fixed, row.moving)
+                labels = row.fixed_label if _input(case, "fixed_label") else None
+                case, drawn = _look(case, row.fixed, row.moving, labels)
             except UserError as error:
                 warn(f"{case.name}: no page: {with_reason(error)}")
             else:

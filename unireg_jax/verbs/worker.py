@@ -138,7 +138,7 @@ class Worker:
             record = results.write(folder, inputs, result, session.model, settings)
             total = time.perf_counter() - started
             record["timings"]["total"] = round(total, 3)
-            judging.finish(args, folder, record, inputs.fixed, inputs.moving, result)
+            judging.finish(args, folder, record, inputs, result)
             results.seal(folder, record)
             judging.hold_back(args, folder, record, tag=tag(args), claim=claim)
         return record, False
