@@ -212,6 +212,24 @@ def test_pair_whose_subjects_contradict_its_type_is_warned_of(subjects, kind, wa
     assert bool(results._case_warnings(case, kind)) == warned
 
 
+def test_points_in_voxels_are_those_of_the_scans(folder):
+    (folder / "f.csv").write_text("3,4,5\n")
+    (folder / "m.csv").write_text("3,4,6\n")
+    scans = (str(folder / name) for name in ("s0.nii", "s1.nii"))
+    tables = dict(fixed_points=folder / "f.csv", moving_points=folder / "m.csv")
+    case = results.Case("a1", *scans, **{k: str(v) for k, v in tables.items()})
+    in_voxels = case._replace(points_frame="voxel_from_0")
+    args = cli._parse(words(folder, "n.safetensors"))
+    asked = {results.settings_sha256(args, one) for one in (case, in_voxels)}
+    assert len(asked) == 2  # results with other errors in their record
+    inputs = results.Files().read(in_voxels)
+    volumes, indices = (inputs.fixed, inputs.moving), ((3, 4, 5), (3, 4, 6))
+    for volume, table, index in zip(volumes, inputs.points, indices, strict=True):
+        world = volume.native.vox2world @ (*index, 1)
+        np.testing.assert_allclose(table[0], world[:3], atol=1e-9)
+    np.testing.assert_array_equal(results.Files().read(case).points[0], [[3, 4, 5]])
+
+
 # --- every kind of bad pair ---------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -519,6 +520,97 @@ def test_convert_to_learn2reg_warns_without_the_moving_scan(run, tmp_path):
     words = ("-t", "c.h5", "--to", "l2r", "-f", "fixed.nii.gz", "--quiet")
     code, _, stderr = run("convert", *words, "-o", tmp_path / "disp.npz")
     assert code == 0 and stderr.startswith("unireg: warning: no --moving: the field")
+
+
+@pytest.fixture
+def task(folder, tmp_path):
+    """A Learn2Reg list of two pairs with results, one of two modalities."""
+    (tmp_path / "imagesTr").mkdir()
+    pairs = []
+    for n, ends in enumerate((("0001_0000", "0001_0001"), ("0002_0001", "0002_0000"))):
+        names = [f"Thorax_{end}" for end in ends]
+        for name, kind in zip(names, ("fixed", "moving"), strict=True):
+            scan = tmp_path / f"imagesTr/{name}.nii.gz"
+            shutil.copy(folder / f"{kind}.nii.gz", scan)
+        images = [f"./imagesTr/{name}.nii.gz" for name in names]
+        pairs.append(dict(zip(("fixed", "moving"), images, strict=True)))
+        place = tmp_path / "results" / "__".join(names)
+        place.mkdir(parents=True)
+        source = ("c.h5", "w.nii.gz")[n]
+        ending = ("Composite.h5", "1Warp.nii.gz")[n]
+        shutil.copy(folder / source, place / f"{place.name}_{ending}")
+    text = json.dumps({"registration_val": pairs})
+    (tmp_path / "dataset.json").write_text(text)
+    return tmp_path
+
+
+def submit(task, *more):
+    listed = ("--manifest", task / "dataset.json", "--transforms", task / "results")
+    return ("convert", *listed, "--to", "l2r", "-o", task / "out", *more)
+
+
+def test_convert_of_a_list_writes_what_convert_of_each_does(run, task):
+    assert run(*submit(task))[0] == 0
+    names = ["disp_0001_0001.nii.gz", "disp_0002_0001_0002_0000.nii.gz"]
+    assert sorted(os.listdir(task / "out")) == names
+    scans = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz")
+    for name, source in zip(names, ("c.h5", "w.nii.gz"), strict=True):
+        alone = task / name
+        words = ("convert", "-t", source, "--to", "l2r", *scans, "-o", alone)
+        assert run(*words)[0] == 0
+        assert alone.read_bytes() == (task / "out" / name).read_bytes()
+        assert nib.load(alone).shape == (*FIXED.shape, 3)
+
+
+def test_convert_of_a_list_replaces_nothing_unasked(run, task):
+    (task / "out").mkdir()
+    (task / "out" / "disp_0002_0001_0002_0000.nii.gz").write_bytes(b"mine")
+    code, _, stderr = run(*submit(task))
+    assert code == errors.USAGE and "pass --overwrite" in stderr
+    assert len(os.listdir(task / "out")) == 1
+    assert run(*submit(task, "--overwrite", "--quiet"))[::2] == (0, "")
+    assert len(os.listdir(task / "out")) == 2
+
+
+def test_convert_of_a_list_goes_on_after_a_pair_that_fails(run, task):
+    (broken,) = (task / "results").glob("*/*_1Warp.nii.gz")
+    broken.write_bytes(b"<html>")
+    code, stdout, stderr = run(*submit(task, "--json", "--quiet"))
+    assert code == errors.PARTLY and stderr.count("\n") == 1
+    assert "Thorax_0002_0001__Thorax_0002_0000: failed: " in stderr
+    found = json.loads(stdout)
+    assert found["done"] == 1 and len(found["failed"]) == 1
+    assert os.listdir(task / "out") == ["disp_0001_0001.nii.gz"]
+
+
+def test_convert_of_a_list_refuses_what_it_cannot_name(run, task):
+    path = task / "dataset.json"
+    pair = {"fixed": "a.nii.gz", "moving": "b.nii.gz"}
+    path.write_text(json.dumps({"registration_val": [pair]}))
+    code, _, stderr = run(*submit(task))
+    assert code == errors.USAGE and "expected scans called as TASK_0001" in stderr
+    scans = [f"{name}_0001_0000.nii.gz" for name in "AB"]
+    pairs = [{"id": s[0], "fixed": s, "moving": s} for s in scans]
+    path.write_text(json.dumps(pairs))
+    code, _, stderr = run(*submit(task))
+    assert code == errors.USAGE and "A and B for disp_0001_0000" in stderr
+    assert not (task / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--manifest l.csv --to l2r", "--manifest needs --transforms DIR"),
+        ("--manifest l.csv --transforms . --to itk", "--to l2r expected"),
+        ("--manifest l.csv --transforms . --to l2r -f fixed.nii.gz", "--fixed and"),
+        ("-t c.h5 --transforms . --to itk", "belong to --manifest"),
+        ("--manifest l.csv --transforms gone --to l2r", "a folder of results"),
+    ],
+)
+def test_convert_refuses_options_of_the_other_kind(run, tmp_path, words, says):
+    code, _, stderr = run("convert", *words.split(), "-o", tmp_path / "o.h5")
+    assert code == errors.USAGE and says in stderr
+    assert not os.listdir(tmp_path)
 
 
 # --- check-transform, jacobian ------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from unireg_jax import manifest
 from unireg_jax.errors import NOTHING, USAGE, UserError
+from unireg_jax.imaging import points
 
 GOOD = [
     dict(
@@ -87,6 +88,7 @@ def test_cases_without_ids_are_called_by_their_scans(tmp_path):
         (dict(fixed_mask="../m.nii.gz"), "path_escape", "fixed_mask"),
         (dict(moving_label=""), "schema", "fixed_label without moving_label"),
         (dict(moving_points="p.csv"), "schema", "moving_points without fixed_points"),
+        (dict(points_frame="voxel"), "schema", "known: lps_mm, voxel_from_0"),
         (dict(fixde="x.nii.gz"), "schema", "did you mean 'fixed'?"),
     ],
 )
@@ -183,6 +185,49 @@ def test_learn2reg_pairs_are_read_with_what_lies_beside(tmp_path):
     assert case.fixed.endswith(names[1])
     data["training_paired_images"] = [{"fixed": image[0]}]
     assert "fixed" in str(refusal(write_json(tmp_path, data)))
+
+
+@pytest.mark.parametrize(
+    ("modalities", "tables", "found", "field"),
+    [
+        ((0, 1), ("landmarksTr", "keypointsTr"), "landmarksTr", "disp_0007_0007"),
+        ((0, 1), ("keypointsTr",), "keypointsTr", "disp_0007_0007"),
+        ((1, 0), ("keypoints01Tr",), "keypoints01Tr", "disp_0007_0001_0007_0000"),
+        ((2, 0), ("keypoints02Tr",), "keypoints02Tr", "disp_0007_0002_0007_0000"),
+        ((2, 0), ("keypointsTr",), None, "disp_0007_0002_0007_0000"),
+    ],
+)
+def test_learn2reg_points_lie_where_the_challenge_has_them(
+    tmp_path, modalities, tables, found, field
+):
+    names = [f"ThoraxCBCT_0007_{m:04d}" for m in modalities]
+    for folder in tables:
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{name}.csv").write_text("1,2,3\n")
+    images = [f"./imagesTr/{name}.nii.gz" for name in names]
+    pair = dict(zip(("fixed", "moving"), images, strict=True))
+    path = write_json(tmp_path, {"registration_val": [pair]})
+    (case,) = manifest.read_cases(path)
+    assert manifest.learn2reg_fields(case)[0] == field
+    home = tmp_path.resolve()
+    expected = [found and str(home / found / f"{name}.csv") for name in names]
+    assert [case.fixed_points, case.moving_points] == expected
+    assert case.points_frame == (found and "voxel_from_0")
+    (tmp_path / tables[-1] / f"{names[1]}.csv").unlink()  # one table alone says nothing
+    (case,) = manifest.read_cases(path)
+    assert case.fixed_points is None or "landmarks" in found
+
+
+def test_learn2reg_names_of_fields():
+    case = manifest.Case("a", "x/A_0001_0000.nii.gz", "y/A_0002_0000.nii.gz")
+    names = ["disp_0001_0000_0002_0000", "disp_0001_0002"]
+    assert manifest.learn2reg_fields(case) == names
+    assert manifest.learn2reg_fields(case._replace(moving="b.nii.gz")) == []
+
+
+def test_frames_are_those_of_points():
+    assert manifest.FRAMES == points.FRAMES
 
 
 def test_reading_a_list_imports_no_jax():

@@ -8,7 +8,8 @@ Only `fixed` and `moving` must be there: without an `id` column cases are called
 FIXED__MOVING. Paths are relative to the list and stay in its folder, or in one that the
 caller declares. JSON: a list of such objects, or {"pairs": [...]}. The dataset.json of
 a Learn2Reg task is read as well: its `registration_val` and `registration_test`, else
-its `training_paired_images`, with the labels and masks that lie beside the images.
+its `training_paired_images`, with the labels, masks and points that lie beside the
+images.
 
 Every fault is found before any scan is opened, all of them in one go.
 """
@@ -19,6 +20,7 @@ import functools
 import io
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +39,10 @@ _MAX_FAULTS = 50  # shown; the rest is counted
 _MAX_ID = 120  # bytes: file names are the id and a suffix
 _HELD_OUT = ("registration_val", "registration_test")
 _L2R_PAIRS = (*_HELD_OUT, "training_paired_images")
+_L2R_POINTS = ("landmarks", "keypoints")  # set by hand before found by a program
+_L2R_NAME = re.compile(r"_(\d{4})_(\d{4})$")  # patient and modality
+_L2R_USUAL = ("0000", "0001")  # modalities of the fixed and the moving scan
+FRAMES = ("lps_mm", "voxel_from_0", "voxel_from_1")  # see imaging.points
 
 
 class Case(NamedTuple):
@@ -50,8 +56,8 @@ class Case(NamedTuple):
         type: "inter", "intra", or None for the task's own.
         fixed_label, moving_label: label maps; that of moving may stand alone.
         fixed_mask, moving_mask: where scans are compared.
-        fixed_points, moving_points: landmarks, x, y, z in LPS mm, line by line, both
-            or none.
+        fixed_points, moving_points: landmarks, x, y, z, line by line, both or none.
+        points_frame: what their numbers are, one of FRAMES; None for LPS mm.
         init: pre-alignment, ITK affine text, fixed world -> moving world.
         fixed_subject, moving_subject: the patients, to be held against `type`.
     """
@@ -67,6 +73,7 @@ class Case(NamedTuple):
     moving_mask: str | None = None
     fixed_points: str | None = None
     moving_points: str | None = None
+    points_frame: str | None = None
     init: str | None = None
     fixed_subject: str | None = None
     moving_subject: str | None = None
@@ -169,7 +176,7 @@ def _learn2reg(path: Path, data: Mapping[str, Any]) -> list[Row]:
 
 
 def _learn2reg_row(folder: Path, fixed: str, moving: str) -> dict[str, Any]:
-    """Fields of one pair; labels count when both scans have them."""
+    """Fields of one pair; labels and points count when both scans have them."""
     row: dict[str, Any] = {"fixed": fixed, "moving": moving}
     for side, image in (("fixed", fixed), ("moving", moving)):
         # AbdomenCTCT_0001_0000: the middle number is the patient's.
@@ -181,7 +188,46 @@ def _learn2reg_row(folder: Path, fixed: str, moving: str) -> dict[str, Any]:
     mask = fixed.replace("images", "masks", 1)  # that of moving is not looked at
     if mask != fixed and (folder / mask).is_file():
         row["fixed_mask"] = mask
+    for kind in _L2R_POINTS:
+        found = _learn2reg_points(kind, images)
+        if found and all((folder / f).is_file() for f in found):
+            row["fixed_points"], row["moving_points"] = found
+            row["points_frame"] = "voxel_from_0"
+            break
     return row
+
+
+def _learn2reg_points(kind: str, images: tuple[str, str]) -> list[str]:
+    """Tables beside two images, as the challenge's script looks for them.
+
+    keypointsTr, of modality 0001 or 0002 to 0000 keypoints01Tr or keypoints02Tr.
+    """
+    ends = [_L2R_NAME.search(stem(image)) for image in images]
+    if not all(ends) or not all("images" in image for image in images):
+        return []
+    modalities = tuple(end[2] for end in ends)
+    if modalities != _L2R_USUAL and len(set(modalities)) == 2:
+        kind += "".join(str(n) for n in sorted(map(int, modalities)))
+    paths = (image.replace("images", kind, 1) for image in images)
+    return [path.removesuffix(".nii.gz") + ".csv" for path in paths]
+
+
+def learn2reg_fields(case: Case) -> list[str]:
+    """Names that the challenge Learn2Reg has for the field of a pair.
+
+    Args:
+        case: its scans.
+
+    Returns:
+        Without ending, the one that its script takes first: disp_0001_0001 of modality
+        0000 to 0001, else disp_0001_0000_0002_0000. Empty for scans of other names.
+    """
+    ends = [_L2R_NAME.search(stem(path)) for path in (case.fixed, case.moving)]
+    if not all(ends):
+        return []
+    (a, b), (c, d) = (end.groups() for end in ends)
+    names = [f"disp_{a}_{b}_{c}_{d}", f"disp_{a}_{c}"]
+    return names[::-1] if (b, d) == _L2R_USUAL else names
 
 
 def _case(
@@ -215,6 +261,7 @@ def _case(
     if values["type"] and values["type"] not in TYPES:
         hint = nearest(values["type"], TYPES)
         faults.append(("task_unknown", f"{where}: type {values['type']!r}{hint}"))
+    check_frame(where, values["points_frame"], faults)
     for column, other in _NEEDS:
         if values[column] and not values[other]:
             got = f"{where}: {column} without {other}; give that, too"
@@ -224,6 +271,13 @@ def _case(
     return Case(
         **{k: v or (None if k not in REQUIRED else v) for k, v in values.items()}
     )
+
+
+def check_frame(where: str, frame: str, faults: list[Fault]) -> None:
+    """Lists a frame of points that is unknown; "" is none."""
+    if frame and frame not in FRAMES:
+        hint = nearest(frame, FRAMES)
+        faults.append(("schema", f"{where}: points_frame {frame!r}{hint}"))
 
 
 def stem(path: str | os.PathLike) -> str:

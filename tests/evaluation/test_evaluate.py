@@ -12,13 +12,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy import ndimage
 
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.errors import UserError
 from unireg_jax.evaluation import cases, metrics
 from unireg_jax.evaluation.cases import Case, Files
-from unireg_jax.imaging import mapping, transforms
+from unireg_jax.imaging import mapping, nifti, transforms
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.points import PointPairs
 
@@ -156,7 +157,8 @@ def test_score_reports_why_a_number_is_null():
         "1": "absent in warped",
         "2": "absent in fixed",
     }
-    assert report["warnings"][:2] == [
+    assert report["warnings"][0].startswith("grid_mismatch: the field covers")
+    assert report["warnings"][1:3] == [
         "label_set: only the fixed labels have 1",
         "label_set: only the moving labels have 2",
     ]
@@ -470,6 +472,149 @@ def test_evaluate_finds_a_learn2reg_submission(folder, capsys):
     found = strict(evaluate(capsys, *arguments)[0])
     assert found["metrics"]["dsc_l2r"]["mean"] == 1.0
     assert found["metrics"]["dsc_l2r"]["quantile_l2r"] == 1.0
+
+
+def challenge_tre(folder, fixed, moving, points, disp):
+    """Mean of `compute_tre` of MDL-UzL/L2R's evaluation/utils.py, mm."""
+    field = nib.load(folder / disp).get_fdata()
+    spacing_mov = nib.load(folder / f"imagesTr/{moving}.nii.gz").header.get_zooms()[:3]
+    fix, mov = (
+        np.loadtxt(folder / points / f"{name}.csv", delimiter=",")
+        for name in (fixed, moving)
+    )
+    shift = [ndimage.map_coordinates(field[..., i], fix.T) for i in range(3)]
+    gap = fix + np.stack(shift, axis=-1) - mov
+    return np.linalg.norm(gap * spacing_mov, axis=1).mean()
+
+
+@pytest.fixture
+def lungs(tmp_path):
+    """A task judged by points: scans on two grids, whose axes run otherwise than LPS+.
+
+    Pair 0001 has landmarks and key points, 0002 key points alone.
+    """
+    rng = np.random.default_rng(5)
+    places = np.diag([1.9, -1.3, 1.8, 1.0]), np.diag([1.7, -1.0, 1.3, 1.0])
+    places[0][:3, 3], places[1][:3, 3] = (-51.2, 140.7, 126.7), (-52, 137, 128)
+    for name in ("imagesTr", "landmarksTr", "keypointsTr", "masksTr", "disps"):
+        (tmp_path / name).mkdir()
+    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
+    pairs = []
+    for n in (1, 2):
+        names = [f"LungCT_{n:04d}_{m:04d}" for m in (0, 1)]
+        for name, place in zip(names, places, strict=True):
+            image = nib.Nifti1Image(rng.integers(-900, 90, SHAPE, np.int16), place)
+            image.header.set_xyzt_units("mm")
+            nib.save(image, tmp_path / f"imagesTr/{name}.nii.gz")
+        fixed = rng.uniform(3, 8, (7, 3))
+        # On the outermost voxels: the field holds there, too.
+        fixed[[0, 1, 2], [0, 1, 2]] = 0
+        fixed[[3, 4, 5], [0, 1, 2]] = np.array(SHAPE) - 1
+        for kind in ("landmarksTr", "keypointsTr")[n - 1 :]:
+            moved = fixed + (1.5, -1, 0.5) + rng.normal(0, 1, (7, 3))
+            for name, table in zip(names, (fixed, moved), strict=True):
+                path = tmp_path / kind / f"{name}.csv"
+                np.savetxt(path, table, fmt="%.6f", delimiter=",")
+        disp = (1.5, -1, 0.5) + 0.02 * n * grid  # linear: each interpolation is exact
+        image = nib.Nifti1Image(disp.astype(np.float32), places[0])
+        nib.save(image, tmp_path / f"disps/disp_{n:04d}_{n:04d}.nii.gz")
+        paths = [f"./imagesTr/{name}.nii.gz" for name in names]
+        pairs.append(dict(zip(("fixed", "moving"), paths, strict=True)))
+    inside = nib.Nifti1Image(np.ones(SHAPE, np.uint8), places[0])
+    nib.save(inside, tmp_path / "masksTr/LungCT_0001_0000.nii.gz")
+    text = json.dumps({"name": "LungCT", "registration_val": pairs})
+    (tmp_path / "LungCT_dataset.json").write_text(text)
+    return tmp_path
+
+
+def test_evaluate_judges_a_task_of_key_points_as_the_challenge(lungs, capsys):
+    arguments = ["--manifest", lungs / "LungCT_dataset.json", "--l2r-compat"]
+    arguments += ["--transforms", lungs / "disps", "-o", lungs / "scores", "--json"]
+    out, err = evaluate(capsys, *arguments)
+    assert not [line for line in err if "warnings" in line]
+    rows = rows_of(lungs / "scores" / "cases.csv")
+    expected = []
+    for n, (row, kind) in enumerate(
+        zip(rows, ("landmarksTr", "keypointsTr"), strict=True), start=1
+    ):
+        names = [f"LungCT_{n:04d}_{m:04d}" for m in (0, 1)]
+        disp = f"disps/disp_{n:04d}_{n:04d}.nii.gz"
+        expected.append(challenge_tre(lungs, *names, kind, disp))
+        assert row["status"] == "ok" and row["points"] == "7"
+        # float32 mm in between
+        assert float(row["tre_mm_l2r"]) == pytest.approx(expected[-1], abs=1e-4)
+        # Ours is through the world: the same where the field is linear.
+        assert float(row["tre_mm"]) == pytest.approx(expected[-1], abs=1e-4)
+    found = strict(out)["metrics"]["tre_mm_l2r"]
+    assert found["mean"] == pytest.approx(np.mean(expected), abs=1e-4)
+    quantile = np.quantile(expected, 0.7)
+    assert found["quantile_l2r"] == pytest.approx(quantile, abs=1e-4)
+
+
+def test_evaluate_of_points_in_voxels_needs_both_scans(lungs, capsys):
+    cells = [f"LungCT_0001_000{m}" for m in (0, 1)]
+    cells = [f"imagesTr/{c}.nii.gz" for c in cells] + [
+        f"keypointsTr/{c}.csv" for c in cells
+    ]
+    header = "fixed,moving,fixed_points,moving_points,points_frame,id,transform\n"
+    row = ",".join([*cells, "voxel_from_0", "a", "disps/disp_0001_0001.nii.gz\n"])
+    path = lungs / "cases.csv"
+    path.write_text(header + row)
+    out, _ = evaluate(capsys, "--manifest", path, "-o", lungs / "one", "--json")
+    names = ("LungCT_0001_0000", "LungCT_0001_0001", "keypointsTr")
+    expected = challenge_tre(lungs, *names, "disps/disp_0001_0001.nii.gz")
+    mean = strict(out)["metrics"]["tre_mm"]["mean"]
+    assert mean == pytest.approx(expected, abs=1e-4)
+    # Other numbers of the same files are judged again.
+    path.write_text(header + row.replace("from_0", "from_1"))
+    out, err = evaluate(capsys, "--manifest", path, "-o", lungs / "one", "--json")
+    assert "judged before" not in err[0]
+    assert strict(out)["metrics"]["tre_mm"]["mean"] != pytest.approx(mean, abs=1e-2)
+    path.write_text(header + row.replace("from_0", "from_2"))
+    words = ("--manifest", path, "-o", lungs / "two")
+    _, err = evaluate(capsys, *words, code=errors.USAGE)
+    assert "did you mean 'voxel_from_" in " ".join(err)
+    path.write_text(header + "," + row.partition(",")[2])
+    _, err = evaluate(capsys, *words, code=errors.FAILED)
+    assert "the scan that the voxels are of" in err[0]
+    os.remove(lungs / "imagesTr/LungCT_0001_0001.nii.gz")
+    path.write_text(header + row)
+    _, err = evaluate(capsys, *words, code=errors.FAILED)
+    assert "LungCT_0001_0001.nii.gz: not_found" in err[0]
+
+
+def test_submission_from_results_is_what_the_challenge_reads(lungs, capsys):
+    """`convert` over a list; the challenge's script gives `evaluate`'s numbers."""
+    names = [f"LungCT_0002_000{m}" for m in (0, 1)]
+    fixed, moving = (
+        nifti.read_image(lungs / f"imagesTr/{name}.nii.gz") for name in names
+    )
+    shift = np.diag([1.02, 0.97, 1.0, 1.0])
+    shift[:3, 3] = (1, -2, 3)
+    disp_mm = np.random.default_rng(3).normal(0, 1, (*fixed.data.shape, 3))
+    whole = mapping.compose(
+        [mapping.field(disp_mm, fixed.vox2world), mapping.affine(shift)]
+    )
+    result = lungs / "results" / "__".join(names)
+    result.mkdir(parents=True)
+    mapping.write(result / f"{result.name}_Composite.h5", whole)
+    listed = ["--manifest", str(lungs / "LungCT_dataset.json")]
+    listed += ["--transforms", str(lungs / "results")]
+    words = ["convert", *listed, "--to", "l2r", "-o", str(lungs / "sub"), "--json"]
+    assert cli.main(words) == errors.PARTLY  # the other pair has no result
+    stdout, stderr = capsys.readouterr()
+    assert strict(stdout)["failed"] == [
+        {"id": "LungCT_0001_0000__LungCT_0001_0001", "reason": "not_found"}
+    ]
+    assert "1 of 2 fields done" in stderr
+    assert os.listdir(lungs / "sub") == ["disp_0002_0002.nii.gz"]
+    image = nib.load(lungs / "sub" / "disp_0002_0002.nii.gz")
+    assert image.shape == (*SHAPE, 3) and image.get_data_dtype() == np.float32
+    scores = [*listed, "--l2r-compat", "-o", lungs / "scores"]
+    evaluate(capsys, *scores, code=errors.PARTLY)
+    row = rows_of(lungs / "scores" / "cases.csv")[1]
+    expected = challenge_tre(lungs, *names, "keypointsTr", "sub/disp_0002_0002.nii.gz")
+    assert float(row["tre_mm_l2r"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_evaluate_list_goes_on_where_it_stopped(folder, capsys, monkeypatch):

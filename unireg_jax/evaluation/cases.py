@@ -18,6 +18,7 @@ from unireg_jax.evaluation import learn2reg, metrics, regularity
 from unireg_jax.evaluation.aggregate import better, quantile_l2r, summarize
 from unireg_jax.evaluation.tables import as_json
 from unireg_jax.imaging import belonging, mapping, nifti, points, scans, transforms
+from unireg_jax.imaging.grids import Grid
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.points import PointPairs
 
@@ -32,8 +33,11 @@ class Files(NamedTuple):
         fixed_label, moving_label: label maps, both or none.
         fixed_mask: foreground of the regularity, on the field's grid.
         landmarks: CSV with columns fixed_x_mm ... moving_z_mm, LPS mm.
-        fixed_points, moving_points: instead: one table of x, y, z per scan, LPS mm,
-            line by line.
+        fixed_points, moving_points: instead: one table of x, y, z per scan, line by
+            line.
+        points_frame: what their numbers are, one of points.FRAMES; None for LPS mm.
+        fixed, moving: the scans, both or none, whose grids are those of the labels
+            where there are none: for points in voxels and for fields of Learn2Reg.
     """
 
     transform: Path
@@ -43,6 +47,9 @@ class Files(NamedTuple):
     landmarks: Path | None = None
     fixed_points: Path | None = None
     moving_points: Path | None = None
+    points_frame: str | None = None
+    fixed: Path | None = None
+    moving: Path | None = None
 
 
 class Case(NamedTuple):
@@ -68,6 +75,7 @@ def score(
     *,
     fixed_labels: Volume | None = None,
     moving_labels: Volume | None = None,
+    grids: tuple[Grid, Grid] | None = None,
     mask: Volume | None = None,
     pairs: PointPairs | None = None,
     surface: bool = True,
@@ -80,6 +88,7 @@ def score(
         transform: fixed -> moving.
         fixed_labels: label map of the fixed scan, with moving_labels.
         moving_labels: label map of the moving scan.
+        grids: of the fixed and the moving scan; with labels theirs.
         mask: on the field's grid, foreground above 0; None: fixed_labels above 0.
         pairs: landmarks.
         surface: whether to measure hd95_mm and nsd, which takes longer.
@@ -99,13 +108,15 @@ def score(
         UserError: `schema`: affines alone, and neither labels nor mask give a grid,
             nor landmarks something to measure;
             `grid_mismatch`: the mask lies on another grid than the field, or the field
-            covers none of the fixed labels' grid; `no_overlap`: the transform leads no
-            voxel of it into that of the moving labels.
+            covers none of the fixed scan's grid; `no_overlap`: the transform leads no
+            voxel of it into that of the moving scan.
     """
     if (fixed_labels is None) != (moving_labels is None):
         raise ValueError("fixed_labels and moving_labels belong together, got one")
     report: dict[str, Any] = {"undefined": {}, "warnings": []}
-    field = _field(transform, mask, fixed_labels)
+    if fixed_labels is not None and moving_labels is not None:
+        grids = mapping.grid_of(fixed_labels), mapping.grid_of(moving_labels)
+    field = _field(transform, mask, grids)
     if field is None and (pairs is None or l2r):
         raise UserError(
             "schema",
@@ -113,16 +124,16 @@ def score(
             "labels or a mask of the fixed scan",
             USAGE,
         )
-    if fixed_labels is not None and moving_labels is not None:
-        lies = belonging.fit(
-            transform, mapping.grid_of(fixed_labels), mapping.grid_of(moving_labels)
-        )
+    if grids is not None:
+        lies = belonging.fit(transform, *grids)
         belonging.check(lies, "the transform")
+        report["warnings"] += lies.warnings
+    if fixed_labels is not None and moving_labels is not None:
         report |= _overlap(
             transform, fixed_labels, moving_labels, surface, tolerance_mm
         )
-        report["warnings"] = _label_sets(fixed_labels, moving_labels)
-        report["warnings"] += lies.warnings + _worse_labels(report["mean"])
+        report["warnings"] += _label_sets(fixed_labels, moving_labels)
+        report["warnings"] += _worse_labels(report["mean"])
     if pairs is not None:
         errors = metrics.target_errors(transform, pairs.fixed, pairs.moving)
         report["landmarks"] = metrics.summarize_errors(*errors)
@@ -138,7 +149,7 @@ def score(
         report["field"] = _regularity(field, fixed_labels, mask, report)
     if l2r:
         given = (fixed_labels, moving_labels)
-        report["learn2reg"] = _learn2reg(transform, field, given, mask, pairs)
+        report["learn2reg"] = _learn2reg(transform, field, given, grids, mask, pairs)
     return as_json(report)
 
 
@@ -161,10 +172,11 @@ def score_files(
     Raises:
         UserError: a file cannot be used, or they do not fit together; reason says why.
     """
-    fixed, moving = (
+    labels = tuple(
         scans.read_labels(path) if path else None
         for path in (files.fixed_label, files.moving_label)
     )
+    fixed, moving = labels
     if (fixed is None) != (moving is None):
         raise UserError(
             "schema",
@@ -173,8 +185,11 @@ def score_files(
             USAGE,
         )
     mask = scans.read_labels(files.fixed_mask) if files.fixed_mask else None
-    pairs = _landmarks(files)
-    if mask and not moving and transforms.spelling(files.transform) == "l2r":
+    both = labels
+    if fixed is None and files.fixed and files.moving:
+        both = scans.read_grid(files.fixed), scans.read_grid(files.moving)
+    pairs = _landmarks(files, *both)
+    if mask and not both[1] and transforms.spelling(files.transform) == "l2r":
         raise UserError(
             "schema",
             f"schema: {shown(files.transform)}: the label maps of both scans, whose "
@@ -182,11 +197,12 @@ def score_files(
             "it to .h5 first",
             USAGE,
         )
-    transform = mapping.read(files.transform, fixed=fixed or mask, moving=moving)
+    transform = mapping.read(files.transform, fixed=both[0] or mask, moving=both[1])
     return score(
         transform,
         fixed_labels=fixed,
         moving_labels=moving,
+        grids=tuple(map(mapping.grid_of, both)) if both[0] else None,
         mask=mask,
         pairs=pairs,
         surface=surface,
@@ -374,14 +390,17 @@ def _columns(rows: list[dict[str, Any]], compat: bool) -> dict[str, dict[str, An
     return out
 
 
-def _landmarks(files: Files) -> PointPairs | None:
+def _landmarks(
+    files: Files, fixed_scan: Volume | None, moving_scan: Volume | None
+) -> PointPairs | None:
     if files.landmarks:
         return points.read_points(files.landmarks)
     if not (files.fixed_points and files.moving_points):
         return None
+    tables = (files.fixed_points, fixed_scan), (files.moving_points, moving_scan)
     fixed, moving = (
-        points.read_table(path, "lps_mm", None)
-        for path in (files.fixed_points, files.moving_points)
+        points.read_table(path, files.points_frame or "lps_mm", scan)
+        for path, scan in tables
     )
     if len(fixed) != len(moving):
         raise bad_file(
@@ -395,9 +414,9 @@ def _landmarks(files: Files) -> PointPairs | None:
 
 
 def _field(
-    transform: mapping.Mapping, mask: Volume | None, labels: Volume | None
+    transform: mapping.Mapping, mask: Volume | None, grids: tuple[Grid, Grid] | None
 ) -> mapping.Field | None:
-    """The whole map, on the grid of a field that acts first, else of mask or labels.
+    """The whole map, on the grid of a field that acts first, else of mask or scan.
 
     A field behind an affine does not lie where the map starts. None without a grid.
     """
@@ -405,12 +424,13 @@ def _field(
         field = transform.fields[0]
     else:
         first = transform.parts[:1]
-        grids = [part.grid for part in first if isinstance(part, mapping.Field)]
-        grids += [mapping.grid_of(v) for v in (mask, labels) if v is not None]
-        if not grids:
+        found = [part.grid for part in first if isinstance(part, mapping.Field)]
+        found += [] if mask is None else [mapping.grid_of(mask)]
+        found += [] if grids is None else [grids[0]]
+        if not found:
             return None
-        whole = mapping.flatten(transform, grids[0])
-        field = mapping.Field(whole, grids[0].vox2world)
+        whole = mapping.flatten(transform, found[0])
+        field = mapping.Field(whole, found[0].vox2world)
     if mask is not None:
         # Of the field, its first component stands for the grid.
         stand_in = Volume(field.disp_mm[..., 0], field.vox2world)
@@ -543,20 +563,22 @@ def _learn2reg(
     transform: mapping.Mapping,
     field: mapping.Field,
     labels: tuple[Volume | None, Volume | None],
+    grids: tuple[Grid, Grid] | None,
     mask: Volume | None,
     pairs: PointPairs | None,
 ) -> dict[str, Any]:
-    """On the grid of the fixed labels, or, without, of the field for both scans."""
+    """On the grid of the fixed scan, or, unknown, of the field for both scans."""
     fixed, moving = labels
-    if fixed is None:
+    if grids is None:
         disp_mm, places = field.disp_mm, [field.vox2world] * 2
     else:
-        disp_mm = mapping.flatten(transform, mapping.grid_of(fixed))
-        places = [fixed.vox2world, moving.vox2world]
+        disp_mm = mapping.flatten(transform, grids[0])
+        places = [grid.vox2world for grid in grids]
     indices = [None, None]
     if pairs is not None:
+        # Rounded: the way through mm must not lead a point off the outermost voxels.
         indices = [
-            (p - m[:3, 3]) @ np.linalg.inv(m[:3, :3]).T
+            np.round((p - m[:3, 3]) @ np.linalg.inv(m[:3, :3]).T, 6)
             for p, m in zip((pairs.fixed, pairs.moving), places, strict=True)
         ]
     fits = mask is not None and mask.data.shape == disp_mm.shape[:3]

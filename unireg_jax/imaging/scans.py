@@ -95,6 +95,27 @@ def read_labels(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
     return _volume(path, labels, vox2world, [])
 
 
+def read_grid(path: str | os.PathLike) -> Volume:
+    """Reads geometry and header of a scan, and keeps none of its voxels.
+
+    Args:
+        path: as of `read_scan`.
+
+    Returns:
+        Volume; data of its shape, 0 throughout, that takes no memory.
+
+    Raises:
+        UserError: as `read_scan`.
+    """
+    return without_voxels(read_scan(path))
+
+
+def without_voxels(volume: Volume) -> Volume:
+    """Gives the same geometry and header, so that the voxels' memory can go."""
+    none = np.broadcast_to(np.uint8(0), volume.data.shape)
+    return volume._replace(data=none)
+
+
 def like_labels(data: np.ndarray) -> bool:
     """Says whether voxels look like a label map rather than an image.
 

@@ -1,11 +1,15 @@
-"""`unireg convert`: a transform in the spelling of another tool."""
+"""`unireg convert`: transforms in the spelling of another tool."""
 
 import argparse
+import json
+from pathlib import Path
 
-from unireg_jax.errors import shown
+from unireg_jax import manifest
+from unireg_jax.errors import FAILED, PARTLY, USAGE, UserError, bad_file, shown
 from unireg_jax.imaging import mapping
-from unireg_jax.verbs import files, options
-from unireg_jax.verbs.messages import progress, warn
+from unireg_jax.manifest import Case
+from unireg_jax.verbs import files, options, outputs
+from unireg_jax.verbs.messages import progress, warn, with_reason
 
 HELP = "a transform in the spelling of another tool"
 
@@ -17,14 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "field in LPS mm; nifti1006: in RAS mm. l2r: Learn2Reg field in voxels. "
         "slicer: NRRD field. affine-txt: ITK text. bids: .h5 or .txt under a name "
         "such as from-MOVING_to-FIXED_mode-image_xfm.h5. The map stays the same; see "
-        "`unireg invert` for the way back."
+        "`unireg invert` for the way back. With --manifest the results of all pairs of "
+        "a Learn2Reg task, under the names of a submission."
     )
     parser.epilog = (
         "example: unireg convert -t c_1Warp.nii.gz --to l2r -f fixed.nii.gz "
         "-m moving.nii.gz -o disp_1_2.nii.gz"
     )
+    which = parser.add_mutually_exclusive_group(required=True)
+    files.add_transforms(which, one=True, required=False)
+    which.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="list of pairs, CSV, JSON or Learn2Reg's dataset.json; with --transforms",
+    )
+    files.add_results(parser, dest="results")
     add = parser.add_argument
-    files.add_transforms(parser, one=True)
     add("--to", required=True, choices=tuple(mapping.SPELLINGS), help="spelling")
     add(
         *("-f", "--fixed", "--reference"),
@@ -34,12 +46,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of the field that acts first",
     )
     add("-m", "--moving", metavar="FILE", help="moving scan, for l2r")
-    files.add_out(parser, "that of the spelling")
+    files.add_out(parser, "that of the spelling; with --manifest a folder")
     options.add_messages(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code."""
+    _check_options(args)
+    return _many(args) if args.manifest else _one(args)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together."""
+    fault = None
+    if args.manifest and (args.fixed or args.moving):
+        fault = "--fixed and --moving belong to --transform, got them with --manifest"
+    elif args.manifest and not args.results:
+        fault = "--manifest needs --transforms DIR, where the results are, got none"
+    elif args.manifest and args.to != "l2r":
+        fault = f"--to l2r expected with --manifest, got {args.to}; convert one by one"
+    elif not args.manifest and (args.results or args.data_root):
+        fault = "--transforms and --data-root belong to --manifest, got no list"
+    if fault:
+        raise UserError("schema", f"schema: {fault}", USAGE)
+
+
+def _one(args: argparse.Namespace) -> int:
     mapping.spelling_of(args.file, args.to)
     inputs = (args.fixed, args.moving, *args.transforms)
     files.output(args.file, (), overwrite=args.overwrite, inputs=inputs)
@@ -57,3 +89,65 @@ def run(args: argparse.Namespace) -> int:
     say(f"done: {shown(args.file)}")
     files.report(args, "convert", to=args.to)
     return 0
+
+
+# --- a submission to Learn2Reg ------------------------------------------------------
+
+
+def _many(args: argparse.Namespace) -> int:
+    """All pairs of a list; one that fails stops no other."""
+    files.check_results(args.results)
+    out, named, work = Path(args.file), _named(args), []
+    outputs.make_out(out)
+    for name, case in named.items():
+        path = str(files.find_result(Path(args.results), case))
+        inputs, target = (case.fixed, case.moving, path), str(out / name)
+        files.output(target, (), overwrite=args.overwrite, inputs=inputs)
+        work.append((case, path, target))
+    say = progress(args.quiet)
+    failed = []
+    for n, (case, path, target) in enumerate(work, start=1):
+        try:
+            fixed, moving = files.read_grid(case.fixed), files.read_grid(case.moving)
+            whole = files.read_chain([path], fixed=fixed, moving=moving)
+            mapping.write(target, whole, args.to, fixed=fixed, moving=moving)
+        except UserError as error:
+            failed.append({"id": case.id, "reason": error.reason})
+            warn(f"{case.id}: failed: {with_reason(error)}")
+        else:
+            say(f"{n}/{len(work)} {shown(target)}")
+    done = len(work) - len(failed)
+    say(f"{done} of {len(work)} fields done: {shown(out)}")
+    if args.json:
+        told = {"schema": 1, "verb": "convert", "to": args.to, "done": done}
+        print(json.dumps(told | {"failed": failed}, indent=2), flush=True)
+    if not failed:
+        return 0
+    return PARTLY if done else FAILED
+
+
+def _named(args: argparse.Namespace) -> dict[str, Case]:
+    """Each pair of the list by the name that the challenge has for its field."""
+    named: dict[str, Case] = {}
+    for case in manifest.read_cases(args.manifest, roots=args.data_root):
+        names = manifest.learn2reg_fields(case)
+        if not names:
+            raise bad_file(
+                Path(args.manifest).name,
+                "name_mismatch",
+                "scans called as TASK_0001_0000",
+                f"{manifest.stem(case.fixed)} and {manifest.stem(case.moving)}",
+                "convert them one by one with --transform",
+                USAGE,
+            )
+        other = named.setdefault(f"{names[0]}.nii.gz", case)
+        if other != case:
+            raise bad_file(
+                Path(args.manifest).name,
+                "id_duplicate",
+                "one pair for each field",
+                f"{other.id} and {case.id} for {names[0]}.nii.gz",
+                "list the tasks apart",
+                USAGE,
+            )
+    return named

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from unireg_jax.evaluation import (
 )
 from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import nifti, scans
-from unireg_jax.verbs import options, outputs
+from unireg_jax.verbs import files, options, outputs
 from unireg_jax.verbs.journal import Journal
 from unireg_jax.verbs.messages import number, progress, warn
 
@@ -38,10 +37,8 @@ _COMPARISON = ("comparison.csv", "comparison.json", "comparison.tex")
 _COLUMNS = ("transform", "landmarks")  # of a manifest, beside those of a pair
 _PATHS = (
     *("transform", "fixed_label", "moving_label", "fixed_mask", "landmarks"),
-    *("fixed_points", "moving_points"),
+    *("fixed_points", "moving_points", "fixed", "moving"),
 )
-_SPELLINGS = ("{0}/{0}_Composite.h5", "{0}/{0}_1Warp.nii.gz", "{0}.nii.gz", "{0}.h5")
-_L2R_NAME = re.compile(r"_(\d{4})_(\d{4})$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,19 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "LPS mm (.csv), or Slicer's .fcsv or .mrk.json",
     )
     add("--moving-points", metavar="FILE", help="of the moving scan")
-    add(
-        "--transforms",
-        metavar="DIR",
-        help="results of the list's cases: DIR/ID/ID_Composite.h5, ID_1Warp.nii.gz, "
-        "DIR/ID.nii.gz or Learn2Reg's names; default its column transform",
-    )
-    add(
-        "--data-root",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="further folder that paths of the list may lead into",
-    )
+    files.add_results(parser, default="; default its column transform")
     add("-o", "--out", metavar="DIR", help="folder of the tables")
     options.add_overwrite(parser, "tables that are there, judge every case again")
     add(
@@ -174,7 +159,7 @@ def _usage(line: str) -> UserError:
 
 def _one(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
     (transform,) = args.transform
-    files = Files(
+    given = Files(
         transform=transform,
         fixed_label=args.fixed_label,
         moving_label=args.moving_label,
@@ -183,7 +168,7 @@ def _one(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
         fixed_points=args.fixed_points,
         moving_points=args.moving_points,
     )
-    report = cases.score_files(files, **settings)
+    report = cases.score_files(given, **settings)
     for line in report["warnings"]:
         warn(line)
     head["transform"] = {
@@ -221,15 +206,15 @@ def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int
     if not (out / _JOURNAL).is_file():
         _refuse_existing(args, out, _SUMMARY)
     listed = read_list(args.manifest, args.transforms, roots=args.data_root)
-    if args.l2r_compat and any(files.fixed_label for files in listed.values()):
+    if args.l2r_compat and any(one.fixed_label for one in listed.values()):
         learn2reg.check_installed()
     outputs.make_out(out)
     journal = Journal(out / _JOURNAL)
     say = progress(args.quiet)
     done = []
     try:
-        for count, (name, files) in enumerate(listed.items(), start=1):
-            case, known = _judge(name, files, journal, settings, args.overwrite)
+        for count, (name, given) in enumerate(listed.items(), start=1):
+            case, known = _judge(name, given, journal, settings, args.overwrite)
             done.append(case)
             say(f"{count}/{len(listed)} {name}: {_outcome(case, known)}")
     finally:
@@ -254,15 +239,18 @@ def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int
 
 
 def _judge(
-    name: str, files: Files, journal: Journal, settings: dict[str, Any], again: bool
+    name: str, given: Files, journal: Journal, settings: dict[str, Any], again: bool
 ) -> tuple[Case, bool]:
     """A case, and whether the journal knew it: same files, settings and schema."""
-    inputs = {key: _digest(path) for key, path in files._asdict().items() if path}
+    paths = {key: getattr(given, key) for key in _PATHS}
+    inputs = {key: _digest(path) for key, path in paths.items() if path}
+    if given.points_frame:
+        inputs["points_frame"] = given.points_frame
     key = {"schema": SCHEMA, "settings": settings, "inputs": inputs}
     known = journal.last(name)
     if not again and known and known.get("report") and known.get("key") == key:
         return Case(name, known["report"]), True
-    case = cases.score_case(name, files, **settings)
+    case = cases.score_case(name, given, **settings)
     journal.add({"id": name, "reason": case.reason, "report": case.report, "key": key})
     return case, False
 
@@ -311,22 +299,16 @@ def read_list(
     """
     path = Path(path)
     if transforms is not None:
-        if not Path(transforms).is_dir():
-            raise UserError(
-                "not_found",
-                f"{shown(transforms)}: not_found: a folder of results expected",
-                USAGE,
-            )
+        files.check_results(transforms)
         # Labels that `batch` was to warp tell nothing of overlap alone.
         pairs = [
             pair if pair.fixed_label else pair._replace(moving_label=None)
             for pair in manifest.read_cases(path, roots=roots)
         ]
-        names = [name for name in _PATHS if name in manifest.Case._fields]
+        folder = Path(transforms)
         return {
-            pair.id: Files(
-                transform=_find(Path(transforms), pair),
-                **{name: getattr(pair, name) for name in names},
+            pair.id: _files(
+                pair._asdict() | {"transform": files.find_result(folder, pair)}
             )
             for pair in pairs
         }
@@ -352,7 +334,7 @@ def read_list(
     listed = {}
     for where, row in rows:
         values = {}
-        for name in ("id", *_PATHS):
+        for name in ("id", "points_frame", *_PATHS):
             cell = row.get(name) or ""
             if not isinstance(cell, str):
                 kind = manifest.kind_of(cell)
@@ -364,32 +346,21 @@ def read_list(
                 faults.append(("schema", f"{where}: {name}: is empty"))
         if values["id"] and (bad := manifest.bad_id(values["id"])):
             faults.append(("id_invalid", f"{where}: id {values['id'][:60]!r}: {bad}"))
-        found = {n: paths.resolve(where, n, values[n], faults) or None for n in _PATHS}
-        listed[values["id"]] = Files(**found)
+        manifest.check_frame(where, values["points_frame"], faults)
+        for name in _PATHS:
+            values[name] = paths.resolve(where, name, values[name], faults)
+        listed[values["id"]] = _files(values)
     if faults:
         manifest.refuse(path.name, faults)
     return listed
 
 
-def _find(folder: Path, pair: manifest.Case) -> Path:
-    """The transform of a case; where it should be when it is not there."""
-    names = [spelling.format(pair.id) for spelling in _SPELLINGS]
-    ends = [_L2R_NAME.search(manifest.stem(p)) for p in (pair.fixed, pair.moving)]
-    if all(ends):
-        (a, b), (c, d) = (end.groups() for end in ends)
-        for name in (f"disp_{a}_{b}_{c}_{d}", f"disp_{a}_{c}"):
-            names += [f"{name}.nii.gz", f"{name}.npz"]
-    found = (folder / name for name in names if (folder / name).is_file())
-    path = next(found, folder / names[1])
-    affine = path.with_name(f"{pair.id}_0GenericAffine.mat")
-    if path.name == f"{pair.id}_1Warp.nii.gz" and path.is_file() and affine.is_file():
-        raise _usage(
-            f"{shown(path.name)}: a map with its affine expected, got that of ANTs, "
-            f"whose affine is in {shown(affine.name)} beside it; write both into one "
-            f"file: unireg compose -t {shown(path.name)} -t {shown(affine.name)} -o "
-            f"{shown(pair.id)}_Composite.h5"
-        )
-    return path
+def _files(values: Mapping[str, Any]) -> Files:
+    """Of a case; its scans only where no labels give their grids."""
+    given = {name: values.get(name) or None for name in (*_PATHS, "points_frame")}
+    if given["fixed_label"] or not (given["fixed"] and given["moving"]):
+        given["fixed"] = given["moving"] = None
+    return Files(**given)
 
 
 # --- methods ------------------------------------------------------------------------

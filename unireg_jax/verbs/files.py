@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from unireg_jax import manifest
 from unireg_jax.errors import STORAGE, USAGE, UserError, shown
 from unireg_jax.imaging import belonging, mapping, scans, transforms
 from unireg_jax.imaging.mapping import Mapping
@@ -17,20 +16,45 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
 from unireg_jax.verbs.messages import warn
 
+# Results of a case in a folder.
+_RESULTS = ("{0}/{0}_Composite.h5", "{0}/{0}_1Warp.nii.gz", "{0}.nii.gz", "{0}.h5")
 
-def add_transforms(parser: argparse.ArgumentParser, *, one: bool = False) -> None:
+
+def add_transforms(
+    parser: argparse.ArgumentParser, *, one: bool = False, required: bool = True
+) -> None:
     """-t, once or more."""
     once = "field, ITK transform, ANTs .mat, NRRD [itk]"
     parser.add_argument(
         *("-t", "--transform"),
         dest="transforms",
         action="append",
-        required=True,
+        required=required,
         metavar="FILE",
         help=once
         if one
         else f"{once}; several: the first acts first on points of the "
         "fixed scan, as antsApplyTransforms lists them",
+    )
+
+
+def add_results(
+    parser: argparse.ArgumentParser, *, dest: str = "transforms", default: str = ""
+) -> None:
+    """--transforms DIR and --data-root, of a list of cases."""
+    parser.add_argument(
+        "--transforms",
+        dest=dest,
+        metavar="DIR",
+        help="results of the list's cases: DIR/ID/ID_Composite.h5, ID_1Warp.nii.gz, "
+        f"DIR/ID.nii.gz or Learn2Reg's names{default}",
+    )
+    parser.add_argument(
+        "--data-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="further folder that paths of the list may lead into",
     )
 
 
@@ -148,6 +172,36 @@ def read_chain(
     )
 
 
+def check_results(folder: str) -> None:
+    """Refuses what is no folder of results."""
+    if not Path(folder).is_dir():
+        raise UserError(
+            "not_found",
+            f"{shown(folder)}: not_found: a folder of results expected",
+            USAGE,
+        )
+
+
+def find_result(folder: Path, case: manifest.Case) -> Path:
+    """The transform of a case; where it should be when it is not there."""
+    names = [spelling.format(case.id) for spelling in _RESULTS]
+    for name in manifest.learn2reg_fields(case):
+        names += [f"{name}.nii.gz", f"{name}.npz"]
+    found = (folder / name for name in names if (folder / name).is_file())
+    path = next(found, folder / names[1])
+    affine = path.with_name(f"{case.id}_0GenericAffine.mat")
+    if path.name == f"{case.id}_1Warp.nii.gz" and path.is_file() and affine.is_file():
+        raise UserError(
+            "schema",
+            f"schema: {shown(path.name)}: a map with its affine expected, got that of "
+            f"ANTs, whose affine is in {shown(affine.name)} beside it; write both into "
+            f"one file: unireg compose -t {shown(path.name)} -t {shown(affine.name)} "
+            f"-o {shown(case.id)}_Composite.h5",
+            USAGE,
+        )
+    return path
+
+
 def check_scans(path: str, fixed: Volume | None, moving: Volume | None) -> None:
     """Refuses a Learn2Reg field of which the fixed scan alone is known."""
     if fixed and moving is None and _is_l2r(path):
@@ -180,15 +234,7 @@ def _is_l2r(path: str) -> bool:
 
 def read_grid(path: str | None) -> Volume | None:
     """Geometry and header of a scan, without its voxels."""
-    if path is None:
-        return None
-    return without_voxels(scans.read_scan(path))
-
-
-def without_voxels(volume: Volume) -> Volume:
-    """The same geometry and header; its memory can go."""
-    none = np.broadcast_to(np.uint8(0), volume.data.shape)
-    return volume._replace(data=none)
+    return None if path is None else scans.read_grid(path)
 
 
 def report(args: argparse.Namespace, verb: str, **content: Any) -> None:

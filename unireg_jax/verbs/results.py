@@ -194,6 +194,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["passes"] = [args.passes, args.symmetric]
     if args.fov != "auto":
         asked["fov"] = args.fov
+    if case.points_frame:
+        asked["points_frame"] = case.points_frame
     if args.affine in _SEARCHED and not case.init:
         asked["search"] = SEARCH_ALGORITHM
     if args.affine == "coarse" and not case.init:
@@ -280,7 +282,7 @@ class Files:
             mask = volume.data > 0
         if case.fixed_points:
             table = tuple(
-                points.read_table(path, "lps_mm", volume)
+                points.read_table(path, case.points_frame or "lps_mm", volume)
                 for path, volume in (
                     (case.fixed_points, fixed),
                     (case.moving_points, moving),

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         warnings += belonging.similarity_warnings(whole, fixed, moving)
     for line in warnings:
         warn(line)
-    fixed = files.without_voxels(fixed)
+    fixed = scans.without_voxels(fixed)
     fill = 0 if label else mapping.fill_of(moving.data)
     fill = fill if args.fill_value is None else args.fill_value
     moving, dtype = _stored(moving, fill, np.int32 if label else np.float32)
