@@ -19,7 +19,7 @@ from unireg_jax.models import backbone
 from unireg_jax.models.conditioning import HEADS
 from unireg_jax.models.features import COMBINE, FEATURES, Extractor
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.registration import embedding
+from unireg_jax.registration import embedding, prediction
 from unireg_jax.tasks import Region
 from unireg_jax.training import mesh, objective, optimizer
 
@@ -194,7 +194,6 @@ _LEAST = {
     "train.checkpoint_every": 1,
     "train.skip_nonfinite": 0,
     "train.accumulate": 1,
-    "train.passes": 1,
     "train.space_devices": 1,
     "train.watchdog_s": 1,
 }
@@ -236,6 +235,10 @@ def _check(config: ml_collections.ConfigDict) -> None:
             "three multiples of 16",
         ),
         "data.spacing_mm": (config.data.spacing_mm > 0, "more than 0"),
+        "train.passes": (
+            config.train.passes in range(1, prediction.MOST_PASSES + 1),
+            f"1 to {prediction.MOST_PASSES}",
+        ),
         "train.ema": (0 <= config.train.ema < 1, "from 0 to less than 1"),
         "data.hu_window": (len(window) == 2 and window[0] < window[1], "(low, high)"),
         "loss.ncc_scales": (config.loss.ncc_scales in range(1, 5), "1 to 4"),

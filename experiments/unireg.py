@@ -114,7 +114,8 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     # Parts of a batch that come one after another, in the memory of one; 1: none.
     config.train.accumulate = 1
     # Passes of the network in a step, each on the moving scan as warped so far; the
-    # paper's is one. So many times the arithmetic and the memory.
+    # paper's is one. So many times the arithmetic, up to as many times the memory. The
+    # loss is the mean over them; validation judges one pass, as in the paper.
     config.train.passes = 1
     # Decay of a running mean of the parameters, then judged and released; 0: none.
     config.train.ema = 0.0

@@ -11,7 +11,7 @@ import pytest
 from experiments import build
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.ops import ncc, resample, smoothness
+from unireg_jax.ops import ncc, resample, smoothness, warp
 from unireg_jax.tasks import OUTSIDE_HU, PairBatch
 from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import objective, optimizer
@@ -198,44 +198,90 @@ def test_prepare_applies_the_alignment():
 
 
 def test_prepare_reads_the_moving_scan_where_a_field_leads():
-    matrix = jnp.eye(4).at[0, 3].set(2.0)
-    batch = _batch()._replace(align=matrix[None])
-    disp = jnp.zeros((1, *SHAPE, 3)).at[..., 1].set(3.0)
+    """align(x + disp(x)): an affine that turns, of a field that differs by place."""
+    batch, rng = _batch(), np.random.default_rng(1)
+    align = np.array(
+        [[0, 0.6, 0, -3], [1.5, 0, 0.1, 2], [0.2, 0, 0.9, 1], [0, 0, 0, 1]]
+    )
+    places = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
+    slopes = np.array([9.0, 5.0, 4.0])  # HU: what is linear is read exactly
+    hu = np.rint(places @ slopes - 300).astype(np.int16)
+    disp = rng.uniform(-2, 2, (1, *SHAPE, 3)).astype(np.float32)
+    batch = batch._replace(
+        moving=jnp.asarray(hu[None, ..., None]),
+        align=jnp.asarray(align[None], jnp.float32),
+    )
     pair = jax.jit(objective.prepare)(batch, Extractor("none"), disp)
-    still = prepare(batch, Extractor("none"))
-    read = jnp.s_[:, :13, :28]
-    moved = jnp.roll(still.moving, -3, axis=2)[read]
-    np.testing.assert_allclose(pair.moving[read], moved, atol=1e-5)
-    labels = jnp.roll(still.moving_labels, -3, axis=2)[read]
-    np.testing.assert_array_equal(pair.moving_labels[read], labels)
-    np.testing.assert_array_equal(pair.fixed, still.fixed)
-    assert not pair.moving_valid[:, :, -3:].any()  # there is nothing to be read
+    coords = (places + disp[0]) @ align[:3, :3].T + align[:3, 3]
+    inside = ((coords >= 0) & (coords <= np.array(SHAPE) - 1)).all(-1)
+    inside &= ((places + disp[0] > -0.5).all(-1)) & (
+        (places + disp[0] < np.array(SHAPE) - 0.5).all(-1)
+    )
+    expected = (coords @ slopes - 300 + 800) / 600 - 1
+    assert inside.mean() > 0.3
+    found = np.asarray(pair.moving[0, ..., 0])
+    np.testing.assert_allclose(found[inside], expected[inside], atol=1e-3)
+    np.testing.assert_array_equal(pair.fixed, prepare(batch, Extractor("none")).fixed)
+
+
+def test_prepare_keeps_the_outer_slices_of_a_scan_that_hardly_moves():
+    """As in registration: a layer of air there would be heeded in a second pass."""
+    batch = _batch()
+    for shift, kept in ((0.4, True), (-0.4, True), (0.6, False)):
+        disp = jnp.full((1, *SHAPE, 3), shift)
+        pair = jax.jit(objective.prepare)(batch, Extractor("none"), disp)
+        assert bool(pair.moving_valid.all()) == kept
 
 
 def test_a_second_pass_sees_the_warped_scan_and_is_judged_with_the_first():
     batch, extractor, weights = _batch(), Extractor("none"), _weights()
+    x, y = (jnp.arange(n, dtype=jnp.float32) / n for n in SHAPE[:2])
+    # The first field is along X and grows with Y, the second the other way round.
+    fields = [
+        jnp.zeros((1, *SHAPE, 3)).at[..., 0].set(2 * y[:, None]),
+        jnp.zeros((1, *SHAPE, 3)).at[..., 1].set(3 * x[:, None, None]),
+    ]
     seen = []
 
-    def apply_fn(shift, fixed, moving, *_, train):
+    def apply_fn(scale, fixed, moving, *_, train):
         assert train
         seen.append(moving)
-        return jnp.zeros((1, *SHAPE, 3)).at[..., 0].set(shift)
+        return scale * fields[len(seen) - 1]
 
     loss = objective.make_loss(apply_fn, weights=weights, passes=2)
-    gradient, scalars = jax.grad(loss, has_aux=True)(0.4, batch, extractor)
+    gradient, scalars = jax.grad(loss, has_aux=True)(0.8, batch, extractor)
     pair = prepare(batch, extractor)
 
-    def single(shift, before):
-        disp = jnp.zeros((1, *SHAPE, 3)).at[..., 0].set(shift + before)
-        return objective.objective(disp, pair, weights=weights)[0]
+    def first(scale):
+        return objective.objective(scale * fields[0], pair, weights=weights)[0]
 
-    first, second = (jax.value_and_grad(single)(0.4, before) for before in (0.0, 0.4))
-    np.testing.assert_allclose(scalars["loss"], (first[0] + second[0]) / 2, rtol=1e-5)
-    np.testing.assert_allclose(gradient, (first[1] + second[1]) / 2, rtol=1e-4)
-    field = jnp.zeros((1, *SHAPE, 3)).at[..., 0].set(0.4)
-    expected = prepare(batch, extractor, field).moving
+    def second(scale):
+        total = warp.compose(scale * fields[1], 0.8 * fields[0])
+        return objective.objective(total, pair, weights=weights)[0]
+
+    (one, slope), (two, other) = (jax.value_and_grad(f)(0.8) for f in (first, second))
+    np.testing.assert_allclose(scalars["loss"], (one + two) / 2, rtol=1e-5)
+    np.testing.assert_allclose(gradient, (slope + other) / 2, rtol=1e-4)
+    expected = prepare(batch, extractor, 0.8 * fields[0]).moving
     np.testing.assert_allclose(seen[1], expected, atol=1e-5)
-    assert not np.allclose(seen[0], seen[1])
+
+
+def test_a_pass_without_common_labels_leaves_the_overlap_of_the_other():
+    batch = _batch()
+    away = jnp.full((1, *SHAPE, 3), 100.0)
+
+    def apply_fn(scale, *_, train):
+        calls.append(train)
+        return scale * away * (len(calls) - 1)
+
+    calls = []
+    both = objective.make_loss(apply_fn, weights=_weights(), passes=2)
+    _, scalars = both(1.0, batch, Extractor("none"))
+    calls = []
+    one = objective.make_loss(apply_fn, weights=_weights())
+    _, alone = one(1.0, batch, Extractor("none"))
+    np.testing.assert_allclose(scalars["dice"], alone["dice"], rtol=1e-6)
+    assert np.isfinite(scalars["loss"])
 
 
 def test_dice_leaves_out_an_organ_that_is_cut_away():

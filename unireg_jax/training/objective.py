@@ -78,18 +78,23 @@ def prepare(
     Args:
         batch: HU volumes and labels, see tasks.PairBatch.
         extractor: of the features; its HU window becomes [-1, 1] (section 4.3).
-        disp: [B, X, Y, Z, 3] float32, voxels; the moving scans as warped by it. None:
-            as the pre-alignment has them.
+        disp: [B, X, Y, Z, 3] float32, voxels; the moving scans as warped by it, as
+            `registration.prediction.prewarp` does: they end half a voxel beyond the
+            centres of the last ones, of either grid. None: as the pre-alignment has
+            them.
 
     Returns:
         The pair on the fixed grid; outside either scan images are air and not valid,
         outside the moving one, as where it is cut short, without labels.
     """
     coords = moving_coords(batch, disp)
-    limit = jnp.array(batch.moving.shape[1:4], jnp.float32) - 1
-    within = (coords >= 0) & (coords <= jnp.broadcast_to(limit, coords.shape))
+    within = within_grid(coords, batch.moving.shape[1:4], 0.0 if disp is None else 0.5)
+    if disp is not None:
+        shape = disp.shape[1:4]
+        led = jnp.broadcast_to(warp.identity_coords(shape), disp.shape) + disp
+        within &= within_grid(led, shape, 0.5)
     valid = intensity.valid(batch.moving).astype(jnp.float32)
-    valid = warp.sample(valid, coords) * within.all(-1, keepdims=True)
+    valid = warp.sample(valid, coords) * within[..., None]
     # The marker of what lies outside is no HU to interpolate: air, then the marker.
     moving = jnp.maximum(batch.moving.astype(jnp.float32), _AIR_HU)
     moving = jnp.where(valid > 0.5, warp.sample(moving, coords), OUTSIDE_HU)
@@ -131,6 +136,21 @@ def moving_coords(batch: PairBatch, disp: jax.Array | None = None) -> jax.Array:
         "bxyzi,bji->bxyzj", coords, linear, precision=jax.lax.Precision.HIGHEST
     )
     return coords + offset[:, None, None, None, :]
+
+
+def within_grid(coords: jax.Array, shape: Sequence[int], margin: float) -> jax.Array:
+    """Says which positions lie on a grid.
+
+    Args:
+        coords: [B, X, Y, Z, 3] float32, voxels of it.
+        shape: voxels along its axes.
+        margin: how far beyond the centres of the outermost voxels it ends, voxels.
+
+    Returns:
+        [B, X, Y, Z] bool.
+    """
+    last = jnp.broadcast_to(jnp.array(shape, jnp.float32) - 1, coords.shape)
+    return ((coords >= -margin) & (coords <= last + margin)).all(-1)
 
 
 def sample_labels(
@@ -273,7 +293,12 @@ def make_loss(apply_fn: Callable, *, weights: Weights, passes: int = 1) -> Calla
             )
             total = disp if total is None else warp.compose(disp, total)
             found.append(objective(total, given, weights=weights))
-        return jax.tree.map(lambda *each: sum(each) / passes, *found)
+        if passes == 1:
+            return found[0]
+        losses, scalars = zip(*found, strict=True)
+        means = jax.tree.map(lambda *each: jnp.nanmean(jnp.stack(each)), *scalars)
+        loss = sum(losses) / passes  # what is not finite there has to show
+        return loss, means | {"loss": loss}
 
     return loss
 

@@ -261,7 +261,5 @@ def mid_planes(disp: jax.Array, pair: objective.Pair) -> dict[str, list[jax.Arra
 def _moving_labels(disp: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
     """All layers of moving labels at align(x + disp(x)), 0 beyond the moving grid."""
     coords = objective.moving_coords(batch, disp)
-    limit = jnp.array(batch.moving_labels.shape[1:4], jnp.float32) - 0.5
-    limit = jnp.broadcast_to(limit, coords.shape)
-    within = ((coords >= -0.5) & (coords <= limit)).all(-1)
+    within = objective.within_grid(coords, batch.moving_labels.shape[1:4], 0.5)
     return objective.sample_labels(batch, coords, within)
