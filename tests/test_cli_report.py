@@ -183,14 +183,73 @@ def test_report_refuses_labels_that_do_not_belong_to_the_case(made, out, capsys)
     other = [*argv, *scans(paths), "--fixed-label", paths["moving_label"]]
     assert cli.main(other) == errors.DATA_CHANGED
     assert "has as fixed_label" in capsys.readouterr().err
-    path = folder / f"{CASE}_warped_label.nii.gz"
+
+
+def test_report_says_that_a_case_has_no_labels_of_the_fixed_scan(made, out, capsys):
+    path = out / CASE / f"{CASE}_run.json"
+    found = record(out)
+    del found["inputs"]["fixed_label"]
+    path.write_text(json.dumps(found))
+    named = [*scans(made[1]), "--fixed-label", made[1]["fixed_label"], "--overwrite"]
+    assert cli.main(["report", str(path.parent), *named]) == errors.USAGE
+    assert "was registered without labels of the fixed" in capsys.readouterr().err
+
+
+def other_values(path):
+    """The same grid, other labels."""
+    image = nib.load(path)
+    data = np.asarray(image.dataobj)[::-1]
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+
+
+def other_grid(path):
     image = nib.load(path)
     data = np.asarray(image.dataobj)[1:]
     nib.save(nib.Nifti1Image(data, image.affine), path)
-    assert cli.main([*argv, *scans(paths)]) == errors.FAILED
-    assert "grid_mismatch" in capsys.readouterr().err
-    path.write_bytes(b"none")
-    assert cli.main([*argv, *scans(paths)]) == errors.FAILED
+
+
+def torn(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (other_values, "checksum"),
+        (other_grid, "grid_mismatch"),
+        (torn, "truncated"),
+        (Path.unlink, "not_found"),
+    ],
+)
+def test_warped_labels_are_outlined_only_as_they_were_written(
+    made, out, damage, reason, capsys
+):
+    damage(out / CASE / f"{CASE}_warped_label.nii.gz")
+    labels = ["--fixed-label", made[1]["fixed_label"]]
+    argv = ["report", str(out / CASE), *scans(made[1]), *labels, "--overwrite"]
+    assert cli.main([*argv, "--quiet"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("unireg: warning: ") and f"{reason}:" in line
+    assert outlined(out / CASE / "qc.html").keys() == {"fixed"}
+
+
+@pytest.mark.parametrize("damage", [other_values, other_grid, torn, Path.unlink])
+def test_batch_has_pages_of_cases_whose_labels_are_gone(made, out, damage, capsys):
+    listed = out.parent / "pairs.csv"
+    columns = ("fixed", "moving", "fixed_label", "moving_label")
+    names = [Path(made[1][column]).name for column in columns]
+    for column in columns:
+        shutil.copy(made[1][column], listed.parent)
+    listed.write_text(f"id,{','.join(columns)}\n{CASE},{','.join(names)}\n")
+    damage(listed.parent / names[2])
+    torn(out / CASE / f"{CASE}_warped_label.nii.gz")
+    argv = ["report", str(out), "--list", str(listed), "--overwrite", "--quiet"]
+    assert cli.main(argv) == 0
+    fixed, warped = capsys.readouterr().err.splitlines()
+    assert "labels of the fixed scan are not outlined" in fixed
+    assert "warped labels are not outlined" in warped
+    assert outlined(out / CASE / "qc.html") == {}
+    assert (out / "index.html").read_text().count("<img") == 2
 
 
 def test_report_of_a_record_without_quality_measures_it(made, out):

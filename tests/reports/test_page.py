@@ -8,6 +8,7 @@ import pytest
 
 from tests import browser
 from unireg_jax.evaluation import quality
+from unireg_jax.imaging.colors import label_colors
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.reports import case, index, page, pictures
 
@@ -223,11 +224,22 @@ def test_lungs_have_a_window_of_their_own(chest, tmp_path):
         assert seen.requests == [file.as_uri()] and seen.complaints == []
 
 
-def test_page_without_labels_knows_nothing_of_outlines(drawn, labelled):
-    plain, lined = html(drawn), html(labelled)
-    for word in ('id="outlines"', "<svg", ".outlines {", 'class="labels"'):
-        assert word not in plain and word in lined
-    assert plain.count("<script") == 2 and lined.count("<script") == 3
+def test_outlines_alone_tell_a_page_with_labels_from_one_without(chest, labelled):
+    """Legend, lines, data, style and script, and the digests in the policy."""
+    plain, lined = html(chest), html(labelled)
+    parts = (
+        '<div class="labels">.*?</div>\n',
+        '<svg class="outlines".*?</svg>',
+        '<script type="application/json" id="outlines">.*?</script>\n',
+        re.escape(page.part("outlines.css")),
+        re.escape(page.part("outlines.js")),
+    )
+    for part in parts:
+        assert not re.search(part, plain)
+        lined, count = re.subn(part, "", lined)
+        assert count
+    digest = "'sha256-[^']*'"
+    assert re.sub(digest, "", lined) == re.sub(digest, "", plain)
 
 
 def test_page_with_labels_asks_for_nothing(labelled):
@@ -248,6 +260,22 @@ def test_page_has_a_colour_for_each_label_and_a_line_for_each_layer(labelled):
     assert "dashed:" not in text and "Outlines, solid:" in text
 
 
+def test_label_has_one_colour_on_all_pages(labelled):
+    def color(text):
+        return re.search(r'stroke="(#[0-9a-f]{6})"/></svg>700</li>', text)[1]
+
+    planes = labelled.outlines["warped"].items()
+    lone = {
+        plane: [{k: d for k, d in paths.items() if k == 700} for paths in pictures]
+        for plane, pictures in planes
+    }
+    other = html(labelled._replace(outlines={"warped": lone}))
+    expected = "#{:02x}{:02x}{:02x}".format(*label_colors(700)[-1])
+    assert color(html(labelled)) == color(other) == expected
+    data = re.search(r'id="outlines">(.*?)</script>', other)[1]
+    assert json.loads(data)["colors"] == {"700": expected}
+
+
 def test_page_says_which_labels_are_not_outlined(labelled):
     def legend(change):
         planes = labelled.outlines["warped"].items()
@@ -256,9 +284,55 @@ def test_page_says_which_labels_are_not_outlined(labelled):
         return re.search(r'<div class="labels"><p>(.*?)</p>', text)[1]
 
     assert legend(lambda paths: paths).endswith("One colour per label.")
-    assert legend(lambda paths: {}).endswith("None lies in these slices.")
+    none = legend(lambda paths: {})
+    assert none.endswith("One colour per label. Not outlined in any slice: 3, 4, 700.")
+    some = legend(lambda paths: {k: d for k, d in paths.items() if k != 4})
+    assert some.endswith("Not outlined in any slice: 4.")
     assert "too fine" in legend(lambda paths: None)
     assert "too fine" in legend(lambda paths: paths if len(paths) > 1 else None)
+
+
+def test_page_says_that_files_hold_no_label():
+    text = html(draw(lung=False, labels={"fixed": np.zeros(SHAPE, np.uint8)}))
+    assert "One colour per label. There are none.</p>" in text
+
+
+def test_label_beyond_the_slices_is_named():
+    labels = organs(15)
+    labels[0, 0, 0] = 9  # slices are drawn within the body
+    text = html(draw(lung=False, labels={"fixed": labels}))
+    assert "Not outlined in any slice: 9.</p>" in text
+
+
+def test_ten_thousands_of_labels_keep_the_page_small(labelled):
+    """Each in one slice, as one pixel; twice as many lie in none."""
+    path, count = "M10 5l1 1-1 1-1-1z", 20_000
+    planes = {plane: [{} for _ in ps] for plane, ps in labelled.index.items()}
+    for label in range(1, count + 1):
+        slices = planes[pictures.PLANES[label % 3]]
+        slices[label // 3 % len(slices)][label] = path
+    ids = tuple(range(1, 3 * count + 1))
+    many = labelled._replace(outlines={"fixed": planes, "warped": planes}, ids=ids)
+    text = html(many)
+    items = re.findall("<li>(.*?)</li>", text)
+    shown = len(
+        json.loads(re.search(r'id="outlines">(.*?)</script>', text)[1])["colors"]
+    )
+    assert items[-1] == f"and {shown - 200} more"
+    assert f"and {3 * count - shown - 20} more.</p>" in text
+    assert len(text) < page._LIMIT
+
+
+def test_outlines_and_colours_count_as_they_are_written(labelled, monkeypatch):
+    """Thousands of short paths: their numbers and colours are longer than they are."""
+    planes = {
+        plane: [{label: "M0 0z" for label in range(i, 9000, 9)} for i in range(1, 10)]
+        for plane in pictures.PLANES
+    }
+    many = labelled._replace(outlines={"fixed": planes})
+    monkeypatch.setattr(page, "_LIMIT", len(html(labelled)) + 27_000 * len("M0 0z"))
+    data = re.search(r'id="outlines">(.*?)</script>', html(many))[1]
+    assert len(json.loads(data)["layers"][0]["planes"]["axial"]) < 9
 
 
 def test_outlines_count_and_are_thinned_with_the_pictures(labelled):

@@ -230,7 +230,7 @@ def test_outlines_lie_on_what_the_pictures_show():
     given = {"fixed": labels, "warped": np.zeros_like(labels)}
     found = pictures.scene(fixed, fixed, hu, still, np.eye(4), labels=given)
     drawn = pictures.draw(found, slices=9)
-    assert set(drawn.outlines) == set(given)
+    assert set(drawn.outlines) == set(given) and drawn.ids == (700,)
     for plane in pictures.PLANES:
         assert not any(drawn.outlines["warped"][plane])
         seen = 0

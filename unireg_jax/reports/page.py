@@ -20,6 +20,7 @@ from unireg_jax.reports.pictures import MODES, PLANES, WINDOWS, Slices
 
 _HERE = Path(__file__).parent
 _LIMIT = 12_000_000  # bytes of pictures and outlines, as text
+_IN_LEGEND, _IN_NOTE = 200, 20  # labels that are listed
 _SIDES = {  # left, right, top, bottom of a picture
     "axial": "RLAP",
     "coronal": "RLSI",
@@ -258,10 +259,9 @@ def _data(slices: Slices) -> str:
 def _colors(slices: Slices) -> dict[int, str]:
     """Label -> its colour, of all that are outlined."""
     found = {label for paths in _outlined(slices) for label in paths or ()}
-    rgb = label_colors(len(found)).tolist()
+    rgb = label_colors(max(found, default=0))
     return {
-        label: "#{:02x}{:02x}{:02x}".format(*color)
-        for label, color in zip(sorted(found), rgb, strict=True)
+        label: "#{:02x}{:02x}{:02x}".format(*rgb[label - 1]) for label in sorted(found)
     }
 
 
@@ -285,18 +285,27 @@ def _legend(slices: Slices, colors: Mapping[int, str]) -> list[str]:
     if not slices.outlines:
         return []
     lines = "; ".join(LAYERS[name][2] for name in _layers(slices))
-    note = "" if colors else " None lies in these slices."
+    note = "" if slices.ids else " There are none."
     if None in _outlined(slices):
-        note = " Slices where labels are too fine to be outlined have none."
-    items = "".join(
-        '<li><svg class="line" viewBox="0 0 20 8" aria-hidden="true">'
-        f'<path d="M0 4h20" stroke="{color}"/></svg>{label}</li>'
+        note += " Slices where labels are too fine to be outlined have none."
+    if missing := [str(label) for label in slices.ids if label not in colors]:
+        note += f" Not outlined in any slice: {', '.join(_first(missing, _IN_NOTE))}."
+    items = [
+        '<svg class="line" viewBox="0 0 20 8" aria-hidden="true">'
+        f'<path d="M0 4h20" stroke="{color}"/></svg>{label}'
         for label, color in colors.items()
-    )
+    ]
+    items = "".join(f"<li>{item}</li>" for item in _first(items, _IN_LEGEND))
     return [
         f'<div class="labels"><p>Outlines, {lines}. One colour per label.{note}</p>'
         f'<ul aria-label="Labels">{items}</ul></div>'
     ]
+
+
+def _first(items: list[str], most: int) -> list[str]:
+    """At most so many, then how many more there are."""
+    more = len(items) - most
+    return items if more <= 0 else [*items[:most], f"and {more} more"]
 
 
 def _outlines(slices: Slices, plane: str, colors: Mapping[int, str]) -> str:
@@ -392,9 +401,7 @@ def _thinned(slices: Slices) -> Slices:
             for pictures in planes.values()
             for picture in pictures
         )
-        lines = sum(
-            len(path) for paths in _outlined(slices) for path in (paths or {}).values()
-        )
+        lines = sum(map(len, _outlines_data(slices, _colors(slices))))
         most = max(len(places) for places in slices.index.values())
         if total * 4 / 3 + lines <= _LIMIT or most < 4:
             return slices

@@ -79,6 +79,7 @@ class Slices(NamedTuple):
         size: plane -> (width, height) in pixels.
         outlines: of outlines.LAYERS -> plane -> what `outlines.trace` gives, one per
             slice; empty without labels.
+        ids: all labels, in any slice or in none, in their order.
     """
 
     png: dict[str, dict[str, dict[str, list[bytes]]]]
@@ -87,6 +88,7 @@ class Slices(NamedTuple):
     middle: dict[str, int]
     size: dict[str, tuple[int, int]]
     outlines: dict[str, dict[str, list[dict[int, str] | None]]]
+    ids: tuple[int, ...]
 
 
 class Scene(NamedTuple):
@@ -102,6 +104,7 @@ class Scene(NamedTuple):
         body: [X, Y, Z] bool, of the fixed scan.
         native: (X, Y, Z) of the fixed scan.
         labels: of outlines.LAYERS -> [X, Y, Z] whole numbers; empty without labels.
+        ids: all labels, also those too small for the grid, in their order.
     """
 
     grid: Grid
@@ -114,6 +117,7 @@ class Scene(NamedTuple):
     body: np.ndarray
     native: tuple[int, int, int]
     labels: dict[str, np.ndarray]
+    ids: tuple[int, ...]
 
 
 def scene(
@@ -179,7 +183,9 @@ def scene(
         name: preprocess.resample(fixed._replace(data=data), grid, fill=0, order=0)
         for name, data in (labels or {}).items()
     }
-    return Scene(grid, *images, windows, moved, detj, body, shape, on_grid)
+    found = set().union(*(np.unique(data).tolist() for data in (labels or {}).values()))
+    ids = tuple(sorted(found - {0}))
+    return Scene(grid, *images, windows, moved, detj, body, shape, on_grid, ids)
 
 
 def draw(scene: Scene, *, slices: int = 24) -> Slices:
@@ -215,7 +221,7 @@ def draw(scene: Scene, *, slices: int = 24) -> Slices:
             lines[name][plane] = [
                 outlines.trace(_cut(labels, plane, p)) for p in places
             ]
-    return Slices(png, index, count, middle, size, lines)
+    return Slices(png, index, count, middle, size, lines, scene.ids)
 
 
 def middle_slice(scene: Scene, plane: str) -> int:

@@ -15,6 +15,7 @@ from unireg_jax.imaging import nifti
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.reports import case, page, pictures
 from unireg_jax.verbs import outputs
+from unireg_jax.verbs.messages import warn, with_reason
 
 COLUMNS = ("coverage", "local_ncc", "local_ncc_gain", "mirror_sure")  # of a table
 _TURNED = 1e6  # volume_factor of a label turned over: JSON has no infinity
@@ -100,26 +101,40 @@ def labels_to_outline(
     """Gathers the labels that a page outlines.
 
     Args:
-        folder: of the case; the warped labels of its record count while they are there.
+        folder: of the case, with the warped labels that its record may list.
         record: CASE_run.json.
         fixed: scan.
         labels: of the fixed scan, on its grid, or None.
 
     Returns:
-        "warped" and "fixed", as far as there are such -> [X, Y, Z] whole numbers.
-
-    Raises:
-        UserError: warped labels that cannot be read, or are on another grid.
+        "warped" and "fixed", as far as there are such -> [X, Y, Z] whole numbers. Of
+        warped labels that are not those of the record a warning is printed.
     """
     found, listed = {}, record.get("outputs")
-    path = folder / f"{record['case']}_warped_label.nii.gz"
-    if isinstance(listed, Mapping) and path.name in listed and path.exists():
-        warped = nifti.read_labels(path)
-        nifti.check_same_grid(fixed, warped)
-        found["warped"] = warped.data
+    name = f"{record['case']}_warped_label.nii.gz"
+    if isinstance(listed, Mapping) and name in listed:
+        try:
+            found["warped"] = _recorded_labels(folder / name, listed[name], fixed)
+        except UserError as error:
+            why = with_reason(error)
+            warn(f"{record['case']}: warped labels are not outlined: {why}")
     if labels is not None:
         found["fixed"] = labels.data
     return found
+
+
+def _recorded_labels(path: Path, known: Any, fixed: Volume) -> np.ndarray:
+    """Labels on the grid of `fixed`, if the file is still the one of the record."""
+    labels = nifti.read_labels(path)
+    nifti.check_same_grid(fixed, labels)
+    digest = outputs.digest(path)["sha256"]
+    if not isinstance(known, Mapping) or known.get("sha256") != digest:
+        raise UserError(
+            "checksum",
+            f"{shown(path)}: the file that was written expected, its digest is "
+            "another; register again",
+        )
+    return labels.data
 
 
 def write_page(

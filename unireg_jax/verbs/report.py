@@ -15,6 +15,7 @@ from unireg_jax import manifest
 from unireg_jax.errors import DATA_CHANGED, NOTHING, USAGE, UserError, shown
 from unireg_jax.evaluation import quality, tables
 from unireg_jax.imaging import nifti, scans, transforms
+from unireg_jax.imaging.nifti import Volume
 from unireg_jax.reports import case as told
 from unireg_jax.reports import index, pictures
 from unireg_jax.verbs import judging, options, outputs, results
@@ -110,7 +111,7 @@ def _case(args, folder: Path, say) -> dict[str, Any]:
         )
     target = _target(args, folder / outputs.PAGE)
     case = _read(folder)
-    case, drawn = _look(case, args.fixed, args.moving, args.fixed_label)
+    case, drawn = _look(case, args.fixed, args.moving, args.fixed_label, strict=True)
     with nifti.atomic_path(target) as temp:
         judging.write_page(temp, case.record, drawn)
     say(f"{told.status(case.record)}: {shown(target)}")
@@ -118,18 +119,25 @@ def _case(args, folder: Path, say) -> dict[str, Any]:
 
 
 def _look(
-    case: _Case, fixed: str, moving: str, fixed_label: str | None
+    case: _Case, fixed: str, moving: str, fixed_label: str | None, *, strict: bool
 ) -> tuple[_Case, pictures.Scene]:
-    """Reads scans and results; measures what the record does not say yet."""
+    """Reads scans and results; measures what the record does not say yet.
+
+    Labels of the fixed scan that do not fit are refused if `strict`, else left out.
+    """
     volumes, files = [], results.Files()
     for name, path in (("fixed", fixed), ("moving", moving)):
         _check_input(case, name, path, files)
         volumes.append(scans.read_scan(path))
     labels = None
     if fixed_label:
-        _check_input(case, "fixed_label", fixed_label, files)
-        labels = scans.read_labels(fixed_label)
-        nifti.check_same_grid(volumes[0], labels)
+        try:
+            labels = _fixed_labels(case, fixed_label, volumes[0], files)
+        except UserError as error:
+            if strict:
+                raise
+            why = with_reason(error)
+            warn(f"{case.name}: labels of the fixed scan are not outlined: {why}")
     prefix = case.folder / case.name
     warped = nifti.read_image(f"{prefix}_warped.nii.gz")
     disp_mm, vox2world = transforms.read_field(f"{prefix}_1Warp.nii.gz")
@@ -150,6 +158,21 @@ def _look(
     outlined = judging.labels_to_outline(case.folder, case.record, volumes[0], labels)
     scene = pictures.scene(*volumes, warped.data, disp_mm, affine, labels=outlined)
     return case, scene
+
+
+def _fixed_labels(case: _Case, path: str, fixed: Volume, files) -> Volume:
+    """Labels of the fixed scan, those of the record."""
+    if not _input(case, "fixed_label"):
+        raise UserError(
+            "schema",
+            f"{shown(path)}: {shown(case.name)} was registered without labels of the "
+            "fixed scan; leave --fixed-label out, or register again with it",
+            USAGE,
+        )
+    _check_input(case, "fixed_label", path, files)
+    labels = scans.read_labels(path)
+    nifti.check_same_grid(fixed, labels)
+    return labels
 
 
 def _input(case: _Case, name: str) -> Mapping[str, Any]:
@@ -236,7 +259,7 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
             say(f"{i + 1} of {min(len(cases), args.pages)}: {case.name}")
             try:
                 labels = row.fixed_label if _input(case, "fixed_label") else None
-                case, drawn = _look(case, row.fixed, row.moving, labels)
+                case, drawn = _look(case, row.fixed, row.moving, labels, strict=False)
             except UserError as error:
                 warn(f"{case.name}: no page: {with_reason(error)}")
             else:
