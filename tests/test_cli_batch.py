@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -215,19 +216,42 @@ def test_pair_whose_subjects_contradict_its_type_is_warned_of(subjects, kind, wa
 def test_points_in_voxels_are_those_of_the_scans(folder):
     (folder / "f.csv").write_text("3,4,5\n")
     (folder / "m.csv").write_text("3,4,6\n")
-    scans = (str(folder / name) for name in ("s0.nii", "s1.nii"))
+    # Axes of their own each, and an origin: an index of one is none of the other's.
+    turns = [[2, -1], [0, 1], [1, -1]], [[1, 1], [2, -1], [0, -1]]
+    images = [folder / name for name in ("t0.nii", "t1.nii")]
+    for n, (path, turn) in enumerate(zip(images, turns, strict=True)):
+        image = nib.load(folder / f"s{n}.nii").as_reoriented(turn)
+        image.affine[:3, 3] += (7 * n, 30, -11)
+        moved = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+        moved.header.set_xyzt_units("mm")
+        nib.save(moved, path)
     tables = dict(fixed_points=folder / "f.csv", moving_points=folder / "m.csv")
-    case = results.Case("a1", *scans, **{k: str(v) for k, v in tables.items()})
+    case = results.Case(
+        "a1", *map(str, images), **{k: str(v) for k, v in tables.items()}
+    )
     in_voxels = case._replace(points_frame="voxel_from_0")
     args = cli._parse(words(folder, "n.safetensors"))
     asked = {results.settings_sha256(args, one) for one in (case, in_voxels)}
     assert len(asked) == 2  # results with other errors in their record
     inputs = results.Files().read(in_voxels)
     volumes, indices = (inputs.fixed, inputs.moving), ((3, 4, 5), (3, 4, 6))
-    for volume, table, index in zip(volumes, inputs.points, indices, strict=True):
-        world = volume.native.vox2world @ (*index, 1)
-        np.testing.assert_allclose(table[0], world[:3], atol=1e-9)
+    for path, table, index in zip(images, inputs.points, indices, strict=True):
+        world = nib.load(path).affine @ (*index, 1)  # RAS
+        expected = world[:3] * (-1, -1, 1)
+        np.testing.assert_allclose(table[0], expected, atol=1e-4)  # float32 header
+    assert not np.allclose(*(v.native.vox2world for v in volumes))
     np.testing.assert_array_equal(results.Files().read(case).points[0], [[3, 4, 5]])
+
+
+@pytest.mark.parametrize("column", ["label", "points"])
+def test_pair_with_labels_or_points_that_cannot_be_read_fails(folder, column):
+    (folder / "broken.csv").write_text("x")
+    named = {
+        f"{side}_{column}": str(folder / "broken.csv") for side in ("fixed", "moving")
+    }
+    case = results.Case("a1", *(str(folder / f"s{i}.nii") for i in (0, 1)), **named)
+    with pytest.raises(errors.UserError, match="broken.csv"):
+        results.Files().read(case)
 
 
 # --- every kind of bad pair ---------------------------------------------------------

@@ -544,6 +544,10 @@ def task(folder, tmp_path):
     return tmp_path
 
 
+def fields(task):
+    return sorted(path.name for path in (task / "out").glob("disp_*"))
+
+
 def submit(task, *more):
     listed = ("--manifest", task / "dataset.json", "--transforms", task / "results")
     return ("convert", *listed, "--to", "l2r", "-o", task / "out", *more)
@@ -552,7 +556,7 @@ def submit(task, *more):
 def test_convert_of_a_list_writes_what_convert_of_each_does(run, task):
     assert run(*submit(task))[0] == 0
     names = ["disp_0001_0001.nii.gz", "disp_0002_0001_0002_0000.nii.gz"]
-    assert sorted(os.listdir(task / "out")) == names
+    assert fields(task) == names
     scans = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz")
     for name, source in zip(names, ("c.h5", "w.nii.gz"), strict=True):
         alone = task / name
@@ -567,9 +571,86 @@ def test_convert_of_a_list_replaces_nothing_unasked(run, task):
     (task / "out" / "disp_0002_0001_0002_0000.nii.gz").write_bytes(b"mine")
     code, _, stderr = run(*submit(task))
     assert code == errors.USAGE and "pass --overwrite" in stderr
-    assert len(os.listdir(task / "out")) == 1
+    assert len(fields(task)) == 1
     assert run(*submit(task, "--overwrite", "--quiet"))[::2] == (0, "")
-    assert len(os.listdir(task / "out")) == 2
+    assert len(fields(task)) == 2
+
+
+def test_convert_of_a_list_goes_on_where_it_stopped(run, task):
+    assert run(*submit(task))[0] == 0
+    first, second = (task / "out" / name for name in fields(task))
+    before = first.stat().st_mtime_ns, second.stat().st_mtime_ns
+    second.unlink()
+    code, stdout, stderr = run(*submit(task, "--json"))
+    assert code == 0 and "2 of 2 fields done, 1 of them before" in stderr
+    assert json.loads(stdout)["kept"] == 1
+    assert first.stat().st_mtime_ns == before[0] and second.is_file()
+    # Ended between the field and its digest: the field is whole.
+    journal = task / "out" / "convert.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert "sha256" in json.loads(lines[-1])
+    journal.write_text("".join(lines[:-1]))
+    assert json.loads(run(*submit(task, "--json"))[1])["kept"] == 2
+    # Another content, or made of other files: not ours to replace unasked.
+    kept = first.read_bytes()
+    first.write_bytes(kept[:-1])
+    assert "disp_0001_0001.nii.gz exists" in run(*submit(task))[2]
+    first.write_bytes(kept)
+    assert run(*submit(task))[0] == 0
+    (result,) = (task / "results").glob("*/*_Composite.h5")
+    mapping.write(result, mapping.affine(matrix()))
+    assert run(*submit(task))[0] == errors.USAGE
+    told = json.loads(run(*submit(task, "--overwrite", "--json"))[1])
+    assert (told["done"], told["kept"]) == (2, 0) and first.read_bytes() != kept
+
+
+def test_convert_of_a_list_leaves_no_field_of_before_for_a_pair_that_fails(run, task):
+    assert run(*submit(task))[0] == 0
+    (broken,) = (task / "results").glob("*/*_1Warp.nii.gz")
+    good = broken.read_bytes()
+    broken.write_bytes(b"<html>")
+    assert run(*submit(task, "--overwrite"))[0] == errors.PARTLY
+    assert fields(task) == ["disp_0001_0001.nii.gz"]
+    # What lies there after a failure was not made by us.
+    name = "disp_0002_0001_0002_0000.nii.gz"
+    (task / "out" / name).write_bytes(b"mine")
+    assert run(*submit(task))[0] == errors.USAGE
+    (task / "out" / name).unlink()
+    broken.write_bytes(good)
+    assert run(*submit(task))[0] == 0 and name in fields(task)
+
+
+def test_convert_of_a_list_refuses_a_field_that_is_taken_first(run, task):
+    (task / "out").mkdir()
+    (task / "out" / "disp_0001_0001.npz").write_bytes(b"mine")
+    code, _, stderr = run(*submit(task, "--overwrite"))
+    assert code == errors.USAGE and "script takes first" in stderr
+    assert fields(task) == ["disp_0001_0001.npz"]
+
+
+def test_convert_holds_results_against_their_scans(run, task):
+    far = np.eye(4)
+    far[:3, 3] = 5000
+    (result,) = (task / "results").glob("*/*_Composite.h5")
+    mapping.write(result, mapping.affine(far))
+    (other,) = (task / "results").glob("*/*_1Warp.nii.gz")
+    disp_mm, place = transforms.read_field(other)
+    place = place.copy()
+    place[:3, 3] += (0, 0, 75)  # of another pair, it seems
+    transforms.write_field(other, disp_mm, place)
+    code, stdout, stderr = run(*submit(task, "--json"))
+    found = json.loads(stdout)
+    assert code == errors.PARTLY and fields(task) == ["disp_0002_0001_0002_0000.nii.gz"]
+    assert found["failed"][0]["reason"] == "no_overlap"
+    assert found["warnings"][0].startswith(
+        "Thorax_0002_0001__Thorax_0002_0000: grid_mismatch: the field covers"
+    )
+    assert "warning: Thorax_0002_0001__Thorax_0002_0000: grid_mismatch" in stderr
+    alone = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz", "--to", "l2r", "--json")
+    code, stdout, _ = run("convert", "-t", other, *alone, "-o", task / "o.nii.gz")
+    assert code == 0 and "grid_mismatch" in json.loads(stdout)["warnings"][0]
+    code = run("convert", "-t", result, *alone, "-o", task / "p.nii.gz")[0]
+    assert code == errors.FAILED and not (task / "p.nii.gz").exists()
 
 
 def test_convert_of_a_list_goes_on_after_a_pair_that_fails(run, task):
@@ -580,7 +661,7 @@ def test_convert_of_a_list_goes_on_after_a_pair_that_fails(run, task):
     assert "Thorax_0002_0001__Thorax_0002_0000: failed: " in stderr
     found = json.loads(stdout)
     assert found["done"] == 1 and len(found["failed"]) == 1
-    assert os.listdir(task / "out") == ["disp_0001_0001.nii.gz"]
+    assert fields(task) == ["disp_0001_0001.nii.gz"]
 
 
 def test_convert_of_a_list_refuses_what_it_cannot_name(run, task):

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -195,6 +196,8 @@ def test_learn2reg_pairs_are_read_with_what_lies_beside(tmp_path):
         ((1, 0), ("keypoints01Tr",), "keypoints01Tr", "disp_0007_0001_0007_0000"),
         ((2, 0), ("keypoints02Tr",), "keypoints02Tr", "disp_0007_0002_0007_0000"),
         ((2, 0), ("keypointsTr",), None, "disp_0007_0002_0007_0000"),
+        # CuRIOUS
+        ((0, 2), ("landmarksTr",), "landmarksTr", "disp_0007_0000_0007_0002"),
     ],
 )
 def test_learn2reg_points_lie_where_the_challenge_has_them(
@@ -214,9 +217,40 @@ def test_learn2reg_points_lie_where_the_challenge_has_them(
     expected = [found and str(home / found / f"{name}.csv") for name in names]
     assert [case.fixed_points, case.moving_points] == expected
     assert case.points_frame == (found and "voxel_from_0")
-    (tmp_path / tables[-1] / f"{names[1]}.csv").unlink()  # one table alone says nothing
+    (tmp_path / tables[0] / f"{names[1]}.csv").unlink()  # one table alone says nothing
     (case,) = manifest.read_cases(path)
-    assert case.fixed_points is None or "landmarks" in found
+    left = str(home / tables[1] / f"{names[0]}.csv") if tables[1:] else None
+    assert case.fixed_points == left
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (("lk", "lk", ""), ("landmarksTr", "landmarksTr", None)),
+        (("lk", "l", "l"), ("landmarksTr",) * 3),
+        (("lk", "k", "lk"), ("keypointsTr",) * 3),
+        (("k", "", "lk"), ("keypointsTr", None, "keypointsTr")),
+        (("l", "k", "lk"), "no landmarks for T_0002_0000 and no keypoints for T_0001"),
+    ],
+)
+def test_learn2reg_list_has_points_of_one_kind(tmp_path, kinds, expected):
+    """Else its mean would be the score of neither."""
+    pairs = []
+    for n, found in enumerate(kinds, start=1):
+        names = [f"T_{n:04d}_{m:04d}" for m in (0, 1)]
+        images = [f"imagesTr/{name}.nii" for name in names]  # x.csv beside x.nii, too
+        pairs.append(dict(zip(("fixed", "moving"), images, strict=True)))
+        for letter, folder in (("l", "landmarksTr"), ("k", "keypointsTr")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            for name in names if letter in found else ():
+                (tmp_path / folder / f"{name}.csv").write_text("1,2,3\n")
+    path = write_json(tmp_path, {"registration_val": pairs})
+    if isinstance(expected, str):
+        error = refusal(path)
+        assert error.exit_code == USAGE and expected in str(error)
+        return
+    tables = [case.moving_points for case in manifest.read_cases(path)]
+    assert [table and Path(table).parent.name for table in tables] == list(expected)
 
 
 def test_learn2reg_names_of_fields():

@@ -9,7 +9,7 @@ FIXED__MOVING. Paths are relative to the list and stay in its folder, or in one 
 caller declares. JSON: a list of such objects, or {"pairs": [...]}. The dataset.json of
 a Learn2Reg task is read as well: its `registration_val` and `registration_test`, else
 its `training_paired_images`, with the labels, masks and points that lie beside the
-images.
+images; points of one kind for the whole list.
 
 Every fault is found before any scan is opened, all of them in one go.
 """
@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unireg_jax.errors import NOTHING, USAGE, UserError, shown
+from unireg_jax.errors import NOTHING, USAGE, UserError, bad_file, shown
 from unireg_jax.tasks import TASKS, PairType
 
 Fault = tuple[str, str]  # reason, message
@@ -172,11 +172,17 @@ def _learn2reg(path: Path, data: Mapping[str, Any]) -> list[Row]:
             rows.append((where, _learn2reg_row(path.parent, *images)))
     if faults:
         refuse(path.name, faults)
+    pairs = [(row["fixed"], row["moving"]) for _, row in rows]
+    tables = learn2reg_points(path.parent, pairs)
+    for (_, row), found in zip(rows, tables, strict=True):
+        if found:
+            row["fixed_points"], row["moving_points"] = found
+            row["points_frame"] = "voxel_from_0"
     return rows
 
 
 def _learn2reg_row(folder: Path, fixed: str, moving: str) -> dict[str, Any]:
-    """Fields of one pair; labels and points count when both scans have them."""
+    """Fields of one pair but its points; labels count when both scans have them."""
     row: dict[str, Any] = {"fixed": fixed, "moving": moving}
     for side, image in (("fixed", fixed), ("moving", moving)):
         # AbdomenCTCT_0001_0000: the middle number is the patient's.
@@ -188,28 +194,70 @@ def _learn2reg_row(folder: Path, fixed: str, moving: str) -> dict[str, Any]:
     mask = fixed.replace("images", "masks", 1)  # that of moving is not looked at
     if mask != fixed and (folder / mask).is_file():
         row["fixed_mask"] = mask
-    for kind in _L2R_POINTS:
-        found = _learn2reg_points(kind, images)
-        if found and all((folder / f).is_file() for f in found):
-            row["fixed_points"], row["moving_points"] = found
-            row["points_frame"] = "voxel_from_0"
-            break
     return row
 
 
-def _learn2reg_points(kind: str, images: tuple[str, str]) -> list[str]:
-    """Tables beside two images, as the challenge's script looks for them.
+def learn2reg_points(
+    folder: Path, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[str, str] | None]:
+    """Finds the tables of points beside the images of a Learn2Reg task.
 
-    keypointsTr, of modality 0001 or 0002 to 0000 keypoints01Tr or keypoints02Tr.
+    A mean over landmarks and key points would be the score of neither: all pairs get
+    those set by hand if all that have points have such, else key points.
+
+    Args:
+        folder: of the dataset.json.
+        pairs: (fixed, moving) images, as it names them.
+
+    Returns:
+        For each pair its two tables, paths from `folder`, in voxels from 0; None for a
+        pair that does not have both.
+
+    Raises:
+        UserError: `schema`, exit code 2: pairs with points have no kind in common.
     """
-    ends = [_L2R_NAME.search(stem(image)) for image in images]
-    if not all(ends) or not all("images" in image for image in images):
-        return []
-    modalities = tuple(end[2] for end in ends)
-    if modalities != _L2R_USUAL and len(set(modalities)) == 2:
+    found = {k: [_tables(folder, k, pair) for pair in pairs] for k in _L2R_POINTS}
+    judged = [i for i, _ in enumerate(pairs) if any(t[i] for t in found.values())]
+    for tables in found.values():
+        if all(tables[i] for i in judged):
+            return tables
+    lacks = [
+        f"no {kind} for {stem(pairs[next(i for i in judged if not tables[i])][0])}"
+        for kind, tables in found.items()
+    ]
+    raise bad_file(
+        folder,
+        "schema",
+        "one kind of points that all pairs with points have",
+        " and ".join(lacks),
+        "lay them there, or list the pairs in a CSV",
+        USAGE,
+    )
+
+
+def _tables(folder: Path, kind: str, images: tuple[str, str]) -> tuple[str, str] | None:
+    """Both tables of a kind, where the challenge's script looks for them.
+
+    landmarksTr; keypointsTr of modality 0000 to 0001, of other two keypoints01Tr,
+    keypoints02Tr ...
+    """
+    ends = _learn2reg_ends(images)
+    if not ends or not all("images" in image for image in images):
+        return None
+    modalities = tuple(modality for _, modality in ends)
+    usual = modalities == _L2R_USUAL or len(set(modalities)) == 1
+    if kind == "keypoints" and not usual:
         kind += "".join(str(n) for n in sorted(map(int, modalities)))
-    paths = (image.replace("images", kind, 1) for image in images)
-    return [path.removesuffix(".nii.gz") + ".csv" for path in paths]
+    places = (Path(image.replace("images", kind, 1)) for image in images)
+    fixed, moving = (str(place.with_name(f"{stem(place)}.csv")) for place in places)
+    there = all((folder / table).is_file() for table in (fixed, moving))
+    return (fixed, moving) if there else None
+
+
+def _learn2reg_ends(images: Sequence[str]) -> list[tuple[str, ...]]:
+    """Patient and modality of each image; empty where one has another name."""
+    ends = [_L2R_NAME.search(stem(image)) for image in images]
+    return [end.groups() for end in ends if end] if all(ends) else []
 
 
 def learn2reg_fields(case: Case) -> list[str]:
@@ -222,10 +270,10 @@ def learn2reg_fields(case: Case) -> list[str]:
         Without ending, the one that its script takes first: disp_0001_0001 of modality
         0000 to 0001, else disp_0001_0000_0002_0000. Empty for scans of other names.
     """
-    ends = [_L2R_NAME.search(stem(path)) for path in (case.fixed, case.moving)]
-    if not all(ends):
+    ends = _learn2reg_ends((case.fixed, case.moving))
+    if not ends:
         return []
-    (a, b), (c, d) = (end.groups() for end in ends)
+    (a, b), (c, d) = ends
     names = [f"disp_{a}_{b}_{c}_{d}", f"disp_{a}_{c}"]
     return names[::-1] if (b, d) == _L2R_USUAL else names
 

@@ -5,8 +5,8 @@
 
 Subjects of `registration_val` are held out (val), those of `test` are test, all others
 train. Listed pairs are kept in their order: fixed, moving. Masks of LungCT and NLST
-mark the lungs and are also taken as the structure `lungs`; landmarks set by hand
-(landmarksTr) are preferred to key points.
+mark the lungs and are also taken as the structure `lungs`. Points are those of the
+listed pairs, of one kind for each list, see `manifest.learn2reg_points`.
 """
 
 import os
@@ -18,7 +18,7 @@ from data_pipeline.datasets import abdomen, folders
 from data_pipeline.datasets.manifest import Collection, Record
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.imaging.nifti import shown
-from unireg_jax.manifest import load_json
+from unireg_jax.manifest import learn2reg_points, load_json
 
 # Task of Learn2Reg -> ours, the ids' names, and the structure that the masks mark.
 TASKS = {
@@ -85,28 +85,32 @@ def read(folder: Path) -> Collection:
                 group=scan.rpartition("_")[2],
                 masks=((lungs, mask),) if lungs and mask else (),
                 roi=mask,
-                points=_points(folder, item),
                 frame="voxel_from_0",
             )
         )
-    return _with_pairs(records, listed, absent)
+    return _with_pairs(folder, records, listed, absent)
 
 
 def _with_pairs(
+    folder: Path,
     records: list[Record],
     listed: Mapping[str, list[tuple[str, str]]],
     absent: list[str],
 ) -> Collection:
     """The listed pairs of scans that are there, each in the split of its scans."""
     splits = {record.id: record.split for record in records}
-    pairs, dropped = [], 0
+    kept: dict[str, list[tuple[str, str]]] = {split: [] for split in listed}
+    dropped = 0
     for split, found in listed.items():
         for images in found:
-            fixed, moving = (folders.stem(image) for image in images)
+            fixed, moving = _scans(images)
             if splits.get(fixed) == splits.get(moving) == split:
-                pairs.append((fixed, moving))
+                kept[split].append(images)
             else:
                 dropped += fixed in splits and moving in splits
+    pairs = [_scans(images) for found in kept.values() for images in found]
+    points, alone = _points(folder, kept)
+    records = [record._replace(points=points.get(record.id)) for record in records]
     notes = []
     if absent:
         notes.append(f"{len(absent)} test scans are not here, such as {absent[0]}")
@@ -114,7 +118,34 @@ def _with_pairs(
         notes.append(
             f"{dropped} training pairs hold a subject of val, and are left out"
         )
+    if alone:
+        notes.append(
+            f"{alone} pairs are without points, as a scan of theirs has others in an "
+            "earlier pair"
+        )
     return Collection(records, tuple(dict.fromkeys(pairs)), tuple(notes))
+
+
+def _points(
+    folder: Path, kept: Mapping[str, list[tuple[str, str]]]
+) -> tuple[dict[str, str], int]:
+    """Scan -> its table, and how many pairs go without: a scan has one table only."""
+    points: dict[str, str] = {}
+    alone = 0
+    for found in kept.values():
+        for images, tables in zip(found, learn2reg_points(folder, found), strict=True):
+            places = [os.fspath(folder / table) for table in tables or ()]
+            own = dict(zip(_scans(images), places, strict=False))
+            if all(points.get(scan, place) == place for scan, place in own.items()):
+                points |= own
+            else:
+                alone += 1
+    return points, alone
+
+
+def _scans(images: tuple[str, str]) -> tuple[str, str]:
+    fixed, moving = (folders.stem(image) for image in images)
+    return fixed, moving
 
 
 def _descriptions(folder: Path) -> list[Path]:
@@ -179,21 +210,5 @@ def _path(folder: Path, item: Mapping[str, Any], kind: str) -> str | None:
     """A file of a scan: as listed, else beside its image if it is there."""
     if isinstance(item.get(kind), str):
         return os.fspath(folder / item[kind])
-    place = folder / _beside(item["image"], f"{kind}s")
+    place = folder / item["image"].replace("images", f"{kind}s", 1)
     return os.fspath(place) if place.is_file() else None
-
-
-def _points(folder: Path, item: Mapping[str, Any]) -> str | None:
-    """Landmarks of a scan, else its key points."""
-    for kind in ("landmarks", "keypoints"):
-        listed = item.get(kind)
-        listed = listed if isinstance(listed, str) else _beside(item["image"], kind)
-        # Lists name some of them like the image.
-        place = folder / f"{listed.removesuffix('.csv').removesuffix('.nii.gz')}.csv"
-        if place.is_file():
-            return os.fspath(place)
-    return None
-
-
-def _beside(image: str, kind: str) -> str:
-    return image.replace("images", kind, 1)

@@ -383,6 +383,28 @@ def test_learn2reg_lung_pairs_masks_and_points(tmp_path):
     np.testing.assert_allclose(points.read_points(landmarks).moving, [[24, 36, 60]])
 
 
+def test_learn2reg_points_are_those_of_the_pair(tmp_path):
+    """ThoraxCBCT: 0000 has other key points in each pair, a scan one table only."""
+    names = [f"ThoraxCBCT_0001_000{m}" for m in (0, 1, 2)]
+    for name in names:
+        _write(tmp_path / "imagesTr" / f"{name}.nii.gz")
+    for kind, pair in (("keypoints01Tr", (0, 1)), ("keypoints02Tr", (0, 2))):
+        (tmp_path / kind).mkdir()
+        for m in pair:
+            (tmp_path / kind / f"{names[m]}.csv").write_text("5,6,7\n")
+    images = [f"./imagesTr/{name}.nii.gz" for name in names]
+    pairs = [{"fixed": images[m], "moving": images[0]} for m in (1, 2)]
+    training = [{"image": image} for image in images]
+    _l2r_json(tmp_path, "ThoraxCBCT", training=training, training_paired_images=pairs)
+    found = DATASETS["learn2reg"](tmp_path)
+    tables = [record.points and Path(record.points) for record in found.records]
+    assert tables == [
+        *(tmp_path / "keypoints01Tr" / f"{name}.csv" for name in names[:2]),
+        None,
+    ]
+    assert found.notes[0].startswith("1 pairs are without points")
+
+
 def test_learn2reg_refuses_what_is_not_ct(tmp_path):
     _l2r_json(tmp_path, "OASIS", training=[])
     assert "expected one of AbdomenCTCT, LungCT" in _refusal("learn2reg", tmp_path)

@@ -489,33 +489,40 @@ def challenge_tre(folder, fixed, moving, points, disp):
 
 @pytest.fixture
 def lungs(tmp_path):
-    """A task judged by points: scans on two grids, whose axes run otherwise than LPS+.
+    """A task judged by points: scans on two grids, the axes of one those of no other.
 
     Pair 0001 has landmarks and key points, 0002 key points alone.
     """
     rng = np.random.default_rng(5)
-    places = np.diag([1.9, -1.3, 1.8, 1.0]), np.diag([1.7, -1.0, 1.3, 1.0])
-    places[0][:3, 3], places[1][:3, 3] = (-51.2, 140.7, 126.7), (-52, 137, 128)
+    shapes = SHAPE, (16, 15, 17)
+    places = np.diag([1.9, -1.3, 1.8, 1.0]), np.eye(4)
+    places[1][:3, :3] = [[0, 1.7, 0], [0, 0, -1.0], [-1.3, 0, 0]]
+    places[0][:3, 3], places[1][:3, 3] = (-51.2, 140.7, 126.7), (-52, 141, 146)
     for name in ("imagesTr", "landmarksTr", "keypointsTr", "masksTr", "disps"):
         (tmp_path / name).mkdir()
     grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
     pairs = []
     for n in (1, 2):
         names = [f"LungCT_{n:04d}_{m:04d}" for m in (0, 1)]
-        for name, place in zip(names, places, strict=True):
-            image = nib.Nifti1Image(rng.integers(-900, 90, SHAPE, np.int16), place)
+        for name, shape, place in zip(names, shapes, places, strict=True):
+            image = nib.Nifti1Image(rng.integers(-900, 90, shape, np.int16), place)
             image.header.set_xyzt_units("mm")
             nib.save(image, tmp_path / f"imagesTr/{name}.nii.gz")
-        fixed = rng.uniform(3, 8, (7, 3))
-        # On the outermost voxels: the field holds there, too.
+        # At voxels, where a spline is exact along whichever axes: near the border it
+        # bends the straight line that takes one scan's indices to the other's.
+        fixed = rng.integers(3, 8, (7, 3))
+        # On the outermost ones: the field holds there, too.
         fixed[[0, 1, 2], [0, 1, 2]] = 0
         fixed[[3, 4, 5], [0, 1, 2]] = np.array(SHAPE) - 1
+        move = np.diag([1 + 0.01 * n, 0.99, 1, 1])
+        move[:3, 3] = (n, 0.5, -1.5)
+        there = np.linalg.inv(places[1]) @ move @ places[0]
         for kind in ("landmarksTr", "keypointsTr")[n - 1 :]:
-            moved = fixed + (1.5, -1, 0.5) + rng.normal(0, 1, (7, 3))
+            moved = nib.affines.apply_affine(there, fixed) + rng.normal(0, 1, (7, 3))
             for name, table in zip(names, (fixed, moved), strict=True):
                 path = tmp_path / kind / f"{name}.csv"
                 np.savetxt(path, table, fmt="%.6f", delimiter=",")
-        disp = (1.5, -1, 0.5) + 0.02 * n * grid  # linear: each interpolation is exact
+        disp = nib.affines.apply_affine(there, grid) - grid
         image = nib.Nifti1Image(disp.astype(np.float32), places[0])
         nib.save(image, tmp_path / f"disps/disp_{n:04d}_{n:04d}.nii.gz")
         paths = [f"./imagesTr/{name}.nii.gz" for name in names]
@@ -534,12 +541,11 @@ def test_evaluate_judges_a_task_of_key_points_as_the_challenge(lungs, capsys):
     assert not [line for line in err if "warnings" in line]
     rows = rows_of(lungs / "scores" / "cases.csv")
     expected = []
-    for n, (row, kind) in enumerate(
-        zip(rows, ("landmarksTr", "keypointsTr"), strict=True), start=1
-    ):
+    for n, row in enumerate(rows, start=1):
         names = [f"LungCT_{n:04d}_{m:04d}" for m in (0, 1)]
         disp = f"disps/disp_{n:04d}_{n:04d}.nii.gz"
-        expected.append(challenge_tre(lungs, *names, kind, disp))
+        # One kind for all of them: landmarks of one pair do not mix into the mean.
+        expected.append(challenge_tre(lungs, *names, "keypointsTr", disp))
         assert row["status"] == "ok" and row["points"] == "7"
         # float32 mm in between
         assert float(row["tre_mm_l2r"]) == pytest.approx(expected[-1], abs=1e-4)
@@ -574,13 +580,97 @@ def test_evaluate_of_points_in_voxels_needs_both_scans(lungs, capsys):
     words = ("--manifest", path, "-o", lungs / "two")
     _, err = evaluate(capsys, *words, code=errors.USAGE)
     assert "did you mean 'voxel_from_" in " ".join(err)
-    path.write_text(header + "," + row.partition(",")[2])
-    _, err = evaluate(capsys, *words, code=errors.FAILED)
-    assert "the scan that the voxels are of" in err[0]
     os.remove(lungs / "imagesTr/LungCT_0001_0001.nii.gz")
     path.write_text(header + row)
     _, err = evaluate(capsys, *words, code=errors.FAILED)
     assert "LungCT_0001_0001.nii.gz: not_found" in err[0]
+
+
+def test_evaluate_reads_points_in_voxels_of_the_scans_not_of_labels(lungs, capsys):
+    """Whose axes may be stored otherwise: then the same index is another place."""
+    (lungs / "labelsTr").mkdir()
+    for m in (0, 1):
+        scan = nib.load(lungs / f"imagesTr/LungCT_0001_000{m}.nii.gz")
+        labels = nib.Nifti1Image((scan.get_fdata() > 0).astype(np.uint8), scan.affine)
+        turned = labels.as_reoriented([[2, -1], [0, 1], [1, -1]])
+        nib.save(turned, lungs / f"labelsTr/LungCT_0001_000{m}.nii.gz")
+    words = ["--manifest", lungs / "LungCT_dataset.json", "-o", lungs / "scores"]
+    evaluate(capsys, *words, "--transforms", lungs / "disps", "--no-surface")
+    row = rows_of(lungs / "scores" / "cases.csv")[0]
+    names = ("LungCT_0001_0000", "LungCT_0001_0001", "keypointsTr")
+    expected = challenge_tre(lungs, *names, "disps/disp_0001_0001.nii.gz")
+    assert float(row["tre_mm"]) == pytest.approx(expected, abs=1e-4)
+    assert row["dsc"]
+    given = Files(
+        lungs / "disps/disp_0001_0001.nii.gz",
+        *(lungs / f"labelsTr/LungCT_0001_000{m}.nii.gz" for m in (0, 1)),
+        fixed_points=lungs / "keypointsTr/LungCT_0001_0000.csv",
+        moving_points=lungs / "keypointsTr/LungCT_0001_0001.csv",
+        points_frame="voxel_from_0",
+    )
+    with pytest.raises(UserError, match="the scan that the voxels are of"):
+        cases.score_files(given)
+    with pytest.raises(UserError, match="points of both scans belong together"):
+        cases.score_files(given._replace(moving_points=None))
+
+
+def test_evaluate_opens_scans_only_where_their_voxels_count(folder, lungs, capsys):
+    """Lists of before, whose scans may be anywhere or nowhere, are judged as before."""
+    rows = ["id,transform,fixed,moving,fixed_label,moving_label,landmarks"]
+    scans = "../../f.nii.gz,gone.nii.gz"
+    labels = "fixed.nii.gz,moving.nii.gz"
+    disp_mm = np.zeros((*SHAPE, 3), np.float32)
+    disp_mm[..., 0] = 4.0
+    transforms.write_l2r(folder / "disp.npz", disp_mm, PLACE)
+    rows += [f"a,u0.nii.gz,{scans},,,points.csv", f"b,u0.nii.gz,{scans},{labels},"]
+    rows += [f"c,disp.npz,{scans},{labels},points.csv"]
+    (folder / "cases.csv").write_text("\n".join(rows) + "\n")
+    words = ("--manifest", folder / "cases.csv", "-o", folder / "scores")
+    evaluate(capsys, *words)
+    for line in (folder / "scores" / "reports.jsonl").read_text().splitlines():
+        assert not {"fixed", "moving"} & set(json.loads(line)["key"]["inputs"])
+    # A field in voxels, without labels: there they are checked, and opened.
+    (folder / "cases.csv").write_text(f"{rows[0]}\nd,disp.npz,{scans},,,points.csv\n")
+    _, err = evaluate(capsys, *words, code=errors.USAGE)
+    assert "path_escape" in err[0] or "leads outside" in " ".join(err)
+    cells = ",".join(f"imagesTr/LungCT_0001_000{m}.nii.gz" for m in (0, 1))
+    field = "disps/disp_0001_0001.nii.gz"
+    (lungs / "e.csv").write_text(f"id,transform,fixed,moving\ne,{field},{cells}\n")
+    evaluate(capsys, "--manifest", lungs / "e.csv", "-o", lungs / "e")
+
+
+def test_evaluate_tells_all_faults_of_points_before_any_case(folder, capsys):
+    cells = ("landmarks", "fixed_points", "moving_points", "points_frame")
+    wrong = [
+        ("l.csv", "", "", "voxel_from_0"),
+        ("l.csv", "f.csv", "m.csv", ""),
+        ("", "f.csv", "", ""),
+        ("", "f.csv", "m.csv", "voxel_from_1"),
+    ]
+    lines = [f"{n},u0.nii.gz,{','.join(row)}" for n, row in enumerate(wrong)]
+    text = "\n".join([f"id,transform,{','.join(cells)}", *lines])
+    (folder / "wrong.csv").write_text(text + "\n")
+    words = ("--manifest", folder / "wrong.csv", "-o", folder / "scores")
+    _, err = evaluate(capsys, *words, code=errors.USAGE)
+    told = " ".join(err)
+    assert "4 faults" in told and not (folder / "scores").exists()
+    assert told.count("landmarks are in LPS mm and stand alone") == 2
+    assert "line 4: fixed_points and moving_points belong together" in told
+    assert "line 5: points_frame 'voxel_from_1' needs the scans" in told
+
+
+def test_evaluate_judges_again_what_another_algorithm_judged(folder, capsys):
+    rows = ("id,transform,landmarks", "a,u0.nii.gz,points.csv", "b,u0.nii.gz,")
+    (folder / "cases.csv").write_text("\n".join(rows) + "\n")
+    words = ["--manifest", folder / "cases.csv", "-o", folder / "scores"]
+    evaluate(capsys, *words, "--l2r-compat")
+    path = folder / "scores" / "reports.jsonl"
+    assert path.read_text().count('"tre_l2r": 2') == 1
+    path.write_text(path.read_text().replace(', "tre_l2r": 2', ""))  # as of before
+    _, err = evaluate(capsys, *words, "--l2r-compat")
+    assert ["judged before" in line for line in err[:2]] == [False, True]
+    evaluate(capsys, *words)
+    assert "tre_l2r" not in path.read_text().splitlines()[-2]
 
 
 def test_submission_from_results_is_what_the_challenge_reads(lungs, capsys):
@@ -607,7 +697,8 @@ def test_submission_from_results_is_what_the_challenge_reads(lungs, capsys):
         {"id": "LungCT_0001_0000__LungCT_0001_0001", "reason": "not_found"}
     ]
     assert "1 of 2 fields done" in stderr
-    assert os.listdir(lungs / "sub") == ["disp_0002_0002.nii.gz"]
+    names_there = ["convert.jsonl", "disp_0002_0002.nii.gz"]
+    assert sorted(os.listdir(lungs / "sub")) == names_there
     image = nib.load(lungs / "sub" / "disp_0002_0002.nii.gz")
     assert image.shape == (*SHAPE, 3) and image.get_data_dtype() == np.float32
     scores = [*listed, "--l2r-compat", "-o", lungs / "scores"]

@@ -256,6 +256,18 @@ def test_every_delimiter_is_read_and_kept(tmp_path, sign):
     assert lines[2] == sign.join(("b", "10.000000", "30.500000", "-4.000000", "q"))
 
 
+def test_read_pair_is_line_by_line(tmp_path):
+    paths = tmp_path / "f.csv", tmp_path / "m.csv"
+    paths[0].write_text("1,2,3\n4,5,6\n")
+    paths[1].write_text("7,8,9\n1,1,1\n")
+    pairs = points.read_pair(paths, None, (None, None))
+    assert pairs.names == ["1", "2"]
+    np.testing.assert_array_equal(pairs.moving, [[7, 8, 9], [1, 1, 1]])
+    paths[1].write_text("7,8,9\n")
+    with pytest.raises(UserError, match="m.csv.*2 points as in .*, line by line"):
+        points.read_pair(paths, "lps_mm", (None, None))
+
+
 @pytest.mark.parametrize("sign", [",", ";"])
 def test_read_file_takes_the_points_of_one_scan_of_landmarks(tmp_path, sign):
     path = tmp_path / "p.csv"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import USAGE, UserError, bad_file, shown
+from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.evaluation import learn2reg, metrics, regularity
 from unireg_jax.evaluation.aggregate import better, quantile_l2r, summarize
 from unireg_jax.evaluation.tables import as_json
@@ -36,8 +36,9 @@ class Files(NamedTuple):
         fixed_points, moving_points: instead: one table of x, y, z per scan, line by
             line.
         points_frame: what their numbers are, one of points.FRAMES; None for LPS mm.
-        fixed, moving: the scans, both or none, whose grids are those of the labels
-            where there are none: for points in voxels and for fields of Learn2Reg.
+        fixed, moving: the scans, both or none, in whose voxels, as stored, points and
+            fields of Learn2Reg are; points in voxels need them, such fields do without
+            where there are labels.
     """
 
     transform: Path
@@ -88,7 +89,7 @@ def score(
         transform: fixed -> moving.
         fixed_labels: label map of the fixed scan, with moving_labels.
         moving_labels: label map of the moving scan.
-        grids: of the fixed and the moving scan; with labels theirs.
+        grids: of the fixed and the moving scan; those of the labels where given.
         mask: on the field's grid, foreground above 0; None: fixed_labels above 0.
         pairs: landmarks.
         surface: whether to measure hd95_mm and nsd, which takes longer.
@@ -105,8 +106,8 @@ def score(
 
     Raises:
         ValueError: one label map without the other.
-        UserError: `schema`: affines alone, and neither labels nor mask give a grid,
-            nor landmarks something to measure;
+        UserError: `schema`: an affine acts first, no labels, scans or mask give a grid,
+            and there are no landmarks, or l2r asks for a grid;
             `grid_mismatch`: the mask lies on another grid than the field, or the field
             covers none of the fixed scan's grid; `no_overlap`: the transform leads no
             voxel of it into that of the moving scan.
@@ -120,8 +121,8 @@ def score(
     if field is None and (pairs is None or l2r):
         raise UserError(
             "schema",
-            "schema: where an affine acts first there is no grid to be judged on; name "
-            "labels or a mask of the fixed scan",
+            "schema: a grid to be judged on expected, got none, as an affine acts "
+            "first; name the labels of both scans or a mask of the fixed one",
             USAGE,
         )
     if grids is not None:
@@ -144,12 +145,17 @@ def score(
                 report["undefined"][name] = "one point has no spread"
     report["field"] = {}
     if field is None:
-        report["warnings"].append("no field, labels or mask: no grid for regularity")
+        report["warnings"].append(
+            "no grid for regularity: an affine acts first, and no labels, scans or "
+            "mask give one"
+        )
     else:
         report["field"] = _regularity(field, fixed_labels, mask, report)
     if l2r:
         given = (fixed_labels, moving_labels)
-        report["learn2reg"] = _learn2reg(transform, field, given, grids, mask, pairs)
+        report["learn2reg"] = _learn2reg(
+            transform, field, given, grids, mask=mask, pairs=pairs
+        )
     return as_json(report)
 
 
@@ -172,29 +178,23 @@ def score_files(
     Raises:
         UserError: a file cannot be used, or they do not fit together; reason says why.
     """
-    labels = tuple(
+    _check_both(files)
+    fixed, moving = (
         scans.read_labels(path) if path else None
         for path in (files.fixed_label, files.moving_label)
     )
-    fixed, moving = labels
-    if (fixed is None) != (moving is None):
-        raise UserError(
-            "schema",
-            "schema: the labels of both scans belong together, got those of one; name "
-            "both",
-            USAGE,
-        )
     mask = scans.read_labels(files.fixed_mask) if files.fixed_mask else None
-    both = labels
-    if fixed is None and files.fixed and files.moving:
-        both = scans.read_grid(files.fixed), scans.read_grid(files.moving)
-    pairs = _landmarks(files, *both)
+    stored = tuple(
+        scans.read_grid(path) if path else None for path in (files.fixed, files.moving)
+    )
+    pairs = _landmarks(files, stored)
+    both = stored if files.fixed else (fixed, moving)
     if mask and not both[1] and transforms.spelling(files.transform) == "l2r":
         raise UserError(
             "schema",
             f"schema: {shown(files.transform)}: the label maps of both scans, whose "
-            "voxels a Learn2Reg field is in, expected, got none; name both, or convert "
-            "it to .h5 first",
+            "voxels a Learn2Reg field is in, expected, got none; name both, in a list "
+            "these or the scans, or convert it to .h5 first",
             USAGE,
         )
     transform = mapping.read(files.transform, fixed=both[0] or mask, moving=both[1])
@@ -390,27 +390,31 @@ def _columns(rows: list[dict[str, Any]], compat: bool) -> dict[str, dict[str, An
     return out
 
 
+def _check_both(files: Files) -> None:
+    """Refuses what is named of one scan alone."""
+    for what, one, other in (
+        ("labels", files.fixed_label, files.moving_label),
+        ("points", files.fixed_points, files.moving_points),
+        ("files", files.fixed, files.moving),
+    ):
+        if bool(one) != bool(other):
+            raise UserError(
+                "schema",
+                f"schema: the {what} of both scans belong together, got those of one; "
+                "name both",
+                USAGE,
+            )
+
+
 def _landmarks(
-    files: Files, fixed_scan: Volume | None, moving_scan: Volume | None
+    files: Files, stored: tuple[Volume | None, Volume | None]
 ) -> PointPairs | None:
     if files.landmarks:
         return points.read_points(files.landmarks)
-    if not (files.fixed_points and files.moving_points):
+    if not files.fixed_points:
         return None
-    tables = (files.fixed_points, fixed_scan), (files.moving_points, moving_scan)
-    fixed, moving = (
-        points.read_table(path, files.points_frame or "lps_mm", scan)
-        for path, scan in tables
-    )
-    if len(fixed) != len(moving):
-        raise bad_file(
-            files.moving_points,
-            "schema",
-            f"{len(fixed)} points as in the fixed scan's table",
-            str(len(moving)),
-            "mend the tables",
-        )
-    return PointPairs([str(n) for n in range(1, len(fixed) + 1)], fixed, moving)
+    tables = files.fixed_points, files.moving_points
+    return points.read_pair(tables, files.points_frame, stored)
 
 
 def _field(
@@ -564,6 +568,7 @@ def _learn2reg(
     field: mapping.Field,
     labels: tuple[Volume | None, Volume | None],
     grids: tuple[Grid, Grid] | None,
+    *,
     mask: Volume | None,
     pairs: PointPairs | None,
 ) -> dict[str, Any]:

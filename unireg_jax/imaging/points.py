@@ -120,6 +120,35 @@ def read_table(
     return indices @ matrix[:3, :3].T + matrix[:3, 3]
 
 
+def read_pair(
+    paths: tuple[str | os.PathLike, str | os.PathLike],
+    frame: str | None,
+    volumes: tuple[Volume | None, Volume | None],
+) -> PointPairs:
+    """Reads the points of two scans, one table each, which correspond line by line.
+
+    Args:
+        paths: tables of the fixed and of the moving scan, as of `read_table`.
+        frame: as of `read_table`, of both; None for LPS mm.
+        volumes: the fixed and the moving scan, as of `read_table`.
+
+    Returns:
+        PointPairs, called "1", "2", ...
+
+    Raises:
+        ValueError: as `read_table`.
+        UserError: as `read_table`; `schema` for tables of other lengths.
+    """
+    fixed, moving = (
+        read_table(path, frame or "lps_mm", volume)
+        for path, volume in zip(paths, volumes, strict=True)
+    )
+    if len(fixed) != len(moving):
+        expected = f"{len(fixed)} points as in the fixed scan's table, line by line"
+        raise fault(paths[1], expected, str(len(moving)))
+    return PointPairs([str(n) for n in range(1, len(fixed) + 1)], fixed, moving)
+
+
 def write_points(path: str | os.PathLike, points: PointPairs) -> None:
     """Writes landmarks as `read_points` reads them.
 

@@ -1,6 +1,7 @@
 """`unireg convert`: transforms in the spelling of another tool."""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from unireg_jax.errors import FAILED, PARTLY, USAGE, UserError, bad_file, shown
 from unireg_jax.imaging import mapping
 from unireg_jax.manifest import Case
 from unireg_jax.verbs import files, options, outputs
-from unireg_jax.verbs.messages import progress, warn, with_reason
+from unireg_jax.verbs.journal import Journal
+from unireg_jax.verbs.messages import one_line, progress, warn, with_reason
 
 HELP = "a transform in the spelling of another tool"
+
+_JOURNAL = "convert.jsonl"  # beside the fields of a list: what each was made of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "slicer: NRRD field. affine-txt: ITK text. bids: .h5 or .txt under a name "
         "such as from-MOVING_to-FIXED_mode-image_xfm.h5. The map stays the same; see "
         "`unireg invert` for the way back. With --manifest the results of all pairs of "
-        "a Learn2Reg task, under the names of a submission."
+        "a Learn2Reg task, under the names of a submission; the same command goes on "
+        "where it stopped: fields that were made of these files stay."
     )
     parser.epilog = (
         "example: unireg convert -t c_1Warp.nii.gz --to l2r -f fixed.nii.gz "
@@ -79,15 +84,19 @@ def _one(args: argparse.Namespace) -> int:
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
     if args.to == "l2r" and moving is None:
-        warn(
+        warnings.append(
             "no --moving: the field holds only if the moving scan lies on the "
             "grid of the fixed one"
         )
+    for line in warnings:
+        warn(line)
     say("writing")
     mapping.write(args.file, whole, args.to, fixed=fixed, moving=moving)
     say(f"done: {shown(args.file)}")
-    files.report(args, "convert", to=args.to)
+    told = [one_line(line) for line in warnings]
+    files.report(args, "convert", to=args.to, warnings=told)
     return 0
 
 
@@ -97,33 +106,90 @@ def _one(args: argparse.Namespace) -> int:
 def _many(args: argparse.Namespace) -> int:
     """All pairs of a list; one that fails stops no other."""
     files.check_results(args.results)
-    out, named, work = Path(args.file), _named(args), []
-    outputs.make_out(out)
-    for name, case in named.items():
-        path = str(files.find_result(Path(args.results), case))
-        inputs, target = (case.fixed, case.moving, path), str(out / name)
-        files.output(target, (), overwrite=args.overwrite, inputs=inputs)
-        work.append((case, path, target))
+    named = _named(args)
+    outputs.make_out(Path(args.file))
+    with contextlib.closing(Journal(Path(args.file) / _JOURNAL)) as journal:
+        return _submit(args, named, journal)
+
+
+def _submit(args: argparse.Namespace, named: dict[str, Case], journal: Journal) -> int:
+    """Writes the fields that are not there yet; exit code."""
+    work = [(name, case, _find(args, case)) for name, case in named.items()]
+    todo = [item for item in work if not _is_there(args, *item, journal)]
     say = progress(args.quiet)
-    failed = []
-    for n, (case, path, target) in enumerate(work, start=1):
+    warnings, failed = [], []
+    for n, (name, case, path) in enumerate(todo, start=1):
+        target, key = Path(args.file, name), _key(case, path)
+        # Of before: no field may stand for a pair that fails now.
+        target.unlink(missing_ok=True)
+        journal.add({"id": name, "key": key})
         try:
-            fixed, moving = files.read_grid(case.fixed), files.read_grid(case.moving)
-            whole = files.read_chain([path], fixed=fixed, moving=moving)
-            mapping.write(target, whole, args.to, fixed=fixed, moving=moving)
+            lines = _write(str(target), case, path)
         except UserError as error:
+            journal.add({"id": name, "reason": error.reason})
             failed.append({"id": case.id, "reason": error.reason})
             warn(f"{case.id}: failed: {with_reason(error)}")
-        else:
-            say(f"{n}/{len(work)} {shown(target)}")
-    done = len(work) - len(failed)
-    say(f"{done} of {len(work)} fields done: {shown(out)}")
+            continue
+        made = files.sha256(target)
+        journal.add({"id": name, "key": key, "sha256": made})
+        say(f"{n}/{len(todo)} {shown(target)}")
+        for line in lines:
+            warn(f"{case.id}: {line}")
+        warnings += [f"{case.id}: {one_line(line)}" for line in lines]
+    done, kept = len(work) - len(failed), len(work) - len(todo)
+    before = f", {kept} of them before" if kept else ""
+    say(f"{done} of {len(work)} fields done{before}: {shown(args.file)}")
     if args.json:
         told = {"schema": 1, "verb": "convert", "to": args.to, "done": done}
-        print(json.dumps(told | {"failed": failed}, indent=2), flush=True)
+        told |= {"kept": kept, "failed": failed, "warnings": warnings}
+        print(json.dumps(told, indent=2), flush=True)
     if not failed:
         return 0
     return PARTLY if done else FAILED
+
+
+def _find(args: argparse.Namespace, case: Case) -> str:
+    return str(files.find_result(Path(args.results), case))
+
+
+def _key(case: Case, path: str) -> dict[str, str | None]:
+    """What a field is made of."""
+    made_of = {"fixed": case.fixed, "moving": case.moving, "transform": path}
+    return {name: files.sha256(file) for name, file in made_of.items()}
+
+
+def _is_there(
+    args: argparse.Namespace, name: str, case: Case, path: str, journal: Journal
+) -> bool:
+    """Whether the field is there, made of these files; refuses what is in its way."""
+    target = Path(args.file, name)
+    sibling = target.with_name(name.replace(".nii.gz", ".npz"))
+    if sibling.exists():
+        raise bad_file(
+            sibling,
+            "id_duplicate",
+            f"{name} alone",
+            "this file, which the challenge's script takes first",
+            "move it away",
+            USAGE,
+        )
+    known = None if args.overwrite or not target.is_file() else journal.last(name)
+    # A run that was ended before it could note the digest had written it whole.
+    if known and known.get("key") == _key(case, path):
+        if known.get("sha256") in (None, files.sha256(target)):
+            return True
+    inputs = (case.fixed, case.moving, path)
+    files.output(str(target), (), overwrite=args.overwrite, inputs=inputs)
+    return False
+
+
+def _write(target: str, case: Case, path: str) -> list[str]:
+    """The field of one pair; gives warnings."""
+    fixed, moving = files.read_grid(case.fixed), files.read_grid(case.moving)
+    whole = files.read_chain([path], fixed=fixed, moving=moving)
+    warnings = files.check_pair(path, whole, fixed, moving)
+    mapping.write(target, whole, "l2r", fixed=fixed, moving=moving)
+    return warnings
 
 
 def _named(args: argparse.Namespace) -> dict[str, Case]:

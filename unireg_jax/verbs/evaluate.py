@@ -18,7 +18,7 @@ from unireg_jax.evaluation import (
     tables,
 )
 from unireg_jax.evaluation.cases import Case, Files
-from unireg_jax.imaging import nifti, scans
+from unireg_jax.imaging import nifti
 from unireg_jax.verbs import files, options, outputs
 from unireg_jax.verbs.journal import Journal
 from unireg_jax.verbs.messages import number, progress, warn
@@ -34,10 +34,13 @@ EXAMPLES = """examples:
 _SUMMARY = ("cases.csv", "labels.csv", "summary.json", "summary.tex")
 _JOURNAL = "reports.jsonl"
 _COMPARISON = ("comparison.csv", "comparison.json", "comparison.tex")
+_TRE_L2R = 2  # algorithm of tre_mm_l2r: since 2 indices are rounded
 _COLUMNS = ("transform", "landmarks")  # of a manifest, beside those of a pair
+_POINTS = ("fixed_points", "moving_points")
+_SCANS = ("fixed", "moving")
 _PATHS = (
     *("transform", "fixed_label", "moving_label", "fixed_mask", "landmarks"),
-    *("fixed_points", "moving_points", "fixed", "moving"),
+    *_POINTS,
 )
 
 
@@ -242,25 +245,19 @@ def _judge(
     name: str, given: Files, journal: Journal, settings: dict[str, Any], again: bool
 ) -> tuple[Case, bool]:
     """A case, and whether the journal knew it: same files, settings and schema."""
-    paths = {key: getattr(given, key) for key in _PATHS}
-    inputs = {key: _digest(path) for key, path in paths.items() if path}
+    paths = {key: getattr(given, key) for key in (*_PATHS, *_SCANS)}
+    inputs = {key: files.sha256(path) for key, path in paths.items() if path}
     if given.points_frame:
         inputs["points_frame"] = given.points_frame
     key = {"schema": SCHEMA, "settings": settings, "inputs": inputs}
+    if settings["l2r"] and (given.landmarks or given.fixed_points):
+        key["tre_l2r"] = _TRE_L2R
     known = journal.last(name)
     if not again and known and known.get("report") and known.get("key") == key:
         return Case(name, known["report"]), True
     case = cases.score_case(name, given, **settings)
     journal.add({"id": name, "reason": case.reason, "report": case.report, "key": key})
     return case, False
-
-
-def _digest(path: str | os.PathLike) -> str | None:
-    """SHA-256 of a file's voxels too; None for one that will fail at its turn."""
-    try:
-        return outputs.digest_of(scans.files_of(path))["sha256"]
-    except OSError:
-        return None
 
 
 def _outcome(case: Case, known: bool) -> str:
@@ -305,13 +302,13 @@ def read_list(
             pair if pair.fixed_label else pair._replace(moving_label=None)
             for pair in manifest.read_cases(path, roots=roots)
         ]
-        folder = Path(transforms)
-        return {
-            pair.id: _files(
-                pair._asdict() | {"transform": files.find_result(folder, pair)}
-            )
-            for pair in pairs
-        }
+        folder, listed = Path(transforms), {}
+        for pair in pairs:
+            values = pair._asdict() | {"transform": files.find_result(folder, pair)}
+            if not _on_scans(values):
+                values |= dict.fromkeys(_SCANS)
+            listed[pair.id] = _files(values)
+        return listed
     text = manifest.read_text(path, "cases")
     known = (*manifest.Case._fields, *_COLUMNS)
     faults: list[manifest.Fault] = []
@@ -333,34 +330,80 @@ def read_list(
     paths = manifest.Paths(path.parent, roots, False)
     listed = {}
     for where, row in rows:
-        values = {}
-        for name in ("id", "points_frame", *_PATHS):
-            cell = row.get(name) or ""
-            if not isinstance(cell, str):
-                kind = manifest.kind_of(cell)
-                faults.append(("schema", f"{where}: {name}: text expected, got {kind}"))
-                cell = ""
-            values[name] = cell.strip()
+        names = ("id", "points_frame", *_PATHS)
+        values = {name: _cell(where, row, name, faults) for name in names}
         for name in ("id", "transform"):
             if name in row and not values[name]:
                 faults.append(("schema", f"{where}: {name}: is empty"))
         if values["id"] and (bad := manifest.bad_id(values["id"])):
             faults.append(("id_invalid", f"{where}: id {values['id'][:60]!r}: {bad}"))
         manifest.check_frame(where, values["points_frame"], faults)
+        _check_points(where, values, row, faults)
         for name in _PATHS:
             values[name] = paths.resolve(where, name, values[name], faults)
+        if all(row.get(name) for name in _SCANS) and _on_scans(values):
+            for name in _SCANS:
+                text = _cell(where, row, name, faults)
+                values[name] = paths.resolve(where, name, text, faults)
         listed[values["id"]] = _files(values)
     if faults:
         manifest.refuse(path.name, faults)
     return listed
 
 
+def _cell(
+    where: str, row: Mapping[str, Any], name: str, faults: list[manifest.Fault]
+) -> str:
+    """Text of a field, or "" after listing what else it is."""
+    cell = row.get(name) or ""
+    if not isinstance(cell, str):
+        got = f"text expected, got {manifest.kind_of(cell)}"
+        faults.append(("schema", f"{where}: {name}: {got}"))
+        return ""
+    return cell.strip()
+
+
+def _check_points(
+    where: str,
+    values: Mapping[str, str],
+    row: Mapping[str, Any],
+    faults: list[manifest.Fault],
+) -> None:
+    """Lists points of one scan, of two kinds, or in voxels of unknown scans."""
+    told = []
+    some = any(values[name] for name in _POINTS)
+    if some and not all(values[name] for name in _POINTS):
+        told.append(f"{' and '.join(_POINTS)} belong together, got one; name both")
+    if values["landmarks"] and (some or _in_voxels(values)):
+        told.append("landmarks are in LPS mm and stand alone; leave out other points")
+    elif some and _in_voxels(values) and not all(row.get(name) for name in _SCANS):
+        frame = values["points_frame"]
+        told.append(f"points_frame {frame!r} needs the scans; name fixed and moving")
+    faults += [("schema", f"{where}: {line}") for line in told]
+
+
+def _in_voxels(values: Mapping[str, Any]) -> bool:
+    return (values["points_frame"] or "lps_mm") != "lps_mm"
+
+
+def _on_scans(values: Mapping[str, Any]) -> bool:
+    """Whether the voxels of the scans, as stored, give points or a field their place.
+
+    Labels, too, give that of a Learn2Reg field.
+    """
+    if values["fixed_points"] and _in_voxels(values):
+        return True
+    if values["fixed_label"]:
+        return False
+    try:
+        return files.is_l2r(values["transform"])
+    except UserError:  # fails at its turn
+        return False
+
+
 def _files(values: Mapping[str, Any]) -> Files:
-    """Of a case; its scans only where no labels give their grids."""
-    given = {name: values.get(name) or None for name in (*_PATHS, "points_frame")}
-    if given["fixed_label"] or not (given["fixed"] and given["moving"]):
-        given["fixed"] = given["moving"] = None
-    return Files(**given)
+    names = (*_PATHS, *_SCANS, "points_frame")
+    return Files(**{name: values.get(name) or None for name in names})
 
 
 # --- methods ------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def read_chain(
 
     Learn2Reg fields, which need the scans, can only stand alone.
     """
-    if len(paths) > 1 and any(_is_l2r(path) for path in paths):
+    if len(paths) > 1 and any(is_l2r(path) for path in paths):
         raise UserError(
             "schema",
             "--transform: a Learn2Reg field stands alone expected, got it in a list; "
@@ -162,7 +162,7 @@ def read_chain(
             USAGE,
         )
     check_scans(paths[0], fixed, moving)
-    if fixed and _is_l2r(paths[0]):
+    if fixed and is_l2r(paths[0]):
         warn(
             f"{shown(paths[0])} does not tell its unit: read as a Learn2Reg "
             "field, in voxels"
@@ -204,7 +204,7 @@ def find_result(folder: Path, case: manifest.Case) -> Path:
 
 def check_scans(path: str, fixed: Volume | None, moving: Volume | None) -> None:
     """Refuses a Learn2Reg field of which the fixed scan alone is known."""
-    if fixed and moving is None and _is_l2r(path):
+    if fixed and moving is None and is_l2r(path):
         raise UserError(
             "schema",
             "--moving: the scan whose voxels a Learn2Reg field leads to expected, got "
@@ -228,8 +228,17 @@ def check_pair(
     return found.warnings
 
 
-def _is_l2r(path: str) -> bool:
+def is_l2r(path: str | os.PathLike) -> bool:
+    """Whether a transform is in voxels of its scans."""
     return transforms.spelling(path) == "l2r"
+
+
+def sha256(path: str | os.PathLike) -> str | None:
+    """Of a file, its voxels too; None for one that will fail at its turn."""
+    try:
+        return outputs.digest_of(scans.files_of(path))["sha256"]
+    except OSError:
+        return None
 
 
 def read_grid(path: str | None) -> Volume | None:

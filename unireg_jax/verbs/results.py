@@ -281,20 +281,9 @@ class Files:
             nifti.check_same_grid(fixed, volume)
             mask = volume.data > 0
         if case.fixed_points:
-            table = tuple(
-                points.read_table(path, case.points_frame or "lps_mm", volume)
-                for path, volume in (
-                    (case.fixed_points, fixed),
-                    (case.moving_points, moving),
-                )
-            )
-            if len(table[0]) != len(table[1]):
-                raise UserError(
-                    "schema",
-                    f"{shown(case.moving_points)}: as many points as in the fixed scan "
-                    f"expected, {len(table[0])}, got {len(table[1])}; they correspond "
-                    "line by line",
-                )
+            tables = case.fixed_points, case.moving_points
+            found = points.read_pair(tables, case.points_frame, (fixed, moving))
+            table = found.fixed, found.moving
         if case.init:
             init = transforms.read_affine_txt(case.init)
         digests = {column: self.digest(getattr(case, column)) for column in listed}
