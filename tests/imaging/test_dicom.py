@@ -125,6 +125,7 @@ def _compress(item, k):
     [
         (_set("SeriesInstanceUID", "9.9", 2), "series_mixed", "9.9 in 1-003.dcm"),
         (_set("Modality", "MR"), "series_mixed", "expected Modality CT, got MR"),
+        (_set("Modality", "SEG"), "series_mixed", "got SEG; export them as a label"),
         (_set("PixelSpacing", [1, 1], 4), "series_mixed", "PixelSpacing [2.0, 2.5]"),
         (_set("Rows", 8, 4), "series_mixed", "Rows 9"),
         (_set("ImagePositionPatient", [-30, -20, 11], 1), "slices", "1 repeated"),
@@ -173,6 +174,21 @@ def test_what_is_no_series_is_refused(tmp_path, hu):
     dicom_files.write_series(tmp_path / "s", hu)
     error = _refusal(tmp_path / "s", max_voxels=100)
     assert (error.reason, error.exit_code) == ("too_large", LIMIT)
+
+
+def test_contours_are_no_scan_and_the_remedy_is_told(tmp_path, hu):
+    def contours(item, k):
+        item.Modality = "RTSTRUCT"
+        del item.Rows
+
+    (path, *rest) = dicom_files.write_series(tmp_path / "s", hu, edit=contours)
+    for other in rest:
+        other.unlink()
+    error = _refusal(tmp_path / "s")
+    assert error.reason == "not_dicom"
+    assert "got contours (RTSTRUCT); export them as a label map in NIfTI" in str(error)
+    with pytest.raises(UserError, match="RTSTRUCT, SEG.* export as a label map"):
+        nifti.read_image(path)
 
 
 def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):

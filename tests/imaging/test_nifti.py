@@ -516,7 +516,7 @@ def test_read_image_refuses_name_mismatch(tmp_path):
         (b"\x89PNG\r\n\x1a\n" + bytes(400), "PNG picture"),
         (b"\xff\xd8\xff\xe0" + bytes(400), "JPEG"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-        (bytes(128) + b"DICM" + bytes(400), "DICOM slice"),
+        (bytes(128) + b"DICM" + bytes(400), "DICOM file"),
         (b"NRRD0004\ntype: short\n", "NRRD"),
         (b"ObjectType = Image\n", "MetaImage"),
         (b'{"message": "Not Found"}', "JSON"),

@@ -24,6 +24,8 @@ from unireg_jax.imaging.nifti import Native, Volume
 
 _GAP_MM = 0.15  # scanners round positions to 0.1 mm
 _DRIFT = 1e-3  # sideways over along the normal: 0.06 degrees
+# What to do with segmentations in DICOM, which are not read.
+_AS_LABELS = "export them as a label map in NIfTI or NRRD, as 3D Slicer does"
 _TAGS = (
     "SOPClassUID",
     "Modality",
@@ -320,24 +322,22 @@ def _whole(item: tuple[str, Any], tag: str) -> int:
 
 def _headers(where: str, paths: Sequence[str]) -> list[tuple[str, Any]]:
     """(file, tags) of every DICOM file; refuses what cannot be part of a stack."""
-    slices = []
+    slices, others = [], set()
     for path in paths:
         header = _header(path)
         if header is None:
             continue
         if "Rows" not in header or "SeriesInstanceUID" not in header:
-            continue  # no image: a report, a directory
+            others.add(header.get("Modality"))  # no image: a report, contours
+            continue
         slices.append((path, header))
-    if not slices:
-        got = f"{len(paths)} other files" if paths else "an empty folder"
-        raise _fault(
-            "not_dicom",
-            where,
-            "the slices of one CT series",
-            got,
-            "name the folder that holds the .dcm files itself",
-        )
-    return slices
+    if slices:
+        return slices
+    got = f"{len(paths)} other files" if paths else "an empty folder"
+    remedy = "name the folder that holds the .dcm files itself"
+    if "RTSTRUCT" in others:
+        got, remedy = "contours (RTSTRUCT)", _AS_LABELS
+    raise _fault("not_dicom", where, "the slices of one CT series", got, remedy)
 
 
 # --- checks ---
@@ -349,6 +349,7 @@ def _check_series(where: str, slices: list[tuple[str, Any]]) -> None:
     modalities = sorted({str(h.get("Modality", "none")) for _, h in slices})
     remedy = "pass the files of one series alone"
     if modalities != ["CT"]:
+        remedy = _AS_LABELS if modalities == ["SEG"] else remedy
         raise _fault(
             "series_mixed", where, "Modality CT", ", ".join(modalities), remedy
         )

@@ -477,7 +477,10 @@ def looks_like(block: bytes) -> str:
         if block.startswith(magic):
             return words
     if block[128:132] == b"DICM":
-        return "a DICOM slice; pass the folder of the series"
+        return (
+            "a DICOM file; of a scan pass the folder of its series, segmentations "
+            "(RTSTRUCT, SEG) export as a label map in NIfTI"
+        )
     text = block.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html")):
         return "an HTML page, probably an error message of a download"
