@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,8 +182,8 @@ def watched(watchdog_s: int) -> Iterator[None]:
     """Says which process is missing when the work with the others breaks off."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() == 1 or not _of_runtime(error):
             raise
         tell(
             f"error: process {jax.process_index()} of {jax.process_count()} lost "
@@ -192,3 +193,13 @@ def watched(watchdog_s: int) -> Iterator[None]:
         # JAX's own watchdog ends this process with the name of the one that is gone.
         threading.Event().wait(2 * watchdog_s)
         raise
+
+
+def _of_runtime(error: Exception) -> bool:
+    """Whether JAX's runtime failed: a status such as "UNKNOWN: Gloo all-reduce failed".
+
+    A ValueError where programs run in the calling thread, see `cli.keep_freed_memory`.
+    """
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return True
+    return re.match("[A-Z_]{5,}: ", str(error)) is not None
