@@ -15,6 +15,7 @@ SHAPES = analytic.SHAPES
 warp = jax.jit(ops.warp, static_argnames="order")
 sample = jax.jit(ops.sample, static_argnames="order")
 inside = jax.jit(ops.inside, static_argnames="shape")
+within = jax.jit(ops.within, static_argnames=("shape", "margin"))
 compose = jax.jit(ops.compose)
 invert = jax.jit(ops.invert, static_argnames="iterations")
 residual = jax.jit(ops.residual)
@@ -352,6 +353,14 @@ def test_inside_of_another_grid():
     disp = analytic.shift_disp((2, 3, 4), (3.0, 0.0, 0.0))
     assert not np.any(inside(disp))
     assert np.all(inside(disp, shape=(5, 3, 4)))
+
+
+def test_within_ends_where_the_margin_does():
+    coords = np.array([[-0.5, 0, 0], [-0.6, 0, 0], [1, 2.5, 3], [1, 2, 3.6]], "f4")
+    found = within(coords, (2, 3, 4), margin=0.5)
+    np.testing.assert_array_equal(found, [True, False, True, False])
+    np.testing.assert_array_equal(within(coords[2:], (2, 3, 4)), [False, False])
+    assert np.all(within(np.array([[0, 0, 0], [1, 2, 3]], "f4"), (2, 3, 4)))
 
 
 def test_compose_of_shifts_adds_them():

@@ -117,6 +117,30 @@ def inside(disp: jax.Array, *, shape: tuple[int, int, int] | None = None) -> jax
     return x & y & z
 
 
+def within(
+    coords: jax.Array, shape: tuple[int, int, int], *, margin: float = 0.0
+) -> jax.Array:
+    """Says which positions lie on a grid.
+
+    out[b, x] = -margin <= coords[b, x] <= n - 1 + margin on every axis, n the shape
+
+    Args:
+        coords: [..., 3] float32, voxels of the grid.
+        shape: (X, Y, Z), the grid.
+        margin: how far beyond the centres of the outermost voxels it ends, voxels: 0.5
+            is their outer faces.
+
+    Returns:
+        [...] bool.
+
+    Raises:
+        ValueError: wrong shape of the grid.
+    """
+    _check_shape(shape)
+    last = jnp.broadcast_to(jnp.array(shape, jnp.float32) - 1, coords.shape)
+    return ((coords >= -margin) & (coords <= last + margin)).all(-1)
+
+
 def compose(first: jax.Array, second: jax.Array) -> jax.Array:
     """Composes two displacements: x goes through `first`, then through `second`.
 

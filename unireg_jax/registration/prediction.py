@@ -103,8 +103,7 @@ def _read(hu, disp):
     coords = warp.identity_coords(hu.shape[1:4])[None] + disp
     # A voxel ends half a voxel beyond its centre. Lost by less, the outer slices of a
     # scan that goes on there would turn to air, which the network heeds.
-    last = jnp.broadcast_to(jnp.array(hu.shape[1:4]) - 0.5, coords.shape)
-    reached = jnp.all((coords >= -0.5) & (coords <= last), axis=-1)
+    reached = warp.within(coords, hu.shape[1:4], margin=0.5)
     valid = intensity.valid(hu).astype(jnp.float32)
     reached &= warp.sample(valid, coords)[..., 0] > 0.5
     # The marker of what lies outside is no HU to interpolate.

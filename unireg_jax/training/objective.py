@@ -88,11 +88,12 @@ def prepare(
         outside the moving one, as where it is cut short, without labels.
     """
     coords = moving_coords(batch, disp)
-    within = within_grid(coords, batch.moving.shape[1:4], 0.0 if disp is None else 0.5)
+    margin = 0.0 if disp is None else 0.5
+    within = warp.within(coords, batch.moving.shape[1:4], margin=margin)
     if disp is not None:
         shape = disp.shape[1:4]
         led = jnp.broadcast_to(warp.identity_coords(shape), disp.shape) + disp
-        within &= within_grid(led, shape, 0.5)
+        within &= warp.within(led, shape, margin=margin)
     valid = intensity.valid(batch.moving).astype(jnp.float32)
     valid = warp.sample(valid, coords) * within[..., None]
     # The marker of what lies outside is no HU to interpolate: air, then the marker.
@@ -136,21 +137,6 @@ def moving_coords(batch: PairBatch, disp: jax.Array | None = None) -> jax.Array:
         "bxyzi,bji->bxyzj", coords, linear, precision=jax.lax.Precision.HIGHEST
     )
     return coords + offset[:, None, None, None, :]
-
-
-def within_grid(coords: jax.Array, shape: Sequence[int], margin: float) -> jax.Array:
-    """Says which positions lie on a grid.
-
-    Args:
-        coords: [B, X, Y, Z, 3] float32, voxels of it.
-        shape: voxels along its axes.
-        margin: how far beyond the centres of the outermost voxels it ends, voxels.
-
-    Returns:
-        [B, X, Y, Z] bool.
-    """
-    last = jnp.broadcast_to(jnp.array(shape, jnp.float32) - 1, coords.shape)
-    return ((coords >= -margin) & (coords <= last + margin)).all(-1)
 
 
 def sample_labels(
@@ -292,15 +278,26 @@ def make_loss(apply_fn: Callable, *, weights: Weights, passes: int = 1) -> Calla
                 train=True,
             )
             total = disp if total is None else warp.compose(disp, total)
-            found.append(objective(total, given, weights=weights))
-        if passes == 1:
-            return found[0]
-        losses, scalars = zip(*found, strict=True)
-        means = jax.tree.map(lambda *each: jnp.nanmean(jnp.stack(each)), *scalars)
-        loss = sum(losses) / passes  # what is not finite there has to show
-        return loss, means | {"loss": loss}
+            found.append(objective(total, given, weights=weights)[1])
+        means = mean_scalars(jax.tree.map(lambda *each: jnp.stack(each), *found))
+        return means["loss"], means
 
     return loss
+
+
+def mean_scalars(scalars: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Means over the parts of a step, its passes or parts of its batch.
+
+    A part without labels has no overlap; one without a loss is a fault, and shows.
+
+    Args:
+        scalars: name -> [N] float32, NaN where a part has none.
+
+    Returns:
+        name -> scalar; NaN only where every part is, or one of the losses.
+    """
+    means = {k: (jnp.mean if k == "loss" else jnp.nanmean) for k in scalars}
+    return {k: means[k](v) for k, v in scalars.items()}
 
 
 def _check(weights: Weights, shape: Sequence[int]) -> None:

@@ -120,9 +120,7 @@ def _gradient(loss_fn, params, batch, extractor, mesh, accumulate):
     zeros = jax.tree.map(jnp.zeros_like, params)
     total, scalars = jax.lax.scan(add, zeros, parts)
     grads = jax.tree.map(lambda g: g / accumulate, total)
-    # A part without labels has no overlap; one without a loss is a fault.
-    means = {k: (jnp.mean if k == "loss" else jnp.nanmean) for k in scalars}
-    return grads, {k: means[k](v) for k, v in scalars.items()}
+    return grads, objective.mean_scalars(scalars)
 
 
 def _running_mean(state: TrainState, params: Any, decay: float) -> Any:
@@ -261,5 +259,5 @@ def mid_planes(disp: jax.Array, pair: objective.Pair) -> dict[str, list[jax.Arra
 def _moving_labels(disp: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
     """All layers of moving labels at align(x + disp(x)), 0 beyond the moving grid."""
     coords = objective.moving_coords(batch, disp)
-    within = objective.within_grid(coords, batch.moving_labels.shape[1:4], 0.5)
+    within = warp.within(coords, batch.moving_labels.shape[1:4], margin=0.5)
     return objective.sample_labels(batch, coords, within)
