@@ -191,6 +191,35 @@ def test_contours_are_no_scan_and_the_remedy_is_told(tmp_path, hu):
         nifti.read_image(path)
 
 
+def test_an_export_of_nested_folders_is_told_what_to_name(tmp_path, hu, monkeypatch):
+    for n in range(7):
+        name = f"ST000001/SE00000{n}"
+        dicom_files.write_series(
+            tmp_path / name, hu[..., : n + 1], series=f"1.{n}", number=n
+        )
+    (tmp_path / "DICOMDIR").write_bytes(b"x")
+    error = _refusal(tmp_path)
+    assert error.reason == "not_dicom"
+    assert (
+        "got none in the folder itself, below it ST000001/SE000001 (2 slices), "
+        "ST000001/SE000002 (3 slices), "
+    ) in str(error)  # one slice is a localiser
+    assert "SE000005 (6 slices) and 1 more; name the folder of one" in str(error)
+    assert dicom.read_series(tmp_path / "ST000001/SE000005").data.shape[2] == 6
+    # A home folder is not read through.
+    monkeypatch.setattr(dicom, "_MOST_FILES", 30)
+    assert "below it" not in str(_refusal(tmp_path))
+    monkeypatch.setattr(dicom, "_MOST_FILES", 36)
+    assert "below it" in str(_refusal(tmp_path))
+    # A damaged file down there is not the mistake.
+
+    def damaged(folder):
+        raise UserError("truncated", "1-001.dcm")
+
+    monkeypatch.setattr(dicom, "find_series", damaged)
+    assert "an empty folder" in str(_refusal(tmp_path))
+
+
 def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom.importlib.util, "find_spec", lambda name: None)
     error = _refusal(tmp_path)

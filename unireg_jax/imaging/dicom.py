@@ -24,6 +24,8 @@ from unireg_jax.imaging.nifti import Native, Volume
 
 _GAP_MM = 0.15  # scanners round positions to 0.1 mm
 _DRIFT = 1e-3  # sideways over along the normal: 0.06 degrees
+_MOST_FILES = 10_000  # looked at below a folder that holds no slices itself
+_MOST_NAMED = 5  # series of them that a message names
 # What to do with segmentations in DICOM, which are not read.
 _AS_LABELS = "export them as a label map in NIfTI or NRRD, as 3D Slicer does"
 _TAGS = (
@@ -337,7 +339,29 @@ def _headers(where: str, paths: Sequence[str]) -> list[tuple[str, Any]]:
     remedy = "name the folder that holds the .dcm files itself"
     if "RTSTRUCT" in others:
         got, remedy = "contours (RTSTRUCT)", _AS_LABELS
+    elif below := _told_below(where):
+        got, remedy = below, "name the folder of one series"
     raise _fault("not_dicom", where, "the slices of one CT series", got, remedy)
+
+
+def _told_below(where: str) -> str:
+    """Which series lie below a folder, for a message; "" where none is found soon."""
+    below = Path(where).glob("*/**/*") if os.path.isdir(where) else ()
+    if len(list(itertools.islice(below, _MOST_FILES + 1))) > _MOST_FILES:
+        return ""
+    try:
+        found = find_series(where)
+    except UserError:  # of one file, which nobody asked for
+        return ""
+    if not found:
+        return ""
+    named = [
+        f"{os.path.dirname(os.path.relpath(series.paths[0], where))} "
+        f"({len(series.paths)} slices)"
+        for series in found[:_MOST_NAMED]
+    ]
+    more = f" and {len(found) - _MOST_NAMED} more" * (len(found) > _MOST_NAMED)
+    return f"none in the folder itself, below it {', '.join(named)}{more}"
 
 
 # --- checks ---
@@ -347,7 +371,7 @@ def _check_series(where: str, slices: list[tuple[str, Any]]) -> None:
     """All slices are of one CT series on one grid, with their rescaling."""
     first_path, first = slices[0]
     modalities = sorted({str(h.get("Modality", "none")) for _, h in slices})
-    remedy = "pass the files of one series alone"
+    remedy = "give one series a folder of its own"
     if modalities != ["CT"]:
         remedy = _AS_LABELS if modalities == ["SEG"] else remedy
         raise _fault(
