@@ -23,7 +23,8 @@ from tests.test_cli import (
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.errors import UserError
-from unireg_jax.imaging import nifti
+from unireg_jax.evaluation import metrics
+from unireg_jax.imaging import mapping, nifti
 from unireg_jax.registration import devices, selftest, sweeps, tiles
 from unireg_jax.registration.compiled import compile_register
 from unireg_jax.registration.network import load_model
@@ -102,6 +103,18 @@ def test_sweep_rows_are_what_register_finds(scans, network, tmp_path, capsys):
         ):
             # The heads of a sweep run side by side: another order of sums.
             assert row[name] == pytest.approx(one.qc[name], rel=1e-3, abs=1e-4), name
+        labels = (nifti.read_labels(scans[f"{n}_label"]) for n in ("fixed", "moving"))
+        fixed_label, moving_label = labels
+        onto = one.network_grid
+        there = mapping.field(one.disp_mm, one.vox2world)
+        judged = {"": mapping.resample(there, moving_label, onto, interp="nearest")}
+        on_grid = mapping.resample(
+            mapping.Mapping(()), fixed_label, onto, interp="nearest"
+        )
+        mine = nifti.Volume(np.asarray(on_grid), onto.vox2world)
+        scores = metrics.overlap(mine, moving_label, judged, surface=False)
+        assert row["dsc"] == pytest.approx(scores["mean"]["dsc"], abs=3e-3)
+        assert abs(row["dsc"] - rows[0]["dsc"]) > 4e-3  # no displacement
     assert all(0.3 < row["dsc"] <= 1 for row in rows)
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -12,8 +12,9 @@ import pytest
 
 from tests.test_cli import command, save_network, write_pair
 from unireg_jax import __main__ as cli
-from unireg_jax import errors
+from unireg_jax import errors, registration
 from unireg_jax.evaluation import quality
+from unireg_jax.imaging import nifti
 from unireg_jax.reports import case as told
 from unireg_jax.reports import index
 from unireg_jax.verbs import batch, sweep
@@ -77,6 +78,56 @@ def test_register_records_quality_of_the_written_map(made):
     assert [f.line for f in expected] == [
         w for w in found["warnings"] if w.split(":")[0] in {f.reason for f in expected}
     ]
+
+
+def test_the_way_back_is_a_registration_of_its_own(made, network):
+    out, paths = made
+    fixed, moving = (nifti.read_image(paths[k]) for k in ("fixed", "moving"))
+    there, back = (
+        registration.register(*pair, task="lung", weights=network)
+        for pair in ((fixed, moving), (moving, fixed))
+    )
+    expected = quality.inverse_consistency(fixed, there.disp_mm, moving, back.disp_mm)
+    found = record(out)["quality"]
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    still = quality.inverse_consistency(
+        fixed, there.disp_mm, moving, np.zeros_like(back.disp_mm)
+    )
+    assert abs(still["inverse_mm"] - expected["inverse_mm"]) > 1.0
+
+
+def test_register_compares_where_the_mask_says(made, network, tmp_path):
+    out, paths = made
+    image = nib.load(paths["fixed_label"])
+    mask = (np.asarray(image.dataobj) == 1).astype(np.uint8)
+    nib.save(nib.Nifti1Image(mask, image.affine), tmp_path / "mask.nii.gz")
+    argv = command(paths, tmp_path / "out", network, "--affine", "none", "--quiet")
+    plain, masked = ("--case", "a"), ("--case", "b")
+    assert cli.main([*argv, *plain]) == 0
+    given = ("--fixed-mask", str(tmp_path / "mask.nii.gz"))
+    assert cli.main([*argv, *masked, *given]) == 0
+    found = {name: record(tmp_path / "out", name) for name in ("a", "b")}
+    fields = [
+        nib.load(tmp_path / "out" / name / f"{name}_1Warp.nii.gz").get_fdata()
+        for name in found
+    ]
+    # The network does not look at it: only judges do.
+    np.testing.assert_array_equal(*fields)
+    for part, name in (("qc", "ncc_after"), ("quality", "local_ncc")):
+        assert found["a"][part][name] != found["b"][part][name], name
+    assert "fixed_mask" not in found["a"]["inputs"]
+    assert found["b"]["inputs"]["fixed_mask"]["name"] == "mask.nii.gz"
+    # A search and instance optimisation do look at it.
+    argv = [*command(paths, tmp_path / "more", network), "--quiet"]
+    argv[argv.index("--io-iterations") + 1] = "3"
+    assert cli.main([*argv, *plain]) == 0
+    assert cli.main([*argv, *masked, *given]) == 0
+    fields = [
+        nib.load(tmp_path / "more" / name / f"{name}_1Warp.nii.gz").get_fdata()
+        for name in found
+    ]
+    assert np.abs(fields[0] - fields[1]).max() > 0.1  # mm
 
 
 def test_folds_and_sdlogj_are_named_by_where_they_are_counted(made, tmp_path, capsys):
@@ -337,6 +388,12 @@ def test_report_of_a_batch_lists_all_cases_and_makes_their_pages(made, out, caps
         "second/qc.html",
     }
     assert text.count("<img") == 2
+    # Of the worst N alone: both that can be read are as bad, the other comes first.
+    (out / "second" / "qc.html").unlink()
+    for pages, drawn in (("1", False), ("2", True)):
+        more = ["--pages", pages, "--overwrite", "--quiet"]
+        assert cli.main([*argv, *more]) == 0
+        assert (out / "second" / "qc.html").is_file() == drawn, pages
     assert outlined(out / "second" / "qc.html").keys() == {"fixed", "warped"}
     assert str(out) not in text
 

@@ -444,6 +444,32 @@ def test_digest_of_settings_knows_the_search_where_there_is_one(monkeypatch, kin
     assert (after == before) == (kind in ("none", "com", "given"))
 
 
+@pytest.mark.parametrize(
+    ("given", "matters"),
+    [
+        ({"affine": "features"}, True),
+        ({"affine": "coarse"}, True),
+        ({"io_features": "sam"}, True),
+        ({"io_features": "mind"}, False),
+        ({}, False),
+    ],
+)
+def test_digest_of_settings_knows_the_embedding(monkeypatch, tmp_path, given, matters):
+    """What describes the scans is named by the environment alone."""
+    asked = {"affine": "auto", "fov": "auto", "io_iterations": 50, "passes": 1}
+    asked |= {"io_finer": None, "symmetric": False, "reg_weight": None}
+    asked |= {"io_features": None} | given
+    case = Case("a", "f.nii", "m.nii", "lung")
+    found = set()
+    for content in (None, b"one", b"two"):
+        if content:
+            path = tmp_path / f"{content.decode()}.safetensors"
+            path.write_bytes(content)
+            monkeypatch.setenv("UNIREG_SAM", str(path))
+        found.add(verb.settings_sha256(argparse.Namespace(**asked), case))
+    assert len(found) == (3 if matters else 1)
+
+
 def test_many_pairs_are_refined_as_one(files, model):
     pair = batch.Pair(files["fixed"], files["moving"], "lung")
     plan = Plan(3, "image", smoothness=2.5)

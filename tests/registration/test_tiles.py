@@ -46,6 +46,15 @@ def test_auto_takes_tiles_where_the_crop_would_lose_much():
     assert tiles.lay_out(column(700.0), SPEC, "crop").covered < 0.6
 
 
+@pytest.mark.parametrize(("seen", "used"), [(0.71, "crop"), (0.69, "tiles")])
+def test_auto_takes_tiles_below_seven_tenths(seen, used):
+    # 384 mm are in the window, of a body as high as leaves that share.
+    volume = column(384.0 / seen, spacing=(9.0, 8.0, 2.0))
+    layout = tiles.lay_out(volume, SPEC)
+    assert tiles.lay_out(volume, SPEC, "crop").covered == pytest.approx(seen, abs=5e-3)
+    assert layout.fov == used
+
+
 def test_tiles_lie_on_the_lattice_of_the_crop_and_cover_the_body():
     volume = column(700.0)
     crop = tiles.lay_out(volume, SPEC, "crop").grid
