@@ -851,6 +851,20 @@ GEOMETRY += ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y")
 GEOMETRY += ("qoffset_z", "xyzt_units")
 
 
+def test_results_keep_the_grid_of_a_scan_at_45_degrees(tmp_path):
+    """Codes of axes that tie would turn its voxels and leave its affine."""
+    half = np.sqrt(0.5)
+    ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    ras[:3, :3] @= [[half, 0, half], [0.5, half, -0.5], [-0.5, half, 0.5]]
+    data = np.random.default_rng(0).integers(-1000, 1000, (20, 24, 28), np.int16)
+    nib.save(nib.Nifti1Image(data, ras), tmp_path / "scan.nii")
+    volume = nifti.read_image(tmp_path / "scan.nii")
+    nifti.write_like(tmp_path / "out.nii", volume.data, volume)
+    back = nib.load(tmp_path / "out.nii")
+    np.testing.assert_array_equal(np.asarray(back.dataobj), data)
+    np.testing.assert_allclose(back.affine, ras, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [nib.Nifti1Header, nib.Nifti2Header])
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP", "AIR"])

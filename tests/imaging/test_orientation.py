@@ -72,6 +72,33 @@ def test_reorient_moves_no_voxel_in_the_world(codes):
     assert turned.flags.c_contiguous
 
 
+def _at_45_degrees():
+    """Affines with an axis as near to one world axis as to another, LPS mm."""
+    turns = itertools.product((0.0, 45.0, -45.0), (0.0, 45.0, 90.0), (45.0, 225.0))
+    for number, degrees in enumerate(turns):
+        turn = nib.eulerangles.euler2mat(*np.deg2rad(degrees))
+        for order in itertools.permutations(range(3)):
+            affine = np.eye(4)
+            affine[:3, :3] = (turn @ np.diag([2.0, -3.0, 4.0]))[:, order]
+            affine[:3, 3] = (5, -7, number)
+            yield affine.astype(np.float32).astype(float)  # as a file has them
+
+
+def test_restore_gives_back_what_was_stored():
+    data = np.random.default_rng(0).normal(size=(5, 6, 7, 3)).astype(np.float32)
+    for stored in (oblique(), *_at_45_degrees()):
+        turned, vox2world = orientation.reorient(data, stored)
+        back = orientation.restore(turned, vox2world, stored)
+        np.testing.assert_array_equal(back, data)
+        assert back.flags.c_contiguous
+
+
+def test_restore_refuses_another_grid():
+    for other in (np.diag([1.0, 2.0, 1.0, 1.0]), np.diag([0.3, 0.3, 0.3, 1.0])):
+        with pytest.raises(ValueError, match="by the order of axes alone"):
+            orientation.restore(np.zeros((5, 6, 7)), np.eye(4), other)
+
+
 def test_reorient_keeps_vector_components():
     data = np.random.default_rng(0).normal(size=(5, 6, 7, 3))
     turned, vox2world = orientation.reorient(data, np.diag([1.0, 2.0, 3.0, 1.0]), "RAI")

@@ -970,8 +970,7 @@ def to_native(array: np.ndarray, volume: Volume) -> np.ndarray:
         )
     if volume.native is None:
         return array
-    codes = orientation.axis_codes(volume.native.vox2world)
-    return orientation.reorient(array, volume.vox2world, codes)[0]
+    return orientation.restore(array, volume.vox2world, volume.native.vox2world)
 
 
 def set_geometry(header: Any, vox2world: np.ndarray) -> None:

@@ -104,15 +104,45 @@ def reorient(
         nib.orientations.axcodes2ornt(tuple(check_codes(codes)), _NAMES),
     )
     back = nib.orientations.inv_ornt_aff(change, data.shape[:3])
-    turned = nib.orientations.apply_orientation(data, change)
     # +0.0 turns the -0.0 left by flips into 0.0, so that equal affines print equal.
     affine = _square(vox2world, "vox2world") @ back + 0.0
+    return _turned(data, change), affine
+
+
+def restore(data: np.ndarray, vox2world: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """Permutes and flips the first three axes back to those of a stored grid.
+
+    By the grids themselves: of an axis at 45 degrees to the world's the codes of one
+    grid need not lead back to the other.
+
+    Args:
+        data: [X, Y, Z, ...], on the grid of vox2world.
+        vox2world: [4, 4] float, voxel index -> LPS mm, as `reorient` gave it.
+        stored: [4, 4] float, voxel index -> LPS mm, what `reorient` was given.
+
+    Returns:
+        [X', Y', Z', ...] (contiguous) on the stored grid.
+
+    Raises:
+        ValueError: axes of the two grids that are no permutation of each other.
+    """
+    step = np.eye(4)
+    linear = (_square(m, "vox2world")[:3, :3] for m in (stored, vox2world))
+    step[:3, :3] = np.rint(np.linalg.solve(*linear))
+    if not np.array_equal(step @ step.T, np.eye(4)):
+        raise ValueError("vox2world and stored must differ by the order of axes alone")
+    return _turned(data, nib.orientations.io_orientation(step))
+
+
+def _turned(data: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """Contiguous copy with nibabel's table of axes and flips applied."""
+    turned = nib.orientations.apply_orientation(data, change)
     # Files keep the first axis fastest. In slabs of 8 the transposed copy of a whole CT
     # stays in the cache: 0.3 s against 2 s for 512 x 512 x 300.
     out = np.empty(turned.shape, turned.dtype)
     for k in range(0, turned.shape[2], 8):
         out[:, :, k : k + 8] = turned[:, :, k : k + 8]
-    return out, affine
+    return out
 
 
 def check_codes(codes: str) -> str:
