@@ -4,9 +4,10 @@
     FOLDER/Case1Pack/ExtremePhases/Case1_300_T00_xyz.txt, Case1_300_T50_xyz.txt
 
 The files have no header: size and spacing are those that DIR-Lab publishes, HU is the
-stored value - 1024, and the axes are taken as LPS, the first slice lowest. All cases
-are test: fixed T00, moving T50. Names vary between cases (Case8Deploy, case6_T00.img,
-case6_dirLab300_T00_xyz.txt); all of these are found.
+stored value - 1024. The first slice is the highest: of the landmarks those of the last
+slices move farthest, and on exhale towards the first ones, as the diaphragm does. All
+cases are test: fixed T00, moving T50. Names vary between cases (Case8Deploy,
+case6_T00.img, case6_dirLab300_T00_xyz.txt); all of these are found.
 """
 
 import os
@@ -49,7 +50,8 @@ def read(folder: Path) -> Collection:
     records, pairs, notes = [], [], []
     for case, pack in _packs(folder).items():
         size, spacing, slices = CASES[case]
-        grid = RawGrid((size, size, slices), (spacing, spacing, 2.5), -1024)
+        shape, mm = (size, size, slices), (spacing, spacing, 2.5)
+        grid = RawGrid(shape, mm, -1024, "LPI")
         files = [p for p in sorted(pack.rglob("*")) if not p.name.startswith(".")]
         found = {}
         for phase in ("T00", "T50"):

@@ -436,7 +436,7 @@ def test_dirlab_raw_files_and_landmarks(tmp_path, monkeypatch):
     monkeypatch.setattr(
         dirlab4dct,
         "RawGrid",
-        lambda shape, spacing, hu: dirlab4dct_grid(SHAPE, (8.0, 9.0, 10.0), hu),
+        lambda shape, spacing, *more: dirlab4dct_grid(SHAPE, (8.0, 9.0, 10.0), *more),
     )
     _dirlab(tmp_path / "raw")
     dataset = _prepare("dirlab4dct", tmp_path / "raw", tmp_path / "out")
@@ -448,23 +448,24 @@ def test_dirlab_raw_files_and_landmarks(tmp_path, monkeypatch):
     ]
     pairs = dataset.pairs("test")
     assert [(p.fixed, p.moving) for p in pairs] == [(0, 1), (2, 3)]
-    np.testing.assert_array_equal(dataset.volume(0)[0], _body())
+    # Stored from the head to the feet.
+    np.testing.assert_array_equal(dataset.volume(0)[0], _body()[..., ::-1])
     table = tmp_path / "out/points/dirlab_case08_T00__dirlab_case08_T50.csv"
     found = points.read_points(table)
-    np.testing.assert_allclose(found.fixed, [[32, 45, 60], [64, 72, 70]])
-    np.testing.assert_allclose(found.moving, [[32, 45, 60], [64, 72, 60]])
+    np.testing.assert_allclose(found.fixed, [[32, 45, -60], [64, 72, -70]])
+    np.testing.assert_allclose(found.moving, [[32, 45, -60], [64, 72, -60]])
 
 
-def dirlab4dct_grid(shape, spacing, offset):
+def dirlab4dct_grid(*published):
     from unireg_jax.imaging.raw import RawGrid
 
-    return RawGrid(shape, spacing, offset)
+    return RawGrid(*published)
 
 
 def test_dirlab_published_sizes(tmp_path):
     _dirlab(tmp_path)
     (first, *_), _, _ = DATASETS["dirlab4dct"](tmp_path)
-    assert first.grid == ((256, 256, 94), (0.97, 0.97, 2.5), -1024)
+    assert first.grid == ((256, 256, 94), (0.97, 0.97, 2.5), -1024, "LPI")
     os.unlink(tmp_path / "Case8Deploy/Images/case8_T50-ssm.img")
     found = DATASETS["dirlab4dct"](tmp_path)
     assert found.notes == ("case 8: no T00 and T50 image in Case8Deploy; left out",)

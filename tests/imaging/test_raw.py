@@ -20,6 +20,17 @@ def test_read_raw_x_is_fastest(tmp_path):
     assert volume.spacing_mm == (1.0, 1.5, 2.5)
 
 
+def test_read_raw_turns_what_is_stored_from_head_to_feet(tmp_path):
+    np.arange(210, dtype="<i2").tofile(tmp_path / "a.img")
+    plain = raw.read_raw(tmp_path / "a.img", GRID)
+    volume = raw.read_raw(tmp_path / "a.img", GRID._replace(codes="LPI"))
+    np.testing.assert_array_equal(volume.data, plain.data[..., ::-1])
+    # The first stored voxel stays where it was, the last one lies below it.
+    assert volume.native.vox2world.tolist() == np.diag([1.0, 1.5, -2.5, 1]).tolist()
+    np.testing.assert_allclose(volume.vox2world @ [0, 0, 4, 1], [0, 0, 0, 1])
+    np.testing.assert_allclose(volume.vox2world @ [0, 0, 0, 1], [0, 0, -10, 1])
+
+
 def test_read_raw_refuses_another_size(tmp_path):
     np.zeros(209, "<i2").tofile(tmp_path / "a.img")
     with pytest.raises(UserError, match="expected 420 bytes .*, got 418"):
