@@ -8,11 +8,13 @@ Subjects of pairs_val.csv are val; without it the labelled subjects are split by
 """
 
 import csv
+import io
 import os
 from pathlib import Path
 
 from data_pipeline.datasets import abdomen, folders
 from data_pipeline.datasets.manifest import Collection, Record
+from unireg_jax.manifest import decode
 
 
 def read(folder: Path) -> Collection:
@@ -68,8 +70,7 @@ def _pairs(folder: Path) -> list[tuple[str, str]]:
     path = folder / "pairs_val.csv"
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, skipinitialspace=True))
+    rows = list(csv.DictReader(io.StringIO(decode(path)), skipinitialspace=True))
     try:
         return [(f"{int(r['fixed']):04d}", f"{int(r['moving']):04d}") for r in rows]
     except (KeyError, TypeError, ValueError) as error:

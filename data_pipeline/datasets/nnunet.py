@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline.datasets import folders
 from data_pipeline.datasets.manifest import Collection, Record
-from unireg_jax.manifest import load_json
+from unireg_jax.manifest import decode, load_json
 
 LabelMap = tuple[tuple[int, str], ...]
 
@@ -36,7 +36,7 @@ def read(folder: Path) -> Collection:
     expected = "dataset.json beside imagesTr/ and labelsTr/"
     folder = folders.check_root(folder, expected, fits)
     path = folder / "dataset.json"
-    data = load_json(path.name, path.read_text(encoding="utf-8-sig"))
+    data = load_json(path.name, decode(path))
     if not isinstance(data, Mapping):
         raise folders.refuse(path, "a JSON object", "another; download it again")
     channels = data.get("channel_names") or data.get("modality") or {"0": "CT"}
@@ -137,7 +137,7 @@ def _folds(folder: Path) -> dict[str, str]:
     path = folder / "splits_final.json"
     if not path.is_file():
         return {}
-    data = load_json(path.name, path.read_text(encoding="utf-8-sig"))
+    data = load_json(path.name, decode(path))
     try:
         held_out = {str(name): "val" for name in data[0]["val"]}
         return {**{str(name): "train" for name in data[0]["train"]}, **held_out}

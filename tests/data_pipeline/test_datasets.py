@@ -415,6 +415,21 @@ def test_learn2reg_refuses_what_is_not_ct(tmp_path):
     assert "not valid JSON" in _refusal("learn2reg", tmp_path)
 
 
+def test_descriptions_in_another_encoding_are_refused(tmp_path):
+    latin = '"reference": "Universität"'.encode("cp1252")
+    _btcv(tmp_path / "btcv", pairs=True)
+    (table,) = (tmp_path / "btcv").rglob("pairs_val.csv")
+    table.write_bytes(b"fixed,moving,\xe4\n1,2,3\n")
+    assert "pairs_val.csv: UTF-8 text expected" in _refusal(
+        "l2r2020_abdomen", tmp_path / "btcv"
+    )
+    _nnunet(tmp_path / "nnunet")
+    (tmp_path / "nnunet" / "dataset.json").write_bytes(b"{%s}" % latin)
+    assert "dataset.json: UTF-8 text expected" in _refusal(
+        "nnunet", tmp_path / "nnunet"
+    )
+
+
 @pytest.mark.parametrize("pairs", [True, False])
 def test_btcv_of_learn2reg_2020(tmp_path, pairs):
     _btcv(tmp_path / "raw", pairs=pairs)
