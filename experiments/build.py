@@ -114,7 +114,15 @@ def devices(config: ml_collections.ConfigDict, experiment: Experiment):
         UserError: `schema`, exit code 2: the batch or the devices do not divide, or
             there are more devices than pairs.
     """
-    shared = mesh.make_mesh(space=config.train.space_devices)
+    space = config.train.space_devices
+    shared = mesh.make_mesh(space=space)
+    if config.data.shape[0] % space:
+        raise UserError(
+            "schema",
+            "config.train.space_devices: a divisor of config.data.shape[0] = "
+            f"{config.data.shape[0]}, which is shared out, expected, got {space}",
+            USAGE,
+        )
     count = shared.shape["data"]
     rows = mesh.local_rows(
         shared, config.data.batch_size, accumulate=config.train.accumulate

@@ -38,3 +38,14 @@ def test_more_devices_than_pairs_are_refused(monkeypatch):
     assert error.value.exit_code == USAGE
     experiment.weights["chest"] = 1.0
     assert build.devices(config, experiment) == (eight, 8)
+
+
+def test_volumes_that_devices_cannot_share_are_refused(monkeypatch):
+    three = AbstractMesh((1, 3), ("data", "space"))
+    monkeypatch.setattr(build.mesh, "make_mesh", lambda *, space: three)
+    config = unireg.get_config("demo")
+    config.data.shape = (128, 128, 112)
+    config.train.space_devices = 3
+    with pytest.raises(UserError, match=r"shape\[0\] = 128.*expected, got 3") as error:
+        build.devices(config, None)
+    assert error.value.exit_code == USAGE
