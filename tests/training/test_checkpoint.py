@@ -640,7 +640,14 @@ def test_a_run_says_of_its_steps_how_they_were_made(phantoms, tmp_path):
     config.optim.lr = 1e-5
     with pytest.raises(UserError, match="optim.lr: 0.0005 -> 1e-05"):
         train.train(config, tmp_path / "run")
-    config.train.change = "optim.lr"
+    config.train.change = "optim.lr,data.weights.lung"
+    lung, config.data.weights.lung = config.data.weights.lung, 3.0
+    with pytest.raises(
+        UserError, match=r"got data.weights.lung: .*init_from"
+    ) as caught:
+        train.train(config, tmp_path / "run")
+    assert caught.value.exit_code == USAGE
+    config.data.weights.lung = lung
     train.train(config, tmp_path / "run")
     found = json.loads((tmp_path / "run" / "config.json").read_text())
     assert "step 1: optim.lr: 0.0005 -> 1e-05" in found["changes"]

@@ -338,6 +338,9 @@ _NEUTRAL = {
 # In config.json, beside the config.
 _ORIGIN, _CHANGES, _LAYOUT = "started_from", "changes", "layout"
 
+# What draws the pairs; an iterator that began with other values refuses its state.
+_BOUND = ("seed", "data.batch_size", "data.weights", "data.streams", "data.augment")
+
 
 def check_config(workdir: Path | str, config: Mapping[str, Any]) -> list[str]:
     """Refuses a config that differs from the one the run was started with.
@@ -351,8 +354,9 @@ def check_config(workdir: Path | str, config: Mapping[str, Any]) -> list[str]:
         A line for each field that does, for `write_config`.
 
     Raises:
-        UserError: `schema`, exit code 2, naming every field that differs; 9 when the
-            work folder's own config cannot be read.
+        UserError: `schema`, exit code 2, naming every field that differs, or that
+            train.change names though it draws the pairs; 9 when the work folder's own
+            config cannot be read.
     """
     before = _read_config(workdir)
     if before is None:
@@ -371,6 +375,15 @@ def check_config(workdir: Path | str, config: Mapping[str, Any]) -> list[str]:
             "schema",
             f"{shown(Path(workdir) / _CONFIG)}: this run was started with another "
             f"config ({'; '.join(refused)}); give the old values, or another --workdir",
+            USAGE,
+        )
+    bound = [line for field, line in drift.items() if field.startswith(_BOUND)]
+    if bound:
+        raise UserError(
+            "schema",
+            "config.train.change: fields that the order of the pairs does not hang on "
+            f"expected, got {'; '.join(bound)}; start another run from these weights "
+            "with config.train.init_from",
             USAGE,
         )
     return list(drift.values())
