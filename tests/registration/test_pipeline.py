@@ -462,6 +462,27 @@ def test_register_traces_once_for_all_tasks(calm, monkeypatch):
     assert len(traces) == 1
 
 
+def test_scans_of_nearly_one_size_share_the_program_of_results(calm, monkeypatch):
+    traces = []
+    slab = pipeline._slab
+
+    def counted(*args, **kwargs):
+        traces.append(kwargs["shape"])
+        return slab(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "_slab", counted)
+    images, grids = pair()
+    session = pipeline.Session(calm)
+    settings = pipeline.check_settings("lung", None, "none")
+    for height in (40, 39, 37):
+        one = pipeline.as_volume(images[0][:, :height], grids[0], "fixed")
+        other = pipeline.as_volume(images[1], grids[1], "moving")
+        found = session.run(one, other, settings, clock=pipeline.Clock())
+        assert found.disp_mm.shape == (33, height, 29, 3)
+        assert found.warped.shape == (33, height, 29)
+    assert len(set(traces)) == 1
+
+
 def test_register_conditions_on_the_task(model):
     images, grids = pair()
     params = jax.tree.map(jnp.array, model.params)

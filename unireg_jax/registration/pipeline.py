@@ -45,6 +45,7 @@ _LEAST_NCC = 0.2  # less is no match
 _RANGE_MM = 1000.0  # no field between two aligned scans of a body is longer
 _COSTS = ("refine_before", "refine_after")
 _SLAB_VOXELS = 2**21  # native voxels per step, about: 100 MB of scratch
+_SLAB_PROGRAMS = 16  # some 4 MiB each, of the last sizes of scans
 
 
 class Registration(NamedTuple):
@@ -234,6 +235,7 @@ class Session:
         # A window of `finer` has many times the voxels.
         self._fine = Kept(1)
         self._larger = Kept(1)
+        self._slabs = Kept(_SLAB_PROGRAMS)
         self._matcher = matcher.Matcher(
             model, self._device, keep=keep, describe=self._describe
         )
@@ -336,7 +338,9 @@ class Session:
         size = "x".join(map(str, target.data.shape))
         say(f"field and warped image on the fixed grid: {size}")
         with self._device:
-            disp_mm, warped = _to_native(target, source, matrix, disp, grid)
+            disp_mm, warped = _to_native(
+                target, source, matrix, disp, grid, self._slabs
+            )
         clock.lap("native")
         return Registration(
             disp_mm,
@@ -885,7 +889,7 @@ def quality_warnings(qc: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _to_native(target, source, matrix, disp, grid):
+def _to_native(target, source, matrix, disp, grid, programs):
     """Total displacement in mm and the warped image, both on target's grid.
 
     y = M (x + u), hence y - x = (M - I) x + A u, which keeps float32 exact where world
@@ -904,30 +908,37 @@ def _to_native(target, source, matrix, disp, grid):
         np.array(source.data.shape) - 0.5,
     )
     place = tuple(np.asarray(m, np.float32) for m in place)
-    slabs = -(-shape[0] * shape[1] * shape[2] // _SLAB_VOXELS)
-    depth = _bucket(-(-shape[2] // slabs), 8)
+    wide = tuple(_bucket(n, 32) for n in shape[:2])
+    slabs = -(-wide[0] * wide[1] * shape[2] // _SLAB_VOXELS)
+    slab = (*wide, _bucket(-(-shape[2] // slabs), 8))
     # Repeating the edge changes nothing within the outer faces.
     pads = [(0, _bucket(n, 32) - n) for n in source.data.shape]
     padded = np.pad(source.data, pads, mode="edge")
-    step = functools.partial(
-        jax.jit(_slab, static_argnames="shape"),
+    given = (
         jnp.asarray(disp[None]),
         jnp.asarray(padded[None, ..., None], jnp.float32),
         place,
         np.float32(mapping.fill_of(source.data)),
-        shape=(*shape[:2], depth),
+    )
+    # Not `jax.jit` alone, which would keep the programs of all sizes there ever were.
+    step = programs.get(
+        (slab, padded.shape, disp.shape),
+        lambda: (
+            jax.jit(_slab, static_argnames="shape")
+            .lower(*given, np.float32(0), shape=slab)
+            .compile()
+        ),
     )
     whole = np.issubdtype(source.data.dtype, np.integer)
     disp_mm = np.empty((*shape, 3), np.float32)
     warped = np.empty(shape, source.data.dtype)
-    # The last slab may reach beyond the volume, so that all have one shape.
-    for start in range(0, shape[2], depth):
-        count = min(depth, shape[2] - start)
-        part = slice(start, start + count)
-        field, image = step(np.float32(start))
-        disp_mm[:, :, part] = field[:, :, :count]
-        image = np.asarray(image)[:, :, :count]
-        warped[:, :, part] = np.rint(image) if whole else image
+    # A slab may reach beyond the volume, so that all have one shape.
+    for start in range(0, shape[2], slab[2]):
+        stop = min(start + slab[2], shape[2])
+        inside = (slice(shape[0]), slice(shape[1]), slice(stop - start))
+        field, image = (np.asarray(x)[inside] for x in step(*given, np.float32(start)))
+        disp_mm[:, :, start:stop] = field
+        warped[:, :, start:stop] = np.rint(image) if whole else image
     return disp_mm, warped
 
 
