@@ -8,8 +8,8 @@ head-neck pairs that training never saw, the liver and lung pairs of real_pairs,
 and abdomen between patients that training saw, and an inter-patient liver, a task that
 no training stream has: the CHAOS scan, seen by no training, with two others. Each pair
 is predicted under every region and pair type in one pass of the backbone
-(registration/sweeps.py; scores on the network's grid). Then the first three again with
-each pre-alignment, as real_results measures them, on the scans' own grids; and the four
+(registration/sweeps.py; scores on the network's grid). Then all of them again with each
+pre-alignment, as real_results measures them, on the scans' own grids; and the four
 patients onto themselves. Writes a JSON file per part and prints Markdown. --split
 takes the head-neck patients of another part, for weights that never saw those; --join
 tells what the conditions change over the trainings of several --out.
@@ -52,6 +52,7 @@ _BETWEEN = (
     ("liver_inter", "abdomen_chaos", "abdomen_lidc"),
     ("liver_inter", "abdomen_chaos", "abdomen_ts"),
 )
+BETWEEN_GROUPS = tuple(dict.fromkeys(group for group, *_ in _BETWEEN))
 
 
 class Case(NamedTuple):
@@ -88,7 +89,7 @@ def cases(data: Path, affine_used: dict[str, str], split: str) -> Iterator[Case]
         affine = affine_used.get(pair.task, "affine")
         yield Case(pair.task, pair.patients, scans, truth, affine)
     read = Scans(data)
-    for group, names, truth in between(read, ("chest", "abdomen", "liver_inter")):
+    for group, names, truth in between(read, BETWEEN_GROUPS):
         scans = tuple(read(name) for name in names)
         yield Case(group, names, scans, truth, "affine")
 
@@ -231,18 +232,37 @@ def prealignments(data: Path, model, split: str, affine: str) -> dict:
     rows = real_results.headneck(data, model, split=split, affine=affine)
     for row in rows:
         row["patients"] = (row["fixed"], row["moving"])
-    return {"headneck": rows} | {
+    found = {"headneck": rows} | {
         task: real_results.landmarks(data, model, task, affine=affine)
         for task in LANDMARKS
     }
+    read = Scans(data)
+    for group, names, truth in between(read, BETWEEN_GROUPS):
+        result = registration.register(
+            *(read(name) for name in names),
+            task=group.removesuffix("_inter"),
+            pair_type="inter",
+            affine=affine,
+            weights=model,
+        )
+        row = {
+            f"dsc_{name}": real_pairs.scores(truth, stage)["dsc"]
+            for name, stage in real_pairs.stages(result).items()
+        }
+        row |= {"patients": names, "folds": result.qc["fold_percent_network"]}
+        found.setdefault(group, []).append(row)
+    return found
 
 
 def table_of_prealignments(results: dict[str, dict]) -> str:
-    """Markdown: one line per pre-alignment."""
+    """Markdown: one line per pre-alignment; the last columns are of two patients."""
+    groups = [g for g in BETWEEN_GROUPS if g in next(iter(results.values()))]
     lines = [
         "| `--affine` | DSC₇ after it | network | by the network | pairs better | "
-        "folds % | liver TRE mm | lung TRE mm |",
-        "|---|---|---|---|---|---|---|---|",
+        "folds % | liver TRE mm | lung TRE mm | "
+        + " | ".join(f"{g.removesuffix('_inter')} DSC %, folds %" for g in groups)
+        + " |",
+        "|" + "---|" * (8 + len(groups)),
     ]
     for name, result in results.items():
         rows = result["headneck"]
@@ -260,9 +280,20 @@ def table_of_prealignments(results: dict[str, dict]) -> str:
             f"**{after.mean():.1f}**{_span(interval(rows, after), 1)} | "
             f"{(after - before).mean():+.1f}{_span(interval(rows, after - before), 1)}"
             f" | {int((after > before).sum())} of {len(rows)} | {folds:.2f} | "
-            f"{errors[0]} | {errors[1]} |"
+            f"{errors[0]} | {errors[1]} | "
+            + " | ".join(_told_between(result[group]) for group in groups)
+            + " |"
         )
     return "\n".join(lines)
+
+
+def _told_between(rows: list[dict]) -> str:
+    """Affine -> network, and folds, means over the pairs of a group."""
+    before, after, folds = (
+        np.mean([row[key] for row in rows])
+        for key in ("dsc_affine", "dsc_network", "folds")
+    )
+    return f"{100 * before:.1f} → {100 * after:.1f}, {folds:.2f}"
 
 
 # How the network is asked: rows of the table of each patient.

@@ -74,6 +74,31 @@ def test_table_of_trainings_has_the_change_of_each(tmp_path):
         ablations.read([str(tmp_path)])
 
 
+def test_table_of_prealignments_tells_all_groups():
+    def result(gain):
+        rows = [
+            {"patients": pair["patients"], "dsc_affine": 0.4, "dsc_network": 0.4 + gain}
+            | {"fold_percent_network": 0.25}
+            for pair in PAIRS
+        ]
+        marks = {"tre_affine": 2.0, "tre_network": 2.0 - gain}
+        chest = [
+            {"dsc_affine": 0.8, "dsc_network": 0.8 + g, "folds": 1.0} for g in (gain, 0)
+        ]
+        return {"headneck": rows, "liver": marks, "lung": marks, "chest": chest}
+
+    found = {"auto": result(0.1), "coarse": result(-0.1)}
+    head, _, *lines = ablations.table_of_prealignments(found).splitlines()
+    assert head.endswith(
+        "| lung TRE mm | chest DSC %, folds % |"
+    )  # others lacked files
+    assert lines[0] == (
+        "| auto | 40.0 (40.0 … 40.0) | **50.0** (50.0 … 50.0) | +10.0 (10.0 … 10.0) | "
+        "12 of 12 | 0.25 | 2.00 → 1.90 | 2.00 → 1.90 | 80.0 → 85.0, 1.00 |"
+    )
+    assert "| 0 of 12 | 0.25 | 2.00 → 2.10 | 2.00 → 2.10 | 80.0 → 75.0" in lines[1]
+
+
 def test_mr_is_stretched_to_air_and_tissue():
     data = np.linspace(0, 200, 1001).reshape(7, 11, 13).astype(np.float32)
     hu = mr_results.stretched(Volume(data, np.eye(4), warnings=("hu_range: x",)))
