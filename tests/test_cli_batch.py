@@ -4,6 +4,8 @@ import argparse
 import csv
 import errno
 import fcntl
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import nibabel as nib
@@ -368,6 +371,13 @@ def test_line_that_no_longer_fits_the_disk_ends_the_run(folder, network):
     assert [json.loads(line)["id"] for line in left] == ["a1"]
 
 
+def join_threads():
+    """Waits for those that were given up, which would outlive the test."""
+    for thread in [t for t in threading.enumerate() if t.name == "unireg-pair"]:
+        thread.join(60)
+    assert not any(t.name == "unireg-pair" for t in threading.enumerate())
+
+
 def test_pair_that_hangs_is_given_up_and_leaves_nothing(done, network, monkeypatch):
     shutil.rmtree(done / "out" / "a2")
     release = threading.Event()
@@ -385,9 +395,7 @@ def test_pair_that_hangs_is_given_up_and_leaves_nothing(done, network, monkeypat
     summary = json.loads((done / "out" / "batch.json").read_text())
     assert summary["this_run"]["skipped"] == 2
     release.set()  # it ends its work after all
-    for thread in [t for t in threading.enumerate() if t.name == "unireg-pair"]:
-        thread.join(60)
-    assert not any(t.name == "unireg-pair" for t in threading.enumerate())
+    join_threads()
     assert not (done / "out" / "a2").exists()
     assert not list((done / "out").glob("*.tmp"))
 
@@ -479,23 +487,29 @@ def _spoil_record(done):
     (done / "out" / "a2" / "a2_run.json").write_text('{"inputs": []}')
 
 
+def _spoil_warnings(done):
+    path = done / "out" / "a2" / "a2_run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": [1]}))
+
+
+def _put_a2(done, **more):
+    put(done, [row | more if row["id"] == "a2" else row for row in rows()])
+
+
+def _add_subjects(done):
+    _put_a2(done, fixed_subject="p1", moving_subject="p2")
+
+
+def _add_unused_mask(done):
+    _put_a2(done, moving_mask="l2.nii")
+
+
 def _other_task(done):
-    put(done, [row | {"task": "chest"} if row["id"] == "a2" else row for row in rows()])
+    _put_a2(done, task="chest")
 
 
 def _add_labels(done):
-    put(
-        done,
-        [
-            row
-            | (
-                {"fixed_label": "l0.nii", "moving_label": "l2.nii"}
-                if row["id"] == "a2"
-                else {}
-            )
-            for row in rows()
-        ],
-    )
+    _put_a2(done, fixed_label="l0.nii", moving_label="l2.nii")
 
 
 @pytest.mark.parametrize(
@@ -506,6 +520,9 @@ def _add_labels(done):
         (_lose_result, "a2_1Warp.nii.gz is not what was written"),
         (_lose_record, "no whole record"),
         (_spoil_record, "no whole record"),
+        (_spoil_warnings, "no whole record"),
+        (_add_subjects, "other subjects or columns"),
+        (_add_unused_mask, "other subjects or columns"),
         (_other_task, "other settings"),
         (_add_labels, "other kinds of inputs"),
     ],
@@ -572,12 +589,17 @@ def test_folder_that_cannot_be_locked_is_told(tmp_path, monkeypatch):
     assert error.value.exit_code == errors.STORAGE
 
 
-def test_results_of_a_scan_that_cannot_be_read_now_stay(done, network):
+@pytest.mark.parametrize(
+    "how",
+    [["--skip-existing"], ["--overwrite"], ["--skip-existing", "--affine", "com"]],
+)
+def test_results_of_a_scan_that_cannot_be_read_now_stay(how, done, network):
     """A share that is away for a moment disagrees with nothing."""
+    put(done, rows()[1:2])
     away = done / "s2.nii"
     away.rename(done / "away.nii")
     before = {p.name: p.read_bytes() for p in (done / "out" / "a2").iterdir()}
-    assert run(done, network, "--skip-existing") == errors.PARTLY
+    assert run(done, network, *how) == errors.FAILED
     line = told(done)[0]["a2"]
     assert line["reason"] == "not_found" and "earlier results stay" in line["message"]
     assert "begun" not in line
@@ -585,7 +607,19 @@ def test_results_of_a_scan_that_cannot_be_read_now_stay(done, network):
     (done / "away.nii").rename(away)
     assert run(done, network, "--skip-existing") == 0
     summary = json.loads((done / "out" / "batch.json").read_text())
-    assert summary["this_run"]["skipped"] == 3
+    assert summary["this_run"]["skipped"] == 1
+
+
+def test_pair_that_hangs_while_it_is_read_is_not_begun(done, network, monkeypatch):
+    put(done, rows()[1:2])
+    release = threading.Event()
+    wraps(monkeypatch, results.Files, "read", lambda *args: release.wait(60))
+    assert run(done, network, "--overwrite", "--timeout", "1") == errors.FAILED
+    release.set()
+    join_threads()
+    line = told(done)[0]["a2"]
+    assert line["reason"] == "timeout" and "earlier results stay" in line["message"]
+    assert (done / "out" / "a2" / "a2_run.json").is_file()
 
 
 def test_gate_sets_results_of_before_aside(done, network):
@@ -609,6 +643,28 @@ def test_other_weights_and_settings_make_all_disagree(done, network, tmp_path):
     before = times(done)
     assert run(done, network, "--overwrite") == 0
     assert all(before[p] != t for p, t in times(done).items())
+
+
+def test_tables_of_a_run_that_ends_early_count_no_results_of_others(
+    done, network, tmp_path
+):
+    """Neither those of other weights, nor those of other settings."""
+    other = str(proof.make_network(tmp_path / "other.safetensors", key=1))
+    (done / "s1.nii").write_bytes(b"<html>")
+
+    def end_early(network, *more):
+        early = ("--fail-fast", "--workers", "1", "--skip-existing")
+        assert run(done, network, *early, *more) in (errors.FAILED, errors.PARTLY)
+        summary = json.loads((done / "out" / "batch.json").read_text())
+        with open(done / "out" / "batch.csv", newline="") as file:
+            table = [row["id"] for row in csv.DictReader(file)]
+        assert summary["done"] + summary["failed"] == len(table)
+        assert summary["left"] == 3 - len(table)
+        return table
+
+    assert end_early(network) == ["a1", "a2", "a3"]
+    for case in (end_early(other), end_early(network, "--affine", "com")):
+        assert "a1" in case and "a3" not in case  # a2 may have been begun
 
 
 def test_signal_finishes_pairs_in_work_and_the_same_command_goes_on(
@@ -822,6 +878,24 @@ def test_weights_of_another_network_end_the_run(folder, network, monkeypatch, ca
     assert not list((folder / "out").glob("a*"))
 
 
+def test_weights_that_another_run_replaces_end_the_run(
+    folder, network, tmp_path, monkeypatch, capsys
+):
+    """Or that are others on another machine: results tell one network's digest."""
+    other = proof.make_network(tmp_path / "other.safetensors", key=1)
+    mine = Path(shutil.copy(network, tmp_path / "mine.safetensors"))
+    shutil.copy(Path(network).with_suffix(".json"), mine.with_suffix(".json"))
+
+    def replace(files, case):
+        for ending in (".safetensors", ".json"):
+            shutil.copy(other.with_suffix(ending), mine.with_suffix(ending))
+
+    wraps(monkeypatch, results.Files, "read", replace)
+    assert run(folder, str(mine), "--workers", "1") == errors.CHECKPOINT
+    assert "as this run began with, got" in capsys.readouterr().err
+    assert not list((folder / "out").glob("a*"))
+
+
 def test_device_that_a_worker_does_not_find_is_no_fault_of_a_pair(folder, network):
     """As on a machine of a Ray cluster."""
     args = cli._parse(words(folder, network, "--device", "gpu:99"))
@@ -851,18 +925,88 @@ def test_commands_of_the_page_are_accepted():
         batch._check(args)
 
 
-def test_ray_gets_paths_that_hold_anywhere(tmp_path, monkeypatch):
-    """Weights of the package go by name: each machine has its own."""
-    pytest.importorskip("ray")
-    from unireg_jax.verbs import ray_job
+class _Cluster:
+    """Stands in for Ray and its data: one actor here, which dies of pairs in `deadly`.
 
+    It holds what the real one is asked for, as far as `ray_job` asks.
+    """
+
+    ActorPoolStrategy = dict
+
+    def __init__(self):
+        self.DataContext, self.deadly, self.asked = self, (), {}
+
+    def get_current(self):
+        return self
+
+    def from_items(self, rows, override_num_blocks):
+        self.rows = rows
+        return self
+
+    def map_batches(self, actor, *, fn_constructor_args, **asked):
+        self.actor, self.asked = actor(*fn_constructor_args), asked
+        return self
+
+    def iter_rows(self):
+        for row in self.rows:
+            if json.loads(row["case"])["id"] not in self.deadly:
+                made = self.actor({"case": [row["case"]]})
+                yield {name: column[0] for name, column in made.items()}
+
+
+@pytest.fixture
+def ray_job(monkeypatch):
+    """The module, with a `cluster` in place of Ray."""
+    ray = types.ModuleType("ray")
+    ray.__spec__ = importlib.machinery.ModuleSpec("ray", None)
+    ray.data, ray.is_initialized = _Cluster(), lambda: True
+    ray.cluster_resources = dict
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", ray.data)
+    name = "unireg_jax.verbs.ray_job"
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, name, module)
+    module.cluster = ray.data
+    return module
+
+
+def test_ray_gets_paths_that_hold_anywhere(tmp_path, monkeypatch, ray_job):
+    """Weights of the package go by name: each machine has its own."""
     monkeypatch.chdir(tmp_path)
+    for variable in ("UNIREG_WEIGHTS", "UNIREG_SAM"):
+        monkeypatch.delenv(variable, raising=False)
+    for name in ("mine", "named"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
     args = argparse.Namespace(out="out", weights=None)
-    assert ray_job.anywhere(args) == {"out": str(tmp_path / "out")}
+    found = {"out": str(tmp_path / "out"), "weights": "unireg"}
+    assert ray_job.anywhere(args) == found
+    # What this process was told by its environment, the actors are not.
+    monkeypatch.setenv("UNIREG_WEIGHTS", "named.safetensors")
+    assert ray_job.anywhere(args)["weights"] == str(tmp_path / "named.safetensors")
     args.weights = "mine.safetensors"
     assert ray_job.anywhere(args)["weights"] == str(tmp_path / "mine.safetensors")
     args.weights = "unireg_heldout"
-    assert "weights" not in ray_job.anywhere(args)
+    assert ray_job.anywhere(args)["weights"] == "unireg_heldout"
+    assert ray_job.environment() == {"UNIREG_SAM": "sam_lite"}
+    monkeypatch.setenv("UNIREG_SAM", "mine.safetensors")
+    path = str(tmp_path / "mine.safetensors")
+    assert ray_job.environment() == {"UNIREG_SAM": path}
+
+
+def test_results_of_a_pair_whose_actor_died_stay(done, network, monkeypatch, ray_job):
+    """It may not have come to them."""
+    monkeypatch.delenv("UNIREG_SAM", raising=False)
+    ray_job.cluster.deadly = ("a2",)
+    before = times(done)
+    code = run(done, network, "--ray", "1", "--skip-existing")
+    assert code == errors.PARTLY and times(done) == before
+    line = told(done)[0]["a2"]
+    assert line["reason"] == "worker_died" and "begun" not in line
+    assert "earlier results stay in a2" in line["message"]
+    environment = ray_job.cluster.asked["runtime_env"]["env_vars"]
+    assert environment == {"UNIREG_SAM": "sam_lite"}
 
 
 @pytest.mark.slow
@@ -904,13 +1048,28 @@ def test_ray_leaves_signals_to_the_run():
     subprocess.run([sys.executable, "-c", KEPT], cwd=REPO, check=True)
 
 
-def test_gate_looks_at_results_that_are_there(folder, network):
+def test_pages_of_results_that_are_there_are_left_to_report(done, network, capsys):
+    assert run(done, network, "--html") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "have no page: 3; unireg report" in line
+    command = shlex.split(line.partition("; ")[2])
+    assert cli.main([*command[1:], "--quiet"]) == 0
+    assert len(list((done / "out").glob(f"a?/{outputs.PAGE}"))) == 3
+    assert run(done, network, "--html") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_gate_looks_at_results_that_are_there(folder, network, capsys):
     """Made without it; nothing is registered again."""
     flat(folder, "s1.nii")
     put(folder, rows()[:1])
     assert run(folder, network) == 0
     assert told(folder)[0]["a1"]["status"] == "warn"
     before = times(folder)
+    gated = ("--qc-gate", "--dry-run", "--json")
+    assert run(folder, network, *gated) == errors.FAILED
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["action"], row["reason"]) == ("refuse", "constant")
     assert run(folder, network, "--qc-gate") == errors.FAILED
     line = told(folder)[0]["a1"]
     assert (line["status"], line["reason"]) == ("failed", "constant")

@@ -19,6 +19,7 @@ from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.imaging import grids, mapping, nifti, orientation, transforms
 from unireg_jax.imaging.mapping import Grid, Mapping
+from unireg_jax.verbs import convert
 
 VERBS = (
     "warp",
@@ -325,6 +326,27 @@ def test_warp_points_in_voxels_of_both_scans(run, tmp_path):
     np.testing.assert_allclose(moved, expected, atol=1e-3)
 
 
+def test_warp_points_of_the_moving_scan_go_back(run, tmp_path):
+    """-f and -m name the scans of the pair, whichever way points go."""
+    (tmp_path / "p.csv").write_text("x,y,z\n10,12,15\n")
+    back, scans = tmp_path / "back.h5", ("-f", "fixed.nii.gz", "-m", "moving.nii.gz")
+    assert run("invert", "-t", "c.h5", "-m", "moving.nii.gz", "-o", back)[0] == 0
+    words = ("warp-points", "-p", tmp_path / "p.csv", "--space", "voxel", *scans)
+    words += ("--of", "moving", "-o", tmp_path / "q.csv", "--quiet")
+    code, _, stderr = run(*words, "-t", back)
+    assert (code, stderr) == (0, "")
+    fixed, moving = (sitk.ReadImage(name) for name in scans[1::2])
+    point = moving.TransformContinuousIndexToPhysicalPoint((10.0, 12.0, 15.0))
+    (there,) = mapping.points(mapping.read(back), np.array([point]))
+    expected = fixed.TransformPhysicalPointToContinuousIndex(there.tolist())
+    row = (tmp_path / "q.csv").read_text().splitlines()[1]
+    moved = [float(cell) for cell in row.split(",")]
+    np.testing.assert_allclose(moved, expected, atol=1e-3)
+    code, _, stderr = run(*words, "-t", "c.h5", "--overwrite")
+    assert code == 0 and "scans exchanged?" in stderr
+    assert "the fixed scan is that of --moving here" in stderr
+
+
 def test_warp_points_takes_the_landmarks_of_evaluate(run, tmp_path, capsys):
     """And evaluate takes what it gives: no error is left."""
     table = tmp_path / "landmarks.csv"
@@ -571,7 +593,7 @@ def test_convert_of_a_list_replaces_nothing_unasked(run, task):
     (task / "out" / "disp_0002_0001_0002_0000.nii.gz").write_bytes(b"mine")
     code, _, stderr = run(*submit(task))
     assert code == errors.USAGE and "pass --overwrite" in stderr
-    assert len(fields(task)) == 1
+    assert len(fields(task)) == 1 and not (task / "out" / "convert.jsonl").exists()
     assert run(*submit(task, "--overwrite", "--quiet"))[::2] == (0, "")
     assert len(fields(task)) == 2
 
@@ -602,6 +624,23 @@ def test_convert_of_a_list_goes_on_where_it_stopped(run, task):
     assert run(*submit(task))[0] == errors.USAGE
     told = json.loads(run(*submit(task, "--overwrite", "--json"))[1])
     assert (told["done"], told["kept"]) == (2, 0) and first.read_bytes() != kept
+
+
+def test_second_convert_into_one_folder_leaves_at_once(run, task, monkeypatch):
+    write, tried = convert._write, []
+
+    def look(*pair):
+        monkeypatch.setattr(convert, "_write", write)
+        journal = (task / "out" / "convert.jsonl").read_bytes()
+        code, _, stderr = run(*submit(task))
+        assert code == errors.USAGE and "another run is writing" in stderr
+        assert (task / "out" / "convert.jsonl").read_bytes() == journal
+        tried.append(pair)
+        return write(*pair)
+
+    monkeypatch.setattr(convert, "_write", look)
+    assert run(*submit(task))[0] == 0
+    assert len(tried) == 1 and len(fields(task)) == 2
 
 
 def test_convert_of_a_list_leaves_no_field_of_before_for_a_pair_that_fails(run, task):

@@ -22,6 +22,7 @@ from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import mapping, nifti, transforms
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.points import PointPairs
+from unireg_jax.verbs import evaluate as verb
 
 SHAPE = (14, 12, 11)
 SPACING = np.array([2.0, 3.0, 4.0])
@@ -343,7 +344,8 @@ def test_evaluate_list_fails_the_bad_and_goes_on(folder, capsys):
     )
     assert "dsc" in text and len(err) == 6
     assert sorted(os.listdir(out)) == [
-        *("cases.csv", "labels.csv", "reports.jsonl", "summary.json", "summary.tex")
+        *(".unireg-reports.lock", "cases.csv", "labels.csv"),
+        *("reports.jsonl", "summary.json", "summary.tex"),
     ]
     rows = {row["id"]: row for row in rows_of(out / "cases.csv")}
     assert [row["status"] for row in rows.values()] == ["ok"] * 3 + ["failed"] * 2
@@ -697,8 +699,8 @@ def test_submission_from_results_is_what_the_challenge_reads(lungs, capsys):
         {"id": "LungCT_0001_0000__LungCT_0001_0001", "reason": "not_found"}
     ]
     assert "1 of 2 fields done" in stderr
-    names_there = ["convert.jsonl", "disp_0002_0002.nii.gz"]
-    assert sorted(os.listdir(lungs / "sub")) == names_there
+    names_there = {".unireg-convert.lock", "convert.jsonl", "disp_0002_0002.nii.gz"}
+    assert set(os.listdir(lungs / "sub")) == names_there
     image = nib.load(lungs / "sub" / "disp_0002_0002.nii.gz")
     assert image.shape == (*SHAPE, 3) and image.get_data_dtype() == np.float32
     scores = [*listed, "--l2r-compat", "-o", lungs / "scores"]
@@ -719,7 +721,8 @@ def test_evaluate_list_goes_on_where_it_stopped(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(cases, "score_case", stop_at)
     evaluate(capsys, *arguments, code=130)
-    assert os.listdir(folder / "scores") == ["reports.jsonl"]
+    there = {".unireg-reports.lock", "reports.jsonl"}
+    assert set(os.listdir(folder / "scores")) == there
     judged = []
 
     def note(name, files, **settings):
@@ -747,6 +750,25 @@ def test_evaluate_list_goes_on_where_it_stopped(folder, capsys, monkeypatch):
     evaluate(capsys, *arguments[:2], "-o", fresh, code=errors.PARTLY)
     text = (folder / "scores" / "cases.csv").read_text()
     assert text == (fresh / "cases.csv").read_text()
+
+
+def test_second_evaluation_into_one_folder_leaves_at_once(folder, capsys, monkeypatch):
+    """The first one holds it until its tables are there."""
+    arguments = ["--manifest", folder / "cases.csv", "-o", folder / "scores"]
+    write, tried = verb._write, []
+
+    def look(out, texts):
+        monkeypatch.setattr(verb, "_write", write)
+        journal = (out / "reports.jsonl").read_bytes()
+        _, err = evaluate(capsys, *arguments, "--quiet", code=errors.USAGE)
+        assert len(err) == 1 and "another run is writing" in err[0]
+        assert (out / "reports.jsonl").read_bytes() == journal
+        tried.append(out)
+        write(out, texts)
+
+    monkeypatch.setattr(verb, "_write", look)
+    evaluate(capsys, *arguments, "--quiet", code=errors.PARTLY)
+    assert tried == [folder / "scores"]
 
 
 def test_score_cases_says_which_are_done(folder):

@@ -42,7 +42,7 @@ from unireg_jax.verbs import (
     versions,
     worker,
 )
-from unireg_jax.verbs.messages import one_line, progress
+from unireg_jax.verbs.messages import one_line, progress, warn
 
 HELP = "a list of pairs -> transforms and warped images"
 
@@ -166,6 +166,8 @@ def _run(args, cases, digest, book, stop) -> int:
         waiting = (case for case in cases if not stop.is_set())
         ends = in_threads(waiting, work, workers=args.workers, timeout_s=args.timeout)
     show, broken = _Progress(len(cases), args.quiet), False
+    told: set[str] = set()
+    bare = 0  # pairs that were there, without the page that is asked for
     with contextlib.closing(ends), contextlib.closing(show):
         for end in ends:
             item = end.value
@@ -175,19 +177,26 @@ def _run(args, cases, digest, book, stop) -> int:
             if item is None:
                 continue
             kept, begun = item.pop("kept", False), item.pop("begun", True)
+            told.add(item["id"])
             if item["status"] == "failed":
                 _part_with_earlier(args, item, begun)
             if not (kept and _same(book.last(item["id"]), item)):
                 book.add(item)
             counts["skipped" if kept else item["status"]] += 1
+            if kept and args.html:
+                bare += not Path(args.out, item["id"], outputs.PAGE).is_file()
             show(item, kept)
             if args.fail_fast and item["status"] in NOT_DONE and not stop.is_set():
                 broken = True
                 stop.set()
     counts["left"] = len(cases) - sum(counts.values())
     seconds = round(time.perf_counter() - started, 3)
-    summary = _summarize(args, cases, book, counts, digest, seconds)
+    lines = _lines(args, cases, book, told, digest)
+    summary = _summarize(args, len(cases), lines, counts, digest, seconds)
     _tell(args, summary)
+    if bare:
+        again = f"unireg report {shown(args.out)} --list {shown(args.list)}"
+        warn(f"--html: pairs that were there and have no page: {bare}; {again}")
     code = _exit_code(counts, preempted=stop.is_set() and not broken)
     if code == PREEMPTED:
         progress(args.quiet)("stopped by a signal: the same command goes on")
@@ -324,7 +333,7 @@ def _timed_out(args, end: End, weights_sha256: str) -> dict[str, Any]:
 def _part_with_earlier(args, item: dict[str, Any], begun: bool) -> None:
     """Results of before must not look like those of a pair that failed now.
 
-    Those of a pair that was not begun, since a scan could not be read to compare, stay.
+    Those of a pair that was not begun, since a scan could not be read now, stay.
     """
     out, name = Path(args.out), item["id"]
     if not (begun and (args.skip_existing or args.overwrite)):
@@ -374,15 +383,25 @@ class _Progress:
             self._bar.close()
 
 
-def _summarize(args, cases, book, counts, digest, seconds) -> dict[str, Any]:
+def _lines(args, cases, book, told, digest) -> Iterator[dict[str, Any]]:
+    """The last of each pair; of earlier runs only such as are of what is asked now."""
+    for case in cases:
+        item = book.last(case.id)
+        if case.id in told or (
+            item is not None
+            and item["weights"] == digest
+            and item["settings"] == results.settings_sha256(args, case)
+        ):
+            yield item
+
+
+def _summarize(args, pairs, lines, counts, digest, seconds) -> dict[str, Any]:
     """Writes the tables and batch.json."""
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     reasons: collections.Counter = collections.Counter()
     warnings: collections.Counter = collections.Counter()
-    for case in cases:
-        if (item := book.last(case.id)) is None:
-            continue
+    for item in lines:
         qc = item["qc"] or {}
         row = {name: item[name] for name in ("id", "status", "reason", "message")}
         row |= {"seconds": item["seconds"], "warnings": "; ".join(item["warnings"])}
@@ -399,11 +418,11 @@ def _summarize(args, cases, book, counts, digest, seconds) -> dict[str, Any]:
         "schema": SCHEMA,
         "list": Path(args.list).name,
         "part": [args.part_id, args.num_parts],
-        "pairs": len(cases),
+        "pairs": pairs,
         "done": len(rows) - len(failed),
         "failed": sum(row["status"] == "failed" for row in failed),
         "refused": sum(row["status"] == "refused" for row in failed),
-        "left": len(cases) - len(rows),
+        "left": pairs - len(rows),
         "reasons": dict(sorted(reasons.items())),
         "warnings": dict(sorted(warnings.items())),
         "this_run": {key: counts[key] for key in (*DONE, *NOT_DONE, "skipped", "left")},
@@ -462,6 +481,7 @@ def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
         try:
             why, record = worker.standing(args, case, files, digest, settings)
             if why is None and record is not None:
+                judging.check_kept(args, record)
                 return "keep", "", ""
             if why is not None and not (args.skip_existing or args.overwrite):
                 raise worker.in_the_way(why)

@@ -1,7 +1,6 @@
 """`unireg convert`: transforms in the spelling of another tool."""
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from unireg_jax import manifest
 from unireg_jax.errors import FAILED, PARTLY, USAGE, UserError, bad_file, shown
 from unireg_jax.imaging import mapping
 from unireg_jax.manifest import Case
-from unireg_jax.verbs import files, options, outputs
-from unireg_jax.verbs.journal import Journal
+from unireg_jax.verbs import files, options
+from unireg_jax.verbs.journal import Journal, open_alone
 from unireg_jax.verbs.messages import one_line, progress, warn, with_reason
 
 HELP = "a transform in the spelling of another tool"
@@ -106,15 +105,15 @@ def _one(args: argparse.Namespace) -> int:
 def _many(args: argparse.Namespace) -> int:
     """All pairs of a list; one that fails stops no other."""
     files.check_results(args.results)
-    named = _named(args)
-    outputs.make_out(Path(args.file))
-    with contextlib.closing(Journal(Path(args.file) / _JOURNAL)) as journal:
-        return _submit(args, named, journal)
+    work = [(name, case, _find(args, case)) for name, case in _named(args).items()]
+    with open_alone(Path(args.file) / _JOURNAL) as journal:
+        return _submit(args, work, journal)
 
 
-def _submit(args: argparse.Namespace, named: dict[str, Case], journal: Journal) -> int:
+def _submit(
+    args: argparse.Namespace, work: list[tuple[str, Case, str]], journal: Journal
+) -> int:
     """Writes the fields that are not there yet; exit code."""
-    work = [(name, case, _find(args, case)) for name, case in named.items()]
     todo = [item for item in work if not _is_there(args, *item, journal)]
     say = progress(args.quiet)
     warnings, failed = [], []

@@ -20,7 +20,7 @@ from unireg_jax.evaluation import (
 from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import nifti
 from unireg_jax.verbs import files, options, outputs
-from unireg_jax.verbs.journal import Journal
+from unireg_jax.verbs.journal import Journal, open_alone
 from unireg_jax.verbs.messages import number, progress, warn
 
 HELP = "metrics of any transform"
@@ -211,28 +211,24 @@ def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int
     listed = read_list(args.manifest, args.transforms, roots=args.data_root)
     if args.l2r_compat and any(one.fixed_label for one in listed.values()):
         learn2reg.check_installed()
-    outputs.make_out(out)
-    journal = Journal(out / _JOURNAL)
     say = progress(args.quiet)
     done = []
-    try:
+    with open_alone(out / _JOURNAL) as journal:
         for count, (name, given) in enumerate(listed.items(), start=1):
             case, known = _judge(name, given, journal, settings, args.overwrite)
             done.append(case)
             say(f"{count}/{len(listed)} {name}: {_outcome(case, known)}")
-    finally:
-        journal.close()
-    summary = head | cases.summarize_cases(done)
-    summary["definitions"] = cases.definitions(l2r=args.l2r_compat)
-    texts = {
-        "cases.csv": results.case_csv([cases.case_row(case) for case in done]),
-        "labels.csv": results.label_csv(
-            [row for case in done for row in cases.label_rows(case)]
-        ),
-        "summary.json": tables.json_text(summary),
-        "summary.tex": results.summary_latex(summary),
-    }
-    _write(out, texts)
+        summary = head | cases.summarize_cases(done)
+        summary["definitions"] = cases.definitions(l2r=args.l2r_compat)
+        texts = {
+            "cases.csv": results.case_csv([cases.case_row(case) for case in done]),
+            "labels.csv": results.label_csv(
+                [row for case in done for row in cases.label_rows(case)]
+            ),
+            "summary.json": tables.json_text(summary),
+            "summary.tex": results.summary_latex(summary),
+        }
+        _write(out, texts)
     failed = summary["cases"]["failed"]
     say(f"{len(done) - failed} of {len(done)} cases done: {shown(out)}")
     _print(args, summary, results.summary_text)

@@ -4,11 +4,11 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unireg_jax.locks import no_link
+from unireg_jax.locks import lock, no_link
 from unireg_jax.verbs import outputs
 
 
@@ -91,7 +91,33 @@ class Journal:
         return _parse(self._file.read(size))
 
     def close(self) -> None:
+        """Closes the file; one to which nothing was said goes."""
         self._file.close()
+        if not self._size:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+
+@contextlib.contextmanager
+def open_alone(path: Path) -> Iterator[Journal]:
+    """Opens a journal while no other run writes to it, or beside it.
+
+    Args:
+        path: of the file; its folder is made if absent.
+
+    Yields:
+        Journal; the folder is held until the block ends.
+
+    Raises:
+        UserError: `storage`, exit code 2 at once when another run holds the folder, or
+            it is a file; 6 when it cannot be written.
+    """
+    outputs.make_out(path.parent)
+    with (
+        lock(path.parent, f".unireg-{path.stem}.lock"),
+        contextlib.closing(Journal(path)) as journal,
+    ):
+        yield journal
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

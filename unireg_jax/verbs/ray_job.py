@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -47,10 +48,19 @@ def anywhere(args: argparse.Namespace) -> dict[str, str]:
 
     Weights of the package keep their name: another machine has its package elsewhere.
     """
-    paths = {"out": os.path.abspath(args.out)}
-    if args.weights and weights.named_file(args.weights).parent != weights.PACKAGE:
-        paths["weights"] = os.path.abspath(args.weights)
-    return paths
+    found = weights.find_weights(args.weights)
+    return {"out": os.path.abspath(args.out), "weights": _called(found)}
+
+
+def environment() -> dict[str, str]:
+    """Variables of the actors: the embedding is ours, whatever a machine's own says."""
+    named = os.environ.get("UNIREG_SAM")
+    found = weights.PACKAGE / weights.EMBEDDING
+    return {"UNIREG_SAM": _called(weights.named_file(named) if named else found)}
+
+
+def _called(file: Path) -> str:
+    return file.stem if file.parent == weights.PACKAGE else os.path.abspath(file)
 
 
 def start() -> None:
@@ -112,6 +122,7 @@ def run(
             num_gpus=1 if gpus else 0,
             num_cpus=1,
             max_task_retries=_RETRIES,
+            runtime_env={"env_vars": environment()},
         )
         lost = {case.id: case for case in cases}
         for row in done.iter_rows():
@@ -132,7 +143,8 @@ def run(
                 settings=results.settings_sha256(args, case),
                 seconds=0.0,
             )
-            yield End(case, item)
+            # Nobody knows whether they had come to its results of before.
+            yield End(case, item | {"begun": False})
     finally:
         if ours:
             ray.shutdown()

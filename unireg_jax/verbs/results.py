@@ -42,6 +42,7 @@ _IO_ALGORITHM = "greedy 3"
 _FEATURES_ALGORITHM = 2  # of the former, where it compares features
 FOVS = ("auto", "crop", "tiles", "whole")
 _UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
+_OF_THE_CASE = ("subjects", *_UNUSED)  # kinds of warnings of `_case_warnings`
 
 
 # --- settings -----------------------------------------------------------------------
@@ -542,6 +543,8 @@ def disagreement(
         inputs = {n: (d["sha256"], d["bytes"]) for n, d in record["inputs"].items()}
         made = {n: (d["sha256"], d["bytes"]) for n, d in record["outputs"].items()}
         known = record["weights"]["sha256"], record["settings_sha256"]
+        pair_type, lines = record["settings"]["pair_type"], record["warnings"]
+        told = [line for line in lines if line.partition(":")[0] in _OF_THE_CASE]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "no whole record", None
     if known[0] != weights_sha256:
@@ -551,6 +554,8 @@ def disagreement(
     listed = {c for c in PATHS if getattr(case, c) and c not in _UNUSED}
     if set(inputs) != listed:
         return "other kinds of inputs", record
+    if told != _case_warnings(case, pair_type):
+        return "other subjects or columns", record
     for column in sorted(listed):
         digest = files.digest(getattr(case, column))
         if inputs[column] != (digest["sha256"], digest["bytes"]):

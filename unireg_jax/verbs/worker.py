@@ -20,8 +20,9 @@ from unireg_jax.verbs.messages import one_line, warn
 
 SCHEMA = 1  # of a line of the journal
 KEEP = 4  # scans remembered
-# Why an input cannot be compared with the one of before, which may come back.
-_AWAY = ("not_found", "permission", "storage")
+# Before the inputs are read these say nothing of them: a scan that is away may come
+# back, and a fault of ours is none of theirs.
+_AWAY = ("not_found", "permission", "storage", "internal")
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -58,7 +59,8 @@ class Worker:
         self._args, self._weights, self._network = args, weights_sha256, network
         self._out = Path(args.out)
         self._files, self._sessions = results.Files(KEEP), Kept(1)
-        self.begun: set[str] = set()  # cases whose results of before do not stand
+        # Cases whose inputs were read: results of before do not stand if they fail.
+        self.begun: set[str] = set()
 
     def __call__(
         self, case: Case, claim: Callable[[], None] = lambda: None
@@ -99,19 +101,13 @@ class Worker:
             weights_sha256=self._weights,
             settings=settings,
             seconds=time.perf_counter() - started,
-        ) | {"begun": case.id in self.begun}
+        ) | {"begun": case.id in self.begun or reason not in _AWAY}
 
     def _record(self, case: Case, claim) -> tuple[dict[str, Any], bool]:
         """Of results that are there, or that are made now."""
         args = self._args
         settings = results.settings_sha256(args, case)
-        try:
-            why, record = standing(args, case, self._files, self._weights, settings)
-        except UserError as error:
-            if error.reason not in _AWAY:
-                self.begun.add(case.id)
-            raise
-        self.begun.add(case.id)
+        why, record = standing(args, case, self._files, self._weights, settings)
         if why is None and record is not None:
             judging.check_kept(args, record)
             return record, True
@@ -123,6 +119,7 @@ class Worker:
             self._out, case.id, replace, tag=tag(args), claim=claim
         ) as folder:
             inputs = self._files.read(case)
+            self.begun.add(case.id)
             session = self._sessions.get(0, self._load)
             clock = registration.Clock()
             affine = args.affine if inputs.init is None else inputs.init
@@ -148,8 +145,17 @@ class Worker:
         options.use_device(self._args)
         if registration.use_compilation_cache() is None:
             warn("no folder of yours for compiled programs: set UNIREG_CACHE")
+        model = registration.load_model(self._args.weights)
+        if (got := model.spec["sha256"]) != self._weights:
+            raise UserError(
+                "checkpoint_changed",
+                f"checkpoint_changed: weights of SHA-256 {self._weights[:16]}... "
+                f"expected, as this run began with, got {got[:16]}...; have the same "
+                "file on every machine and leave it alone while the run lasts",
+                CHECKPOINT,
+            )
         return registration.Session(
-            registration.load_model(self._args.weights),
+            model,
             keep=KEEP,
             network=self._network,
             **results.session_settings(self._args),
