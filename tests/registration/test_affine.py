@@ -186,6 +186,18 @@ def test_affine_align_looks_only_inside_the_mask(scan):
     assert error_mm(found, truth, high) < 4.0
 
 
+def test_com_is_of_the_bodies_whatever_the_mask(scan):
+    """An organ beside the middle is no reason to move a scan onto itself."""
+    hu, vox2world, _ = scan
+    mask = np.zeros(SHAPE, bool)
+    mask[:, :, 30:] = True
+    found = align((hu, vox2world), (hu, vox2world), "com", fixed_mask=mask)
+    np.testing.assert_allclose(found, np.eye(4), atol=1e-9)
+    places = {"fixed_vox2world": vox2world, "moving_vox2world": vox2world}
+    _, _, scores = affine.best_map(hu, hu, {}, fixed_mask=mask, **places)
+    assert scores["com"] == pytest.approx(scores["none"])
+
+
 def test_affine_align_compiles_once_per_shape(scan, monkeypatch):
     traces = []
     search = affine._search

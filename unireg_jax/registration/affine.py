@@ -208,7 +208,7 @@ def affine_align(
         raise ValueError(f"plan.shared must be in (0, 1], got {plan.shared}")
     fixed = _Scan.of(fixed_hu, fixed_vox2world, fixed_mask)
     moving = _Scan.of(moving_hu, moving_vox2world, None)
-    shift = moving.center - fixed.center
+    shift = moving.centroid - fixed.centroid
     if kind == "com":
         return _matrix(np.eye(3), shift, np.zeros(3))
     plain = np.zeros((3, 12), np.float32)
@@ -262,7 +262,7 @@ def best_map(
     plain = {
         "none": np.zeros(3),
         "middle": moving.middle - fixed.middle,
-        "com": moving.center - fixed.center,
+        "com": moving.centroid - fixed.centroid,
     }
     found = {
         name: _matrix(np.eye(3), shift, np.zeros(3)) for name, shift in plain.items()
@@ -288,7 +288,8 @@ class _Scan(NamedTuple):
         body: [X, Y, Z] float32, share of body or of its 8 mm neighbourhood.
         axis_mm: [X, Y, Z] float32, distance from the body's long axis.
         vox2world: [4, 4], of these voxels.
-        center: [3] centroid of the body, LPS mm.
+        center: [3] centroid of what is compared, LPS mm; rotations are about it.
+        centroid: [3] centroid of the body, LPS mm.
         middle: [3] centre of the grid, LPS mm.
         length: of the grid along the body, mm.
         volume: of the body, mm3.
@@ -300,6 +301,7 @@ class _Scan(NamedTuple):
     axis_mm: np.ndarray
     vox2world: np.ndarray
     center: np.ndarray
+    centroid: np.ndarray
     middle: np.ndarray
     length: float
     volume: float
@@ -327,13 +329,18 @@ class _Scan(NamedTuple):
         coarse = vox2world @ place
         share = _pool(body, factor)
         points = np.argwhere(body)
+        center = _apply(vox2world, points.mean(axis=0))
+        centroid = center
+        if mask is not None:  # one organ lies elsewhere than the body of the other scan
+            centroid = _apply(vox2world, np.argwhere(_body(hu)).mean(axis=0))
         return cls(
             _pool(image, factor),
             _filled(_pool(valid, factor)),
             _pool(near, factor),
             _axis_distance(share, np.linalg.norm(coarse[:3, :3], axis=0)),
             coarse,
-            _apply(vox2world, points.mean(axis=0)),
+            center,
+            centroid,
             _apply(vox2world, (np.array(hu.shape) - 1) / 2),
             float(hu.shape[2] * spacing[2]),
             len(points) * float(np.prod(spacing)),

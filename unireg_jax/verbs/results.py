@@ -40,6 +40,7 @@ SEARCH_ALGORITHM = 2
 _COARSE_ALGORITHM = 2
 _IO_ALGORITHM = "greedy 3"
 _FEATURES_ALGORITHM = 2  # of the former, where it compares features
+_MASKED_ALGORITHM = 2  # of pre-alignment with a mask
 FOVS = ("auto", "crop", "tiles", "whole")
 _UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
 _OF_THE_CASE = ("subjects", *_UNUSED)  # kinds of warnings of `_case_warnings`
@@ -199,6 +200,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["points_frame"] = case.points_frame
     if args.affine in _SEARCHED and not case.init:
         asked["search"] = SEARCH_ALGORITHM
+    if args.affine != "none" and case.fixed_mask and not case.init:
+        asked["masked"] = _MASKED_ALGORITHM
     if args.affine == "coarse" and not case.init:
         asked["coarse"] = _COARSE_ALGORITHM
     if args.affine in ("features", "coarse") or args.io_features == "sam":
