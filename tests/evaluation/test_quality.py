@@ -197,6 +197,28 @@ def test_thin_slabs_are_judged(slices):
     assert math.isnan(found["fold_percent_body"]) == (slices < 3)
 
 
+def test_a_thin_mask_is_judged_by_what_it_meets():
+    mask = np.zeros(SHAPE, bool)
+    mask[:, :, SHAPE[2] // 2] = True
+    fine = place(spacing=(*SPACING[:2], 1.0))  # a sheet of 1 mm
+    found = quality.measure(
+        scan(vox2world=fine), scan(vox2world=fine), still(), np.eye(4), mask=mask
+    )
+    assert found["constant"] == 0
+    assert found["local_ncc"] == pytest.approx(1, abs=1e-2)
+
+
+def test_gain_of_overlap_is_of_labels_that_both_maps_bring_into_view():
+    rows = {
+        "1": {"dsc": 0.9, "dsc_affine": 0.8},
+        "2": {"dsc": 0.7, "dsc_affine": 0.7},
+        "9": {"dsc": 0.0, "dsc_affine": None},  # in the moving scan alone
+    }
+    scores = {"labels": rows, "mean": {"dsc": 0.53, "dsc_affine": 0.75}}
+    found = judging.assess(scan(), scan(), still(), np.eye(4), scores=scores)
+    assert found["dsc_gain"] == pytest.approx(0.05)
+
+
 def test_inverse_consistency_is_the_gap():
     there, back = still(), still()
     there += np.float32([6, -3, 2])

@@ -467,7 +467,9 @@ def _body(volume, target, grid, mask) -> np.ndarray:
     """Where scans are compared, on the judging grid."""
     if mask is not None:
         part = volume._replace(data=mask.astype(np.float32))
-        return preprocess.resample(part, grid, fill=0.0) >= 0.5
+        share = preprocess.resample(part, grid, fill=0.0)
+        most = share >= 0.5
+        return most if most.any() else share > 0  # of a thin one, what it meets
     if volume.data.min() >= -500:  # no air: no CT, or one cut out
         low, high = _window(volume.data)
         return target > low + 0.05 * (high - low)

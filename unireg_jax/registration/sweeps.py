@@ -187,6 +187,8 @@ def _dsc(labels, pair, disp) -> list[float | None]:
     fixed = Volume(preprocess.prepare_labels(labels[0], grid), grid.vox2world)
     to_moving = np.linalg.inv(labels[1].vox2world) @ pair.matrix @ grid.vox2world
     points = np.stack(np.indices(grid.shape), axis=-1).astype(np.float32)
+    # Of the fixed scan's labels: others count once a map brings them into view.
+    there = [str(label) for label in np.unique(fixed.data) if label]
     shares = []
     for field in (None, *disp):
         at = points if field is None else points + field
@@ -196,5 +198,5 @@ def _dsc(labels, pair, disp) -> list[float | None]:
         at = np.clip(at, 0, limit - 1)
         warped = labels[1].data[at[..., 0], at[..., 1], at[..., 2]] * inside
         scores = metrics.overlap(fixed, labels[1], {"": warped}, surface=False)
-        shares.append(scores["mean"]["dsc"])
-    return shares
+        shares.append([scores["labels"][label]["dsc"] for label in there])
+    return [float(np.mean(row)) if row else None for row in shares]

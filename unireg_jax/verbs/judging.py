@@ -76,9 +76,14 @@ def assess(
         factor = quality.volume_factor(changes)
         found["volume_factor"] = _TURNED if factor == math.inf else factor
         found["volume_change"] = changes
-    mean = (scores or {}).get("mean", {})
-    if mean.get("dsc") is not None and mean.get("dsc_affine") is not None:
-        found["dsc_gain"] = mean["dsc"] - mean["dsc_affine"]
+    # Of labels that both maps bring into view: the means may be of different ones.
+    gains = [
+        row["dsc"] - row["dsc_affine"]
+        for row in (scores or {}).get("labels", {}).values()
+        if row.get("dsc") is not None and row.get("dsc_affine") is not None
+    ]
+    if gains:
+        found["dsc_gain"] = float(np.mean(gains))
     return metrics.as_json(found)
 
 
