@@ -172,6 +172,24 @@ def test_pre_alignment_leaves_grid_and_jacobian_alone():
     )
 
 
+def test_grid_of_a_sheared_scan_moves_as_the_map_does():
+    """Coordinates along axes that are not perpendicular, of a tilted gantry."""
+    sheared = place()
+    sheared[:3, 2] = sheared[2, 2] * np.array([0.0, 0.36, 1.0])
+    fixed = Volume(body(), sheared)
+    disp = np.zeros((*SHAPE, 3), np.float32)
+    disp[..., 1] = 10.0
+    scenes = (
+        pictures.scene(fixed, fixed, fixed.data, d, np.eye(4))
+        for d in (disp, np.zeros_like(disp))
+    )
+    moved, still = (s.moved_mm for s in scenes)
+    inside = (slice(3, -3),) * 3
+    apart = (moved - still)[inside].reshape(-1, 3)
+    np.testing.assert_allclose(apart.min(axis=0), [0, 10, 0], atol=1e-3)
+    np.testing.assert_allclose(apart.max(axis=0), [0, 10, 0], atol=1e-3)
+
+
 def test_jacobian_is_yellow_where_the_map_folds():
     disp = np.zeros((*SHAPE, 3), np.float32)
     x = np.arange(SHAPE[0]) * SPACING[0]

@@ -48,8 +48,9 @@ MODES = {
     ),
     "jacobian": (
         "Jacobian",
-        "Volume in moving against fixed, in the body: blue smaller, red larger, "
-        "fullest at half and double; yellow where the map folds.",
+        "Volume that the displacement adds to the pre-alignment, in the body: blue "
+        "smaller in moving, red larger, fullest at half and double; yellow where the "
+        "map folds.",
     ),
 }
 IMAGES = tuple(mode for mode in MODES if mode not in ("grid", "jacobian"))
@@ -169,7 +170,7 @@ def scene(
         inner = regularity.jacobian_determinant(u, grid.vox2world)
         detj = np.pad(inner, 1, mode="edge")
     turn = grid.vox2world[:3, :3] / edge_mm
-    moved = u @ turn.astype(np.float32)  # of an orthogonal matrix the inverse
+    moved = u @ np.linalg.inv(turn).T.astype(np.float32)
     for axis, count in enumerate(grid.shape):
         line = np.arange(count, dtype=np.float32) * np.float32(edge_mm)
         moved[..., axis] += np.expand_dims(line, [a for a in range(3) if a != axis])
