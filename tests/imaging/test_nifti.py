@@ -356,6 +356,16 @@ def test_read_image_warns_of_odd_intensities(tmp_path, array, word):
     assert len(volume.warnings) == 1 and volume.warnings[0].startswith(word)
 
 
+def test_read_image_warns_of_padding_that_counts_as_body(tmp_path):
+    hu = np.random.default_rng(0).normal(40, 30, (24, 24, 24)).astype("i2")
+    hu[:8] = -1000
+    assert nifti.intensity_warnings(hu) == []
+    hu[..., 20:] = 0
+    volume = nifti.read_image(put(tmp_path, encode(hu)))
+    (line,) = volume.warnings
+    assert line.startswith("padding: 17 % of the voxels are exactly 0 HU")
+
+
 def test_read_image_of_ct_has_no_warning(tmp_path):
     assert nifti.read_image(put(tmp_path, encode(scan().astype("i2")))).warnings == ()
 

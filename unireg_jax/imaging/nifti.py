@@ -31,6 +31,7 @@ _BLOCK = 1 << 24  # bytes per read: bounds the copy that gzip makes
 EXACT = 1 << 24  # whole numbers up to here are the same in float32
 _TRAILING = 1 << 16  # bytes read beyond the voxels before giving up
 _EXTENSIONS = 1 << 26  # largest believable gap between header and voxels
+_PADDED = 0.01  # share of one value that no tissue has
 _DEFLATE = 1032  # no deflate stream expands further
 _LOOKS = (
     (b"\x89PNG", "a PNG picture"),
@@ -836,10 +837,11 @@ def intensity_warnings(array: np.ndarray) -> list[str]:
         array: [X, Y, Z] numbers.
 
     Returns:
-        No or one line, `constant: …` or `hu_range: …`.
+        No or one line, `constant: …`, `hu_range: …` or `padding: …`.
     """
     step = tuple(slice(None, None, max(1, n // 64)) for n in array.shape)
-    parts = np.percentile(array[step], (0.1, 50, 95, 99.9))
+    sample = array[step]
+    parts = np.percentile(sample, (0.1, 50, 95, 99.9))
     low, middle, dense, high = (float(v) for v in parts)
     if low == high and array.min() == array.max():
         return [f"constant: every voxel is {low:g}"]
@@ -847,6 +849,13 @@ def intensity_warnings(array: np.ndarray) -> list[str]:
     if low > -500 or high < 0 or middle > 700 or dense > 800:
         seen = f"0.1 %, 50 % and 99.9 % at {low:g}, {middle:g} and {high:g}"
         return [f"hu_range: not Hounsfield units? {seen}; air should be near -1000"]
+    # Tissue is noisy: no value of it stands out among its neighbours.
+    filled, near = (sample == 0).mean(), (np.abs(sample) == 1).mean() / 2
+    if filled > max(_PADDED, 10 * near):
+        return [
+            f"padding: {100 * filled:.0f} % of the voxels are exactly 0 HU, as tools "
+            "fill what they add: they count as body; fill with -1000"
+        ]
     return []
 
 
