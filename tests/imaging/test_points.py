@@ -230,6 +230,21 @@ def test_write_file_as_another_kind(tmp_path, name, space):
         ("p.json", "{", None, "schema", 4, "markups in JSON"),
         ("p.json", "[1]", None, "schema", 4, "markups in JSON"),
         ("p.json", '{"markups": []}', None, "schema", 4, "one coordinateSystem"),
+        (
+            "p.json",
+            # Six numbers, but of no two points.
+            json.dumps({"markups": [{"controlPoints": [{"position": [1, 2]}] * 3}]}),
+            None,
+            *("schema", 4, "three numbers a point, got 2 in '1'"),
+        ),
+        (
+            "p.json",
+            '{"markups": [{"controlPoints": [{"position": [1'
+            + "0" * 400
+            + ",2,3]}]}]}",
+            None,
+            *("schema", 4, "markups in JSON"),
+        ),
     ],
 )
 def test_read_file_refuses(tmp_path, name, text, space, reason, code, match):

@@ -1,6 +1,10 @@
 """One reader for every kind of scan: the same voxels in the same places."""
 
+import gzip
 import importlib.util
+import re
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import SimpleITK as sitk
 from tests import dicom_files
 from unireg_jax import errors
 from unireg_jax.errors import UserError
-from unireg_jax.imaging import nifti, scans
+from unireg_jax.imaging import itk_files, nifti, scans
 
 SHAPE = (13, 11, 9)
 SPACING = (2.5, 2.0, 3.0)
@@ -32,6 +36,23 @@ def image():
 def save(image, path):
     sitk.WriteImage(image, str(path), useCompression="nrrd" in path.name)
     return path
+
+
+ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+def save_packed(image, folder, ending):
+    """A compressed file of ITK; its header, and the file of its voxels."""
+    path = folder / f"scan{ending}"
+    sitk.WriteImage(image, str(path), useCompression=True)
+    data = {".nhdr": ".raw.gz", ".mhd": ".zraw"}
+    return path, path.with_suffix(data.get(ending, ending))
+
+
+def change(path, old, new):
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".nhdr", ".mha", ".mhd", ".nii.gz"])
@@ -92,10 +113,18 @@ def test_values_keep_their_meaning(tmp_path, image):
     assert found.data.dtype == np.uint16 and found.data.max() == 299
 
 
+def test_vectors_of_one_number_are_a_scan(tmp_path, image):
+    path = save(image[0], tmp_path / "scan.mha")
+    expected = scans.read_scan(path).data
+    change(path, b"MET_SHORT", b"MET_SHORT_ARRAY")
+    np.testing.assert_array_equal(scans.read_scan(path).data, expected)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
         (lambda i: sitk.Cast(i, sitk.sitkFloat32) / 0.0, "nonfinite"),
+        (lambda i: sitk.Cast(i, sitk.sitkFloat64) * 1e306, "nonfinite"),
         (lambda i: sitk.Compose(i, i, i), "ndim"),
         (lambda i: i[:, :, 3], "ndim"),
         (lambda i: i[:, :, 3:4], "fov"),
@@ -129,13 +158,49 @@ def test_nrrd_says_how_the_patient_lay(tmp_path, space):
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "reason", "match"),
+    [
+        (rb"space directions.*\n", b"", "spacing", "three axes, got 'none'"),
+        (rb"\(-2.*\)\n", b"none none none\n", "spacing", "got 'none none none'"),
+        (rb"\(-2\S*\)", b"none", "spacing", "got 'none "),
+        (rb"\(-2\S*\)", b"(nan,nan,NaN)", "spacing", "got '.nan,nan,NaN. "),
+        (rb"\n\n", b'\nspace units: "m" "m" "m"\n\n', "units", "in mm, got 'm'; conv"),
+        (rb"\n\n", b'\nSpaceUnits: "mm" "mm" "um"\n\n', "units", "in mm, got 'um'"),
+        (rb"\n\n", b'\nspace units: "mm" "" "mm"\n\n', None, None),
+        (rb"space directions", b"SpaceDirections", None, None),
+    ],
+)
+def test_nrrd_says_its_spacing_in_mm(tmp_path, image, old, new, reason, match):
+    """ITK takes no direction for 1 mm, and any unit for mm."""
+    path = save(image[0], tmp_path / "scan.nrrd")
+    expected = scans.read_scan(path).vox2world
+    header, end, voxels = path.read_bytes().partition(b"\n\n")
+    header, count = re.subn(old, new, header + end, count=1)
+    assert count == 1
+    path.write_bytes(header + voxels)
+    if reason is None:
+        np.testing.assert_array_equal(scans.read_scan(path).vox2world, expected)
+        return
+    for read in (scans.read_scan, scans.read_labels):
+        with pytest.raises(UserError, match=match) as error:
+            read(path)
+        assert error.value.reason == reason
+
+
+TURNED = "TransformMatrix = -1 0 0 0 1 0 0 0 1"
+
+
+@pytest.mark.parametrize(
     ("lines", "reason"),
     [
         ("TransformMatrix = 1 0 0 0 1 0 0 0 1", "spacing"),
+        (f"elementspacing = 2 2 3\n{TURNED}", "spacing"),
         ("ElementSpacing = 2 2 3", "orientation_unknown"),
+        (f"ElementSpacing = 2 2 3\n{TURNED.lower()}", "orientation_unknown"),
         ("ElementSpacing = 2 2 3\nAnatomicalOrientation = ???", "orientation_unknown"),
         ("ElementSpacing = 2 2 3\nAnatomicalOrientation = RAI", None),
-        ("ElementSpacing = 2 2 3\nTransformMatrix = -1 0 0 0 1 0 0 0 1", None),
+        (f"ElementSpacing = 2 2 3\n{TURNED}", None),
+        (f"Name =\nElementSize : 2 2 3\n{TURNED}\nDistanceUnits = mm", None),
     ],
 )
 def test_metaimage_says_its_spacing_and_how_it_is_turned(tmp_path, lines, reason):
@@ -153,6 +218,24 @@ def test_metaimage_says_its_spacing_and_how_it_is_turned(tmp_path, lines, reason
         with pytest.raises(UserError, match=", got none; add it") as error:
             read(path)
         assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("count", ["193", "3e3"])
+def test_metaimage_of_too_many_axes_is_refused(tmp_path, image, count):
+    """Of more than ten MetaIO dies by a signal."""
+    path = save(image[0], tmp_path / "scan.mha")
+    change(path, b"NDims = 3", f"NDims = {count}".encode())
+    with pytest.raises(UserError, match=f"NDims from 1 to 10, got '{count}'") as error:
+        scans.read_scan(path)
+    assert error.value.reason == "ndim"
+
+
+def test_metaimage_in_other_units_is_refused(tmp_path, image):
+    path = save(image[0], tmp_path / "scan.mha")
+    change(path, b"NDims", b"DistanceUnits = um\nNDims")
+    with pytest.raises(UserError, match="lengths in mm, got 'um'") as error:
+        scans.read_scan(path)
+    assert error.value.reason == "units"
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
@@ -183,16 +266,145 @@ def test_read_scan_refuses_more_voxels_than_allowed(tmp_path, image):
     assert error.value.exit_code == errors.LIMIT
 
 
-@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_read_scan_refuses_a_file_that_is_cut_short(tmp_path, image, ending):
     path = tmp_path / f"scan{ending}"
     sitk.WriteImage(image[0], str(path))
-    path.write_bytes(path.read_bytes()[:-700])
-    with pytest.raises(UserError) as error:
+    data = path.with_suffix(".raw") if ending in (".nhdr", ".mhd") else path
+    data.write_bytes(data.read_bytes()[:-700])
+    with pytest.raises(UserError, match="2574 bytes of voxels, got 1874") as error:
         scans.read_scan(path)
-    assert error.value.reason in ("not_nifti", "truncated")
+    assert error.value.reason == "truncated"
     path.write_bytes(b"no image at all\n" * 9)
     with pytest.raises(UserError, match="whole NRRD or MetaImage"):
+        scans.read_scan(path)
+
+
+def test_what_itk_says_is_told_without_the_errno_of_another_call(tmp_path, image):
+    path = save(image[0], tmp_path / "scan.mha")
+    change(path, b"DimSize = 13 11 9\n", b"")
+    with pytest.raises(UserError, match="none that ITK reads: File cannot") as error:
+        scans.read_scan(path)
+    assert error.value.reason == "not_nifti"
+    assert not re.search(r"Success|0x", str(error.value))
+
+
+# --- compressed voxels --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_type_that_itk_compresses_is_read(tmp_path, image, ending):
+    types = (sitk.sitkInt8, sitk.sitkUInt8, sitk.sitkUInt16, sitk.sitkInt32)
+    types += (sitk.sitkUInt32, sitk.sitkInt64, sitk.sitkUInt64)
+    types += (sitk.sitkFloat32, sitk.sitkFloat64)
+    values = sitk.Cast(image[0] + 1000, sitk.sitkFloat64) / 16
+    for kind in types:
+        path, _ = save_packed(sitk.Cast(values, kind), tmp_path, ending)
+        peer = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T
+        back = scans.read_scan(path)
+        np.testing.assert_array_equal(nifti.to_native(back.data, back), peer)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda b: b[:-3] + bytes([b[-3] ^ 4]) + b[-2:], {"checksum"}),
+        # What a bit does to the symbols is chance: one more or less is another length.
+        (
+            lambda b: b[:-900] + bytes([b[-900] ^ 4]) + b[-899:],
+            {"checksum", "truncated", "trailing_data"},
+        ),
+        (lambda b: b[:-300], {"truncated"}),
+        (lambda b: b[:-2], {"truncated"}),
+    ],
+)
+def test_damaged_compressed_voxels_are_refused(tmp_path, image, ending, spoil, reason):
+    """ITK takes most of them for whole."""
+    path, data = save_packed(image[0], tmp_path, ending)
+    scans.read_scan(path)
+    data.write_bytes(spoil(data.read_bytes()))
+    with pytest.raises(UserError) as error:
+        scans.read_scan(path)
+    assert error.value.reason in reason
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("size", "reason", "match"),
+    [
+        (b"13 11 10", "truncated", "stream of 2860 bytes, got its end after 2574"),
+        (b"13 11 8", "trailing_data", "stream of 2288 bytes, got more"),
+    ],
+)
+def test_compressed_voxels_of_another_number_are_refused(
+    tmp_path, image, ending, size, reason, match
+):
+    path, _ = save_packed(image[0], tmp_path, ending)
+    change(path, b" 13 11 9\n", b" " + size + b"\n")
+    with pytest.raises(UserError, match=match) as error:
+        scans.read_scan(path)
+    assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [(b"", "none"), (b"CompressedDataSize = 9999\n", "9999")],
+)
+def test_metaimage_says_how_much_is_compressed(tmp_path, image, line, got):
+    """ITK takes the compressed bytes for voxels where the size is not told."""
+    for ending in (".mha", ".mhd"):
+        path, _ = save_packed(image[0], tmp_path, ending)
+        told = re.sub(rb"CompressedDataSize = \d+\n", line, path.read_bytes())
+        path.write_bytes(told)
+        if ending == ".mhd" and not line:  # all of the other file
+            hu = scans.read_scan(path).data
+            np.testing.assert_array_equal(np.sort(hu.flat), np.sort(image[1].flat))
+            continue
+        with pytest.raises(UserError, match=f"CompressedDataSize .* got {got};") as e:
+            scans.read_scan(path)
+        assert e.value.reason == "truncated"
+
+
+def test_a_size_that_ends_within_the_compressed_voxels_is_refused(tmp_path, image):
+    path, _ = save_packed(image[0], tmp_path, ".mha")
+    told = re.search(rb"CompressedDataSize = (\d+)", path.read_bytes())
+    change(path, told[0], b"CompressedDataSize = %d" % (int(told[1]) - 300))
+    with pytest.raises(UserError, match="whole zlib stream") as error:
+        scans.read_scan(path)
+    assert error.value.reason == "truncated"
+
+
+def test_joined_gzip_streams_are_read(tmp_path, image):
+    path, data = save_packed(image[0], tmp_path, ".nhdr")
+    voxels = gzip.decompress(data.read_bytes())
+    expected = scans.read_scan(path).data
+    data.write_bytes(gzip.compress(voxels[:999]) + gzip.compress(voxels[999:]))
+    np.testing.assert_array_equal(scans.read_scan(path).data, expected)
+
+
+def test_a_bomb_is_not_inflated(tmp_path, image):
+    path, data = save_packed(image[0], tmp_path, ".mhd")
+    data.write_bytes(zlib.compress(bytes(1 << 28)))
+    told = re.search(rb"CompressedDataSize = \d+", path.read_bytes())
+    change(path, told[0], b"CompressedDataSize = %d" % data.stat().st_size)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="got more"):
+        scans.read_scan(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 23
+
+
+def test_voxels_that_may_not_be_read_are_told(tmp_path, image, monkeypatch):
+    path = save(image[0], tmp_path / "scan.mha")
+
+    def fail(*args, **kwargs):
+        raise PermissionError
+
+    # Root may read everything, so the refusal of the system is played.
+    monkeypatch.setattr(itk_files, "open", fail, raising=False)
+    with pytest.raises(UserError, match="got permission denied"):
         scans.read_scan(path)
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import os
 import struct
 import subprocess
 import sys
@@ -579,18 +580,39 @@ def test_read_parts_of_a_composite_gives_the_order_of_action(tmp_path, ending):
     np.testing.assert_allclose(point, expected, atol=1e-9)
 
 
-def test_read_parts_of_a_field_file_of_simpleitk(tmp_path):
+@pytest.mark.parametrize("name", ["a.h5", "a.tfm"])
+def test_read_parts_of_a_field_file_of_simpleitk(tmp_path, name):
     vectors = displacement(world(oblique()))
     image = sitk.GetImageFromArray(vectors.transpose(2, 1, 0, 3), isVector=True)
     image.SetSpacing(SPACING)
     image.SetOrigin(oblique()[:3, 3].tolist())
     image.SetDirection((oblique()[:3, :3] / np.array(SPACING)).ravel().tolist())
     peer = sitk.DisplacementFieldTransform(image)
-    sitk.WriteTransform(peer, str(tmp_path / "a.h5"))
-    ((disp_mm, vox2world),) = transforms.read_parts(tmp_path / "a.h5")
+    sitk.WriteTransform(peer, str(tmp_path / name))
+    ((disp_mm, vox2world),) = transforms.read_parts(tmp_path / name)
     assert disp_mm.dtype == np.float32
     np.testing.assert_allclose(disp_mm, vectors, atol=1e-5)  # float32
     np.testing.assert_allclose(vox2world, oblique(), atol=1e-9)
+
+
+def test_read_parts_of_a_large_field_as_text(tmp_path):
+    """More text than any affine has."""
+    vectors = np.random.default_rng(0).normal(size=(14, 13, 12, 3))
+    image = sitk.GetImageFromArray(vectors.transpose(2, 1, 0, 3), isVector=True)
+    path = tmp_path / "a.tfm"
+    sitk.WriteTransform(sitk.DisplacementFieldTransform(image), str(path))
+    assert path.stat().st_size > 1 << 16
+    ((disp_mm, _),) = transforms.read_parts(path)
+    np.testing.assert_array_equal(disp_mm, vectors.astype(np.float32))
+
+
+def test_read_parts_refuses_text_beyond_its_limit(tmp_path):
+    path = tmp_path / "a.tfm"
+    path.write_text(HEAD)
+    os.truncate(path, (1 << 26) + 1)
+    with pytest.raises(UserError, match="bytes of text, got 67108865; save") as caught:
+        transforms.read_parts(path)
+    assert (caught.value.reason, caught.value.exit_code) == ("too_large", errors.LIMIT)
 
 
 def mat(name, numbers, kind=0):
@@ -702,14 +724,15 @@ def test_write_nrrd_is_read_by_itk(tmp_path, codes):
     np.testing.assert_allclose(vox2world, fixed.vox2world, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
-def test_read_itk_image_of_simpleitk_file(tmp_path, name):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "a.nhdr"])
+def test_read_itk_image_of_simpleitk_file(tmp_path, name, packed):
     vectors = displacement(world(oblique()))
     image = sitk.GetImageFromArray(vectors.transpose(2, 1, 0, 3), isVector=True)
     image.SetSpacing(SPACING)
     image.SetOrigin(oblique()[:3, 3].tolist())
     image.SetDirection((oblique()[:3, :3] / np.array(SPACING)).ravel().tolist())
-    sitk.WriteImage(image, str(tmp_path / name))
+    sitk.WriteImage(image, str(tmp_path / name), useCompression=packed)
     assert transforms.spelling(tmp_path / name) == "itk_image"
     disp_mm, vox2world = transforms.read_itk_image(tmp_path / name)
     np.testing.assert_allclose(disp_mm, vectors, atol=1e-5)  # float32
@@ -725,18 +748,34 @@ def test_read_itk_image_refuses(tmp_path):
         ((b":=resampling", b":=modelling"), "schema", "a resampling field, got mod"),
         ((b"left-posterior", b"right-anterior"), "schema", "vectors in LPS, got right"),
         (
+            (b"space: left-posterior", b"SPACE: right-anterior"),
+            "schema",
+            "vectors in LPS, got right",
+        ),
+        (
+            (b"space: left-posterior-superior", b"space dimension: 3"),
+            "schema",
+            "vectors in LPS, got none",
+        ),
+        ((b"\n\n", b'\nspace units: "m" "m" "m"\n\n'), "units", "in mm, got 'm'"),
+        (
             (b"encoding: gzip", b"encoding: raw!"),
             "not_nifti",
             "none that ITK reads",
         ),
     ):
-        (tmp_path / "b.nrrd").write_bytes(content.replace(*change))
+        (tmp_path / "b.nrrd").write_bytes(content.replace(*change, 1))
         with pytest.raises(UserError, match=match) as caught:
             transforms.read_itk_image(tmp_path / "b.nrrd")
         assert caught.value.reason == reason
     with pytest.raises(UserError, match="3-D of 1") as caught:
         transforms.read_itk_image(tmp_path / "i.nrrd")
     assert caught.value.reason == "ndim"
+    beyond = sitk.GetImageFromArray(np.full((7, 6, 5, 3), 1e300), isVector=True)
+    sitk.WriteImage(beyond, str(tmp_path / "f.mha"))
+    with pytest.raises(UserError) as caught:
+        transforms.read_itk_image(tmp_path / "f.mha")
+    assert caught.value.reason == "field_nonfinite"
 
 
 def test_read_itk_image_names_its_extra(tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ must not pull another file of this machine into a result.
 """
 
 import importlib.util
+import math
 import os
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +27,20 @@ IMAGE_IO = {
 }
 _DATA_ENDINGS = (".raw", ".zraw", ".raw.gz", ".img")
 _LARGEST_HEADER = 1 << 16  # bytes
-_META_NAME = re.compile(rb"(?im)^\s*(ElementDataFile)\s*[=:]\s*(.*?)\s*$")
-_META_LINE = re.compile(rb"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$")
-_META_SPACING = {b"elementspacing", b"elementsize"}
-_META_TURN = {b"transformmatrix", b"rotation", b"orientation"}
-_META_LPS = b"RAI"  # from where to where: x from right to left
-_NRRD_NAME = re.compile(rb"(?im)^\s*data ?file\s*:\s*(.*?)\s*$")
+_META_NAME = re.compile(rb"(?im)^\s*(ElementDataFile)\s*[=:][ \t]*(.*?)\s*$")
+_META_LINE = re.compile(rb"(?m)^\s*(\w+)[ \t]*[=:][ \t]*(.*?)\s*$")
+_META_END = re.compile(rb"(?m)^\s*ElementDataFile[ \t]*[=:].*\n?")
+_META_NDIMS = re.compile(r"[1-9]|10")  # more, and MetaIO writes beyond its arrays
+_META_SPACING = {"ElementSpacing", "ElementSize"}
+_META_TURN = {"TransformMatrix", "Rotation", "Orientation"}
+_META_LPS = "RAI"  # from where to where: x from right to left
+_META_TRUE = ("T", "t", "1")  # first letters
+_NRRD_NAME = re.compile(rb"(?im)^\s*data ?file\s*:[ \t]*(.*?)\s*$")
+_NRRD_LINE = re.compile(rb"(?m)^([^:\r\n]+): [ \t]*(.*?)\s*$")
+_NRRD_END = re.compile(rb"\r?\n\r?\n")
+_NRRD_VECTOR = re.compile(r"(?i)\([^()n]+\)")  # of numbers, none of them NaN
+_BLOCK = 1 << 20  # bytes inflated at once
+_WBITS = {"gzip": 31, "gz": 31, "zlib": 47}  # the last one takes gzip, as MetaIO
 
 
 class Image(NamedTuple):
@@ -40,11 +50,25 @@ class Image(NamedTuple):
         voxels: [X, Y, Z], or [X, Y, Z, C] of several components, axes as stored.
         vox2world: [4, 4] float64, voxel index -> LPS mm.
         told: further lines of the header.
+        space: that an NRRD names, in small letters, or "none"; "lps" of a MetaImage.
     """
 
     voxels: np.ndarray
     vox2world: np.ndarray
     told: dict[str, str]
+    space: str
+
+
+class _Header(NamedTuple):
+    """Lines of a header, the file of its voxels, and their first byte there.
+
+    MetaIO tells small letters from capitals, NRRD does not, and skips the spaces that
+    a name may have: "spacedirections".
+    """
+
+    lines: dict[str, str]
+    data: Path
+    start: int
 
 
 def read(
@@ -64,8 +88,11 @@ def read(
     Raises:
         UserError: `not_found`, `not_a_file`, `permission`, `empty`, `path_escape`;
             `not_installed`, exit code 2, without SimpleITK; `not_nifti` for what ITK
-            does not read; `spacing`, `orientation_unknown` for a MetaImage that does
-            not tell, which ITK takes for 1 mm and LPS; what `check` raises.
+            does not read; `spacing`, `orientation_unknown` for a file that does not
+            tell, which ITK takes for 1 mm and LPS; `units` other than mm; `ndim` of
+            more than ten axes; `truncated`, `checksum`, `trailing_data` for other
+            voxels than the header says, of which ITK takes some for whole; what
+            `check` raises.
     """
     if importlib.util.find_spec("SimpleITK") is None:
         raise UserError(
@@ -77,37 +104,46 @@ def read(
     import SimpleITK as sitk  # an extra: only who reads these formats needs it
 
     nifti.check_file(path)
-    check_own_voxels(path)
-    if IMAGE_IO[Path(path).suffix.lower()] == "MetaImageIO":
-        _check_meta_place(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(IMAGE_IO[Path(path).suffix.lower()])
     reader.SetFileName(os.fspath(path))
     try:
+        check_own_voxels(path)
+        header = _header(path)
+        check_place = _check_meta_place if _is_meta(path) else _check_nrrd_place
+        check_place(path, header.lines)
         reader.ReadImageInformation()
-        size = reader.GetSize()
-        check(size, reader.GetNumberOfComponents())
+        size, components = reader.GetSize(), reader.GetNumberOfComponents()
+        check(size, components)
+        item = sitk.Image((1, 1, 1), reader.GetPixelID()).GetSizeOfPixelComponent()
+        _check_voxels(path, header, math.prod(size) * components * item)
         image = reader.Execute()
         array = sitk.GetArrayFromImage(image)
+    except PermissionError as error:
+        raise nifti.permission_error(path) from error
     except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1][-160:]
+        # The last line is errno's: that of an earlier call where none failed here.
+        said = str(error).strip().removesuffix("\nReason: Success").splitlines()[-1]
         raise bad_file(
             path,
             "not_nifti",
             "a whole NRRD or MetaImage file",
-            f"none that ITK reads: {last}",
+            f"none that ITK reads: {said.rpartition('): ')[2][-160:]}",
             "export it again, or convert it to NIfTI",
         ) from error
-    components = array.shape[len(size) :]
     # ITK's arrays begin with the last axis, and end with the components.
     order = (*reversed(range(len(size))), *range(len(size), array.ndim))
     turn = np.array(image.GetDirection()).reshape(len(size), len(size))
     vox2world = np.eye(4)
     vox2world[:3, :3] = turn[:3, :3] * np.array(image.GetSpacing())[None, :3]
     vox2world[:3, 3] = image.GetOrigin()[:3]
-    told = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
-    voxels = array.transpose(order).reshape(*size[:3], *components)
-    return Image(voxels, vox2world, told)
+    # A key of other bytes than UTF-8 is listed, and cannot be asked for.
+    keys = [key for key in image.GetMetaDataKeys() if key.isprintable()]
+    told = {key: image.GetMetaData(key) for key in keys}
+    shape = size[:3] if components == 1 else (*size[:3], components)
+    voxels = array.transpose(order).reshape(shape)
+    space = "lps" if _is_meta(path) else header.lines.get("space", "none").lower()
+    return Image(voxels, vox2world, told, space)
 
 
 def data_files(path: str | os.PathLike) -> list[Path]:
@@ -138,8 +174,7 @@ def check_own_voxels(path: str | os.PathLike) -> None:
     with open(path, "rb") as file:
         head = file.read(_LARGEST_HEADER + 1)
     allowed = {os.fsencode(p.name) for p in data_files(path)}
-    meta = IMAGE_IO[Path(path).suffix.lower()] == "MetaImageIO"
-    if meta:
+    if _is_meta(path):
         found = _META_NAME.findall(head)
         ends = any(key == b"ElementDataFile" for key, _ in found)
         named = [name for _, name in found if name.upper() != b"LOCAL"]
@@ -166,12 +201,33 @@ def check_own_voxels(path: str | os.PathLike) -> None:
         )
 
 
-def _check_meta_place(path: str | os.PathLike) -> None:
-    """Refuses a MetaImage that does not tell its spacing, or how it is turned."""
+def _is_meta(path: str | os.PathLike) -> bool:
+    return IMAGE_IO[Path(path).suffix.lower()] == "MetaImageIO"
+
+
+def _header(path: str | os.PathLike) -> _Header:
+    """Of a file that `check_own_voxels` lets pass."""
+    path, meta = Path(path), _is_meta(path)
     with open(path, "rb") as file:
-        head = file.read(_LARGEST_HEADER).partition(b"ElementDataFile")[0]
-    told = {key.lower(): value for key, value in _META_LINE.findall(head)}
-    if not _META_SPACING & told.keys():
+        head = file.read(_LARGEST_HEADER + 1)
+    end = (_META_END if meta else _NRRD_END).search(head)
+    start = end.end() if end else len(head)
+    found = (_META_LINE if meta else _NRRD_LINE).findall(head[:start])
+    lines = {os.fsdecode(key): os.fsdecode(value) for key, value in found}
+    if not meta:
+        lines = {key.lower().replace(" ", ""): lines[key] for key in lines}
+    name = lines.get("ElementDataFile" if meta else "datafile", "LOCAL")
+    if name.upper() == "LOCAL":
+        return _Header(lines, path, start)
+    return _Header(lines, path.with_name(name), 0)
+
+
+def _check_meta_place(path: str | os.PathLike, lines: dict[str, str]) -> None:
+    """Refuses a MetaImage that does not tell its spacing, or how it is turned."""
+    if not _META_NDIMS.fullmatch(ndims := lines.get("NDims", "3")):
+        got = ascii(ndims[:40])
+        raise bad_file(path, "ndim", "NDims from 1 to 10", got, "export it again")
+    if not _META_SPACING & lines.keys():
         raise bad_file(
             path,
             "spacing",
@@ -179,7 +235,10 @@ def _check_meta_place(path: str | os.PathLike) -> None:
             "none",
             "add it, in mm: ElementSpacing = 0.9 0.9 2.5",
         )
-    if not _META_TURN & told.keys() and told.get(b"anatomicalorientation") != _META_LPS:
+    if (
+        not _META_TURN & lines.keys()
+        and lines.get("AnatomicalOrientation") != _META_LPS
+    ):
         raise bad_file(
             path,
             "orientation_unknown",
@@ -188,3 +247,103 @@ def _check_meta_place(path: str | os.PathLike) -> None:
             "add it: TransformMatrix = 1 0 0 0 1 0 0 0 1 if x runs to the patient's "
             "left, y to the back and z to the head",
         )
+    _check_units(path, {lines.get("DistanceUnits", "mm")} - {"?"})
+
+
+def _check_nrrd_place(path: str | os.PathLike, lines: dict[str, str]) -> None:
+    """Refuses an NRRD whose axes have no direction in its space."""
+    directions = lines.get("spacedirections", "none")
+    if "space" in lines and len(_NRRD_VECTOR.findall(directions)) < 3:
+        raise bad_file(
+            path,
+            "spacing",
+            "space directions of three axes",
+            ascii(directions[:80]),
+            "add them, in mm: space directions: (0.9,0,0) (0,0.9,0) (0,0,2.5)",
+        )
+    _check_units(path, set(re.findall('"(.*?)"', lines.get("spaceunits", ""))) - {""})
+
+
+def _check_units(path: str | os.PathLike, units: set[str]) -> None:
+    """Refuses lengths in other units, which ITK takes for mm."""
+    if other := sorted(units - {"mm"}):
+        got = ascii(other[0][:40])
+        raise bad_file(
+            path, "units", "lengths in mm", got, "convert the geometry to mm"
+        )
+
+
+def _check_voxels(path: str | os.PathLike, header: _Header, wanted: int) -> None:
+    """Refuses voxels that are damaged or not all there, some of which ITK lets pass."""
+    encoding = _encoding(path, header.lines)
+    there = header.data.stat().st_size - header.start
+    if encoding == "raw" and there < wanted:
+        raise _truncated(path, f"{wanted} bytes of voxels", str(there))
+    if encoding == "zlib":
+        there = _compressed_size(path, header, there)
+    if encoding in _WBITS:
+        _check_stream(path, header, there, encoding, wanted)
+
+
+def _encoding(path: str | os.PathLike, lines: dict[str, str]) -> str:
+    """raw, a key of _WBITS, or another, whose voxels are left to ITK."""
+    if not _is_meta(path):
+        return lines.get("encoding", "").lower()
+    if lines.get("BinaryData", "True")[:1] not in _META_TRUE:
+        return "text"
+    return "zlib" if lines.get("CompressedData", "")[:1] in _META_TRUE else "raw"
+
+
+def _compressed_size(path: str | os.PathLike, header: _Header, there: int) -> int:
+    """Bytes that ITK inflates of a MetaImage, `there` are so many."""
+    told = header.lines.get("CompressedDataSize", "none")
+    if told == "none" and header.data != Path(path):
+        return there  # all of a file of its own
+    try:
+        size = int(float(told))  # older writers: 1.23457e+06
+    except (ValueError, OverflowError):
+        size = 0
+    if not 0 < size <= there:
+        expected = f"a line CompressedDataSize of at most {there}, the bytes there are"
+        raise _truncated(path, expected, told[:40])
+    return size
+
+
+def _check_stream(
+    path: str | os.PathLike, header: _Header, size: int, encoding: str, wanted: int
+) -> None:
+    """Inflates `size` bytes, block by block, to the checksum at the stream's end."""
+    stream, count = zlib.decompressobj(_WBITS[encoding]), 0
+    try:
+        with open(header.data, "rb") as file:
+            file.seek(header.start)
+            end = header.start + size
+            while count <= wanted and not stream.eof:
+                most = min(_BLOCK, end - file.tell())
+                block = stream.unconsumed_tail or file.read(most)
+                if not block:
+                    break
+                count += len(stream.decompress(block, _BLOCK))
+                if stream.eof and encoding != "zlib" and count < wanted:
+                    # Streams may be joined; the next begins where this one ended.
+                    file.seek(-len(stream.unused_data), os.SEEK_CUR)
+                    stream = zlib.decompressobj(_WBITS[encoding])
+    except zlib.error as error:
+        raise bad_file(
+            path,
+            "checksum",
+            f"an intact {encoding} stream",
+            str(error),
+            "the file is damaged: copy or download it again",
+        ) from error
+    expected = f"a whole {encoding} stream of {wanted} bytes"
+    if count > wanted:
+        remedy = "the header does not describe this file: export it again"
+        raise bad_file(path, "trailing_data", expected, "more", remedy)
+    if count < wanted or not stream.eof:
+        raise _truncated(path, expected, f"its end after {count}")
+
+
+def _truncated(path: str | os.PathLike, expected: str, got: str) -> UserError:
+    remedy = "copy or download the file again"
+    return bad_file(path, "truncated", expected, got, remedy)

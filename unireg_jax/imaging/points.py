@@ -380,10 +380,20 @@ def _parse_json(path, text):
         for markup in content["markups"]:
             spaces.add(str(markup.get("coordinateSystem", "LPS")).lower())
             for point in _defined(markup):
-                table.append([float(value) for value in point["position"]])
                 names.append(str(point.get("label", len(names) + 1)))
+                table.append([float(value) for value in point["position"]])
+                if len(table[-1]) != 3:
+                    got = f"{len(table[-1])} in {names[-1][:40]!r}"
+                    raise fault(path, "three numbers a point", got)
         array = np.array(table, np.float64).reshape(-1, 3)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        OverflowError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         got = f"{type(error).__name__}: {error}"[:100]
         raise fault(path, "Slicer markups in JSON", got) from error
     if len(spaces) != 1 or not spaces <= {"lps", "ras"}:

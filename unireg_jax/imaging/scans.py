@@ -51,6 +51,7 @@ def _read_image(path: str | os.PathLike, max_voxels: int) -> Volume:
     if not _is_itk(path):
         return nifti.read_image(path, max_voxels=max_voxels)
     array, vox2world = _read_itk(path, max_voxels)
+    array = _narrowed(path, array)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
         raise _fault(
@@ -60,7 +61,6 @@ def _read_image(path: str | os.PathLike, max_voxels: int) -> Volume:
             f"{count} NaN or infinite",
             "replace them with air (-1000 HU)",
         )
-    array = _narrowed(path, array)
     return _volume(path, array, vox2world, nifti.intensity_warnings(array))
 
 
@@ -215,7 +215,8 @@ def _narrowed(path, array: np.ndarray) -> np.ndarray:
     whole = array.dtype.kind in "iu"
     if whole and array.min() >= -32768 and array.max() <= 32767:
         return array.astype(np.int16)
-    out = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite, and refused as such
+        out = array.astype(np.float32)
     if whole and (changed := np.count_nonzero(out.astype(np.float64) != array)):
         raise _fault(
             "dtype",

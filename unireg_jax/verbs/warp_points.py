@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Sends points of the fixed scan to the moving one. A registration leads this "
         "way: images come back along it, points go forth. Points of the moving scan "
-        "need the transform back, see `unireg invert`."
+        "need the transform back, see `unireg invert`, and --of moving."
     )
     parser.epilog = (
         "example: unireg warp-points --points fixed.csv --space lps -t c_1Warp.nii.gz "
@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--of",
         choices=tuple(points.SCANS),
         default="fixed",
-        help="whose points of a table of landmarks, default fixed; moving: with the "
-        "transform back",
+        help="whose points they are, default fixed; moving: with the transform back",
     )
     files.add_transforms(parser)
     files.add_out(parser, ".csv, .fcsv or .mrk.json")
@@ -51,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         *("-f", "--fixed"),
         metavar="FILE",
-        help="fixed scan, for voxels, and to check that it is this pair's",
+        help="fixed scan of the pair, whichever way points go: for voxels, and to "
+        "check that the transform is this pair's",
     )
     add("-m", "--moving", metavar="FILE", help="moving scan, for the same")
     options.add_messages(parser)
@@ -63,12 +63,17 @@ def run(args: argparse.Namespace) -> int:
     files.output(args.file, _ENDINGS, overwrite=args.overwrite, inputs=inputs)
     say = progress(args.quiet)
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    given = points.read_file(args.points, args.space, fixed, scan=args.of)
-    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
-    warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
+    # The transform back starts from the moving scan: that is its fixed one.
+    start, end = (fixed, moving) if args.of == "fixed" else (moving, fixed)
+    given = points.read_file(args.points, args.space, start, scan=args.of)
+    whole = files.read_chain(args.transforms, fixed=start, moving=end)
+    warnings = files.check_pair(args.transforms[0], whole, start, end)
+    if args.of == "moving":
+        note = "(--of moving: the fixed scan is that of --moving here)"
+        warnings = [f"{line} {note}" for line in warnings]
     moved = mapping.points(whole, given.xyz)
     found = given._replace(xyz=moved)
-    points.write_file(args.file, found, args.out_space or given.space, moving)
+    points.write_file(args.file, found, args.out_space or given.space, end)
     way = np.linalg.norm(moved - given.xyz, axis=1)
     beyond = int((~mapping.within(whole, given.xyz)).sum())
     if beyond:

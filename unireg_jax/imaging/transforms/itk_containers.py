@@ -5,6 +5,7 @@ its parts last-acting first.
 """
 
 import os
+import re
 import struct
 import uuid
 from collections.abc import Sequence
@@ -12,12 +13,13 @@ from collections.abc import Sequence
 import h5py
 import numpy as np
 
-from unireg_jax.errors import UserError, bad_file
+from unireg_jax.errors import LIMIT, UserError, bad_file
 from unireg_jax.imaging import nifti
 from unireg_jax.imaging.transforms import checks
 
 FIELD_KIND = "DisplacementFieldTransform"
 _SLAB_NUMBERS = 2**23  # of a field, put in order at once
+_MAX_TEXT = 1 << 26  # bytes: a field of 100 x 100 x 100
 # kind, fixed parameters, parameters
 Listed = tuple[str, np.ndarray, np.ndarray]
 
@@ -51,7 +53,8 @@ def read_text(path: str | os.PathLike) -> list[Listed]:
         As `read`.
 
     Raises:
-        UserError: `not_found`, `not_a_file`, `permission`; `schema` for other content.
+        UserError: `not_found`, `not_a_file`, `permission`; `schema` for other content;
+            `too_large`.
     """
     kinds: list[str] = []
     numbers: list[dict[str, np.ndarray]] = []
@@ -61,8 +64,10 @@ def read_text(path: str | os.PathLike) -> list[Listed]:
             kinds.append(value.strip())
             numbers.append({})
         elif key in ("Parameters", "FixedParameters") and kinds:
+            # One by one: a list of a field's words takes several times the file.
+            words = re.finditer(r"\S+", value)
             try:
-                numbers[-1][key] = np.array([float(word) for word in value.split()])
+                numbers[-1][key] = np.fromiter((float(w[0]) for w in words), float)
             except ValueError as error:
                 raise no_affine(path, f"{key} that are no numbers") from error
     none = np.empty(0)
@@ -189,7 +194,7 @@ def _mat_transforms(path: str | os.PathLike) -> list[Listed]:
     """The one of an ANTs `.mat`: two named columns, as MATLAB 4 wrote them."""
     found: dict[str, np.ndarray] = {}
     try:
-        data = _beginning(path)
+        data = _beginning(path, 1 << 16)  # more than one affine can have
         place = 0
         while place < len(data) and len(found) < 2:
             kind, rows, columns, imaginary, length = struct.unpack_from(
@@ -231,10 +236,12 @@ def _magic(path: str | os.PathLike) -> bytes:
 
 
 def _read_text(path: str | os.PathLike) -> str:
-    """A small text file whole."""
-    nifti.check_file(path)
+    """A text file whole."""
+    if (size := nifti.check_file(path)) > _MAX_TEXT:
+        expected, remedy = f"at most {_MAX_TEXT} bytes of text", "save it as .h5"
+        raise bad_file(path, "too_large", expected, str(size), remedy, LIMIT)
     try:
-        text = _beginning(path).decode("ascii")
+        text = _beginning(path, _MAX_TEXT).decode("ascii")
     except PermissionError as error:
         raise nifti.permission_error(path) from error
     except UnicodeDecodeError as error:
@@ -244,10 +251,9 @@ def _read_text(path: str | os.PathLike) -> str:
     return text
 
 
-def _beginning(path: str | os.PathLike) -> bytes:
-    """As much as a transform without a field can have."""
+def _beginning(path: str | os.PathLike, most: int) -> bytes:
     with open(path, "rb") as file:
-        return file.read(1 << 16)
+        return file.read(most)
 
 
 def _elsewhere(found: h5py.Dataset, file: h5py.File) -> bool:

@@ -84,26 +84,16 @@ def read_itk_image(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
             raise checks.too_large(path, 3 * math.prod(size))
 
     image = itk_files.read(path, check)
-    space = _nrrd_space(path)
-    if space not in ("left-posterior-superior", "lps"):
-        raise _not_field(path, "vectors in LPS", space)
+    # ITK turns the grid to LPS, but not the vectors.
+    if image.space not in ("left-posterior-superior", "lps"):
+        raise _not_field(path, "vectors in LPS", image.space)
     if image.told.get(_RESAMPLING, "resampling") != "resampling":
         raise _not_field(path, "a resampling field", image.told[_RESAMPLING])
     disp_mm, vox2world = orientation.reorient(image.voxels, image.vox2world)
-    disp_mm = disp_mm.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # infinite, and refused as such
+        disp_mm = disp_mm.astype(np.float32, copy=False)
     checks.refuse_vectors(disp_mm, path)
     return disp_mm, vox2world
-
-
-def _nrrd_space(path: str | os.PathLike) -> str:
-    """As the header has it: ITK turns the grid to LPS, but not the vectors."""
-    with open(path, "rb") as file:
-        head = file.read(1 << 16).split(b"\n\n")[0].decode("ascii", "replace")
-    for line in head.splitlines():
-        key, _, value = line.partition(":")
-        if key == "space" and head.startswith("NRRD"):
-            return value.strip().lower()
-    return "lps"  # MetaImage, or the file does not tell
 
 
 def _not_field(path: str | os.PathLike, expected: str, got: str) -> UserError:
