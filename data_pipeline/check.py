@@ -203,36 +203,31 @@ def _duplicates(scans: Sequence[_Result]) -> list[Finding]:
         if scan["voxels"]:
             groups.setdefault(scan["voxels"], []).append(scan)
     for group in groups.values():
-        first = group[0]
-        for other in group[1:]:
-            digests = [scan["sha256"].get("image") for scan in (first, other)]
-            same_file = digests[0] is not None and digests[0] == digests[1]
-            got = "the same file" if same_file else "the same voxels, another file"
-            got += f" as {first['id']}"
-            where = f"{first['subject']} and {other['subject']}"
-            if first["split"] != other["split"]:
-                got += f", which is in split {first['split']}"
-                level, remedy = "error", "judged on what was trained on: keep one"
-            elif first["subject"] != other["subject"]:
-                got += f", under two subjects ({where})"
-                level, remedy = "error", "give both one subject, or keep one"
-            elif first["task"] != other["task"]:
-                level, remedy = "note", "fine: one scan serves two tasks"
-            else:
-                level, remedy = "warning", "keep one, or name the phase that was meant"
-            expected = "every picture once"
-            found.append(
-                Finding(
-                    level,
-                    other["id"],
-                    "id_duplicate",
-                    "image",
-                    expected,
-                    got,
-                    remedy,
-                )
-            )
+        for i, scan in enumerate(group[1:], 1):
+            same = [_duplicate(first, scan) for first in group[:i]]
+            found.append(min(same, key=lambda f: findings.LEVELS.index(f.level)))
     return found
+
+
+def _duplicate(first: _Result, other: _Result) -> Finding:
+    """What it means that two scans are one picture."""
+    digests = [scan["sha256"].get("image") for scan in (first, other)]
+    same_file = digests[0] is not None and digests[0] == digests[1]
+    got = "the same file" if same_file else "the same voxels, another file"
+    got += f" as {first['id']}"
+    where = f"{first['subject']} and {other['subject']}"
+    if first["split"] != other["split"]:
+        got += f", which is in split {first['split']}"
+        level, remedy = "error", "judged on what was trained on: keep one"
+    elif first["subject"] != other["subject"]:
+        got += f", under two subjects ({where})"
+        level, remedy = "error", "give both one subject, or keep one"
+    elif first["task"] != other["task"]:
+        level, remedy = "note", "fine: one scan serves two tasks"
+    else:
+        level, remedy = "warning", "keep one, or name the phase that was meant"
+    expected = "every picture once"
+    return Finding(level, other["id"], "id_duplicate", "image", expected, got, remedy)
 
 
 def _spacings(scans: Sequence[_Result]) -> list[Finding]:

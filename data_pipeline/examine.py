@@ -89,15 +89,21 @@ def nothing_known(record: Record) -> dict[str, Any]:
 def value_digest(data: np.ndarray) -> str | None:
     """Digest of the values alone: blind to header, order and direction of the axes.
 
+    Whole numbers within int16 have one digest, whichever type they are stored as.
+
     Args:
         data: [X, Y, Z] int16 or float32.
 
     Returns:
         16 hexadecimal digits; None for a constant volume, which is no one's scan.
     """
-    if data.min() == data.max():
+    low, high = data.min(), data.max()
+    if low == high:
         return None
-    if data.dtype == np.int16:
+    fits = low >= -(1 << 15) and high < 1 << 15
+    if data.dtype == np.int16 or (
+        fits and all(np.array_equal(plane, np.rint(plane)) for plane in data)
+    ):
         counts = np.zeros(1 << 16, np.int64)
         for plane in data:  # plane by plane: bincount makes int64 of what it counts
             codes = plane.ravel().astype(np.int32) + (1 << 15)

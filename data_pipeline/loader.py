@@ -66,7 +66,7 @@ class Dataset:
             read_timeout_s: a volume that takes longer to read is named and ends the
                 process with exit code 6, see `_ends_if_stuck`; None waits for ever.
             stale: whether alignments of volumes as they were before are left out
-                rather than refused.
+                rather than refused, and missing ones not warned of.
 
         Raises:
             UserError: see `store.read_index` and `pairs.read_alignments`; `schema`,
@@ -83,10 +83,12 @@ class Dataset:
             raise UserError(
                 "schema",
                 f"{store.ALIGN_NAME}: {len(old)} pairs ({old[0]} first) were "
-                "aligned before their volumes were prepared anew; run "
+                "aligned before their volumes, subjects or tasks changed; run "
                 "experiments.prealign again",
                 DATA_CHANGED,
             )
+        elif (self.root / store.ALIGN_NAME).exists():
+            self._tell_missing()
         self.shape = tuple(self.index["spec"]["shape"])
         # Of the volume with most: batches of one dataset are all of one shape.
         self.layers = max(
@@ -109,6 +111,18 @@ class Dataset:
     def pairs(self, split: str) -> list[Pair]:
         """The split's pairs, see `pairs.make_pairs`."""
         return make_pairs(self.index, split, alignments=self.alignments)
+
+    def _tell_missing(self) -> None:
+        """Warns of pairs that a pre-alignment of the folder has not come to."""
+        ids = [volume["id"] for volume in self.index["volumes"]]
+        wanted = [*self.pairs("train"), *self.pairs("val")]
+        keys = [f"{ids[pair.fixed]}|{ids[pair.moving]}" for pair in wanted]
+        if missing := [key for key in keys if key not in self.alignments]:
+            tell(
+                f"warning: {len(missing)} of {len(keys)} pairs ({missing[0]} first) "
+                f"are not in {store.ALIGN_NAME} and meet unaligned; run "
+                f"`python -m experiments.prealign --data={self.root}`"
+            )
 
     def label_names(self, task: str) -> tuple[str, ...]:
         """The task's vocabulary: id i + 1 is the i-th name."""

@@ -20,6 +20,7 @@ from unireg_jax.errors import DATA_CHANGED, USAGE, UserError
 from unireg_jax.tasks import TASKS, PairType, Region
 
 SPLITS = ("train", "val", "test")
+_DIGITS = 16  # of one digest of `volume_digests`
 
 Matrix = tuple[tuple[float, float, float, float], ...]
 
@@ -131,15 +132,18 @@ def read_alignments(root: Path | str) -> dict[str, np.ndarray]:
 
 
 def volume_digests(index: dict[str, Any]) -> dict[str, str]:
-    """What alignments hold for: id -> digest of the image and its grid.
+    """What alignments hold for: id -> digest of image and grid, that of task, subject.
 
     Args:
         index: of a prepared folder.
     """
+
+    def digest(*values: Any) -> str:
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:_DIGITS]
+
     return {
-        v["id"]: hashlib.sha256(
-            json.dumps([v["sha256"]["image"], v["vox2world"]]).encode()
-        ).hexdigest()[:16]
+        v["id"]: digest(v["sha256"]["image"], v["vox2world"])
+        + digest(v["task"], v["subject"])
         for v in index["volumes"]
     }
 
@@ -147,7 +151,7 @@ def volume_digests(index: dict[str, Any]) -> dict[str, str]:
 def stale_alignments(
     root: Path | str, index: dict[str, Any], entries: Iterable[str]
 ) -> list[str]:
-    """Names alignments of volumes that were prepared anew since.
+    """Names alignments of volumes whose image, grid, task or subject is another now.
 
     Args:
         root: the prepared folder.
@@ -173,7 +177,12 @@ def stale_alignments(
             DATA_CHANGED,
         ) from error
     now = volume_digests(index)
-    other = {name for name in then.keys() & now.keys() if then[name] != now[name]}
+    # Folders of before know the first half alone.
+    other = {
+        name
+        for name in then.keys() & now.keys()
+        if then[name] not in (now[name], now[name][:_DIGITS])
+    }
     return [key for key in entries if other & set(key.split("|"))]
 
 

@@ -1,12 +1,15 @@
 """Work over many items: processes, a lost one named, signals in order.
 
-A worker always ends its item; Ctrl-C and SIGTERM reach the parent only.
+A worker always ends its item; Ctrl-C and SIGTERM reach the parent only. One whose
+parent was killed ends at once: the parent's lock is gone, and nobody waits.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -81,11 +84,24 @@ def _pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     """Processes; at the end, what still waits in the queue is dropped."""
     # Spawned: a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_end_with_parent
+    )
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Lets a thread of a worker wait for its parent's end, however that comes."""
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def end() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

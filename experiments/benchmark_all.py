@@ -10,7 +10,7 @@ is a process of its own, so that peaks are its own and one that fails or takes t
 costs no other; what is left when the time is up is named. OUT holds what each printed,
 `NAME.txt`, and summary.json: command, exit code, seconds, device, versions and date of
 each. A second call goes on with those that have not succeeded on this device with this
-code; give --limit_s the time that the device is there for.
+code, tests and weights; give --limit_s the time that the device is there for.
 """
 
 import datetime
@@ -151,9 +151,12 @@ def facts() -> dict[str, str]:
 
 def _digest_of_sources() -> str:
     digest = hashlib.sha256()
-    for room in ("unireg_jax", "experiments"):
-        for path in sorted((_ROOT / room).rglob("*.py")):
-            digest.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
+    for room in ("unireg_jax", "data_pipeline", "experiments", "tests"):
+        for path in sorted((_ROOT / room).rglob("*")):
+            # A card, which is JSON, names the digest of its weights.
+            if path.suffix in (".py", ".json"):
+                name = path.relative_to(_ROOT)
+                digest.update(f"{name}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -6,8 +6,8 @@
 By the rule that `unireg register --affine auto` follows (registration/affine.py); with
 another kind, inter-patient pairs by that. UniReg, section 4.1: inter-patient datasets
 are aligned globally first, by matched features. Pairs already in align.json are kept,
-so an interrupted run goes on where it stopped, but those of volumes that were prepared
-anew since; align_kinds.json says how each was found.
+so an interrupted run goes on where it stopped, but those of volumes whose image, grid,
+task or subject has changed since; align_kinds.json says how each was found.
 """
 
 import functools

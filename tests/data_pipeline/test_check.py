@@ -470,10 +470,10 @@ def test_one_picture_twice_is_found_whatever_its_header(phantoms, folder):
         lambda rows: (
             rows
             + [
-                _row("copy", **bare),
-                _row("turned", "val", **bare),
                 _row("same", image="a0.nii.gz", subject="pa0", **bare),
                 _row("chest", image="a0.nii.gz", subject="pa0", task="chest", **bare),
+                _row("copy", **bare),
+                _row("turned", "val", **bare),
             ]
         ),
     )
@@ -499,6 +499,15 @@ def test_one_picture_without_digests_is_not_called_one_file():
     assert finding.got == "the same voxels, another file as a"
 
 
+def test_a_picture_three_times_is_told_of_by_its_worst_likeness():
+    scan = {"id": "a", "task": "chest", "subject": "s", "split": "train"}
+    scan |= {"voxels": "v", "sha256": {}}
+    more = [scan | {"id": name, "task": "abdomen"} for name in "bc"]
+    found = check._duplicates([scan, *more])
+    assert [(f.id, f.level) for f in found] == [("b", "note"), ("c", "warning")]
+    assert found[1].got.endswith("as b")
+
+
 def test_missing_labels_are_told_of_the_labels(folder):
     (folder / "a0_label.nii.gz").unlink()
     report = _check(folder)
@@ -517,6 +526,15 @@ def test_value_digest_is_blind_to_axes_alone(phantoms):
     real = hu.astype(np.float32) + 0.25
     assert examine.value_digest(real) == examine.value_digest(real.T)
     assert examine.value_digest(hu * 0) is None
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_value_digest_is_blind_to_the_type_of_whole_numbers(phantoms, dtype):
+    hu = phantoms[0].hu
+    assert examine.value_digest(hu.astype(dtype)) == examine.value_digest(hu)
+    beyond = hu.astype(dtype)
+    beyond[0, 0, 0] = 1 << 15
+    assert examine.value_digest(beyond) != examine.value_digest(hu)
 
 
 def test_manifest_faults_and_scan_faults_come_in_one_report(folder, capsys):

@@ -65,6 +65,26 @@ def test_run_keeps_what_each_printed_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "2027" in (tmp_path / "good.txt").read_text()  # another command
 
 
+@pytest.mark.parametrize(
+    "name",
+    (
+        "unireg_jax/ops/warp.py",
+        "unireg_jax/weights/unireg.json",
+        "data_pipeline/loader.py",
+        "experiments/benchmark.py",
+        "tests/ops/test_warp.py",
+    ),
+)
+def test_sources_are_all_that_a_part_runs(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(benchmark_all, "_ROOT", tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text("1")
+    before = benchmark_all._digest_of_sources()
+    path.write_text("2")
+    assert benchmark_all._digest_of_sources() != before
+
+
 def test_facts_refuses_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert benchmark_all.facts()["device"].startswith("cpu")

@@ -1,5 +1,7 @@
 """Alignments of a folder say of which volumes they are, whenever a run was stopped."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -115,3 +117,45 @@ def test_stopped_run_of_volumes_prepared_anew_goes_on(root, align):
     found = loader.Dataset(root).alignments
     assert sum(m[0, 3] == 2.0 for m in found.values()) == 4
     assert all(m[0, 3] == 2.0 for key, m in found.items() if first in key.split("|"))
+
+
+@pytest.mark.parametrize("field", ("subject", "task"))
+def test_volume_of_another_subject_or_task_is_aligned_anew(root, align, field):
+    align(root)
+    index = store.read_index(root)
+    index["volumes"][0][field] = {"subject": "another", "task": "abdomen"}[field]
+    store.write_index(root, index)
+    assert _is_refused(root)
+    assert align(root) == {"subject": 4, "task": 0}[field]
+    assert len(loader.Dataset(root).alignments) == {"subject": 6, "task": 2}[field]
+
+
+def test_folder_of_before_that_did_not_change_is_not_aligned_anew(root, align):
+    align(root)
+    notes = json.loads((root / store.ALIGN_NOTES_NAME).read_text())
+    old = {name: digest[:16] for name, digest in notes["volumes"].items()}
+    store.write_json(root / store.ALIGN_NOTES_NAME, notes | {"volumes": old})
+    assert len(loader.Dataset(root).alignments) == 6
+    assert align(root) == 0
+    assert json.loads((root / store.ALIGN_NOTES_NAME).read_text()) == notes
+    store.write_json(root / store.ALIGN_NOTES_NAME, notes | {"volumes": old})
+    _move(root)
+    assert _is_refused(root)
+
+
+def test_pairs_that_a_stopped_run_left_are_warned_of(root, align, capsys):
+    def told(**options):
+        loader.Dataset(root, **options)
+        return capsys.readouterr().err
+
+    assert told() == ""  # a folder may have no alignments
+    for done in (0, 4):
+        with pytest.raises(KeyboardInterrupt):
+            align(root, stop_after=done)
+        said = told()
+        assert said.startswith(f"warning: {6 - done} of 6 pairs (") and "|" in said
+        assert f"`python -m experiments.prealign --data={root}`" in said
+        assert said.count("\n") == 1
+    assert told(stale=True) == ""
+    align(root)
+    assert told() == ""
