@@ -39,7 +39,8 @@ MASKS = ("fixed_mask.nii.gz", "moving_mask.nii.gz")
 FIELD, MEASURED = "field.npz", "measured.json"
 _AIR_HU = np.int16(mapping.AIR_HU)
 _ROUNDING_VOXELS = 1e-3  # of places that a tool interpolated in float32
-GREEDY = "-m NCC 2x2x2 -n 100x50x10"
+# As its documentation has it; without -wp 0 its fields are rounded to 0.1 voxel.
+GREEDY = "-m NCC 2x2x2 -n 100x50x10 -wp 0"
 
 
 class Peer(NamedTuple):
