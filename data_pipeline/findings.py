@@ -18,6 +18,7 @@ _WARNED = {
     "spacing": ("pixdim and affine of one spacing", "rewrite the header"),
     "scaling": ("a finite slope", "rewrite the header with slope 1"),
     "offset": ("a header that leads to the voxels", "rewrite the file"),
+    "padding": ("tissue or air in every voxel", "fill with -1000 what was added"),
     "trailing_data": ("nothing after the voxels", "export the file again"),
 }
 

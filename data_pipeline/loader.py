@@ -66,7 +66,7 @@ class Dataset:
             read_timeout_s: a volume that takes longer to read is named and ends the
                 process with exit code 6, see `_ends_if_stuck`; None waits for ever.
             stale: whether alignments of volumes as they were before are left out
-                rather than refused, and missing ones not warned of.
+                rather than refused.
 
         Raises:
             UserError: see `store.read_index` and `pairs.read_alignments`; `schema`,
@@ -87,8 +87,7 @@ class Dataset:
                 "experiments.prealign again",
                 DATA_CHANGED,
             )
-        elif (self.root / store.ALIGN_NAME).exists():
-            self._tell_missing()
+        self._aligned = not stale and (self.root / store.ALIGN_NAME).exists()
         self.shape = tuple(self.index["spec"]["shape"])
         # Of the volume with most: batches of one dataset are all of one shape.
         self.layers = max(
@@ -112,15 +111,20 @@ class Dataset:
         """The split's pairs, see `pairs.make_pairs`."""
         return make_pairs(self.index, split, alignments=self.alignments)
 
-    def _tell_missing(self) -> None:
-        """Warns of pairs that a pre-alignment of the folder has not come to."""
+    def tell_missing(self, pairs: Sequence[Pair]) -> None:
+        """Warns of pairs that a pre-alignment of the folder has not come to.
+
+        Args:
+            pairs: of this folder.
+        """
         ids = [volume["id"] for volume in self.index["volumes"]]
-        wanted = [*self.pairs("train"), *self.pairs("val")]
-        keys = [f"{ids[pair.fixed]}|{ids[pair.moving]}" for pair in wanted]
-        if missing := [key for key in keys if key not in self.alignments]:
+        keys = (f"{ids[pair.fixed]}|{ids[pair.moving]}" for pair in pairs)
+        missing = [key for key in keys if key not in self.alignments]
+        if self._aligned and missing:
             tell(
-                f"warning: {len(missing)} of {len(keys)} pairs ({missing[0]} first) "
-                f"are not in {store.ALIGN_NAME} and meet unaligned; run "
+                f"warning: {len(missing)} of {len(pairs)} pairs ({missing[0]} first) "
+                f"are not in {store.ALIGN_NAME}: of two patients the middles of the "
+                "bodies meet, of one the scanner's frames; run "
                 f"`python -m experiments.prealign --data={self.root}`"
             )
 
@@ -375,6 +379,7 @@ def make_iterator(
             USAGE,
         )
     pairs = dataset.pairs(split)
+    dataset.tell_missing(pairs)
     shares = _shares(pairs, split, weights, streams)
     order = PairOrder(pairs, shares, seed)
     examples = grain.MapDataset.source(range(len(order))).map(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unireg_jax.errors import LIMIT, USAGE, UserError
+from unireg_jax.errors import LIMIT, USAGE, Note, UserError
 from unireg_jax.imaging import dicom, nifti, orientation
 
 pytest.importorskip("pydicom")
@@ -200,11 +200,13 @@ def test_an_export_of_nested_folders_is_told_what_to_name(tmp_path, hu, monkeypa
     (tmp_path / "DICOMDIR").write_bytes(b"x")
     error = _refusal(tmp_path)
     assert error.reason == "not_dicom"
-    assert (
-        "got none in the folder itself, below it ST000001/SE000001 (2 slices), "
-        "ST000001/SE000002 (3 slices), "
-    ) in str(error)  # one slice is a localiser
-    assert "SE000005 (6 slices) and 1 more; name the folder of one" in str(error)
+    # One slice is a localiser. Names of folders are for the terminal alone.
+    assert "got none in the folder itself, 6 series below it; name" in str(error)
+    (note,) = error.__notes__
+    assert isinstance(note, Note) and note.startswith(
+        "below it are ST000001/SE000001 (2 slices), ST000001/SE000002 (3 slices), "
+    )
+    assert note.endswith("SE000005 (6 slices) and 1 more")
     assert dicom.read_series(tmp_path / "ST000001/SE000005").data.shape[2] == 6
     # A home folder is not read through.
     monkeypatch.setattr(dicom, "_MOST_FILES", 30)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import FAILED, LIMIT, USAGE, UserError, bad_file
+from unireg_jax.errors import FAILED, LIMIT, USAGE, Note, UserError, bad_file
 from unireg_jax.imaging import nifti, orientation
 from unireg_jax.imaging.nifti import Native, Volume
 
@@ -336,32 +336,39 @@ def _headers(where: str, paths: Sequence[str]) -> list[tuple[str, Any]]:
     if slices:
         return slices
     got = f"{len(paths)} other files" if paths else "an empty folder"
-    remedy = "name the folder that holds the .dcm files itself"
+    remedy, below = "name the folder that holds the .dcm files itself", []
     if "RTSTRUCT" in others:
         got, remedy = "contours (RTSTRUCT)", _AS_LABELS
-    elif below := _told_below(where):
-        got, remedy = below, "name the folder of one series"
-    raise _fault("not_dicom", where, "the slices of one CT series", got, remedy)
+    elif below := _below(where):
+        got = f"none in the folder itself, {len(below)} series below it"
+        remedy = "name the folder of one series"
+    error = _fault("not_dicom", where, "the slices of one CT series", got, remedy)
+    if below:
+        # Folders may be named after patients: for the terminal, not for journals.
+        error.add_note(_told(where, below))
+    raise error
 
 
-def _told_below(where: str) -> str:
-    """Which series lie below a folder, for a message; "" where none is found soon."""
+def _below(where: str) -> list[Series]:
+    """Series below a folder; none where they are not found soon."""
     below = Path(where).glob("*/**/*") if os.path.isdir(where) else ()
     if len(list(itertools.islice(below, _MOST_FILES + 1))) > _MOST_FILES:
-        return ""
+        return []
     try:
-        found = find_series(where)
+        return find_series(where)
     except UserError:  # of one file, which nobody asked for
-        return ""
-    if not found:
-        return ""
+        return []
+
+
+def _told(where: str, found: list[Series]) -> Note:
+    """Names the folders of some series."""
     named = [
         f"{os.path.dirname(os.path.relpath(series.paths[0], where))} "
         f"({len(series.paths)} slices)"
         for series in found[:_MOST_NAMED]
     ]
     more = f" and {len(found) - _MOST_NAMED} more" * (len(found) > _MOST_NAMED)
-    return f"none in the folder itself, below it {', '.join(named)}{more}"
+    return Note(f"below it are {', '.join(named)}{more}")
 
 
 # --- checks ---

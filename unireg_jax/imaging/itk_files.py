@@ -279,10 +279,10 @@ def _check_voxels(path: str | os.PathLike, header: _Header, wanted: int) -> None
     there = header.data.stat().st_size - header.start
     if encoding == "raw" and there < wanted:
         raise _truncated(path, f"{wanted} bytes of voxels", str(there))
-    if encoding == "zlib":
-        there = _compressed_size(path, header, there)
     if encoding in _WBITS:
-        _check_stream(path, header, there, encoding, wanted)
+        size = _check_stream(path, header, encoding, wanted)
+        if encoding == "zlib":
+            _check_told_size(path, header, size)
 
 
 def _encoding(path: str | os.PathLike, lines: dict[str, str]) -> str:
@@ -294,40 +294,48 @@ def _encoding(path: str | os.PathLike, lines: dict[str, str]) -> str:
     return "zlib" if lines.get("CompressedData", "")[:1] in _META_TRUE else "raw"
 
 
-def _compressed_size(path: str | os.PathLike, header: _Header, there: int) -> int:
-    """Bytes that ITK inflates of a MetaImage, `there` are so many."""
+def _check_told_size(path: str | os.PathLike, header: _Header, size: int) -> None:
+    """Refuses another length of the stream than it has: ITK inflates what it says."""
     told = header.lines.get("CompressedDataSize", "none")
     if told == "none" and header.data != Path(path):
-        return there  # all of a file of its own
+        return  # all of a file of its own
     try:
-        size = int(float(told))  # older writers: 1.23457e+06
-    except (ValueError, OverflowError):
-        size = 0
-    if not 0 < size <= there:
-        expected = f"a line CompressedDataSize of at most {there}, the bytes there are"
-        raise _truncated(path, expected, told[:40])
-    return size
+        same = float(told) == size  # older writers: 1.23457e+06
+    except ValueError:
+        same = False
+    if not same:
+        raise bad_file(
+            path,
+            "truncated",
+            f"CompressedDataSize = {size}, the bytes of the stream",
+            ascii(told[:40]),
+            "correct that line",
+        )
 
 
 def _check_stream(
-    path: str | os.PathLike, header: _Header, size: int, encoding: str, wanted: int
-) -> None:
-    """Inflates `size` bytes, block by block, to the checksum at the stream's end."""
+    path: str | os.PathLike, header: _Header, encoding: str, wanted: int
+) -> int:
+    """Inflates all, block by block, to the checksum at its end; gives bytes read."""
+    least, most = wanted, wanted
+    if encoding != "zlib":  # what NRRD skips lies in the stream
+        skip = header.lines.get("byteskip", "0")
+        skip = int(skip) if re.fullmatch(r"-1|\d{1,9}", skip) else 0
+        least, most = wanted + max(skip, 0), wanted + (skip if skip >= 0 else _BLOCK)
     stream, count = zlib.decompressobj(_WBITS[encoding]), 0
     try:
         with open(header.data, "rb") as file:
             file.seek(header.start)
-            end = header.start + size
-            while count <= wanted and not stream.eof:
-                most = min(_BLOCK, end - file.tell())
-                block = stream.unconsumed_tail or file.read(most)
+            while count <= most and not stream.eof:
+                block = stream.unconsumed_tail or file.read(_BLOCK)
                 if not block:
                     break
                 count += len(stream.decompress(block, _BLOCK))
-                if stream.eof and encoding != "zlib" and count < wanted:
+                if stream.eof and encoding != "zlib" and count < least:
                     # Streams may be joined; the next begins where this one ended.
                     file.seek(-len(stream.unused_data), os.SEEK_CUR)
                     stream = zlib.decompressobj(_WBITS[encoding])
+            size = file.tell() - header.start - len(stream.unused_data)
     except zlib.error as error:
         raise bad_file(
             path,
@@ -337,11 +345,12 @@ def _check_stream(
             "the file is damaged: copy or download it again",
         ) from error
     expected = f"a whole {encoding} stream of {wanted} bytes"
-    if count > wanted:
+    if count > most:
         remedy = "the header does not describe this file: export it again"
         raise bad_file(path, "trailing_data", expected, "more", remedy)
-    if count < wanted or not stream.eof:
+    if count < least or not stream.eof:
         raise _truncated(path, expected, f"its end after {count}")
+    return size
 
 
 def _truncated(path: str | os.PathLike, expected: str, got: str) -> UserError:

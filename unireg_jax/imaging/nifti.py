@@ -850,8 +850,12 @@ def intensity_warnings(array: np.ndarray) -> list[str]:
         seen = f"0.1 %, 50 % and 99.9 % at {low:g}, {middle:g} and {high:g}"
         return [f"hu_range: not Hounsfield units? {seen}; air should be near -1000"]
     # Tissue is noisy: no value of it stands out among its neighbours.
-    filled, near = (sample == 0).mean(), (np.abs(sample) == 1).mean() / 2
-    if filled > max(_PADDED, 10 * near):
+    values, counts = np.unique(sample, return_counts=True)
+    at = int(np.searchsorted(values, 0))
+    filled, near = 0.0, counts[max(0, at - 1) : at + 2]
+    if at < len(values) and values[at] == 0:
+        filled = counts[at] / sample.size
+    if filled > _PADDED and counts[at] > 10 * np.delete(near, min(at, 1)).mean():
         return [
             f"padding: {100 * filled:.0f} % of the voxels are exactly 0 HU, as tools "
             "fill what they add: they count as body; fill with -1000"
