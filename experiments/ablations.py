@@ -245,10 +245,7 @@ def prealignments(data: Path, model, split: str, affine: str) -> dict:
             affine=affine,
             weights=model,
         )
-        row = {
-            f"dsc_{name}": real_pairs.scores(truth, stage)["dsc"]
-            for name, stage in real_pairs.stages(result).items()
-        }
+        row = real_pairs.overlaps(truth, result)
         row |= {"patients": names, "folds": result.qc["fold_percent_network"]}
         found.setdefault(group, []).append(row)
     return found

@@ -74,10 +74,7 @@ def _pair(folder: Path, task: str) -> tuple[list[Path], list[nifti.Volume]]:
 
 def _judge(result, labels) -> dict:
     """DSC as the scans lie, pre-aligned and registered; regularity."""
-    scores = {
-        f"dsc_{name}": real_pairs.scores(labels, stage)["dsc"]
-        for name, stage in real_pairs.stages(result).items()
-    }
+    scores = real_pairs.overlaps(labels, result)
     keys = (
         "fold_percent_network",
         "sdlogj_network",

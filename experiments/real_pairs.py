@@ -200,6 +200,19 @@ def scores(truth: Truth, found: Mapping, *, surface: bool = False) -> dict[str, 
     return means | {"labels": each, "dsc_shared": shared}
 
 
+def overlaps(truth: tuple[Volume, Volume], result: Any) -> dict[str, float]:
+    """Mean DSC of each of `stages`: dsc_initial, dsc_affine, dsc_network.
+
+    Args:
+        truth: labels of fixed and of moving.
+        result: Registration.
+    """
+    return {
+        f"dsc_{name}": scores(truth, stage)["dsc"]
+        for name, stage in stages(result).items()
+    }
+
+
 def shared_slices(
     fixed: np.ndarray, warped: np.ndarray, labels: Sequence[int]
 ) -> list[float]:
