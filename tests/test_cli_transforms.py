@@ -460,7 +460,11 @@ def test_invert_of_a_fold_ends_in_8_and_writes_nothing(run, tmp_path):
 
 def test_compose_keeps_parts_or_samples_them(run, tmp_path):
     words = ("compose", "-t", "w.nii.gz", "-t", "a.txt")
-    assert run(*words, "-o", tmp_path / "c.h5", "--json")[0] == 0
+    chain = (*words, "-f", "fixed.nii.gz", "-o", tmp_path / "c.h5")
+    assert run(*chain, "--json")[0] == 0
+    beyond = np.array((10.0, -150.0, 5000.0))  # of the field; the affine acts on
+    moved = mapping.points(mapping.read(tmp_path / "c.h5"), beyond)
+    np.testing.assert_allclose(moved, matrix()[:3] @ (*beyond, 1), atol=1e-3)
     sampled = tmp_path / "c.nii.gz"
     assert run(*words, "-f", "fixed.nii.gz", "-o", sampled)[0] == 0
     assert nib.load(sampled).shape == (*FIXED.shape, 1, 3)
@@ -501,6 +505,9 @@ def test_convert_spells_the_same_map(run, tmp_path, to, name):
         expected = peer().TransformPoint(point)
         moved = mapping.points(found, np.array(point))
         np.testing.assert_allclose(moved, expected, atol=2e-3)  # between voxels
+    if name.endswith(".h5"):
+        before, after = (mapping.read(p) for p in ("c.h5", tmp_path / name))
+        assert len(after.parts) == len(before.parts) == 2
 
 
 def test_convert_of_learn2reg_needs_the_scans(run, tmp_path):

@@ -582,6 +582,9 @@ def test_write_keeps_parts_and_grids_without_a_fixed_scan(tmp_path):
     mapping.write(tmp_path / "d.h5", Mapping(()))
     peer = sitk.ReadTransform(str(tmp_path / "d.h5"))
     np.testing.assert_allclose(peer_points(peer, xyz), xyz, atol=1e-9)
+    # A fixed scan is no wish for one field: beyond its grid the affine acts on.
+    mapping.write(tmp_path / "e.h5", whole, fixed=stored(tmp_path)[0])
+    assert (tmp_path / "e.h5").read_bytes() == (tmp_path / "a.h5").read_bytes()
     name = "sub-01_from-moving_to-fixed_mode-image_xfm.h5"
     mapping.write(tmp_path / name, whole, "bids")
     assert (tmp_path / name).read_bytes() == (tmp_path / "a.h5").read_bytes()
@@ -614,8 +617,8 @@ def test_write_refuses_a_field_beyond_a_kilometre(tmp_path):
         errors.NUMERICAL,
     )
     mapping.write(tmp_path / "a.h5", far)
-    with pytest.raises(UserError, match="within 1 km, got .* without the fixed scan"):
-        mapping.write(tmp_path / "b.h5", far, fixed=stored(tmp_path)[0])
+    with pytest.raises(UserError, match="within 1 km, got .* write an .h5"):
+        mapping.write(tmp_path / "b.nii", far, fixed=stored(tmp_path)[0])
 
 
 def test_write_refuses_a_shear_in_itk_files(tmp_path):

@@ -255,8 +255,7 @@ def write(
 ) -> None:
     """Writes a map in the spelling of another tool.
 
-    itk, bids: composite with all parts, exactly, unless `fixed` asks for one field
-    on its grid (bids `.txt`: one affine).
+    itk, bids: composite with all parts, exactly (bids `.txt`: one affine).
     nifti1007 (= ants), nifti1006, slicer: one field in mm on the grid of the fixed
     scan. l2r: one field in voxels, from the fixed file's grid to the moving file's.
     affine-txt: a map without fields.
@@ -285,9 +284,6 @@ def write(
         transforms.write_affine_txt(path, matrix[0] if matrix else np.eye(4))
         return
     if to == "itk":
-        if fixed is not None:
-            mapping = compose([mapping], grid_of(fixed))
-            _check_range(path, mapping.fields[0].disp_mm)
         if any(transforms.has_shear(f.vox2world) for f in mapping.fields):
             raise _cannot(
                 path, "grids of perpendicular axes", "a shear", "name another grid"
@@ -324,8 +320,8 @@ def _check_range(path: str | os.PathLike, disp_mm: np.ndarray) -> None:
             "field_range",
             "displacements within 1 km",
             f"{longest:.4g} mm",
-            "check the order and frames of the transforms, or write an .h5 without "
-            "the fixed scan: it keeps affines apart",
+            "check the order and frames of the transforms, or write an .h5, which "
+            "keeps affines apart",
             NUMERICAL,
         )
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("-f", "--fixed", "--reference"),
         dest="fixed",
         metavar="FILE",
-        help="fixed scan, for one field on its grid",
+        help="fixed scan, for a field on its grid",
     )
     parser.add_argument(
         *("-m", "--moving"), metavar="FILE", help="moving scan, for a Learn2Reg field"

@@ -110,9 +110,7 @@ def run(args: argparse.Namespace) -> int:
         )
     for line in warnings:
         warn(line)
-    parts = mapping.spelling_of(args.file) == "itk"  # which keeps them
-    target = None if parts else moving
-    mapping.write(args.file, inverse.mapping, fixed=target, moving=fixed)
+    mapping.write(args.file, inverse.mapping, fixed=moving, moving=fixed)
     if args.residual_out:
         residual = np.nan_to_num(inverse.residual_mm, nan=-1)
         nifti.write_like(args.residual_out, residual, moving)
