@@ -140,7 +140,9 @@ def _init_from(name: str, state: train_state.TrainState):
     """The state at released weights, and their name and digest; as it is without."""
     if not name:
         return state, None
-    path = released.find_weights(None if name == "package" else name)
+    # Not $UNIREG_WEIGHTS, which may be this user's last training.
+    packaged = released.PACKAGE / released.DEFAULT
+    path = released.find_weights(packaged if name == "package" else name)
     params, spec = released.load_weights(path)
     released.check_tensors(
         params,

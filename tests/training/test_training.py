@@ -516,6 +516,21 @@ def test_init_from_starts_at_the_given_weights(config, tmp_path):
     }
 
 
+def test_init_from_package_is_what_was_shipped(monkeypatch):
+    """Whatever the user's own default is: perhaps the run that is to be repeated."""
+    monkeypatch.setenv(weights.VARIABLE, "mine.safetensors")
+    asked = []
+
+    def load(path):
+        asked.append(path)
+        raise UserError("checkpoint_missing", "enough")
+
+    monkeypatch.setattr(weights, "load_weights", load)
+    with pytest.raises(UserError, match="enough"):
+        train._init_from("package", None)
+    assert asked == [weights.PACKAGE / "unireg.safetensors"]
+
+
 def test_run_on_an_embedding_keeps_the_two_together(config, tmp_path, monkeypatch):
     """The embedding's own file may have any name, that of the weights too."""
     fields = {"stem": 4, "stages": [4, 4, 6, 6], "channels": 5}
