@@ -16,7 +16,6 @@ code, tests and weights; give --limit_s the time that the device is there for.
 import datetime
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import jax
 from absl import flags
 
 from data_pipeline import store
-from experiments import cli
+from experiments import cli, processes
 from unireg_jax.errors import PARTLY, PREEMPTED, USAGE, UserError
 
 SUMMARY = "summary.json"
@@ -101,27 +100,14 @@ def run(
         if began >= ends:
             break
         with (out / f"{part.name}.txt").open("w", encoding="utf-8") as file:
-            code = _code([sys.executable, "-m", *words], file, ends - began)
+            code = processes.exit_code(
+                [sys.executable, "-m", *words], file, ends - began
+            )
         seconds = round(time.monotonic() - began, 1)
         known[part.name] = same | {"code": code, "seconds": seconds}
         store.write_json(path, {"parts": known})
         print(f"{part.name}: exit code {code}, {seconds} s", flush=True)
     return known
-
-
-def _code(words: list[str], file, limit_s: float) -> int | None:
-    """Exit code of a command, or None if it had to be stopped with all it started."""
-    process = subprocess.Popen(
-        words, cwd=_ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        return process.wait(limit_s)
-    except BaseException as error:  # an interrupt must not leave it running, either
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            return None
-        raise
 
 
 def facts() -> dict[str, str]:

@@ -30,12 +30,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from data_pipeline import synthetic
-from experiments import cli, real_pairs
+from data_pipeline import store, synthetic
+from experiments import cli, digests, real_pairs
 from experiments.real_pairs import LANDMARKS
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import LIMIT, USAGE, UserError
 from unireg_jax.evaluation import metrics, quality, regularity
 from unireg_jax.imaging import nifti, points, preprocess
 from unireg_jax.imaging.nifti import Volume
@@ -239,6 +239,8 @@ def judge(job: Job, scans: Scans, session) -> dict[str, Any]:
             clock=registration.Clock(),
         )
     except UserError as error:
+        if error.exit_code == LIMIT:  # says nothing of the pair
+            raise
         return row | {"refused": error.reason}
     row["type"] = quality.kind_of(result.settings)
     started = time.perf_counter()
@@ -429,7 +431,7 @@ def main(argv) -> None:
     model = registration.load_model(flags.FLAGS.weights)
     of = {"weights": model.spec["sha256"], "plan": plan and plan._asdict()}
     of["others"] = flags.FLAGS.others
-    of["judged"] = 2  # phantoms by folds, too
+    of["sources"] = digests.of([Path(__file__), *digests.library()])
     kept = json.loads(path.read_text()) if path.exists() else {"of": of, "rows": []}
     if kept["of"] != of:
         raise UserError(
@@ -442,7 +444,7 @@ def main(argv) -> None:
     session = registration.Session(model, refine=plan)
     for job in tqdm(todo, disable=not sys.stderr.isatty()):
         rows.append(judge(job, scans, session))
-        path.write_text(json.dumps(kept, indent=1))
+        store.write_atomic(path, json.dumps(kept, indent=1).encode())
     print(table(rows))
     seconds = [row["seconds"] for row in rows if "seconds" in row]
     print(f"\n{len(rows)} pairs, judged in {np.median(seconds):.1f} s each (median)")

@@ -25,17 +25,16 @@ memory and on JAX's device: for many weights or patients, when nothing else is a
 
 Rows go to results.json in --out; those that are there are not measured again unless
 settings, version, the judge's sources or, of ours, anything in the library or the
-weights changed, or with --redo; failed ones are.
+weights changed, or the pair's start where another row had it found, or with --redo;
+failed ones are.
 """
 
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,16 +45,17 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli, conventional, figures, real_pairs
+from experiments import cli, conventional, digests, figures, processes, real_pairs
 from experiments.real_pairs import LANDMARKS, Pair, Truth
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
-from unireg_jax.evaluation import regularity
-from unireg_jax.imaging import grids, mapping, preprocess
+from unireg_jax.evaluation import metrics, regularity
+from unireg_jax.imaging import grids, mapping, nifti, points, preprocess
 from unireg_jax.imaging.grids import Field, Grid
 from unireg_jax.registration import Plan
 from unireg_jax.registration.embedding import find_embedding
 from unireg_jax.registration.weights import find_weights
+from unireg_jax.tasks import OUTSIDE_HU
 
 RESULTS = "results.json"  # in --out
 SHAPES = {4: (96, 96, 80), 2: (192, 192, 160)}
@@ -63,6 +63,7 @@ _LIMIT_S = 7200  # of one run
 _ERRORS = ("tre_mm", "tre_median_mm", "tre_sure_mm")
 _KEY = ("spacing", "pair", "method")
 _SAME = ("settings", "version", "sources")  # of a row that is not measured again
+_JUDGE = (metrics, regularity, grids, mapping, nifti, points)  # and what they import
 
 
 class Own(NamedTuple):
@@ -211,23 +212,44 @@ def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, fl
     return scores | {key: found[key] for key in kept if key in found}
 
 
-def draw(path: Path, pair: Pair, start: Start, field: Field, title: str) -> None:
-    """A picture on the working grid: fixed, moving, warped, field."""
+def draw(
+    path: Path,
+    pair: Pair,
+    start: Start,
+    field: Field,
+    title: str,
+    affine: np.ndarray | None = None,
+) -> None:
+    """A picture on the working grid: fixed, moving, warped, field.
+
+    Args:
+        path: of the PNG.
+        pair: of `start`.
+        start: of the pair.
+        field: on the working grid, before the affine.
+        title: above it.
+        affine: None for the shared one.
+    """
     xyz = grids.positions(start.grid, slice(None))
     moved, _ = grids.through([field], xyz)
     coords = grids.apply(np.linalg.inv(start.grid.vox2world), moved)
+    image = start.moving
+    if affine is not None:
+        _, scan = real_pairs.read_scans(pair)
+        image = preprocess.resample(scan, start.grid, fill=OUTSIDE_HU, matrix=affine)
     labels = None
     if pair.task == "headneck":
+        matrix = start.affine if affine is None else affine
         fixed, moving = (
             preprocess.prepare_labels(volume, start.grid, matrix=matrix)
-            for volume, matrix in zip(start.truth, (None, start.affine), strict=True)
+            for volume, matrix in zip(start.truth, (None, matrix), strict=True)
         )
         labels = fixed, grids.nearest(moving, coords).reshape(fixed.shape)
     figures.save_registration(
         path,
         start.fixed,
-        start.moving,
-        grids.linear(start.moving, coords).reshape(start.fixed.shape),
+        image,
+        grids.linear(image, coords).reshape(start.fixed.shape),
         (moved - xyz).T.reshape(*start.fixed.shape, 3),
         np.diag(start.grid.vox2world)[:3],
         title=title,
@@ -363,19 +385,14 @@ def digest(weights: Path | None = None, *, own: bool) -> str:
             package's embedding; None for none.
         own: True for our rows: the judge, and all of the library. False for tools,
             which take long: the judge alone, so that after a change of the
-            pre-alignment they are measured anew by --redo only.
+            pre-alignment they are measured anew where the start differs.
     """
     files = [Path(__file__), Path(conventional.__file__), Path(real_pairs.__file__)]
-    if own:
-        library = Path(registration.__file__).parents[1]
-        files += sorted(library.rglob("*.py"))
+    files += digests.library() if own else digests.imported(_JUDGE)
     if weights is not None:
         for path in (weights, find_embedding()):
             files += [path, path.with_suffix(".json")]
-    whole = hashlib.sha256()
-    for path in files:
-        whole.update(path.read_bytes())
-    return whole.hexdigest()[:12]
+    return digests.of(files)
 
 
 def methods(
@@ -468,6 +485,7 @@ def measure(
             "affine": start.affine.tolist(),
             "weights": options["weights"],
             "spacing": options["spacing"],
+            "threads": options["threads"],
         }
         (folder / "job.json").write_text(json.dumps(job))
         words += ["experiments.compare_peers", f"--job={folder}"]
@@ -484,28 +502,22 @@ def measure(
     for name in (conventional.FIELD, conventional.MEASURED):
         (folder / name).unlink(missing_ok=True)
     try:
-        done = subprocess.run(
-            words,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LIMIT_S,
-            check=False,
-        )
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            return {"failed": f"exit code {done.returncode} {''.join(said)[:200]}"}
+        with open(folder / "log.txt", "w+", errors="replace") as log:
+            code = processes.exit_code(words, log, _LIMIT_S, environment)
+            log.seek(0)
+            said = log.read().strip().splitlines()[-1:]
+        if code is None:
+            return {"failed": f"not done after {_LIMIT_S} s"}
+        if code:
+            return {"failed": f"exit code {code} {''.join(said)[:200]}"}
         field, affine, measured = conventional.read_result(folder)
         scores = judge(start, field, affine)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {_LIMIT_S} s"}
     except (OSError, ValueError, KeyError) as error:
         return {"failed": f"no usable field: {error}"[:250]}
     if options["picture"]:
         file = "".join(c if c.isalnum() else "_" for c in method.name)
         name = f"{pair.name}_{file}.png"
-        draw(options["picture"] / name, pair, start, field, method.name)
+        draw(options["picture"] / name, pair, start, field, method.name, affine)
     return scores | measured
 
 
@@ -533,6 +545,8 @@ def race(
         at = (options["spacing"], pair.name, method.name)
         old = known.get(at, {"failed": "not yet"})
         same = all(old.get(key) == getattr(method, key) for key in _SAME)
+        if of == pair:
+            same &= old.get("start") == _rounded(start.affine)
         timed = options["accuracy"] or "cpu_s" in old
         if "failed" not in old and same and timed and not redo:
             continue
@@ -551,8 +565,7 @@ def race(
             "task": pair.task,
             **{key: getattr(method, key) for key in _SAME},
             "date": datetime.date.today().isoformat(),
-            # To 0.001: whether rows of one pair belong together.
-            "start": np.round(start.affine, 3).tolist(),
+            "start": _rounded(start.affine),
         }
         if options["accuracy"]:
             if method.name not in sessions:
@@ -579,6 +592,11 @@ def race(
     ]
 
 
+def _rounded(affine: np.ndarray) -> list[list[float]]:
+    """To 0.001: whether rows of one pair belong together."""
+    return np.round(affine, 3).tolist()
+
+
 def read_rows(path: Path) -> dict[tuple, dict[str, Any]]:
     """Rows of results.json by what tells them apart."""
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
@@ -602,6 +620,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         middle = np.median(values) if ends == "median" else np.mean(values)
         return f"{middle:.{digits}f} ({np.max(values):.{digits}f})"
 
+    def part(values, every):
+        few = len(values) < len(every)
+        return f" (of {len(values)}: organs lost)" if few else ""
+
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name]
         good = [row for row in mine if "failed" not in row]
@@ -615,7 +637,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if len(dsc):
             organs = f"**{dsc.mean():.1f}** ({dsc.min():.1f} … {dsc.max():.1f})"
         shared, hd95 = (
-            f"{values.mean():.1f}" if len(values) else "-"
+            f"{values.mean():.1f}{part(values, dsc)}" if len(values) else "-"
             for values in (column(k, "headneck") for k in ("shared_percent", "hd95_mm"))
         )
         errors, folds = [], []
@@ -644,7 +666,9 @@ def main(argv) -> None:
     options = flags.FLAGS
     if options.job:
         folder = Path(options.job)
-        register(json.loads((folder / "job.json").read_text()), folder)
+        job = json.loads((folder / "job.json").read_text())
+        conventional.hold_to(job["threads"])
+        register(job, folder)
         return
     if not options.data:
         raise UserError("schema", "flags: --data=FOLDER expected; see --help", USAGE)

@@ -368,6 +368,15 @@ def measure(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     }
 
 
+def hold_to(threads: int) -> None:
+    """Binds this process and its children to so many of its cores.
+
+    Not every tool can be told: XLA takes as many threads as it has cores.
+    """
+    if hasattr(os, "sched_setaffinity"):  # not on macOS
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
 def cpu_seconds() -> float:
     """User and system seconds of this process and of its ended children."""
     used = (
@@ -395,6 +404,7 @@ def main() -> None:
     name, folder, threads = sys.argv[1:]
     for variable in ("OMP_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
         os.environ[variable] = threads  # before a library is loaded
+    hold_to(int(threads))
     register(name, Path(folder), int(threads))
 
 

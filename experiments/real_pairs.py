@@ -172,9 +172,10 @@ def scores(truth: Truth, found: Mapping, *, surface: bool = False) -> dict[str, 
         surface: whether to measure hd95_mm, which takes longer.
 
     Returns:
-        Of labels: dsc, its mean over them in [0, 1]; hd95_mm, the mean; labels, dsc by
-        id as text; dsc_shared, the mean of `shared_slices`. Of landmarks: tre_mm, the
-        mean; tre_median_mm; errors_mm [N].
+        Of labels: dsc, its mean over them in [0, 1]; hd95_mm, the mean, None where an
+        organ of both scans was led out of the fixed one's grid, which no mean of the
+        others should hide; labels, dsc by id as text; dsc_shared, the mean of
+        `shared_slices`. Of landmarks: tre_mm, the mean; tre_median_mm; errors_mm [N].
     """
     if isinstance(truth, PointPairs):
         _, errors = metrics.target_errors(found, truth.fixed, truth.moving)
@@ -188,7 +189,11 @@ def scores(truth: Truth, found: Mapping, *, surface: bool = False) -> dict[str, 
     warped = mapping.resample(found, moving, grid, interp="nearest")
     said = metrics.overlap(fixed, moving, {"": warped}, surface=surface)
     each = {label: row["dsc"] for label, row in said["labels"].items()}
-    means = {key: said["mean"][key] for key in ("dsc", *("hd95_mm",) * surface)}
+    means = {"dsc": said["mean"]["dsc"]}
+    if surface:
+        both = np.intersect1d(fixed.data, moving.data)
+        found_all = said["n"]["hd95_mm"] == np.count_nonzero(both)
+        means["hd95_mm"] = said["mean"]["hd95_mm"] if found_all else None
     part = shared_slices(fixed.data, np.asarray(warped), list(map(int, each)))
     # An organ of both scans that is led past all slices of the other one counts 0.
     known = [

@@ -1,5 +1,6 @@
 """The race's conventions and bookkeeping, on made volumes; tools where installed."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,18 +14,19 @@ import pytest
 from scipy import ndimage
 
 from experiments import compare_peers as race
-from experiments import conventional, real_pairs
+from experiments import conventional, digests, real_pairs
 from tests.registration import test_pipeline
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.imaging import grids, mapping, nifti
 from unireg_jax.imaging.grids import Field, Grid
+from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.points import PointPairs
 from unireg_jax.registration import Plan
 
 SHAPE = (48, 42, 36)
 SPACING = np.array([3.0, 4.0, 5.0])
-SHIFT = np.array([1.5, -1.0, 1.0])  # voxels; sign and size differ per axis
+SHIFT = np.array([0.8, -1.2, 1.6])  # voxels; sign and size differ per axis, in mm too
 VOX2WORLD = np.diag([*SPACING, 1.0])
 VOX2WORLD[:3, 3] = (-60, 35, -700)
 
@@ -47,6 +49,7 @@ def pair(tmp_path):
     return tmp_path, ndimage.binary_erosion(body, iterations=3)
 
 
+TOLERANCE_MM = 1.5  # of a tool's median displacement
 SLOW = ("elastix", "ANTs SyN")  # minutes, on the smallest volumes too
 
 
@@ -75,9 +78,20 @@ def test_peer_finds_a_known_shift_in_lps_mm(pair, name):
     assert field.disp_mm.shape == (*SHAPE, 3) and affine is None
     np.testing.assert_allclose(field.vox2world, VOX2WORLD, atol=1e-4)
     found = np.median(field.disp_mm[inner], axis=0)
-    # mm: a third of the shift; a wrong sign, axis or unit is off by more.
-    np.testing.assert_allclose(found, SHIFT * SPACING, atol=1.5)
+    np.testing.assert_allclose(found, SHIFT * SPACING, atol=TOLERANCE_MM)
     assert measured["cpu_s"] > 0 and measured["peak_mib"] > 10
+
+
+def test_the_known_shift_tells_conventions_apart():
+    """No order or sign of axes but the right one, nor voxels for mm, would pass."""
+    shift = SHIFT * SPACING
+    others = [SHIFT, np.zeros(3)]
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            if order != (0, 1, 2) or signs != (1, 1, 1):
+                others.append(shift[list(order)] * signs)
+    assert len(others) == 49
+    assert min(np.abs(other - shift).max() for other in others) > TOLERANCE_MM
 
 
 @pytest.mark.parametrize("beyond", ["nan", "border"])
@@ -203,20 +217,22 @@ def bare(start, monkeypatch, tmp_path):
     """A race of one pair that needs no scans; counts what is run."""
     runs = []
 
-    def run(words, **_):
+    def run(words, file, *_):
         runs.append(words[3])
         folder = tmp_path / "4mm" / "liver"
         if words[3] == "greedy":
-            return subprocess.CompletedProcess(words, -11, "", "one\nSegmentation")
+            file.write("one\nSegmentation")
+            return -11
         disp = np.full((*SHAPE, 3), 1, np.float32)
         measured = {"cpu_s": 2.0, "start_s": 1.0, "wall_s": 3.0, "peak_mib": 99.0}
         conventional.write_result(folder, Field(disp, VOX2WORLD), measured)
-        return subprocess.CompletedProcess(words, 0, "", "")
+        return 0
 
-    monkeypatch.setattr(race.subprocess, "run", run)
+    monkeypatch.setattr(race.processes, "exit_code", run)
     monkeypatch.setattr(race, "load", lambda *_: None)
     monkeypatch.setattr(race.registration, "Session", lambda *_, **__: None)
-    monkeypatch.setattr(race, "begin", lambda *_: start)
+    at = [start]
+    monkeypatch.setattr(race, "begin", lambda *_: at[0])
     pair = real_pairs.Pair("liver", ("", ""), tmp_path, tmp_path, (tmp_path,))
     options = {
         "weights": "unireg_heldout",
@@ -225,8 +241,10 @@ def bare(start, monkeypatch, tmp_path):
         "cache": tmp_path,
     }
 
-    def again(redo=False, settings="s", sources="a"):
+    def again(redo=False, settings="s", sources="a", affine=None):
         names = ("greedy", "convexAdam")
+        if affine is not None:
+            at[0] = start._replace(affine=affine)
         found = [race.Method(name, settings, "1", sources) for name in names]
         more = {"picture": None, "accuracy": False}
         out = race.race([pair], found, tmp_path, options | more, redo)
@@ -236,7 +254,7 @@ def bare(start, monkeypatch, tmp_path):
     return again
 
 
-def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare):
+def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare, start):
     rows, done = bare()
     assert done == ["greedy", "convexAdam"]
     assert rows[0]["failed"] == "exit code -11 Segmentation"
@@ -244,6 +262,12 @@ def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare):
     assert bare()[1] == ["greedy"]  # what failed is tried again
     assert bare(settings="t")[1] == ["greedy", "convexAdam"]
     assert bare(settings="t", sources="b")[1] == ["greedy", "convexAdam"]
+    # What failed had the start found anew: it is that of the other row, or it is not.
+    assert bare(settings="t", sources="b")[1] == ["greedy"]
+    elsewhere = start.affine + np.eye(4)[:, ::-1]
+    moved = {"settings": "t", "sources": "b", "affine": elsewhere}
+    assert bare(**moved)[1] == ["greedy", "convexAdam"]
+    assert bare(**moved)[1] == ["greedy"]
     rows, done = bare(redo=True, settings="t")
     assert done == ["greedy", "convexAdam"] and len(rows) == 2
     lines = race.table(rows).splitlines()
@@ -365,15 +389,20 @@ def test_accuracy_of_what_cannot_be_registered_is_a_row(start):
     assert "a.nii" in row["failed"]
 
 
-def test_digest_changes_with_library_and_weights(tmp_path, monkeypatch):
-    weights = test_pipeline.saved(tmp_path)
-    library = tmp_path / "library"
-    room = library / "registration"
-    room.mkdir(parents=True)
-    (room / "refine.py").write_text("step = 1")
-    monkeypatch.setattr(race.registration, "__file__", str(room / "__init__.py"))
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """The package's sources, to be changed."""
+    copy = tmp_path / "unireg_jax"
+    leave = shutil.ignore_patterns("*.safetensors", "__pycache__")
+    shutil.copytree(digests.LIBRARY, copy, ignore=leave)
+    monkeypatch.setattr(digests, "LIBRARY", copy)
+    return copy
 
-    def digests():
+
+def test_digest_changes_with_what_a_row_depends_on(tmp_path, sources):
+    weights = test_pipeline.saved(tmp_path)
+
+    def found():
         """Of a tool, of our rows without a network, and of those with one."""
         return (
             race.digest(own=False),
@@ -381,13 +410,60 @@ def test_digest_changes_with_library_and_weights(tmp_path, monkeypatch):
             race.digest(weights, own=True),
         )
 
-    before = digests()
-    assert before == digests() and len(set(before)) == 3
-    (room / "refine.py").write_text("step = 2")
-    changed = digests()
-    # Minutes a row: the judge alone.
-    assert changed[0] == before[0]
-    assert changed[1] != before[1] and changed[2] != before[2]
-    weights.write_bytes(weights.read_bytes() + b" ")
-    again = digests()
-    assert again[:2] == changed[:2] and again[2] != changed[2]
+    def changed(path, text):
+        """Which of the three change."""
+        before = found()
+        path.write_bytes(path.read_bytes() + text)
+        return [a != b for a, b in zip(before, found(), strict=True)]
+
+    before = found()
+    assert before == found() and len(set(before)) == 3
+    more = b"\nstep = 2\n"
+    # A tool takes minutes a row: of the library the judge alone counts.
+    assert changed(sources / "registration/refine.py", more) == [False, True, True]
+    for name in (
+        "evaluation/metrics.py",
+        "evaluation/regularity.py",
+        "imaging/surface.py",
+        "imaging/grids.py",
+        "imaging/nifti.py",
+        "imaging/points.py",
+        "imaging/mapping.py",
+    ):
+        assert changed(sources / name, more) == [True, True, True], name
+    said = b"\n# said otherwise\n"
+    assert changed(sources / "imaging/surface.py", said) == [False, False, False]
+    assert changed(weights, b" ") == [False, False, True]
+
+
+def test_pictures_show_the_map_that_was_judged(start, monkeypatch, tmp_path):
+    """Of a row with an affine of its own, not of the pair's."""
+    shown = []
+    monkeypatch.setattr(
+        race.figures, "save_registration", lambda *a, **_: shown.append(a)
+    )
+    moving = Volume(start.moving, VOX2WORLD)
+    monkeypatch.setattr(race.real_pairs, "read_scans", lambda _: (None, moving))
+    pair = real_pairs.Pair("liver", ("", ""), tmp_path, tmp_path, ())
+    right = np.eye(4)
+    right[:3, 3] = SHIFT * SPACING
+    nothing = Field(np.zeros((*SHAPE, 3), np.float32), VOX2WORLD)
+    for affine in (None, right):
+        race.draw(tmp_path / "a.png", pair, start, nothing, "", affine)
+    inner = ndimage.binary_erosion(start.body, iterations=4)
+    off = [np.abs(warped - fixed)[inner].mean() for _, fixed, _, warped, *_ in shown]
+    assert off[1] < 0.3 * off[0]  # HU
+
+
+def test_own_runs_keep_to_the_cores_they_are_given():
+    """XLA cannot be told a number of threads: the process is bound."""
+    code = (
+        "import os; from experiments import conventional; conventional.hold_to(1); "
+        "import subprocess, sys; print(len(os.sched_getaffinity(0)), flush=True); "
+        "subprocess.run([sys.executable, '-c', "
+        "'import os; print(len(os.sched_getaffinity(0)))'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1", "1"]

@@ -86,6 +86,11 @@ def test_labels_are_scored_after_the_map():
     assert real_pairs.told(found) == 100
     moved[2, 3] = 18  # past all slices of both
     assert real_pairs.scores(truth, mapping.affine(moved))["dsc_shared"] == 0
+    moved = np.diag([0.2, 1, 1, 1])  # only the first structure's place is looked up
+    moved[0, 3] = 0.8 * PLACE[0, 3] + 0.8 * 4 * 3.4
+    found = real_pairs.scores(truth, mapping.affine(moved), surface=True)
+    assert found["labels"]["1"] > 0 and found["labels"]["2"] == 0
+    assert found["hd95_mm"] is None  # the mean of the other one would hide it
 
 
 def test_real_pairs_are_read(data_root):

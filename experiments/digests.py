@@ -1,0 +1,60 @@
+"""Digests of sources: whether a figure that was measured once is still of this code."""
+
+import ast
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+LIBRARY = Path(__file__).resolve().parents[1] / "unireg_jax"
+
+
+def of(files: Sequence[Path]) -> str:
+    """Start of the SHA-256 of files, of Python files without comments and docstrings.
+
+    Args:
+        files: in the order given; their names do not count.
+    """
+    whole = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        whole.update(_meaning(content) if path.suffix == ".py" else content)
+    return whole.hexdigest()[:12]
+
+
+def library() -> list[Path]:
+    """All sources of the package."""
+    return sorted(LIBRARY.rglob("*.py"))
+
+
+def imported(modules: Sequence[ModuleType]) -> list[Path]:
+    """Sources of modules of the package, and of what these import of it.
+
+    Args:
+        modules: of the package.
+    """
+    found: set[Path] = set()
+    todo = [module.__name__ for module in modules]
+    while todo:
+        path = LIBRARY.joinpath(*todo.pop().split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path in found or not path.is_file():  # or a name within a module
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            if node.module.split(".")[0] == LIBRARY.name:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                todo += [node.module, *names]
+    return sorted(found)
+
+
+def _meaning(content: bytes) -> bytes:
+    tree = ast.parse(content)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):
+                del body[0]
+    return ast.dump(tree).encode()
