@@ -2,7 +2,7 @@
 
     python -m experiments.release --workdir=runs/final \
         --sources=experiments/unireg_sources.json
-    python -m experiments.release --workdir=runs/heldout --name=unireg_heldout \
+    python -m experiments.release --workdir=runs/twice --name=unireg_heldout \
         --sources=experiments/heldout_sources.json
     python -m experiments.release --workdir=runs/sam_lite --half --name=sam_lite \
         --sources=experiments/sam_lite_sources.json
