@@ -409,6 +409,8 @@ class Session:
                         coarse = feature_affine.coarse_align(
                             found, grid.vox2world, shape=grid.shape
                         )
+                        # Its seconds are those of the pre-alignment.
+                        coarse = jax.block_until_ready(coarse)
             matrix = found.matrix
             used = found.kind if coarse is None else "coarse"
             why = f"{why}: {found.fit.points} matches, {found.fit.kind} map"
