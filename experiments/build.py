@@ -85,7 +85,8 @@ def build(config: ml_collections.ConfigDict, workdir: Path | str) -> Experiment:
     )
     vocabularies = [t["labels"] for t in dataset.index["tasks"].values()]
     vocabularies += [stream.label_names for stream in made]
-    num_labels = 1 + max(map(len, vocabularies))
+    # Without any label Dice still compiles, and counts nothing.
+    num_labels = 1 + max(1, *map(len, vocabularies))
     weights = weights._replace(num_labels=num_labels)
     apply_fn = functools.partial(apply, model)
     return Experiment(

@@ -516,6 +516,29 @@ def test_init_from_starts_at_the_given_weights(config, tmp_path):
     }
 
 
+def test_scans_without_any_label_are_trained_without_dice(config, phantoms, tmp_path):
+    """As docs/datasets.md promises: nothing else has to be set for them."""
+    root = tmp_path / "unlabelled"
+    shutil.copytree(phantoms, root)
+    index = json.loads((root / store.INDEX_NAME).read_text())
+    for task in index["tasks"].values():
+        task["labels"] = []
+    for volume in index["volumes"]:
+        volume["labels"] = None
+        volume["sha256"].pop("labels")
+    (root / store.INDEX_NAME).write_text(json.dumps(index))
+    with config.unlocked():
+        config.data.root = str(root)
+    assert config.loss.dice > 0
+    assert train.train(config, tmp_path / "run").is_file()
+    lines = _lines(tmp_path / "run")
+    steps = [line for line in lines if "train/loss" in line]
+    assert steps and all(np.isfinite(line["train/loss"]) for line in steps)
+    assert not any("train/dice" in line for line in steps)
+    judged = [line for line in lines if "val/ncc/lung" in line]
+    assert judged and all(line["val/mean_dsc/lung"] is None for line in judged)
+
+
 def test_init_from_package_is_what_was_shipped(monkeypatch):
     """Whatever the user's own default is: perhaps the run that is to be repeated."""
     monkeypatch.setenv(weights.VARIABLE, "mine.safetensors")
