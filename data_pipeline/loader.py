@@ -94,6 +94,7 @@ class Dataset:
             (store.count_layers(root, volume) for volume in self.index["volumes"]),
             default=0,
         )
+        self._pairs: dict[str, list[Pair]] = {}
         self._budget = cache_gib * 2**30
         self._timeout = read_timeout_s
         self._held = 0
@@ -108,8 +109,15 @@ class Dataset:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pairs(self, split: str) -> list[Pair]:
-        """The split's pairs, see `pairs.make_pairs`."""
-        return make_pairs(self.index, split, alignments=self.alignments)
+        """The split's pairs, see `pairs.make_pairs`; the same list every time."""
+        if split not in self._pairs:  # a million of them take seconds and a gigabyte
+            found = make_pairs(self.index, split, alignments=self.alignments)
+            self._pairs[split] = found
+        return self._pairs[split]
+
+    def limit(self, cache_gib: float) -> None:
+        """Takes no more memory for volumes than that, nor than given before."""
+        self._budget = min(self._budget, cache_gib * 2**30)
 
     def tell_missing(self, pairs: Sequence[Pair]) -> None:
         """Warns of pairs that a pre-alignment of the folder has not come to.

@@ -112,7 +112,7 @@ def read_alignments(root: Path | str) -> dict[str, np.ndarray]:
 
     Raises:
         UserError: `schema`, exit code 10: not JSON, or an entry is not a finite,
-            invertible affine.
+            invertible affine; `permission` or `storage`, exit code 6.
     """
     path = Path(root) / store.ALIGN_NAME
     remedy = "delete it, or compute the pre-alignment again"
@@ -120,6 +120,8 @@ def read_alignments(root: Path | str) -> dict[str, np.ndarray]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise store.unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             "schema", f"{path.name}: not readable as JSON; {remedy}", DATA_CHANGED
@@ -162,13 +164,16 @@ def stale_alignments(
         Those keys; none where align_kinds.json does not say of which volumes they are.
 
     Raises:
-        UserError: `schema`, exit code 10: align_kinds.json is not readable as JSON.
+        UserError: `schema`, exit code 10: align_kinds.json is not readable as JSON;
+            `permission` or `storage`, exit code 6.
     """
     path = Path(root) / store.ALIGN_NOTES_NAME
     try:
         then = json.loads(path.read_text(encoding="utf-8")).get("volumes", {})
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise store.unreadable(path, error) from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             "schema",

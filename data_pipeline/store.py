@@ -286,6 +286,17 @@ def write_index(root: Path | str, index: dict[str, Any]) -> None:
     write_json(Path(root) / INDEX_NAME, index)
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """The fault of a file of a prepared folder that is there and cannot be read."""
+    denied = isinstance(error, PermissionError)
+    return UserError(
+        "permission" if denied else "storage",
+        f"{path.name}: {error.strerror}; give yourself the right to read the prepared "
+        "folder, or mend the disk",
+        STORAGE,
+    )
+
+
 def read_index(root: Path | str) -> dict[str, Any]:
     """Reads the index of a prepared folder.
 
@@ -297,8 +308,9 @@ def read_index(root: Path | str) -> dict[str, Any]:
         optionally "pairs": {task: {split: [[fixed id, moving id], ...]}}.
 
     Raises:
-        UserError: `not_found` (exit code 3) when there is no index; `schema` (10)
-            when it cannot be read; `schema` (9) when a newer version wrote it.
+        UserError: `not_found` (exit code 3) when there is no index; `permission` or
+            `storage` (6) when it cannot be read; `schema` (10) when it is no index;
+            `schema` (9) when a newer version wrote it.
     """
     path = Path(root) / INDEX_NAME
     remedy = "make it with: python -m data_pipeline.prepare --manifest … --out …"
@@ -308,6 +320,8 @@ def read_index(root: Path | str) -> dict[str, Any]:
         raise UserError(
             "not_found", f"{root}: no prepared data ({INDEX_NAME}); {remedy}", NOTHING
         ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             "schema", f"{path.name}: not readable as JSON; {remedy}", DATA_CHANGED

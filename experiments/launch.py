@@ -7,7 +7,9 @@ the common case: then nothing here costs anything.
 import contextlib
 import hashlib
 import importlib.metadata
+import math
 import os
+import platform
 import re
 import threading
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unireg_jax.errors import DATA_CHANGED, USAGE, UserError, tell
+from unireg_jax.registration import memory
 from unireg_jax.training import checkpoint
 
 # Number of processes, as launchers state it.
@@ -118,6 +121,20 @@ def compare(config: Any, data_digest: str) -> None:
                 f"same {what}",
                 DATA_CHANGED if what == "data" else USAGE,
             )
+
+
+def volumes_gib() -> float:
+    """Memory for prepared volumes: half of what is free, over this machine's processes.
+
+    All processes ask together.
+    """
+    free = memory.available_bytes()
+    mine = np.frombuffer(hashlib.sha256(platform.node().encode()).digest(), np.int32)
+    rows = mine[None]
+    if jax.process_count() > 1:
+        rows = multihost_utils.process_allgather(mine)  # [processes, 8]
+    here = int((rows == mine).all(axis=1).sum())
+    return math.inf if free is None else free / here / 2**31
 
 
 def code_digest() -> str:

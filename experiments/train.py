@@ -43,6 +43,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
         experiment = build.build(config, workdir)
     mesh, rows = build.devices(config, experiment)
     launch.compare(config, experiment.dataset.digest)
+    experiment.dataset.limit(launch.volumes_gib())
     if config.train.eval_pairs:  # refuses a split without pairs, before any work
         loader.make_eval_batches(experiment.dataset, "val")
     state = train_state.make_state(

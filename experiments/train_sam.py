@@ -45,6 +45,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
     changes = checkpoint.check_config(workdir, config.to_dict())
     _check(config)
     dataset = _dataset(config)
+    dataset.limit(launch.volumes_gib())
     try:
         network = sam.Sam(**config.model.to_dict(), norm="batch")
         tx = optimizer.make_optimizer(**config.optim.to_dict())

@@ -13,7 +13,8 @@ pairs in a split are then those listed, if any is. An object may have `masks`,
 
 A label map is JSON {"raw id": "name"}; several ids may share one name, and ids that are
 not in it become background. {"6": ["Hippocampus", "TemporalLobe"]} puts an id into both
-structures. Where structures overlap, the one listed first is the one trained on.
+structures. Where structures overlap, all are trained on; made pairs and pictures show
+the one listed first.
 """
 
 import os

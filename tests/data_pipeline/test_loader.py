@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -371,6 +372,22 @@ def test_unprepared_folder_is_refused(tmp_path):
     assert caught.value.exit_code == NOTHING
 
 
+@pytest.mark.parametrize("name", ["index.json", "align.json", "align_kinds.json"])
+def test_what_may_not_be_read_is_one_line(copy, monkeypatch, name):
+    """Of a colleague's folder; by hand, since root reads everything."""
+    read = Path.read_text
+
+    def read_text(path, *args, **kwargs):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(UserError, match=f"{name}: Permission denied") as caught:
+        loader.Dataset(copy)
+    assert (caught.value.reason, caught.value.exit_code) == ("permission", STORAGE)
+
+
 def test_index_of_another_version_is_refused(copy):
     store.write_index(copy, {**store.read_index(copy), "version": 99})
     with pytest.raises(UserError, match="version 1 or 2 expected, 99 found"):
@@ -480,7 +497,10 @@ def test_batch_of_one_copies_no_volume(root):
 
 def test_cache_forgets_the_oldest_beyond_its_budget(root):
     volume_bytes = 3 * np.prod(SHAPE)
-    dataset = loader.Dataset(root, cache_gib=2.5 * volume_bytes / 2**30)
+    dataset = loader.Dataset(root)
+    dataset.limit(2.5 * volume_bytes / 2**30)
+    dataset.limit(1.0)  # no more than was given before
+    assert dataset.pairs("train") is dataset.pairs("train")
     first = dataset.volume(0)
     assert dataset.volume(0) is first
     for position in (1, 2):
