@@ -10,7 +10,7 @@ import pytest
 
 from unireg_jax import manifest
 from unireg_jax.errors import NOTHING, USAGE, UserError
-from unireg_jax.imaging import points
+from unireg_jax.imaging import itk_files, points
 
 GOOD = [
     dict(
@@ -151,7 +151,44 @@ def test_other_folders_must_be_declared(tmp_path):
     )
     assert "2 faults" in str(refusal(path))
     (case,) = manifest.read_cases(path, roots=[other])
-    assert case.fixed == str(other.resolve() / "a.nii")
+    assert case.fixed == str(home.resolve() / "link.nii")
+    assert case.moving == str(other.resolve() / "b.nii")
+
+
+def test_links_are_called_as_the_list_calls_them(tmp_path):
+    """Of its target the name tells nothing, as a store's, or too much: who it is."""
+    images, store = tmp_path / "imagesTr", tmp_path / "DOE_JANE"
+    images.mkdir(), (store / "series").mkdir(parents=True)
+    names = [f"LungCT_0001_000{m}.nii.gz" for m in (0, 1)]
+    for name in names:
+        (store / f"pat1_{name[-8]}").write_bytes(b"x")
+        (images / name).symlink_to(store / f"pat1_{name[-8]}")
+    fixed, moving = (f"./imagesTr/{name}" for name in names)
+    listed = {"registration_val": [{"fixed": fixed, "moving": moving}]}
+    path = write_json(tmp_path, listed)
+    (case,) = manifest.read_cases(path, strict=True)
+    assert [Path(p).name for p in (case.fixed, case.moving)] == names
+    assert manifest.learn2reg_fields(case)[0] == "disp_0001_0001"
+    # A slash at the end leads on to the target.
+    (tmp_path / "sub02").symlink_to(store / "series")
+    rows = [dict(id="a", fixed="sub02/", moving="sub02")]
+    (case,) = manifest.read_cases(write_json(tmp_path, rows), strict=True)
+    assert {case.fixed, case.moving} == {str(tmp_path.resolve() / "sub02")}
+
+
+def test_link_to_a_header_leads_where_its_voxels_are(tmp_path):
+    assert manifest.VOXELS == itk_files._DATA_ENDINGS
+    (tmp_path / "store").mkdir()
+    for name in ("s.mhd", "s.raw", "aa11"):
+        (tmp_path / "store" / name).write_bytes(b"x")
+    (tmp_path / "a.mhd").symlink_to(tmp_path / "store" / "s.mhd")
+    (tmp_path / "b.mhd").symlink_to(tmp_path / "store" / "s.mhd")
+    (tmp_path / "b.raw").symlink_to(tmp_path / "store" / "s.raw")
+    (tmp_path / "c.mhd").symlink_to(tmp_path / "store" / "aa11")
+    rows = [dict(id="1", fixed="a.mhd", moving="b.mhd", moving_mask="c.mhd")]
+    (case,) = manifest.read_cases(write_json(tmp_path, rows), strict=True)
+    found = (case.fixed, case.moving, case.moving_mask)
+    assert [Path(p).name for p in found] == ["s.mhd", "b.mhd", "c.mhd"]
 
 
 def test_learn2reg_pairs_are_read_with_what_lies_beside(tmp_path):

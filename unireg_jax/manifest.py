@@ -43,6 +43,9 @@ _L2R_POINTS = ("landmarks", "keypoints")  # set by hand before found by a progra
 _L2R_NAME = re.compile(r"_(\d{4})_(\d{4})$")  # patient and modality
 _L2R_USUAL = ("0000", "0001")  # modalities of the fixed and the moving scan
 FRAMES = ("lps_mm", "voxel_from_0", "voxel_from_1")  # see imaging.points
+# Voxels beside such a header, under its name; a test compares with imaging.itk_files.
+HEADERS = (".mhd", ".nhdr")
+VOXELS = (".raw", ".zraw", ".raw.gz", ".img")
 
 
 class Case(NamedTuple):
@@ -615,7 +618,9 @@ class Paths:
             faults: is extended.
 
         Returns:
-            Real path, or "".
+            The name as written in its real folder, or "". Of a link the target's name
+            may tell nothing (a store's), or too much (a patient's); only a header whose
+            voxels lie beside the target alone is called by that.
         """
         if not text:
             return ""
@@ -623,15 +628,14 @@ class Paths:
         if "\0" in text or "://" in text or text.startswith(("~", "$", "file:")):
             faults.append(("path_escape", f"{place}: a plain path expected"))
             return ""
-        path = os.path.join(self._home, text)
+        # A slash at the end would follow a link to a folder.
+        folder, name = os.path.split(os.path.join(self._home, text.rstrip("/") or "/"))
         try:
             # Folders repeat: their real path is looked up once, the name's own link
             # every time.
-            real = os.path.join(
-                self._real(os.path.dirname(path)), os.path.basename(path)
-            )
-            if os.path.islink(real) or os.path.basename(path) in ("..", "."):
-                real = os.path.realpath(real)
+            named = real = os.path.join(self._real(folder), name)
+            if os.path.islink(named) or name in ("..", "."):
+                real = os.path.realpath(named)
             exists = not self._strict or os.path.exists(real)
         except (OSError, ValueError) as error:
             faults.append(("path_escape", f"{place}: {error}"))
@@ -648,4 +652,11 @@ class Paths:
         if not exists:
             faults.append(("not_found", f"{place}: no such file"))
             return ""
-        return real
+        lone = _has_voxels(real) and not _has_voxels(named)
+        return real if name in ("..", ".") or lone else named
+
+
+def _has_voxels(path: str) -> bool:
+    """Whether a header's voxels lie beside it."""
+    stem, ending = os.path.splitext(path)
+    return ending.lower() in HEADERS and any(os.path.exists(stem + e) for e in VOXELS)

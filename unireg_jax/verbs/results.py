@@ -312,10 +312,10 @@ class Files:
         Raises:
             UserError: `not_found`, `not_a_file`, `permission`, `empty`.
         """
-        files = scans.files_of(path)
-        for file in files:
-            nifti.check_file(file)
         try:
+            files = scans.files_of(path)
+            for file in files:
+                nifti.check_file(file)
             return self._digests.get(
                 _state(path), lambda: outputs.digest_of(files), path
             )
@@ -331,14 +331,13 @@ class Files:
 
 def _state(path: str) -> tuple:
     """What changes when a file does, or one of those that a scan is made of."""
-    real = os.path.realpath(path)
-    state: list[Any] = [real]
+    state: list[Any] = [path]
     try:
-        for file in scans.files_of(real):
-            found = os.stat(file)
+        for file in scans.files_of(path):
+            found = os.stat(file)  # of what a link leads to
             state += [found.st_size, found.st_mtime_ns, found.st_ino]
     except (OSError, ValueError):  # reading it says what is wrong
-        return (real,)
+        return (path,)
     return tuple(state)
 
 
