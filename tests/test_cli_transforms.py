@@ -201,6 +201,26 @@ def test_warp_of_labels_widens_them_to_hold_the_fill(run, tmp_path, fill):
 
 
 @pytest.mark.parametrize(
+    ("low", "outside"), [(1, 0), (0.5, 0.5), (-1, -1), (-1000, -1000)]
+)
+def test_warp_of_a_mask_by_nearest_is_0_beyond_it(run, tmp_path, low, outside):
+    """As labels are warped that are measured; an image keeps its own value."""
+    mask = np.full(MOVING.shape, low, np.float32 if low % 1 else np.int16)
+    mask[5:] += 1
+    save(tmp_path / "m.nii", mask, MOVING.vox2world)
+    place = FIXED.vox2world.copy()
+    place[0, 3] += 40  # a field of view beyond the moving scan
+    save(tmp_path / "f.nii", np.zeros(FIXED.shape, np.int16), place)
+    words = ["warp", "-m", tmp_path / "m.nii", "-f", tmp_path / "f.nii", "-t", "a.txt"]
+    words += ["--interp", "nearest", "-o", tmp_path / "o.nii", "--json"]
+    code, stdout, stderr = run(*words)
+    assert code == 0, stderr
+    assert json.loads(stdout)["fill"] == outside
+    out = nib.load(tmp_path / "o.nii").get_fdata()
+    assert (out == outside).mean() > 0.05 and (out >= low).any()
+
+
+@pytest.mark.parametrize(
     ("interp", "fill"), [("label", "0.5"), ("label", "3e9"), ("linear", "1e39")]
 )
 def test_warp_refuses_a_fill_that_no_voxel_holds(run, tmp_path, interp, fill):
@@ -444,6 +464,24 @@ def test_invert_to_learn2reg_needs_both_scans(run, tmp_path):
     xyz = np.array([[8.0, -160, 710], [20, -140, 700]])
     there = mapping.points(mapping.read("c.h5"), xyz)
     np.testing.assert_allclose(mapping.points(back, there), xyz, atol=0.2)
+
+
+def test_invert_refuses_a_spelling_before_the_work(run, tmp_path, monkeypatch):
+    sheared = MOVING.vox2world @ np.array(
+        [[1, 0.1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]
+    )
+    save(tmp_path / "sheared.nii", np.zeros(MOVING.shape, np.int16), sheared)
+    monkeypatch.setattr(
+        "unireg_jax.verbs.invert.invert", lambda *_, **__: pytest.fail()
+    )
+    for moving, name, says in (
+        ("moving.nii.gz", "inv.txt", "use .nii.gz or .h5"),
+        (tmp_path / "sheared.nii", "inv.h5", "perpendicular axes"),
+    ):
+        words = ("-t", "c.h5", "-m", moving, "-o", tmp_path / name)
+        code, _, stderr = run("invert", *words)
+        assert code == errors.USAGE and says in stderr and "inverting" not in stderr
+    assert os.listdir(tmp_path) == ["sheared.nii"]
 
 
 def test_invert_of_a_fold_ends_in_8_and_writes_nothing(run, tmp_path):

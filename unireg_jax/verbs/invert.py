@@ -4,9 +4,10 @@ import argparse
 
 import numpy as np
 
-from unireg_jax.errors import USAGE, UserError, shown
-from unireg_jax.imaging import mapping, nifti
+from unireg_jax.errors import USAGE, UserError, bad_file, shown
+from unireg_jax.imaging import mapping, nifti, transforms
 from unireg_jax.imaging.inverse import check_inverse, invert
+from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress, warn
 
@@ -91,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
             USAGE,
         )
     warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
+    if whole.fields:
+        _check_spelling(args.file, moving)
     say("inverting")
     grid = mapping.grid_of(moving) if moving else mapping.Grid((2, 2, 2), np.eye(4))
     inverse = invert(whole, grid, tolerance_mm=args.tolerance)
@@ -122,3 +125,15 @@ def run(args: argparse.Namespace) -> int:
     )
     files.report(args, "invert", **files.plain(stats), warnings=warnings)
     return 0
+
+
+def _check_spelling(path: str, moving: Volume) -> None:
+    """Refuses, before the work, a file that cannot hold a field on the moving grid."""
+    kind = mapping.spelling_of(path)
+    if kind == "affine-txt":
+        wrong = "a name for displacements", "one for an affine", "use .nii.gz or .h5"
+    elif kind == "itk" and transforms.has_shear(moving.vox2world):
+        wrong = "a moving grid of perpendicular axes", "a shear", "use .nii.gz"
+    else:
+        return
+    raise bad_file(path, "schema", *wrong, USAGE)

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=files.number,
         metavar="X",
         help="beyond the moving scan; default air (-1000) for a CT, the smallest value "
-        "of another image, 0 with label",
+        "of another image, 0 with label, and with nearest of whole numbers from 0 on",
     )
     add(
         "--inverse",
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     for line in warnings:
         warn(line)
     fixed = scans.without_voxels(fixed)
-    fill = 0 if label else mapping.fill_of(moving.data)
+    ids = label or (args.interp == "nearest" and _like_ids(moving.data))
+    fill = 0 if ids else mapping.fill_of(moving.data)
     fill = fill if args.fill_value is None else args.fill_value
     moving, dtype = _stored(moving, fill, np.int32 if label else np.float32)
     say("warping")
@@ -107,6 +108,11 @@ def run(args: argparse.Namespace) -> int:
         warnings=[one_line(line) for line in warnings],
     )
     return 0
+
+
+def _like_ids(data: np.ndarray) -> bool:
+    """Whether voxels may be those of labels or a mask, of which 0 is background."""
+    return bool(data.min() >= 0 and (data == np.rint(data)).all())
 
 
 def _check_fill(fill: float | None, label: bool) -> None:
