@@ -24,7 +24,7 @@ from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import matcher, pipeline, weights
 from unireg_jax.registration.compiled import compile_register
 from unireg_jax.registration.network import initializer, load_model
-from unireg_jax.verbs import outputs, results
+from unireg_jax.verbs import files, outputs, results
 
 REPO = Path(__file__).resolve().parents[1]
 SPEC = PreprocessSpec(shape=(48, 32, 48), spacing_mm=(8.0, 9.0, 8.0))
@@ -341,6 +341,7 @@ def contents(folder):
         (KeyboardInterrupt, 130),
         (RuntimeError, 1),
         (MemoryError, errors.LIMIT),
+        (lambda: OSError(28, "No space left on device"), errors.STORAGE),
         (lambda: errors.bad_file("f", "spacing", "a", "b", "c"), errors.FAILED),
     ],
 )
@@ -520,6 +521,21 @@ def test_register_refuses_a_file_as_folder(scans, tmp_path, network, capsys):
     assert "a folder expected" in line
     below = tmp_path / "out" / "deeper"
     refused(capsys, command(scans, below, network), errors.STORAGE)
+
+
+@pytest.mark.parametrize("name", ["o" * 300, f"{'o' * 300}/deeper"])
+def test_out_that_cannot_be_reached_is_told_as_storage(
+    name, scans, tmp_path, network, capsys
+):
+    arguments = command(scans, tmp_path / name, network)
+    assert "cannot be written" in refused(capsys, arguments, errors.STORAGE)
+    with pytest.raises(errors.UserError, match="cannot be written") as error:
+        outputs.make_out(tmp_path / name)
+    assert error.value.exit_code == errors.STORAGE
+    with pytest.raises(errors.UserError, match="a folder expected"):
+        weights.check_target(tmp_path / name / "w.tflite", ".tflite", overwrite=True)
+    with pytest.raises(errors.UserError, match="not_found"):
+        files.check_results(str(tmp_path / name))
 
 
 def test_register_refuses_a_field_beyond_reason(scans, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """DICOM series: the same voxels as ITK at the same place, and every fault refused."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -174,6 +177,25 @@ def test_what_is_no_series_is_refused(tmp_path, hu):
     dicom_files.write_series(tmp_path / "s", hu)
     error = _refusal(tmp_path / "s", max_voxels=100)
     assert (error.reason, error.exit_code) == ("too_large", LIMIT)
+
+
+@pytest.mark.parametrize("fails", ["listdir", "stat"])
+def test_a_folder_that_may_not_be_read_is_not_called_empty(
+    tmp_path, hu, monkeypatch, fails
+):
+    dicom_files.write_series(tmp_path / "s", hu)
+    real = getattr(os, fails)
+
+    def refuse(path, **kwargs):
+        if fails == "listdir" or os.fspath(path).endswith(".dcm"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(os, fails, refuse)
+    for read in (dicom.read_series, dicom.find_series):
+        with pytest.raises(UserError, match="permission denied") as caught:
+            read(tmp_path / "s")
+        assert caught.value.reason == "permission"
 
 
 def test_contours_are_no_scan_and_the_remedy_is_told(tmp_path, hu):

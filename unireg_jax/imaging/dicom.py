@@ -227,10 +227,14 @@ def _files(folder: str | os.PathLike, *, deep: bool) -> Iterable[str]:
             "check the path",
         )
     pattern = "**/*" if deep else "*"
-    for path in sorted(Path(folder).glob(pattern)):
-        hidden = any(p.startswith(".") for p in path.relative_to(folder).parts)
-        if not hidden and path.name.upper() != "DICOMDIR" and path.is_file():
-            yield os.fspath(path)
+    try:
+        os.listdir(folder)  # glob finds nothing where it may not look
+        for path in sorted(Path(folder).glob(pattern)):
+            hidden = any(p.startswith(".") for p in path.relative_to(folder).parts)
+            if not hidden and path.name.upper() != "DICOMDIR" and path.is_file():
+                yield os.fspath(path)
+    except PermissionError as error:
+        raise nifti.permission_error(folder) from error
 
 
 def _header(path: str) -> Any | None:

@@ -142,7 +142,7 @@ def files_of(path: str | os.PathLike) -> list[Path]:
         lies beside it; of a folder, its files that are not hidden, by name.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return sorted(
             p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")
         )

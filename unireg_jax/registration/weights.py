@@ -367,14 +367,14 @@ def check_target(path: Path, suffix: str, *, overwrite: bool) -> None:
             "beside it; choose another name",
             USAGE,
         )
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(
             "storage",
             f"{shown(path.parent)}: a folder expected, none found; make it first",
             STORAGE,
         )
     for file in (path, path.with_suffix(".json")):
-        if os.path.lexists(file) and not (overwrite and file.is_file()):
+        if os.path.lexists(file) and not (overwrite and os.path.isfile(file)):
             raise UserError(
                 "id_duplicate",
                 f"{shown(file)} exists; pass --overwrite to replace it, or another "

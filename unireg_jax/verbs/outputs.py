@@ -1,6 +1,7 @@
 """Names of cases, folders that appear whole or not at all, digests."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -25,11 +26,13 @@ PAGE = "qc.html"  # of a case, a view of the rest
 REJECTED = "rejected"  # folder in OUT of cases that the gate holds back
 SUPERSEDED = "superseded"  # folder in OUT of results whose case failed when done again
 _LITTER_S = 86400  # after which a file that no run of `batch` marked is one
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only of writing
 
 
 def check_out(out: Path) -> None:
     """Refuses a file as --out."""
-    if out.exists() and not out.is_dir():
+    # Path's own raise where os.path's say no; making it tells what is wrong.
+    if os.path.exists(out) and not os.path.isdir(out):
         raise UserError("storage", f"--out {shown(out)}: a folder expected", USAGE)
 
 
@@ -80,7 +83,7 @@ def case_folder(
     final = out / case
     check_out(out)
     # A link would lead the results, and what is deleted first, out of the folder.
-    mine = final.is_dir() and not final.is_symlink()
+    mine = os.path.isdir(final) and not os.path.islink(final)
     if os.path.lexists(final) and not (overwrite and mine):
         found, remedy = "exists", "pass --overwrite to replace its results"
         if overwrite:
@@ -90,7 +93,7 @@ def case_folder(
             f"{shown(final)} {found}; {remedy}, or --case NAME",
             USAGE,
         )
-    made = not out.exists()
+    made = not os.path.exists(out)
     temp = out / f".unireg-{tag}{uuid.uuid4().hex}.tmp"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +101,12 @@ def case_folder(
     except OSError as error:
         raise storage_fault(out, error) from error
     try:
-        yield temp
+        try:
+            yield temp
+        except OSError as error:
+            if error.errno in _FULL:  # of a page or a record, say
+                raise storage_fault(final, error) from error
+            raise
         claim()
         try:
             _publish(temp, final, case)
@@ -112,7 +120,7 @@ def case_folder(
         if _left(temp):
             kept = shown(temp / "earlier")
             error.add_note(Note(f"some earlier results are left in {kept}"))
-        elif mine and (final / _names(case)[-1]).exists():
+        elif mine and os.path.exists(final / _names(case)[-1]):
             error.add_note(Note(f"earlier results stay in {shown(final)}"))
         raise
     finally:
