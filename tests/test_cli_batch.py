@@ -28,11 +28,11 @@ from experiments.faults import batch as proof
 from experiments.faults import scans
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
-from unireg_jax.imaging import transforms
+from unireg_jax.imaging import dicom, transforms
 from unireg_jax.locks import lock
 from unireg_jax.registration import pipeline
 from unireg_jax.registration.threads import GivenUp
-from unireg_jax.verbs import batch, journal, outputs, results, worker
+from unireg_jax.verbs import batch, journal, judging, outputs, results, worker
 
 REPO = Path(__file__).resolve().parents[1]
 SHIFTS = ((0.0, 0.0, 0.0), (8.0, 0.0, -5.0), (-6.0, 9.0, 4.0), (3.0, -7.0, 10.0))
@@ -328,10 +328,16 @@ def test_full_disk_is_the_pairs_own_fault_or_ends_the_run(
             raise OSError(28, "No space left on device")
         return real(source, target, **kwargs)
 
+    def write_page(path, record, drawn):
+        if record["case"] == "a3":
+            raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "replace", replace)
-    assert run(folder, network) == errors.PARTLY
-    assert told(folder)[0]["a2"]["reason"] == "storage"
-    assert not (folder / "out" / "a2").exists()
+    monkeypatch.setattr(judging, "write_page", write_page)
+    assert run(folder, network, "--html") == errors.PARTLY
+    for name in ("a2", "a3"):
+        assert told(folder)[0][name]["reason"] == "storage"
+        assert not (folder / "out" / name).exists()
     monkeypatch.undo()
 
     def full(descriptor):
@@ -610,6 +616,25 @@ def test_results_of_a_scan_that_cannot_be_read_now_stay(how, done, network):
     assert summary["this_run"]["skipped"] == 1
 
 
+def test_results_of_a_folder_that_cannot_be_listed_now_stay(done, network, monkeypatch):
+    """Which is no empty one."""
+    pytest.importorskip("pydicom")
+    (done / "s2.nii").unlink(), (done / "s2.nii").mkdir()
+    put(done, rows()[1:2])
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(dicom.os, "listdir", refuse)
+    assert run(done, network, "--overwrite") == errors.FAILED
+    line = told(done)[0]["a2"]
+    assert line["reason"] == "permission" and "earlier results stay" in line["message"]
+    assert (done / "out" / "a2" / "a2_run.json").is_file()
+    # Without --overwrite its digest is asked for first.
+    assert run(done, network, "--skip-existing") == errors.FAILED
+    assert told(done)[0]["a2"]["reason"] == "permission"
+
+
 def test_pair_that_hangs_while_it_is_read_is_not_begun(done, network, monkeypatch):
     put(done, rows()[1:2])
     release = threading.Event()
@@ -667,16 +692,17 @@ def test_tables_of_a_run_that_ends_early_count_no_results_of_others(
         assert "a1" in case and "a3" not in case  # a2 may have been begun
 
 
+def stop_at_first(folder, inputs, *args):
+    if inputs.case.id == "a1":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)  # the main thread sees it; a3 is not begun yet
+
+
 def test_signal_finishes_pairs_in_work_and_the_same_command_goes_on(
     folder, network, monkeypatch
 ):
-    def stop(folder, inputs, *args):
-        if inputs.case.id == "a1":
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)  # the main thread sees it; a3 is not begun yet
-
     with monkeypatch.context() as patch:
-        wraps(patch, results, "write", stop)
+        wraps(patch, results, "write", stop_at_first)
         before = signal.getsignal(signal.SIGTERM)
         assert run(folder, network, "--workers", "1") == errors.PREEMPTED
     assert signal.getsignal(signal.SIGTERM) == before
@@ -688,6 +714,35 @@ def test_signal_finishes_pairs_in_work_and_the_same_command_goes_on(
     assert run(folder, network) == 0
     assert times(folder).items() >= kept.items()
     assert told(folder)[1] == 3
+
+
+def test_overwrite_that_was_stopped_goes_on(done, network, monkeypatch, capsys):
+    def actions():
+        capsys.readouterr()
+        assert run(done, network, "--overwrite", "--dry-run", "--json") == 0
+        rows = json.loads(capsys.readouterr().out)
+        return {row["id"]: row["action"] for row in rows}
+
+    first = times(done)
+    assert set(actions().values()) == {"replace"}
+    with monkeypatch.context() as patch:
+        wraps(patch, results, "write", stop_at_first)
+        code = run(done, network, "--overwrite", "--workers", "1")
+        assert code == errors.PREEMPTED
+    redone = {p: t for p, t in times(done).items() if first[p] != t}
+    found = actions()
+    assert (found["a1"], found["a3"]) == ("keep", "replace")
+    kept = {name for name, action in found.items() if action == "keep"}
+    assert kept == {p.parent.name for p in redone}
+    with monkeypatch.context() as patch:  # what another version made does not stay
+        patch.setattr(batch.versions, "version", lambda: "other")
+        assert set(actions().values()) == {"replace"}
+    assert run(done, network, "--overwrite") == 0
+    after = times(done)
+    assert after.items() >= redone.items()
+    assert all(after[p] != t for p, t in first.items())
+    # It came to its end: the next one begins anew.
+    assert set(actions().values()) == {"replace"}
 
 
 def test_killed_again_and_again_every_pair_is_there_once(tmp_path, network):
@@ -818,6 +873,26 @@ def test_dry_run_says_all_and_writes_nothing(folder, network, capsys):
     assert not (folder / "out").exists()
 
 
+def test_no_output_names_what_a_link_leads_to(folder, network, capsys):
+    """Of versioned data a digest, of pseudonymous ones the patient."""
+    (folder / "store").mkdir()
+    for i, name in ((1, "DOE_JANE"), (2, "DOE_JACK")):
+        (folder / f"s{i}.nii").rename(folder / "store" / name)
+        (folder / f"s{i}.nii").symlink_to(folder / "store" / name)
+    (folder / "store" / "DOE_JACK").write_bytes(b"x" * 400)
+    put(folder, rows()[:2])
+    assert run(folder, network, "--dry-run", "--json") == errors.PARTLY
+    stdout = capsys.readouterr().out
+    assert [row["action"] for row in json.loads(stdout)] == ["register", "refuse"]
+    assert run(folder, network, "--html") == errors.PARTLY
+    told = capsys.readouterr()
+    texts = [p.read_text("latin-1") for p in folder.glob("out/**/*") if p.is_file()]
+    texts += [stdout, told.out, told.err]
+    assert any("s1.nii" in text for text in texts)
+    assert any("s2.nii" in text for text in texts)
+    assert not any("DOE" in text for text in texts)
+
+
 @pytest.mark.parametrize(
     ("more", "code", "match"),
     [
@@ -865,6 +940,29 @@ def test_mistakes_of_the_list_are_found_before_any_work(folder, network, capsys)
     (folder / "out").write_text("a file")
     assert run(folder, network) == errors.USAGE
     assert (folder / "out").read_text() == "a file"
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("batch.csv", []),
+        ("failed.csv", []),
+        ("batch.json", []),
+        ("batch-1-of-2.csv", ["--num-parts", "2", "--part-id", "1"]),
+    ],
+)
+def test_list_is_never_replaced(name, part, more, folder, network, capsys):
+    """OUT is the list's own folder, by a link."""
+    path = folder / name
+    put(folder, rows(), name)
+    before = path.read_bytes()
+    (folder / "out").symlink_to(folder)
+    there = set(os.listdir(folder))
+    code = run(folder, network, *part, *more, name=name)
+    assert code == errors.USAGE
+    assert f"got {name} of --out" in capsys.readouterr().err
+    assert path.read_bytes() == before and set(os.listdir(folder)) == there
 
 
 def test_weights_of_another_network_end_the_run(folder, network, monkeypatch, capsys):
@@ -1049,7 +1147,14 @@ def test_ray_leaves_signals_to_the_run():
 
 
 def test_pages_of_results_that_are_there_are_left_to_report(done, network, capsys):
-    assert run(done, network, "--html") == 0
+    listed = done / "the lists"  # the scans lie elsewhere
+    listed.mkdir()
+    put(
+        listed,
+        [row | {k: f"../{row[k]}" for k in ("fixed", "moving")} for row in rows()],
+    )
+    more = ("--html", "--data-root", str(done))
+    assert run(done, network, *more, name="the lists/list.csv") == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert "have no page: 3; unireg report" in line
     command = shlex.split(line.partition("; ")[2])

@@ -166,12 +166,16 @@ def test_sweep_api_takes_arrays_and_some_conditions(network):
 def test_sweep_refuses_a_picture_before_any_work(
     scans, network, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr("unireg_jax.registration.sweep", lambda *_, **__: pytest.fail())
     there = tmp_path / "there.png"
     there.write_bytes(b"mine")
     line = refused(capsys, swept(scans, network, "--plot", str(there)), errors.USAGE)
     assert "--overwrite" in line and there.read_bytes() == b"mine"
     other = str(tmp_path / "sweep.svg")
     assert ".png" in refused(capsys, swept(scans, network, "--plot", other), 2)
+    lost = str(tmp_path / "absent" / "x.png")
+    line = refused(capsys, swept(scans, network, "--plot", lost), errors.STORAGE)
+    assert "a folder that exists" in line
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda n: None if n == "matplotlib" else find(n)

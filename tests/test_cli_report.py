@@ -427,9 +427,37 @@ def test_report_lists_what_failed_when_done_again_as_failed(made, out, capsys):
     assert listed()["status"] != "failed"
 
 
+def test_report_names_the_kinds_of_warnings_as_batch_counts_them(made, out, capsys):
+    path = out / CASE / f"{CASE}_run.json"
+    lines = ["fixed: hu_range: odd", "moving: hu_range: odd", "moving: padding: odd"]
+    path.write_text(json.dumps(record(out) | {"status": "warn", "warnings": lines}))
+    assert cli.main(["report", str(out), "--json", "--quiet"]) == 0
+    (case,) = json.loads(capsys.readouterr().out)["cases"]
+    assert case["reasons"] == ["hu_range", "padding"]
+
+
+@pytest.mark.parametrize("case", [False, True])
+def test_report_never_replaces_an_input(made, out, case, capsys):
+    listed = out / "pairs.csv"
+    listed.write_text("id,fixed,moving\na,f.nii,m.nii\n")
+    fixed = out / "fixed.nii.gz"
+    shutil.copy(made[1]["fixed"], fixed)
+    words = [str(out), "--list", str(listed)]
+    if case:
+        pair = ["--fixed", str(fixed), "--moving", made[1]["moving"]]
+        words = [str(out / CASE), *pair]
+    path = fixed if case else listed
+    before = path.read_bytes()
+    argv = ["report", *words, "-o", str(path), "--overwrite"]
+    assert cli.main(argv) == errors.USAGE
+    assert "another file of this command" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_report_of_a_folder_without_cases_has_nothing_to_do(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == errors.NOTHING
     assert cli.main(["report", str(tmp_path / "absent")]) == errors.USAGE
+    assert cli.main(["report", str(tmp_path / ("o" * 300))]) == errors.USAGE
     assert "index.html" not in capsys.readouterr().err
     assert not (tmp_path / "index.html").exists()
 

@@ -390,6 +390,26 @@ def test_evaluate_list_overwrites_only_when_asked(folder, capsys):
     assert (out / "labels.csv").read_text() != "mine"
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_evaluate_never_replaces_its_list(more, folder, capsys):
+    before, there = (folder / "cases.csv").read_bytes(), set(os.listdir(folder))
+    arguments = ["--manifest", folder / "cases.csv", "--out", folder, *more]
+    _, err = evaluate(capsys, *arguments, code=errors.USAGE)
+    assert len(err) == 1 and "got cases.csv of --out" in err[0]
+    assert (folder / "cases.csv").read_bytes() == before
+    assert set(os.listdir(folder)) == there
+
+
+def test_evaluate_never_replaces_a_table_that_it_compares(tmp_path, capsys):
+    table = write_table(tmp_path / "comparison.csv", [0.1, 0.2])
+    before = table.read_bytes()
+    for words in ([f"a={table}", f"b={table}"], [table, "--columns", "dsc", "x"]):
+        arguments = ["--compare", *words, "--out", tmp_path, "--overwrite"]
+        _, err = evaluate(capsys, *arguments, code=errors.USAGE)
+        assert "got comparison.csv of --out" in err[0]
+    assert table.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("text", "code", "match"),
     [
@@ -588,14 +608,18 @@ def test_evaluate_of_points_in_voxels_needs_both_scans(lungs, capsys):
     assert "LungCT_0001_0001.nii.gz: not_found" in err[0]
 
 
-def test_evaluate_reads_points_in_voxels_of_the_scans_not_of_labels(lungs, capsys):
-    """Whose axes may be stored otherwise: then the same index is another place."""
+def turned_labels(lungs, turn=((2, -1), (0, 1), (1, -1))):
+    """Labels of pair 0001 on other axes than its scans: an index is another place."""
     (lungs / "labelsTr").mkdir()
     for m in (0, 1):
         scan = nib.load(lungs / f"imagesTr/LungCT_0001_000{m}.nii.gz")
         labels = nib.Nifti1Image((scan.get_fdata() > 0).astype(np.uint8), scan.affine)
-        turned = labels.as_reoriented([[2, -1], [0, 1], [1, -1]])
+        turned = labels.as_reoriented(turn)
         nib.save(turned, lungs / f"labelsTr/LungCT_0001_000{m}.nii.gz")
+
+
+def test_evaluate_reads_points_in_voxels_of_the_scans_not_of_labels(lungs, capsys):
+    turned_labels(lungs)
     words = ["--manifest", lungs / "LungCT_dataset.json", "-o", lungs / "scores"]
     evaluate(capsys, *words, "--transforms", lungs / "disps", "--no-surface")
     row = rows_of(lungs / "scores" / "cases.csv")[0]
@@ -614,6 +638,33 @@ def test_evaluate_reads_points_in_voxels_of_the_scans_not_of_labels(lungs, capsy
         cases.score_files(given)
     with pytest.raises(UserError, match="points of both scans belong together"):
         cases.score_files(given._replace(moving_points=None))
+
+
+@pytest.mark.parametrize(
+    "turn", [((2, -1), (0, 1), (1, -1)), ((0, -1), (1, 1), (2, 1))]
+)
+def test_evaluate_reads_a_field_in_voxels_of_the_scans_not_of_labels(
+    turn, lungs, capsys
+):
+    turned_labels(lungs, turn)
+    words = ["--transforms", lungs / "disps", "--no-surface"]
+
+    def scores(name, *more):
+        evaluate(capsys, "--manifest", lungs / name, "-o", lungs / "scores", *more)
+        row = rows_of(lungs / "scores" / "cases.csv")[0]
+        return [float(row[key]) for key in ("dsc", "sdlogj")]
+
+    expected = scores("LungCT_dataset.json", *words)  # of points that need the scans
+    for folder in ("landmarksTr", "keypointsTr"):
+        shutil.rmtree(lungs / folder)
+    assert scores("LungCT_dataset.json", *words) == expected
+    places = ("imagesTr", "labelsTr")
+    cells = [f"{place}/LungCT_0001_000{m}.nii.gz" for place in places for m in (0, 1)]
+    cells.append("masksTr/LungCT_0001_0000.nii.gz")
+    header = "id,transform,fixed,moving,fixed_label,moving_label,fixed_mask"
+    row = ",".join(["a", "disps/disp_0001_0001.nii.gz", *cells])
+    (lungs / "a.csv").write_text(f"{header}\n{row}\n")
+    assert scores("a.csv", "--overwrite", "--no-surface") == expected
 
 
 def test_evaluate_opens_scans_only_where_their_voxels_count(folder, lungs, capsys):

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ from unireg_jax.manifest import Case
 from unireg_jax.registration import weights
 from unireg_jax.registration.threads import End, in_threads
 from unireg_jax.verbs import (
+    files,
     journal,
     judging,
     options,
@@ -42,7 +44,7 @@ from unireg_jax.verbs import (
     versions,
     worker,
 )
-from unireg_jax.verbs.messages import one_line, progress, warn
+from unireg_jax.verbs.messages import kinds, one_line, progress, warn
 
 HELP = "a list of pairs -> transforms and warped images"
 
@@ -119,6 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds for one pair, until it is written; default no limit",
     )
     add("--ray", type=_whole, metavar="N", help="N actors of a Ray cluster do the work")
+    parser.set_defaults(redone=frozenset())  # see _redone
     judging.add_arguments(parser)
     options.add_messages(parser)
 
@@ -141,8 +144,10 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     with _alone(out, args), _stop_on_signal(args.quiet) as stop:
         outputs.sweep(out, worker.tag(args), whole=args.num_parts == 1)
-        book = journal.Journal(out / f"{worker.run_name(args)}.jsonl")
+        book = journal.Journal(out / _journal(args))
         with contextlib.closing(book):
+            if args.overwrite:
+                _begin_overwrite(args)
             code = _run(args, cases, digest, book, stop)
         if args.ray:  # of actors that died
             outputs.sweep(out, worker.tag(args))
@@ -190,12 +195,16 @@ def _run(args, cases, digest, book, stop) -> int:
                 broken = True
                 stop.set()
     counts["left"] = len(cases) - sum(counts.values())
+    if not counts["left"]:
+        _mark(args).unlink(missing_ok=True)
     seconds = round(time.perf_counter() - started, 3)
     lines = _lines(args, cases, book, told, digest)
     summary = _summarize(args, len(cases), lines, counts, digest, seconds)
     _tell(args, summary)
     if bare:
-        again = f"unireg report {shown(args.out)} --list {shown(args.list)}"
+        again = ["unireg", "report", args.out, "--list", args.list]
+        again += [word for root in args.data_root for word in ("--data-root", root)]
+        again = shlex.join(map(shown, again))
         warn(f"--html: pairs that were there and have no page: {bare}; {again}")
     code = _exit_code(counts, preempted=stop.is_set() and not broken)
     if code == PREEMPTED:
@@ -231,12 +240,23 @@ def _check(args: argparse.Namespace) -> None:
         fault = "--timeout works in one process only; leave it out with --ray"
     if fault:
         raise UserError("schema", fault, USAGE)
+    files.spare([args.list], args.out, (*_tables(args), _journal(args)))
     if args.ray and importlib.util.find_spec("ray") is None:
         raise UserError(
             "not_installed",
             "--ray needs Ray, which is not installed: pip install 'unireg-jax[ray]'",
             USAGE,
         )
+
+
+def _tables(args: argparse.Namespace) -> tuple[str, str, str]:
+    """Names in OUT of the tables of all pairs and of those not done, and the counts."""
+    name = worker.run_name(args)
+    return f"{name}.csv", f"failed{name.removeprefix('batch')}.csv", f"{name}.json"
+
+
+def _journal(args: argparse.Namespace) -> str:
+    return f"{worker.run_name(args)}.jsonl"
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -288,6 +308,35 @@ def _alone(out: Path, args: argparse.Namespace) -> Iterator[None]:
         if shared:
             stack.enter_context(lock(out, f".unireg-{worker.run_name(args)}.lock"))
         yield
+
+
+def _mark(args: argparse.Namespace) -> Path:
+    """Says at which byte of the journal an --overwrite began, until it is through."""
+    return Path(args.out, f".unireg-{worker.run_name(args)}.overwrite")
+
+
+def _begin_overwrite(args: argparse.Namespace) -> None:
+    """Goes on with one that was stopped, else marks the beginning of this one."""
+    args.redone = _redone(args)
+    if not _mark(args).is_file():
+        size = Path(args.out, _journal(args)).stat().st_size
+        with nifti.atomic_path(_mark(args)) as temp:
+            temp.write_text(f"{size}\n")
+
+
+def _redone(args: argparse.Namespace) -> frozenset[str]:
+    """Pairs that an --overwrite of this version had done again when it was stopped."""
+    try:
+        since = int(_mark(args).read_text())
+        last = {i["id"]: i for i in journal.read(Path(args.out, _journal(args)), since)}
+    except (OSError, ValueError):  # there was none
+        return frozenset()
+    now = versions.version()
+    return frozenset(
+        name
+        for name, item in last.items()
+        if item["status"] in DONE and item["version"] == now
+    )
 
 
 @contextlib.contextmanager
@@ -406,14 +455,13 @@ def _summarize(args, pairs, lines, counts, digest, seconds) -> dict[str, Any]:
         row = {name: item[name] for name in ("id", "status", "reason", "message")}
         row |= {"seconds": item["seconds"], "warnings": "; ".join(item["warnings"])}
         rows.append(row | {name: qc.get(name) for name in _QC})
-        warnings.update(_kinds(item["warnings"]))
+        warnings.update(kinds(item["warnings"]))
         if item["status"] in NOT_DONE:
             reasons[item["reason"]] += 1
             failed.append(row)
-    out, name = Path(args.out), worker.run_name(args)
-    suffix = name.removeprefix("batch")
-    _write_table(out / f"{name}.csv", _COLUMNS, rows)
-    _write_table(out / f"failed{suffix}.csv", ("id", "reason", "message"), failed)
+    table, failures, counted = (Path(args.out, name) for name in _tables(args))
+    _write_table(table, _COLUMNS, rows)
+    _write_table(failures, ("id", "reason", "message"), failed)
     summary = {
         "schema": SCHEMA,
         "list": Path(args.list).name,
@@ -432,15 +480,9 @@ def _summarize(args, pairs, lines, counts, digest, seconds) -> dict[str, Any]:
         "peak_mib": versions.peak_mib(),
     }
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    with nifti.atomic_path(out / f"{name}.json") as temp:
+    with nifti.atomic_path(counted) as temp:
         temp.write_text(text, encoding="utf-8")
     return summary
-
-
-def _kinds(lines: Sequence[str]) -> set[str]:
-    """First words of warnings: `fixed: hu_range: not ...` is hu_range."""
-    words = (line.removeprefix("fixed: ").removeprefix("moving: ") for line in lines)
-    return {word.partition(":")[0] for word in words}
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
@@ -456,7 +498,7 @@ def _tell(args, summary: dict[str, Any]) -> None:
             found = ", ".join(f"{kind} {n}" for kind, n in summary[word].items())
             say(f"{word}: {found}")
     now = summary["this_run"]
-    table = Path(args.out) / f"{worker.run_name(args)}.csv"
+    table = Path(args.out, _tables(args)[0])
     say(
         f"{summary['done']} of {summary['pairs']} done ({now['skipped']} of them were "
         f"there), {summary['failed']} failed, {summary['refused']} refused, "
@@ -474,6 +516,8 @@ def _tell(args, summary: dict[str, Any]) -> None:
 def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
     """Reads everything and writes nothing; no JAX."""
     files = results.Files(worker.KEEP)
+    if args.overwrite:
+        args.redone = _redone(args)
 
     def look(case, claim):
         del claim

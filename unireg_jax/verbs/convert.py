@@ -104,6 +104,7 @@ def _one(args: argparse.Namespace) -> int:
 
 def _many(args: argparse.Namespace) -> int:
     """All pairs of a list; one that fails stops no other."""
+    files.spare([args.manifest], args.file, [_JOURNAL])
     files.check_results(args.results)
     work = [(name, case, _find(args, case)) for name, case in _named(args).items()]
     with open_alone(Path(args.file) / _JOURNAL) as journal:

@@ -205,8 +205,9 @@ def _table(report: Mapping[str, Any]) -> str:
 
 def _many(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
     out = Path(args.out)
+    files.spare([args.manifest], out, (*_SUMMARY, _JOURNAL))
     # Where a journal is, the tables beside it are made of it, and may be made anew.
-    if not (out / _JOURNAL).is_file():
+    if not os.path.isfile(out / _JOURNAL):
         _refuse_existing(args, out, _SUMMARY)
     listed = read_list(args.manifest, args.transforms, roots=args.data_root)
     if args.l2r_compat and any(one.fixed_label for one in listed.values()):
@@ -337,10 +338,15 @@ def read_list(
         _check_points(where, values, row, faults)
         for name in _PATHS:
             values[name] = paths.resolve(where, name, values[name], faults)
-        if all(row.get(name) for name in _SCANS) and _on_scans(values):
+        if all(row.get(name) for name in _SCANS):
+            told: list[manifest.Fault] = []
             for name in _SCANS:
-                text = _cell(where, row, name, faults)
-                values[name] = paths.resolve(where, name, text, faults)
+                text = _cell(where, row, name, told)
+                values[name] = paths.resolve(where, name, text, told)
+            if _on_scans(values):
+                faults += told
+            else:
+                values |= dict.fromkeys(_SCANS)
         listed[values["id"]] = _files(values)
     if faults:
         manifest.refuse(path.name, faults)
@@ -385,16 +391,17 @@ def _in_voxels(values: Mapping[str, Any]) -> bool:
 def _on_scans(values: Mapping[str, Any]) -> bool:
     """Whether the voxels of the scans, as stored, give points or a field their place.
 
-    Labels, too, give that of a Learn2Reg field.
+    Where scans are away, labels give that of a Learn2Reg field.
     """
     if values["fixed_points"] and _in_voxels(values):
         return True
-    if values["fixed_label"]:
-        return False
     try:
-        return files.is_l2r(values["transform"])
+        if not files.is_l2r(values["transform"]):
+            return False
     except UserError:  # fails at its turn
         return False
+    there = all(os.path.exists(values[name] or "") for name in _SCANS)
+    return there or not values["fixed_label"]
 
 
 def _files(values: Mapping[str, Any]) -> Files:
@@ -408,6 +415,10 @@ def _files(values: Mapping[str, Any]) -> Files:
 def _compare(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None:
+        read = [
+            word if args.columns else word.partition("=")[2] for word in args.compare
+        ]
+        files.spare(read, out, _COMPARISON)
         _refuse_existing(args, out, _COMPARISON)
     methods = _one_table(args) if args.columns else _many_tables(args)
     compared = [
@@ -466,7 +477,9 @@ def _many_tables(args: argparse.Namespace) -> dict[str, dict]:
                 "such as ours=scores/cases.csv"
             )
         path = Path(path)
-        found[name] = results.read_scores(path / "cases.csv" if path.is_dir() else path)
+        if os.path.isdir(path):
+            path /= "cases.csv"
+        found[name] = results.read_scores(path)
     if len(found) < 2:
         raise _usage("--compare needs two or more NAME=FILE, got one; or --columns")
     if len({scores.labels == ("",) for scores in found.values()}) > 1:
@@ -498,7 +511,7 @@ def _refuse_existing(
 ) -> None:
     """Refuses an --out that is no folder or holds tables."""
     outputs.check_out(out)
-    there = [name for name in names if (out / name).exists()]
+    there = [name for name in names if os.path.exists(out / name)]
     if there and not args.overwrite:
         raise UserError(
             "storage",

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def output(
     if endings and not path.lower().endswith(tuple(endings)):
         raise UserError(
             "name_mismatch",
-            f"--out {shown(path)}: a name that ends in {' or '.join(endings)} "
+            f"{shown(path)}: a name that ends in {' or '.join(endings)} "
             "expected; rename it",
             USAGE,
         )
@@ -132,13 +132,31 @@ def output(
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             "storage",
-            f"--out {shown(path)}: a folder that exists and is writable expected, got "
+            f"{shown(path)}: a folder that exists and is writable expected, got "
             f"{shown(folder)}; make it, or choose another",
             STORAGE,
         )
 
 
-def _same_file(a: str, b: str) -> bool:
+def spare(inputs: Iterable[str], out: str | os.PathLike, names: Sequence[str]) -> None:
+    """Refuses, before any work, to write tables over what they are made of.
+
+    `inputs` are lists and tables that are read, `names` the files to be written in OUT.
+
+    Raises:
+        UserError: `id_duplicate`, exit code 2.
+    """
+    for path in inputs:
+        if name := next((n for n in names if _same_file(path, Path(out, n))), None):
+            raise UserError(
+                "id_duplicate",
+                f"{shown(path)}: another file than those to be written expected, got "
+                f"{name} of --out; rename it, or choose another --out",
+                USAGE,
+            )
+
+
+def _same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
     if os.path.exists(a) and os.path.exists(b):
         return os.path.samefile(a, b)
     return os.path.abspath(a) == os.path.abspath(b)
@@ -174,7 +192,7 @@ def read_chain(
 
 def check_results(folder: str) -> None:
     """Refuses what is no folder of results."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
             "not_found",
             f"{shown(folder)}: not_found: a folder of results expected",
@@ -187,10 +205,11 @@ def find_result(folder: Path, case: manifest.Case) -> Path:
     names = [spelling.format(case.id) for spelling in _RESULTS]
     for name in manifest.learn2reg_fields(case):
         names += [f"{name}.nii.gz", f"{name}.npz"]
-    found = (folder / name for name in names if (folder / name).is_file())
+    found = (folder / name for name in names if os.path.isfile(folder / name))
     path = next(found, folder / names[1])
     affine = path.with_name(f"{case.id}_0GenericAffine.mat")
-    if path.name == f"{case.id}_1Warp.nii.gz" and path.is_file() and affine.is_file():
+    both = os.path.isfile(path) and os.path.isfile(affine)
+    if path.name == f"{case.id}_1Warp.nii.gz" and both:
         raise UserError(
             "schema",
             f"schema: {shown(path.name)}: a map with its affine expected, got that of "

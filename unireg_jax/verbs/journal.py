@@ -120,6 +120,24 @@ def open_alone(path: Path) -> Iterator[Journal]:
         yield journal
 
 
+def read(path: Path, offset: int) -> Iterator[dict[str, Any]]:
+    """Reads the items of a journal that another process may be writing.
+
+    Args:
+        path: of the file.
+        offset: bytes before the first line that is read.
+
+    Yields:
+        Each item, in the order in which they were added.
+
+    Raises:
+        OSError: no such file, or it cannot be read.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        yield from filter(None, map(_parse, file))
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """An item; None for a line that is none."""
     try:

@@ -1,6 +1,6 @@
 """What the person at the terminal reads, on stderr."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from unireg_jax.errors import Note, UserError, spelled_out, tell
 
@@ -41,6 +41,12 @@ def with_notes(message: str, error: BaseException) -> str:
 def one_line(text: str) -> str:
     """White space as single blanks, control characters spelled out."""
     return spelled_out(" ".join(str(text).split()))
+
+
+def kinds(warnings: Iterable[str]) -> list[str]:
+    """First words of warnings, once each: `fixed: hu_range: not ...` is hu_range."""
+    lines = (w.removeprefix("fixed: ").removeprefix("moving: ") for w in warnings)
+    return list(dict.fromkeys(line.partition(":")[0] for line in lines))
 
 
 def number(value: float | None) -> str:

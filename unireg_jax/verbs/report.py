@@ -18,8 +18,8 @@ from unireg_jax.imaging import nifti, scans, transforms
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.reports import case as told
 from unireg_jax.reports import index, pictures
-from unireg_jax.verbs import judging, options, outputs, results
-from unireg_jax.verbs.messages import progress, warn, with_reason
+from unireg_jax.verbs import files, judging, options, outputs, results
+from unireg_jax.verbs.messages import kinds, progress, warn, with_reason
 
 HELP = "a page to look at, for a case or for a batch"
 INDEX = "index.html"
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code."""
     folder = Path(args.folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError("not_found", f"{shown(folder)}: a folder expected", USAGE)
     if bool(args.fixed) != bool(args.moving):
         raise UserError(
@@ -293,7 +293,6 @@ def _entry(case: _Case, target: Path, page: Path | None, thumbs) -> index.Entry:
     if isinstance(dsc := mean.get("dsc"), int | float):
         values["dsc"] = dsc
     held = case.folder.parent.name == outputs.REJECTED
-    reasons = [line.partition(":")[0] for line in told.warnings(case.record)]
     status = "failed" if held else told.status(case.record)
     link = None
     if page is not None:
@@ -302,7 +301,7 @@ def _entry(case: _Case, target: Path, page: Path | None, thumbs) -> index.Entry:
         case.name,
         status,
         _badness(case),
-        list(dict.fromkeys(reasons)),
+        kinds(told.warnings(case.record)),
         values,
         None if link is None else link.as_posix(),
         thumbs,
@@ -381,14 +380,10 @@ def _broken(folder: Path, expected: str) -> UserError:
 
 
 def _target(args, default: Path) -> Path:
-    """Where the page goes; refuses to replace one unasked."""
+    """Where the page goes; refuses to replace one unasked, or an input at all."""
     target = default if args.file is None else Path(args.file)
-    if target.exists() and not args.overwrite:
-        raise UserError(
-            "id_duplicate",
-            f"{shown(target)} exists; pass --overwrite to replace it, or --out",
-            USAGE,
-        )
+    inputs = (args.list, args.fixed, args.moving, args.fixed_label)
+    files.output(str(target), (), overwrite=args.overwrite, inputs=inputs)
     return target
 
 

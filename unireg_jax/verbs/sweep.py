@@ -4,7 +4,6 @@ import argparse
 import csv
 import importlib.util
 import json
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -14,7 +13,7 @@ from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import nifti, scans
-from unireg_jax.verbs import options, results, versions
+from unireg_jax.verbs import files, options, results, versions
 from unireg_jax.verbs.messages import progress, warn
 
 HELP = "one pair under every task and pair type: similarity against folding"
@@ -83,9 +82,6 @@ def run(args: argparse.Namespace) -> int:
     )
     for line in found.warnings:
         warn(line)
-    if args.plot:
-        draw(Path(args.plot), found.rows)
-        say(f"picture: {shown(args.plot)}")
     if args.json:
         print(json.dumps(_report(found), indent=2, allow_nan=False))
     else:
@@ -95,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
         for row in found.rows:
             table.writerow([_cell(row[name]) for name in columns])
     sys.stdout.flush()
+    if args.plot:  # after the table: a full disk takes the picture alone
+        draw(Path(args.plot), found.rows)
+        say(f"picture: {shown(args.plot)}")
     return 0
 
 
@@ -128,16 +127,8 @@ def _check_plot(args: argparse.Namespace) -> None:
             "unireg-jax[report]`, or leave --plot out",
             USAGE,
         )
-    if not args.plot.lower().endswith(".png"):
-        raise UserError(
-            "schema", f"--plot {shown(args.plot)}: a name in .png expected", USAGE
-        )
-    if os.path.lexists(args.plot) and not args.overwrite:
-        raise UserError(
-            "id_duplicate",
-            f"{shown(args.plot)} exists; pass --overwrite to replace it",
-            USAGE,
-        )
+    inputs = (args.fixed, args.moving, args.fixed_label, args.moving_label)
+    files.output(args.plot, (".png",), overwrite=args.overwrite, inputs=inputs)
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 import traceback
@@ -207,9 +208,9 @@ def standing(
         UserError: an input that cannot be read.
     """
     folder = Path(args.out) / case.id
-    if not (folder.is_symlink() or folder.exists()):
+    if not os.path.lexists(folder):
         return None, None
-    if args.overwrite:
+    if args.overwrite and case.id not in args.redone:
         return "--overwrite", None
     return results.disagreement(
         folder, case, files, weights_sha256=weights_sha256, settings=settings
