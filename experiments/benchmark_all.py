@@ -16,7 +16,6 @@ code, tests and weights; give --limit_s the time that the device is there for.
 import datetime
 import hashlib
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from absl import flags
 
 from data_pipeline import store
 from experiments import cli, processes
-from unireg_jax.errors import PARTLY, PREEMPTED, USAGE, UserError
+from unireg_jax.errors import PARTLY, USAGE, UserError
 
 SUMMARY = "summary.json"
 # Of a part that is not run again.
@@ -101,7 +100,7 @@ def run(
             break
         with (out / f"{part.name}.txt").open("w", encoding="utf-8") as file:
             code = processes.exit_code(
-                [sys.executable, "-m", *words], file, ends - began
+                [sys.executable, "-m", *words], file, ends - began, cwd=_ROOT
             )
         seconds = round(time.monotonic() - began, 1)
         known[part.name] = same | {"code": code, "seconds": seconds}
@@ -148,8 +147,7 @@ def _digest_of_sources() -> str:
 
 def main(argv) -> None:
     del argv
-    # As an interrupt does: a benchmark left running would hold the device.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+    processes.end_on_signals()  # a benchmark left running would hold the device
     options = flags.FLAGS
     parts = tuple(part for part in PARTS if part.name not in options.skip)
     found = run(parts, Path(options.out), shape=options.shape, limit_s=options.limit_s)

@@ -31,7 +31,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import store, synthetic
-from experiments import cli, digests, real_pairs
+from experiments import cli, digests, real_pairs, real_scans
 from experiments.real_pairs import LANDMARKS
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
@@ -421,6 +421,13 @@ def _surprises(groups) -> Iterator[str]:
             )
 
 
+def _sources() -> list[Path]:
+    """What a row depends on: its pairs, registration and judge."""
+    own = [Path(module.__file__) for module in (real_pairs, real_scans)]
+    made = Path(synthetic.__file__).parent
+    return [Path(__file__), *own, *digests.sources(digests.LIBRARY, made)]
+
+
 def main(argv) -> None:
     del argv
     cli.setup()
@@ -431,7 +438,7 @@ def main(argv) -> None:
     model = registration.load_model(flags.FLAGS.weights)
     of = {"weights": model.spec["sha256"], "plan": plan and plan._asdict()}
     of["others"] = flags.FLAGS.others
-    of["sources"] = digests.of([Path(__file__), *digests.library()])
+    of["sources"] = digests.of(_sources())[:12]
     kept = json.loads(path.read_text()) if path.exists() else {"of": of, "rows": []}
     if kept["of"] != of:
         raise UserError(

@@ -45,6 +45,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from data_pipeline import store
 from experiments import cli, conventional, digests, figures, processes, real_pairs
 from experiments.real_pairs import LANDMARKS, Pair, Truth
 from unireg_jax import registration
@@ -168,7 +169,9 @@ def whole_map(field: Field, affine: np.ndarray, grid: Grid) -> np.ndarray:
     return out
 
 
-def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, float]:
+def judge(
+    start: Start, field: Field, affine: np.ndarray | None
+) -> dict[str, float | None]:
     """Scores of one result.
 
     Args:
@@ -178,7 +181,8 @@ def judge(start: Start, field: Field, affine: np.ndarray | None) -> dict[str, fl
 
     Returns:
         fold_percent and sdlogj over the fixed body, of `field`; and dsc_percent,
-        shared_percent (`shared_slices`) and hd95_mm, means over the organs, or tre_mm
+        shared_percent (`shared_slices`) and hd95_mm, means over the organs (of hd95_mm
+        None where one was lost, see `real_pairs.scores`), or tre_mm
         and tre_median_mm of the landmarks and tre_sure_mm, the mean of those that are
         not doubtful, if some are.
 
@@ -218,6 +222,7 @@ def draw(
     start: Start,
     field: Field,
     title: str,
+    *,
     affine: np.ndarray | None = None,
 ) -> None:
     """A picture on the working grid: fixed, moving, warped, field.
@@ -388,11 +393,12 @@ def digest(weights: Path | None = None, *, own: bool) -> str:
             pre-alignment they are measured anew where the start differs.
     """
     files = [Path(__file__), Path(conventional.__file__), Path(real_pairs.__file__)]
-    files += digests.library() if own else digests.imported(_JUDGE)
+    library = digests.sources(digests.LIBRARY)
+    files += library if own else digests.imported(_JUDGE)
     if weights is not None:
         for path in (weights, find_embedding()):
             files += [path, path.with_suffix(".json")]
-    return digests.of(files)
+    return digests.of(files)[:12]
 
 
 def methods(
@@ -494,6 +500,7 @@ def measure(
     environment = os.environ | {
         # A thread that waits by spinning would count as work, on shared cores most.
         "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONUNBUFFERED": "1",  # the last line is then the one that says why
         "OMP_NUM_THREADS": threads,
         "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": threads,
         "UNIREG_CACHE": str(options["cache"]),
@@ -503,7 +510,7 @@ def measure(
         (folder / name).unlink(missing_ok=True)
     try:
         with open(folder / "log.txt", "w+", errors="replace") as log:
-            code = processes.exit_code(words, log, _LIMIT_S, environment)
+            code = processes.exit_code(words, log, _LIMIT_S, env=environment)
             log.seek(0)
             said = log.read().strip().splitlines()[-1:]
         if code is None:
@@ -517,7 +524,7 @@ def measure(
     if options["picture"]:
         file = "".join(c if c.isalnum() else "_" for c in method.name)
         name = f"{pair.name}_{file}.png"
-        draw(options["picture"] / name, pair, start, field, method.name, affine)
+        draw(options["picture"] / name, pair, start, field, method.name, affine=affine)
     return scores | measured
 
 
@@ -537,64 +544,82 @@ def race(
 ) -> list[dict[str, Any]]:
     """Measures what is not in results.json; returns its rows of these settings."""
     path, session = out / RESULTS, None
-    known = read_rows(path)
-    jobs = [(pair, method) for pair in todo for method in found]
-    start, of = None, None
     sessions = {}  # of our rows, where they share this process
-    for pair, method in tqdm(jobs, disable=not sys.stderr.isatty()):
-        at = (options["spacing"], pair.name, method.name)
-        old = known.get(at, {"failed": "not yet"})
-        same = all(old.get(key) == getattr(method, key) for key in _SAME)
-        if of == pair:
-            same &= old.get("start") == _rounded(start.affine)
-        timed = options["accuracy"] or "cpu_s" in old
-        if "failed" not in old and same and timed and not redo:
-            continue
-        folder = out / f"{options['spacing']}mm" / pair.name
-        if of != pair:
+    bar = tqdm(total=len(todo) * len(found), disable=not sys.stderr.isatty())
+    for pair in todo:
+        known = read_rows(path)
+        due = [m for m in found if redo or not _stands(known, pair, m, options)]
+        if due:
+            folder = out / f"{options['spacing']}mm" / pair.name
             folder.mkdir(parents=True, exist_ok=True)
             if session is None:
                 model = load(options["weights"], options["spacing"])
                 session = registration.Session(model, network=False)
-            start, of = begin(pair, session), pair
+            start = begin(pair, session)
             conventional.write_pair(
                 folder, start.fixed, start.moving, start.grid.vox2world
             )
-        row = {
-            **dict(zip(_KEY, at, strict=True)),
-            "task": pair.task,
-            **{key: getattr(method, key) for key in _SAME},
-            "date": datetime.date.today().isoformat(),
-            "start": _rounded(start.affine),
-        }
-        if options["accuracy"]:
-            if method.name not in sessions:
-                sessions[method.name] = session_of(
-                    method.own, options["weights"], options["spacing"]
-                )
-            row |= find(method, pair, start, sessions[method.name])
-        else:
-            row |= measure(method, pair, start, folder, options)
-        # Read again: another run may have added rows of other methods.
-        known = read_rows(path) | {at: row}
-        whole = path.with_suffix(".part")
-        whole.write_text(json.dumps({"rows": list(known.values())}, indent=1))
-        whole.replace(path)
-        tell = {k: v for k, v in row.items() if isinstance(v, float)}
-        said = row.get("failed") or ", ".join(f"{k} {v:.2f}" for k, v in tell.items())
-        tqdm.write(f"{pair.name}: {method.name}: {said}", file=sys.stderr)
+            # Rows of one pair belong together.
+            due = [
+                m
+                for m in found
+                if m in due
+                or not same_start(known[_at(pair, m, options)], start.affine)
+            ]
+        bar.update(len(found) - len(due))
+        for method in due:
+            row = {
+                **dict(zip(_KEY, _at(pair, method, options), strict=True)),
+                "task": pair.task,
+                **{key: getattr(method, key) for key in _SAME},
+                "date": datetime.date.today().isoformat(),
+                "start": start.affine.tolist(),
+            }
+            if options["accuracy"]:
+                if method.name not in sessions:
+                    sessions[method.name] = session_of(
+                        method.own, options["weights"], options["spacing"]
+                    )
+                row |= find(method, pair, start, sessions[method.name])
+            else:
+                row["threads"] = options["threads"]
+                row |= measure(method, pair, start, folder, options)
+            _add(path, row)
+            bar.update()
     names = {method.name for method in found}
     return [
         row
-        for row in known.values()
+        for row in read_rows(path).values()
         if row["spacing"] == options["spacing"] and row["method"] in names
         if row["pair"] in {pair.name for pair in todo}
     ]
 
 
-def _rounded(affine: np.ndarray) -> list[list[float]]:
-    """To 0.001: whether rows of one pair belong together."""
-    return np.round(affine, 3).tolist()
+def _at(pair: Pair, method: Method, options: dict[str, Any]) -> tuple:
+    """Where a row is in results.json, by `_KEY`."""
+    return options["spacing"], pair.name, method.name
+
+
+def _stands(known, pair: Pair, method: Method, options: dict[str, Any]) -> bool:
+    """Whether a row is there that need not be found again, whatever its start."""
+    old = known.get(_at(pair, method, options), {"failed": "not yet"})
+    timed = options["accuracy"] or old.get("threads") == options["threads"]
+    same = all(old.get(key) == getattr(method, key) for key in _SAME)
+    return "failed" not in old and same and timed
+
+
+def same_start(row: dict[str, Any], affine: Any) -> bool:
+    """Whether a row began at an affine, to 0.01, as it differs between machines."""
+    return "start" in row and np.allclose(row["start"], affine, atol=0.01)
+
+
+def _add(path: Path, row: dict[str, Any]) -> None:
+    """Writes and tells a row; another run may have added some of other methods."""
+    known = read_rows(path) | {tuple(row[k] for k in _KEY): row}
+    store.write_atomic(path, json.dumps({"rows": list(known.values())}).encode())
+    tell = {k: v for k, v in row.items() if isinstance(v, float)}
+    said = row.get("failed") or ", ".join(f"{k} {v:.2f}" for k, v in tell.items())
+    tqdm.write(f"{row['pair']}: {row['method']}: {said}", file=sys.stderr)
 
 
 def read_rows(path: Path) -> dict[tuple, dict[str, Any]]:
@@ -620,10 +645,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         middle = np.median(values) if ends == "median" else np.mean(values)
         return f"{middle:.{digits}f} ({np.max(values):.{digits}f})"
 
-    def part(values, every):
-        few = len(values) < len(every)
-        return f" (of {len(values)}: organs lost)" if few else ""
-
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name]
         good = [row for row in mine if "failed" not in row]
@@ -637,9 +658,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         if len(dsc):
             organs = f"**{dsc.mean():.1f}** ({dsc.min():.1f} … {dsc.max():.1f})"
         shared, hd95 = (
-            f"{values.mean():.1f}{part(values, dsc)}" if len(values) else "-"
+            f"{values.mean():.1f}" if len(values) else "-"
             for values in (column(k, "headneck") for k in ("shared_percent", "hd95_mm"))
         )
+        if lost := len(dsc) - len(column("hd95_mm", "headneck")):
+            hd95 += f" (organs lost in {lost} more)"
         errors, folds = [], []
         for task in LANDMARKS:
             means = np.concatenate([column(key, task) for key in _ERRORS])
@@ -663,6 +686,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv) -> None:
     del argv
     cli.setup()
+    processes.end_on_signals()
     options = flags.FLAGS
     if options.job:
         folder = Path(options.job)

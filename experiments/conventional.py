@@ -374,7 +374,9 @@ def hold_to(threads: int) -> None:
     Not every tool can be told: XLA takes as many threads as it has cores.
     """
     if hasattr(os, "sched_setaffinity"):  # not on macOS
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        cores = sorted(os.sched_getaffinity(0))
+        first = os.getpid() % len(cores)  # not the same for two runs side by side
+        os.sched_setaffinity(0, (cores[first:] + cores[:first])[:threads])
 
 
 def cpu_seconds() -> float:

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, real_pairs
-from experiments.compare_peers import RESULTS, read_rows
+from experiments.compare_peers import RESULTS, read_rows, same_start
 from experiments.real_pairs import LANDMARKS
 from unireg_jax.errors import USAGE, UserError
 
@@ -52,11 +52,11 @@ def read(folder: Path) -> Rows:
     for row in rows:
         if "failed" in row:
             print(f"{path}: left out: {row['method']}, {row['pair']}: {row['failed']}")
-    starts = collections.defaultdict(list)
+    by_pair = collections.defaultdict(list)
     for row in rows:
-        starts[row["pair"]] += [row["start"]] if "start" in row else []
-    for pair, found in starts.items():
-        if any(not np.allclose(start, found[0], atol=0.01) for start in found):
+        by_pair[row["pair"]] += [row] if "start" in row else []
+    for pair, found in by_pair.items():
+        if not all(same_start(row, found[0]["start"]) for row in found):
             print(f"{path}: {pair}: methods began at different affines; redo it")
     return [row for row in rows if "failed" not in row]
 

@@ -10,7 +10,7 @@ LIBRARY = Path(__file__).resolve().parents[1] / "unireg_jax"
 
 
 def of(files: Sequence[Path]) -> str:
-    """Start of the SHA-256 of files, of Python files without comments and docstrings.
+    """SHA-256 of files, as hexadecimal digits; of Python files without comments.
 
     Args:
         files: in the order given; their names do not count.
@@ -19,12 +19,12 @@ def of(files: Sequence[Path]) -> str:
     for path in files:
         content = path.read_bytes()
         whole.update(_meaning(content) if path.suffix == ".py" else content)
-    return whole.hexdigest()[:12]
+    return whole.hexdigest()
 
 
-def library() -> list[Path]:
-    """All sources of the package."""
-    return sorted(LIBRARY.rglob("*.py"))
+def sources(*rooms: Path) -> list[Path]:
+    """All sources in folders, such as that of the package."""
+    return sorted(path for room in rooms for path in room.rglob("*.py"))
 
 
 def imported(modules: Sequence[ModuleType]) -> list[Path]:
@@ -42,8 +42,10 @@ def imported(modules: Sequence[ModuleType]) -> list[Path]:
             continue
         found.add(path)
         for node in ast.walk(ast.parse(path.read_bytes())):
-            if not isinstance(node, ast.ImportFrom) or not node.module:
+            if not isinstance(node, ast.ImportFrom):
                 continue
+            if node.level:
+                raise ValueError(f"{path} must import by whole names alone")
             if node.module.split(".")[0] == LIBRARY.name:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
                 todo += [node.module, *names]
@@ -57,4 +59,4 @@ def _meaning(content: bytes) -> bytes:
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(body[0].value, ast.Constant):
                 del body[0]
-    return ast.dump(tree).encode()
+    return ast.unparse(tree).encode()  # which is the same for all of Python 3

@@ -27,7 +27,7 @@ from experiments import cli
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
-from unireg_jax.registration import affine, feature_affine, matching
+from unireg_jax.registration import affine, feature_affine, matching, memory
 from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.tasks import OUTSIDE_HU, PairType
 
@@ -59,6 +59,8 @@ def prealign(
             f"got {kind!r} and {extractor and extractor.backend!r}"
         )
     dataset = loader.Dataset(root, stale=True)
+    if (free := memory.available_bytes()) is not None:
+        dataset.limit(free / 2**31)  # half
     volumes = dataset.index["volumes"]
     done = {k: v.tolist() for k, v in dataset.alignments.items()}
     asked = kind if extractor is None else f"{kind} ({extractor.label})"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -217,7 +218,7 @@ def bare(start, monkeypatch, tmp_path):
     """A race of one pair that needs no scans; counts what is run."""
     runs = []
 
-    def run(words, file, *_):
+    def run(words, file, *_, **__):
         runs.append(words[3])
         folder = tmp_path / "4mm" / "liver"
         if words[3] == "greedy":
@@ -241,8 +242,8 @@ def bare(start, monkeypatch, tmp_path):
         "cache": tmp_path,
     }
 
-    def again(redo=False, settings="s", sources="a", affine=None):
-        names = ("greedy", "convexAdam")
+    def again(redo=False, settings="s", sources="a", affine=None, late=False):
+        names = ("convexAdam", "greedy") if late else ("greedy", "convexAdam")
         if affine is not None:
             at[0] = start._replace(affine=affine)
         found = [race.Method(name, settings, "1", sources) for name in names]
@@ -262,12 +263,17 @@ def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare, start):
     assert bare()[1] == ["greedy"]  # what failed is tried again
     assert bare(settings="t")[1] == ["greedy", "convexAdam"]
     assert bare(settings="t", sources="b")[1] == ["greedy", "convexAdam"]
-    # What failed had the start found anew: it is that of the other row, or it is not.
+    # What failed had the start found anew: it is that of the other row, or it is not,
+    # of rows before and after it.
     assert bare(settings="t", sources="b")[1] == ["greedy"]
     elsewhere = start.affine + np.eye(4)[:, ::-1]
     moved = {"settings": "t", "sources": "b", "affine": elsewhere}
-    assert bare(**moved)[1] == ["greedy", "convexAdam"]
+    assert bare(**moved, late=True)[1] == ["convexAdam", "greedy"]
     assert bare(**moved)[1] == ["greedy"]
+    moved["affine"] = elsewhere + 1e-3  # as another machine finds it
+    assert bare(**moved)[1] == ["greedy"]
+    moved["affine"] = elsewhere + 1
+    assert bare(**moved)[1] == ["greedy", "convexAdam"]
     rows, done = bare(redo=True, settings="t")
     assert done == ["greedy", "convexAdam"] and len(rows) == 2
     lines = race.table(rows).splitlines()
@@ -449,21 +455,33 @@ def test_pictures_show_the_map_that_was_judged(start, monkeypatch, tmp_path):
     right[:3, 3] = SHIFT * SPACING
     nothing = Field(np.zeros((*SHAPE, 3), np.float32), VOX2WORLD)
     for affine in (None, right):
-        race.draw(tmp_path / "a.png", pair, start, nothing, "", affine)
+        race.draw(tmp_path / "a.png", pair, start, nothing, "", affine=affine)
     inner = ndimage.binary_erosion(start.body, iterations=4)
     off = [np.abs(warped - fixed)[inner].mean() for _, fixed, _, warped, *_ in shown]
     assert off[1] < 0.3 * off[0]  # HU
 
 
-def test_own_runs_keep_to_the_cores_they_are_given():
+def test_own_runs_keep_to_the_cores_they_are_given(tmp_path, monkeypatch):
     """XLA cannot be told a number of threads: the process is bound."""
-    code = (
-        "import os; from experiments import conventional; conventional.hold_to(1); "
-        "import subprocess, sys; print(len(os.sched_getaffinity(0)), flush=True); "
-        "subprocess.run([sys.executable, '-c', "
-        "'import os; print(len(os.sched_getaffinity(0)))'])"
+    (tmp_path / "job.json").write_text(json.dumps({"threads": 3}))
+    done = []
+    monkeypatch.setattr(race.cli, "setup", lambda: None)
+    monkeypatch.setattr(race.processes, "end_on_signals", lambda: None)
+    monkeypatch.setattr(race.flags, "FLAGS", SimpleNamespace(job=str(tmp_path)))
+    monkeypatch.setattr(conventional, "hold_to", done.append)
+    monkeypatch.setattr(race, "register", lambda job, folder: done.append(folder))
+    race.main([])
+    assert done == [3, tmp_path]
+
+
+def test_a_process_is_bound_to_some_of_its_cores(monkeypatch):
+    bound = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    monkeypatch.setattr(
+        os, "sched_setaffinity", lambda _, cores: bound.append(cores), raising=False
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["1", "1"]
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    conventional.hold_to(2)
+    monkeypatch.setattr(os, "getpid", lambda: 8)
+    conventional.hold_to(9)
+    assert bound == [[5, 0], [0, 1, 2, 5]]

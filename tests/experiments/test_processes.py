@@ -24,7 +24,7 @@ def gone(pid: int) -> bool:
 
 def test_a_command_out_of_time_is_ended_with_its_children(tmp_path):
     with open(tmp_path / "log.txt", "w+") as log:
-        assert processes.exit_code([sys.executable, "-c", CODE], log, 5) is None
+        assert processes.exit_code([sys.executable, "-c", CODE], log, 2) is None
         log.seek(0)
         pid = int(log.read())
     for _ in range(200):
@@ -37,6 +37,6 @@ def test_a_command_out_of_time_is_ended_with_its_children(tmp_path):
 def test_output_exit_code_and_environment(tmp_path):
     words = [sys.executable, "-c", "import os; print(os.environ['SAID']); exit(3)"]
     with open(tmp_path / "log.txt", "w+") as log:
-        assert processes.exit_code(words, log, 60, os.environ | {"SAID": "x"}) == 3
+        assert processes.exit_code(words, log, 60, env=os.environ | {"SAID": "x"}) == 3
         log.seek(0)
         assert log.read() == "x\n"
