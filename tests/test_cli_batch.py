@@ -716,6 +716,10 @@ def test_signal_finishes_pairs_in_work_and_the_same_command_goes_on(
     assert told(folder)[1] == 3
 
 
+def no_space(*_):
+    raise errors.UserError("storage", "no space", errors.STORAGE)
+
+
 def test_overwrite_that_was_stopped_goes_on(done, network, monkeypatch, capsys):
     def actions():
         capsys.readouterr()
@@ -737,6 +741,16 @@ def test_overwrite_that_was_stopped_goes_on(done, network, monkeypatch, capsys):
     with monkeypatch.context() as patch:  # what another version made does not stay
         patch.setattr(batch.versions, "version", lambda: "other")
         assert set(actions().values()) == {"replace"}
+    journal = done / "out" / "batch.jsonl"
+    lines = journal.read_bytes()
+    journal.write_bytes(b"")  # begun anew: what the mark says is of another
+    assert set(actions().values()) == {"replace"}
+    journal.write_bytes(lines)
+    with monkeypatch.context() as patch:  # all is done, but the tables
+        wraps(patch, batch, "_write_table", no_space)
+        assert run(done, network, "--overwrite") == errors.STORAGE
+    assert "--overwrite that was stopped" in capsys.readouterr().err
+    assert set(actions().values()) == {"keep"}
     assert run(done, network, "--overwrite") == 0
     after = times(done)
     assert after.items() >= redone.items()
@@ -949,6 +963,7 @@ def test_mistakes_of_the_list_are_found_before_any_work(folder, network, capsys)
         ("batch.csv", []),
         ("failed.csv", []),
         ("batch.json", []),
+        ("batch.jsonl", []),
         ("batch-1-of-2.csv", ["--num-parts", "2", "--part-id", "1"]),
     ],
 )

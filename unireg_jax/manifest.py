@@ -652,7 +652,7 @@ class Paths:
         if not exists:
             faults.append(("not_found", f"{place}: no such file"))
             return ""
-        lone = _has_voxels(real) and not _has_voxels(named)
+        lone = real != named and _has_voxels(real) and not _has_voxels(named)
         return real if name in ("..", ".") or lone else named
 
 

@@ -679,7 +679,9 @@ def test_evaluate_opens_scans_only_where_their_voxels_count(folder, lungs, capsy
     rows += [f"c,disp.npz,{scans},{labels},points.csv"]
     (folder / "cases.csv").write_text("\n".join(rows) + "\n")
     words = ("--manifest", folder / "cases.csv", "-o", folder / "scores")
-    evaluate(capsys, *words)
+    _, err = evaluate(capsys, *words)
+    (line,) = (line for line in err if "axes of the labels" in line)
+    assert "1 cases (c first)" in line
     for line in (folder / "scores" / "reports.jsonl").read_text().splitlines():
         assert not {"fixed", "moving"} & set(json.loads(line)["key"]["inputs"])
     # A field in voxels, without labels: there they are checked, and opened.

@@ -285,9 +285,7 @@ def write(
         return
     if to == "itk":
         if any(transforms.has_shear(f.vox2world) for f in mapping.fields):
-            raise _cannot(
-                path, "grids of perpendicular axes", "a shear", "name another grid"
-            )
+            raise _cannot(path, "grids of perpendicular axes", "a shear", "use .nii.gz")
         parts = [p if isinstance(p, np.ndarray) else tuple(p) for p in mapping.parts]
         transforms.write_parts(path, parts or [np.eye(4)])
         return

@@ -97,7 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "now; do the others again and replace them",
     )
     again.add_argument(
-        "--overwrite", action="store_true", help="do all pairs again, replace results"
+        "--overwrite",
+        action="store_true",
+        help="do all pairs again, replace results; stopped, the same command goes on",
     )
     add("--fail-fast", action="store_true", help="begin no pair after one that failed")
     add(
@@ -195,11 +197,14 @@ def _run(args, cases, digest, book, stop) -> int:
                 broken = True
                 stop.set()
     counts["left"] = len(cases) - sum(counts.values())
-    if not counts["left"]:
-        _mark(args).unlink(missing_ok=True)
     seconds = round(time.perf_counter() - started, 3)
     lines = _lines(args, cases, book, told, digest)
     summary = _summarize(args, len(cases), lines, counts, digest, seconds)
+    if not counts["left"]:
+        try:
+            _mark(args).unlink(missing_ok=True)
+        except OSError as error:
+            raise outputs.storage_fault(_mark(args), error) from error
     _tell(args, summary)
     if bare:
         again = ["unireg", "report", args.out, "--list", args.list]
@@ -318,25 +323,36 @@ def _mark(args: argparse.Namespace) -> Path:
 def _begin_overwrite(args: argparse.Namespace) -> None:
     """Goes on with one that was stopped, else marks the beginning of this one."""
     args.redone = _redone(args)
-    if not _mark(args).is_file():
-        size = Path(args.out, _journal(args)).stat().st_size
+    if _began(args) is None:
         with nifti.atomic_path(_mark(args)) as temp:
-            temp.write_text(f"{size}\n")
+            temp.write_text(f"{Path(args.out, _journal(args)).stat().st_size}\n")
+    elif args.redone:
+        warn(
+            "going on with an --overwrite that was stopped: pairs that stay if they "
+            f"still agree: {len(args.redone)}; remove {shown(_mark(args))} to begin "
+            "anew"
+        )
+
+
+def _began(args: argparse.Namespace) -> int | None:
+    """Where in this journal a stopped --overwrite began; None: there was none."""
+    try:
+        since = int(_mark(args).read_text())
+        return since if since <= Path(args.out, _journal(args)).stat().st_size else None
+    except (OSError, ValueError):
+        return None
 
 
 def _redone(args: argparse.Namespace) -> frozenset[str]:
     """Pairs that an --overwrite of this version had done again when it was stopped."""
-    try:
-        since = int(_mark(args).read_text())
-        last = {i["id"]: i for i in journal.read(Path(args.out, _journal(args)), since)}
-    except (OSError, ValueError):  # there was none
+    since, now = _began(args), versions.version()
+    if since is None:
         return frozenset()
-    now = versions.version()
-    return frozenset(
-        name
-        for name, item in last.items()
-        if item["status"] in DONE and item["version"] == now
-    )
+    last = {
+        item["id"]: item["status"] in DONE and item["version"] == now
+        for item in journal.read(Path(args.out, _journal(args)), since)
+    }
+    return frozenset(name for name, good in last.items() if good)
 
 
 @contextlib.contextmanager
@@ -515,7 +531,7 @@ def _tell(args, summary: dict[str, Any]) -> None:
 
 def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
     """Reads everything and writes nothing; no JAX."""
-    files = results.Files(worker.KEEP)
+    known = results.Files(worker.KEEP)
     if args.overwrite:
         args.redone = _redone(args)
 
@@ -523,16 +539,16 @@ def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
         del claim
         settings = results.settings_sha256(args, case)
         try:
-            why, record = worker.standing(args, case, files, digest, settings)
+            why, record = worker.standing(args, case, known, digest, settings)
             if why is None and record is not None:
                 judging.check_kept(args, record)
                 return "keep", "", ""
             if why is not None and not (args.skip_existing or args.overwrite):
                 raise worker.in_the_way(why)
-            files.read(case)
+            known.read(case)
         except UserError as error:
-            known = dict(weights_sha256=digest, settings=settings, seconds=0.0)
-            item = worker.failure(args, case, error.reason, str(error), **known)
+            facts = dict(weights_sha256=digest, settings=settings, seconds=0.0)
+            item = worker.failure(args, case, error.reason, str(error), **facts)
             return "refuse", error.reason, item["message"]
         return ("replace", "", why) if why else ("register", "", "")
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import nifti
 from unireg_jax.verbs import files, options, outputs
 from unireg_jax.verbs.journal import Journal, open_alone
-from unireg_jax.verbs.messages import number, progress, warn
+from unireg_jax.verbs.messages import kinds, number, progress, warn
 
 HELP = "metrics of any transform"
 
@@ -264,8 +264,8 @@ def _outcome(case: Case, known: bool) -> str:
     row = cases.metric_row(case.report)
     names = [n for n in ("dsc", "tre_mm", "fold_percent_whole") if n in row]
     text = ", ".join(f"{n} {number(row[n])}" for n in names)
-    kinds = dict.fromkeys(line.partition(":")[0] for line in case.report["warnings"])
-    text += f"; warnings: {', '.join(kinds)}" if kinds else ""
+    found = kinds(case.report["warnings"])
+    text += f"; warnings: {', '.join(found)}" if found else ""
     return f"{text} (judged before)" if known else text
 
 
@@ -291,7 +291,7 @@ def read_list(
     Raises:
         UserError: exit code 2 with all faults of the list, 3 when it has no case.
     """
-    path = Path(path)
+    path, blind = Path(path), []
     if transforms is not None:
         files.check_results(transforms)
         # Labels that `batch` was to warp tell nothing of overlap alone.
@@ -302,9 +302,10 @@ def read_list(
         folder, listed = Path(transforms), {}
         for pair in pairs:
             values = pair._asdict() | {"transform": files.find_result(folder, pair)}
-            if not _on_scans(values):
+            if not _on_scans(values, blind):
                 values |= dict.fromkeys(_SCANS)
             listed[pair.id] = _files(values)
+        _tell_blind(blind)
         return listed
     text = manifest.read_text(path, "cases")
     known = (*manifest.Case._fields, *_COLUMNS)
@@ -343,13 +344,14 @@ def read_list(
             for name in _SCANS:
                 text = _cell(where, row, name, told)
                 values[name] = paths.resolve(where, name, text, told)
-            if _on_scans(values):
+            if _on_scans(values, blind):
                 faults += told
             else:
                 values |= dict.fromkeys(_SCANS)
         listed[values["id"]] = _files(values)
     if faults:
         manifest.refuse(path.name, faults)
+    _tell_blind(blind)
     return listed
 
 
@@ -388,10 +390,10 @@ def _in_voxels(values: Mapping[str, Any]) -> bool:
     return (values["points_frame"] or "lps_mm") != "lps_mm"
 
 
-def _on_scans(values: Mapping[str, Any]) -> bool:
+def _on_scans(values: Mapping[str, Any], blind: list[str]) -> bool:
     """Whether the voxels of the scans, as stored, give points or a field their place.
 
-    Where scans are away, labels give that of a Learn2Reg field.
+    Where scans are away, labels give that of a Learn2Reg field; `blind` gets its id.
     """
     if values["fixed_points"] and _in_voxels(values):
         return True
@@ -401,7 +403,17 @@ def _on_scans(values: Mapping[str, Any]) -> bool:
     except UserError:  # fails at its turn
         return False
     there = all(os.path.exists(values[name] or "") for name in _SCANS)
+    if not there and values["fixed_label"]:
+        blind.append(values["id"])
     return there or not values["fixed_label"]
+
+
+def _tell_blind(names: Sequence[str]) -> None:
+    if names:
+        warn(
+            f"{len(names)} cases ({names[0]} first): the scans that are named cannot "
+            "be looked at: their Learn2Reg fields are read along the axes of the labels"
+        )
 
 
 def _files(values: Mapping[str, Any]) -> Files:

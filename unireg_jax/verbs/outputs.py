@@ -26,7 +26,7 @@ PAGE = "qc.html"  # of a case, a view of the rest
 REJECTED = "rejected"  # folder in OUT of cases that the gate holds back
 SUPERSEDED = "superseded"  # folder in OUT of results whose case failed when done again
 _LITTER_S = 86400  # after which a file that no run of `batch` marked is one
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only of writing
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # none of reading
 
 
 def check_out(out: Path) -> None:

@@ -125,14 +125,14 @@ def _look(
 
     Labels of the fixed scan that do not fit are refused if `strict`, else left out.
     """
-    volumes, files = [], results.Files()
+    volumes, known = [], results.Files()
     for name, path in (("fixed", fixed), ("moving", moving)):
-        _check_input(case, name, path, files)
+        _check_input(case, name, path, known)
         volumes.append(scans.read_scan(path))
     labels = None
     if fixed_label:
         try:
-            labels = _fixed_labels(case, fixed_label, volumes[0], files)
+            labels = _fixed_labels(case, fixed_label, volumes[0], known)
         except UserError as error:
             if strict:
                 raise
@@ -160,7 +160,7 @@ def _look(
     return case, scene
 
 
-def _fixed_labels(case: _Case, path: str, fixed: Volume, files) -> Volume:
+def _fixed_labels(case: _Case, path: str, fixed: Volume, known) -> Volume:
     """Labels of the fixed scan, those of the record."""
     if not _input(case, "fixed_label"):
         raise UserError(
@@ -169,7 +169,7 @@ def _fixed_labels(case: _Case, path: str, fixed: Volume, files) -> Volume:
             "fixed scan; leave --fixed-label out, or register again with it",
             USAGE,
         )
-    _check_input(case, "fixed_label", path, files)
+    _check_input(case, "fixed_label", path, known)
     labels = scans.read_labels(path)
     nifti.check_same_grid(fixed, labels)
     return labels
@@ -180,9 +180,9 @@ def _input(case: _Case, name: str) -> Mapping[str, Any]:
     return _dict(_dict(case.record.get("inputs")).get(name))
 
 
-def _check_input(case: _Case, name: str, path: str, files: results.Files) -> None:
+def _check_input(case: _Case, name: str, path: str, known: results.Files) -> None:
     """Refuses a file that is not the one of the record."""
-    if _input(case, name).get("sha256") != files.digest(path)["sha256"]:
+    if _input(case, name).get("sha256") != known.digest(path)["sha256"]:
         raise UserError(
             "checksum",
             f"{shown(path)}: the file that the record has as {name} expected, its "
@@ -382,7 +382,9 @@ def _broken(folder: Path, expected: str) -> UserError:
 def _target(args, default: Path) -> Path:
     """Where the page goes; refuses to replace one unasked, or an input at all."""
     target = default if args.file is None else Path(args.file)
-    inputs = (args.list, args.fixed, args.moving, args.fixed_label)
+    inputs = [args.list, args.fixed, args.moving, args.fixed_label]
+    folder = Path(args.folder)
+    inputs += [str(p) for p in folder.glob("*") if p.suffix not in (".html", ".js")]
     files.output(str(target), (), overwrite=args.overwrite, inputs=inputs)
     return target
 
