@@ -163,6 +163,32 @@ def test_sweep_api_takes_arrays_and_some_conditions(network):
         sweeps.sweep(made.hu, made.hu, conditions=[], weights=network, **common)
 
 
+def test_sweep_takes_a_mask_on_the_axes_of_an_array(network):
+    shape = (40, 32, 36)
+    fixed, moving = (
+        synthetic.phantom("chest", shape=shape, spacing_mm=(9, 9, 9), seed=seed)
+        for seed in (2, 3)
+    )
+    mask = np.zeros(shape, bool)
+    mask[6:18, 4:20] = True
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    flip[:2, 3] = shape[0] - 1, shape[1] - 1
+    found = [
+        sweeps.sweep(
+            fixed.hu[::step, ::step],
+            moving.hu,
+            fixed_mask=mask[::step, ::step],
+            conditions=[(Region.CHEST, PairType.INTER)],
+            weights=network,
+            affine="none",
+            fixed_vox2world=fixed.vox2world @ turn,
+            moving_vox2world=moving.vox2world,
+        )
+        for step, turn in ((1, np.eye(4)), (-1, flip))
+    ]
+    assert found[0].rows == found[1].rows
+
+
 def test_sweep_refuses_a_picture_before_any_work(
     scans, network, tmp_path, capsys, monkeypatch
 ):

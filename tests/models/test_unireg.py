@@ -53,6 +53,23 @@ def _macs(jaxpr) -> int:
     return total
 
 
+def test_network_is_float32_in_x64_too(key):
+    module = UniReg(**SMALL)
+    of = jax.ShapeDtypeStruct
+    hu, code = of((1, *SHAPE, 1), jnp.int16), of((1,), jnp.int32)
+    variables = jax.eval_shape(module.init, key, *_inputs(key))
+
+    def predict(variables, hu, code):
+        maps = features.describe(hu, Extractor("mind"))
+        corr = features.correlate(maps, maps)
+        image = intensity.window(hu, low=-800.0, high=400.0)
+        return module.apply(variables, image, image, corr, code, code)
+
+    with jax.enable_x64(True):
+        disp = jax.eval_shape(predict, variables, hu, code)
+    assert disp.shape == (1, *SHAPE, 3) and disp.dtype == jnp.float32
+
+
 def test_unireg_bfloat16_field_stays_within_a_quarter_millimetre():
     """The shipped network in bfloat16: convolutions alone, fields stay float32."""
     model = registration.load_model()

@@ -1,7 +1,10 @@
 """One pair from arrays: grids, pre-alignment, composition, refusals."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -447,6 +450,77 @@ def test_register_compares_only_in_the_mask(calm):
     assert part.qc["ncc_before"] != whole.qc["ncc_before"]
 
 
+def test_mask_changed_in_place_is_seen(calm):
+    images, grids = pair()
+    target, source = (
+        pipeline.as_volume(*scan, "scan") for scan in zip(images, grids, strict=True)
+    )
+    settings = pipeline.check_settings("none", None, "none")
+    session = pipeline.Session(calm, network=False)
+    # All that `_finer` asks of it; compiling one takes seconds.
+    session.refiner = types.SimpleNamespace(plan=Plan(1, finer=2))
+    mask = np.zeros(target.data.shape, bool)
+    found = []
+    for part in (slice(8, 16), slice(16, 24)):
+        mask[:] = False
+        mask[part, 10:25, 8:20] = True
+        prepared = session.prepare(
+            target, source, settings, affine="none", mask=mask, clock=pipeline.Clock()
+        )
+        fine = session._finer(prepared, source, mask)
+        found.append((prepared.body, fine.body))
+    for first, second in zip(*found, strict=True):
+        assert first.any() and second.any()
+        assert first.argmax() != second.argmax()
+
+
+def test_result_shares_no_array_with_its_caller(calm):
+    images, grids = pair()
+    volumes = [
+        pipeline.as_volume(*scan, "scan") for scan in zip(images, grids, strict=True)
+    ]
+    session = pipeline.Session(calm, network=False)
+    settings = pipeline.check_settings("none", None, np.eye(4))
+    matrix = np.eye(4)
+    given = [*grids, *(volume.vox2world for volume in volumes)]
+    before = [array.copy() for array in given]
+
+    def of_arrays():
+        return run(images, grids, task="none", weights=calm, affine=matrix)
+
+    def of_volumes():
+        return session.run(*volumes, settings, affine=matrix, clock=pipeline.Clock())
+
+    for make in (of_arrays, of_volumes):
+        first = make()
+        disp_mm, grid = first.disp_mm.copy(), first.network_grid.vox2world.copy()
+        for array in (
+            matrix,
+            first.vox2world,
+            first.network_grid.vox2world,
+            pipeline.residual_mm(first),
+        ):
+            array += 1.0
+        np.testing.assert_array_equal(first.affine, np.eye(4))
+        np.testing.assert_array_equal(first.disp_mm, disp_mm)
+        for array, as_given in zip(given, before, strict=True):
+            np.testing.assert_array_equal(array, as_given)
+        matrix[:] = np.eye(4)
+        np.testing.assert_array_equal(make().network_grid.vox2world, grid)
+
+
+def test_register_takes_arrays_of_jax(calm):
+    images, grids = (both[::-1] for both in pair())
+    mask = np.zeros(images[0].shape, bool)
+    mask[10:20, 10:25, 8:20] = True
+    common = dict(task="none", weights=calm, affine="none", fixed_mask=mask)
+    plain = run(images, grids, **common)
+    other = run([jnp.asarray(image) for image in images], grids, **common)
+    np.testing.assert_array_equal(other.vox2world, grids[0])
+    np.testing.assert_array_equal(other.warped, plain.warped)
+    assert other.qc == plain.qc
+
+
 def test_register_traces_once_for_all_tasks(calm, monkeypatch):
     traces = []
     predict = compiled._predict
@@ -532,6 +606,19 @@ def test_register_refuses_a_field_of_kilometres(calm):
     assert caught.value.exit_code == errors.NUMERICAL
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_register_refuses_a_volume_that_is_not_finite(calm, which):
+    images, grids = pair()
+    volumes = [Volume(i, g) for i, g in zip(images, grids, strict=True)]
+    data = images[which].astype(np.float32)
+    data[3, 4, 5] = (np.nan, -np.inf)[which]
+    volumes[which] = volumes[which]._replace(data=data)
+    name = ("fixed", "moving")[which]
+    with pytest.raises(UserError, match=f"{name}: nonfinite: .*-1000 HU") as caught:
+        register(*volumes, task="none", weights=calm, affine="none")
+    assert (caught.value.reason, caught.value.exit_code) == ("nonfinite", errors.FAILED)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -550,11 +637,25 @@ def test_register_refuses_unknown_tasks(calm, change, match):
     ("change", "match"),
     [
         ({"affine": "fancy"}, "affine must be one of"),
-        ({"affine": np.eye(3)}, r"affine must be a finite \(4, 4\)"),
+        ({"affine": np.eye(3)}, r"affine must be a finite invertible \(4, 4\)"),
+        ({"affine": np.diag([1.0, 1.0, 1.0, 0.0])}, "affine must be a finite"),
+        ({"affine": np.diag([1.0, 1.0, 0.0, 1.0])}, "affine must be a finite"),
         ({"fixed_vox2world": None}, "fixed_vox2world must be"),
+        ({"moving_vox2world": np.eye(3)}, "moving_vox2world must be a finite"),
+        (
+            {"moving_vox2world": np.diag([1.0, 1.0, 0.0, 1.0])},
+            "moving_vox2world must be a finite",
+        ),
         ({"fixed_mask": np.ones((2, 2, 2), bool)}, "fixed_mask must be"),
         ({"fixed": np.zeros((2, 3, 4, 5))}, r"fixed must be \(X, Y, Z\)"),
         ({"moving": np.full((4, 5, 6), np.nan)}, "moving must be finite"),
+        (
+            {"fixed": nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))},
+            "fixed must be a path, Volume or array .*, got Nifti1Image",
+        ),
+        ({"task": "none", "passes": 2}, "passes and symmetric need a network"),
+        ({"task": "none", "symmetric": True}, "passes and symmetric need a network"),
+        ({"refine": Plan(0, "edges")}, "features must be one of"),
     ],
 )
 def test_register_rejects(calm, change, match):
@@ -954,3 +1055,47 @@ def test_register_refuses_what_memory_cannot_hold(calm, monkeypatch):
     monkeypatch.setattr(memory, "_LEAST_BYTES", 0)
     with pytest.raises(UserError, match="too_large|crop or resample"):
         run(*pair(), task="chest", weights=calm)
+
+
+@pytest.mark.parametrize(
+    ("line", "root", "names"),
+    [
+        (
+            "0::/job/step",
+            ".",
+            ("memory.max", "memory.current", "inactive_file"),
+        ),
+        (
+            "4:cpu,memory:/job/step",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_memory_of_the_own_groups_is_all_there_is(
+    tmp_path, monkeypatch, line, root, names
+):
+    limit, current, cache = names
+
+    def group(path, most, used, files):
+        folder = tmp_path / root / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / current).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"active_file 7\n{cache} {files}\n")
+
+    own = tmp_path / "own"
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", own)
+    own.write_text(f"3:cpuset:/other\n{line}\n")
+    group("other", 50, 0, 0)
+    group("", 900, 100, 0)
+    assert memory.available_bytes() == 800  # of a container, whose path is the host's
+    group("job/step", "max", 100, 0)
+    assert memory.available_bytes() == 800
+    group("job", 500, 200, 30)
+    assert memory.available_bytes() == 330
+    group("job/step", 200, 150, 20)
+    assert memory.available_bytes() == 70
+    group("job/step", 200, 250, 20)
+    assert memory.available_bytes() == 0

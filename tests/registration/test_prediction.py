@@ -92,6 +92,12 @@ def test_number_of_passes_is_checked(passes):
         prediction.check(passes)
 
 
+@pytest.mark.parametrize("passes", [2, np.int64(2)])
+def test_number_of_passes_may_be_numpys(passes):
+    checked = prediction.check(passes)
+    assert checked == 2 and type(checked) is int  # a record in JSON takes no other
+
+
 def test_choices_of_the_command_are_those_of_the_library():
     asked = (prediction.PASSES, prediction.MOST_PASSES, prediction.SYMMETRIC)
     assert (results.PASSES, results.MOST_PASSES, results.SYMMETRIC) == asked

@@ -91,6 +91,15 @@ def test_values_that_are_no_hu_are_told_to_who_asks_for_the_network():
     assert region.mismatch(found, None) is None
 
 
+def test_mismatch_takes_the_names_of_tasks(seen):
+    assert region.mismatch(seen["chest"], "lung") is None
+    line = region.mismatch(seen["headneck"], "lung")
+    assert line.startswith("chest expected, looks like headneck")
+    for found in (seen["chest"], region.Seen(None, {}, "no body")):
+        with pytest.raises(ValueError, match="region must be one of .*'lung'"):
+            region.mismatch(found, "knee")
+
+
 def test_choose_task_needs_two_scans_that_agree(seen):
     chest, abdomen = seen["chest"], seen["abdomen"]
     assert region.choose_task([chest, chest]) == "chest"

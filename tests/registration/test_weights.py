@@ -74,6 +74,16 @@ def test_weights_round_trip_is_exact(saved):
     assert spec["sha256"] == hashlib.sha256(saved.read_bytes()).hexdigest()
 
 
+def test_weights_round_trip_keeps_scalars_and_order(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tree = {"scale": np.float32(2.5), "turned": np.arange(6.0).reshape(2, 3).T}
+    weights.save_weights(path, tree, SPEC)
+    loaded, _ = weights.load_weights(path)
+    weights.check_tensors(loaded, tree, path)
+    assert loaded["scale"] == 2.5
+    np.testing.assert_array_equal(loaded["turned"], tree["turned"])
+
+
 def test_save_weights_leaves_two_files_and_takes_tuples(tmp_path):
     path = tmp_path / "a.safetensors"
     spec = {**SPEC, "architecture": {"encoder": (4, 8)}}

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Feature values handled at once: bounds the scratch to some 20 MiB whatever the maps.
@@ -53,6 +54,7 @@ def offsets(radius: int = 1) -> list[tuple[int, int, int]]:
 def _correlate(fixed, moving, radius, eps):
     """One example, [X, Y, Z, C] -> [X, Y, Z, (2 radius + 1)^3]."""
     offset_starts = radius + jnp.asarray(offsets(radius), jnp.int32)
+    first = np.int32(0)  # of one type with the others, in x64 too
     size = _chunk_size(fixed.shape)
 
     def correlate_chunk(start):
@@ -65,7 +67,7 @@ def _correlate(fixed, moving, radius, eps):
 
         def at_offset(offset):
             near, scale = (
-                lax.dynamic_slice(a, (*offset, 0), (*f.shape[:3], a.shape[3]))
+                lax.dynamic_slice(a, (*offset, first), (*f.shape[:3], a.shape[3]))
                 for a in (m, scale_m)
             )
             # Norms go onto the result: two maps instead of two normalised copies.

@@ -8,6 +8,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -55,9 +56,12 @@ def mind_ssc(volume: jax.Array, *, radius: int = 1, dilation: int = 2) -> jax.Ar
     image = volume[..., 0].astype(jnp.float32)
     padded = _pad_edge(image, dilation)
     starts = dilation * (1 + jnp.asarray(offset_pairs(), jnp.int32))
+    first = np.int32(0)  # of one type with the others, in x64 too
 
     def patch_distance(pair):
-        s, t = (lax.dynamic_slice(padded, (0, *start), image.shape) for start in pair)
+        s, t = (
+            lax.dynamic_slice(padded, (first, *start), image.shape) for start in pair
+        )
         return _patch_mean((s - t) ** 2, radius)
 
     # One channel after another takes half the time and memory of 12 side by side, and

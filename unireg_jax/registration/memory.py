@@ -1,7 +1,8 @@
 """Whether a pair fits into the memory of the host, said before it is taken."""
 
 import contextlib
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 
 import jax
 import numpy as np
@@ -18,6 +19,11 @@ _MOVING_BYTES = 2 + 4 + 2 + 4
 _WRITING_BYTES = 12 + 12 + 2 + 2 * 8.5
 _LEAST_BYTES = 2**30  # less is not worth a refusal: the system finds it
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+# Files of a group: its limit, what it takes, and of memory.stat the pages of files,
+# which are given back when asked for. Version 2, and 1.
+_V2 = ("memory.max", "memory.current", "inactive_file ")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
 
 
 def check_memory(fixed_shape: tuple[int, ...], moving_shape: tuple[int, ...]) -> None:
@@ -79,20 +85,36 @@ def available_bytes() -> int | None:
     """Memory that a process may still take.
 
     Returns:
-        The least of what the machine and the process's control group have left; None
-        where the system does not say.
+        The least of what the machine, the process's control group and those above it
+        have left; None where the system does not say.
     """
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 2**10)
-    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        # Pages of files are given back when asked for.
-        for line in (_CGROUP / "memory.stat").read_text().splitlines():
-            if line.startswith("inactive_file "):
-                used -= int(line.split()[1])
-        found.append(max(0, limit - used))
+    for folder, (limit, current, cache) in _groups():
+        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+            left = int((folder / limit).read_text())
+            left -= int((folder / current).read_text())
+            for line in (folder / "memory.stat").read_text().splitlines():
+                if line.startswith(cache):
+                    left += int(line.split()[1])
+            found.append(max(0, left))
     return min(found) if found else None
+
+
+def _groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Folders of the process's own control groups and those above, with their files."""
+    with contextlib.suppress(OSError):
+        for line in _OWN_GROUPS.read_text().splitlines():
+            number, kinds, path = line.split(":", 2)
+            if number == "0":
+                root, names = _CGROUP, _V2
+            elif "memory" in kinds.split(","):
+                root, names = _CGROUP / "memory", _V1
+            else:
+                continue
+            # In a container the path may be that of the host: only the root is there.
+            own = PurePath(path.lstrip("/"))
+            yield from ((root / group, names) for group in (own, *own.parents))

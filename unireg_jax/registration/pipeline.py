@@ -16,9 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unireg_jax.errors import NUMERICAL, USAGE, UserError
+from unireg_jax.errors import NUMERICAL, USAGE, UserError, bad_file
 from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import mapping, nifti, orientation, preprocess, scans
+from unireg_jax.imaging import (
+    mapping,
+    nifti,
+    orientation,
+    preprocess,
+    scans,
+    transforms,
+)
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.ops import resample, warp
@@ -34,7 +41,13 @@ from unireg_jax.registration.compiled import (
 from unireg_jax.registration.kept import Kept
 from unireg_jax.registration.memory import check_memory
 from unireg_jax.registration.network import Model, load_model
-from unireg_jax.registration.refine import Plan, Refiner, compile_refine, steps
+from unireg_jax.registration.refine import (
+    Plan,
+    Refiner,
+    check_plan,
+    compile_refine,
+    steps,
+)
 from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 
 NO_TASK = "none"
@@ -44,6 +57,7 @@ _FOLDS_PERCENT = 1.0  # more is worth a look
 _LEAST_NCC = 0.2  # less is no match
 _RANGE_MM = 1000.0  # no field between two aligned scans of a body is longer
 _COSTS = ("refine_before", "refine_after")
+_ARRAYS = (np.ndarray, jax.Array)
 _SLAB_VOXELS = 2**21  # native voxels per step, about: 100 MB of scratch
 _SLAB_PROGRAMS = 16  # some 4 MiB each, of the last sizes of scans
 
@@ -112,7 +126,8 @@ def register(
     disp_mm(x) = y(x) - x.
 
     Args:
-        fixed: path of a scan (see imaging/scans.py), Volume, or array [X, Y, Z] in HU.
+        fixed: path of a scan (see imaging/scans.py), Volume, or array [X, Y, Z] in HU,
+            of NumPy or JAX.
         moving: the same; shape and spacing may differ.
         task: name in tasks.TASKS: anatomical prior, and the usual pair type; "none"
             leaves the network out: pre-alignment, and `refine` from there, on the grid
@@ -133,9 +148,10 @@ def register(
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         moving_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         passes: how often the network acts, 1 to 8, each time on the moving scan as
-            warped so far; the paper has 1.
+            warped so far; the paper has 1, and task "none" takes no other.
         symmetric: whether each pass averages the map there with the inverse of the map
-            back, see registration/prediction.py; the paper's does not.
+            back, see registration/prediction.py; the paper's does not. Not with task
+            "none".
         refine: instance optimisation of the network's field; None for none.
         fov: what the network looks at where the fixed body is larger than its window:
             "crop", "tiles", "whole" or "auto", see `tiles.lay_out`.
@@ -143,24 +159,28 @@ def register(
 
     Returns:
         Registration, on the grid of `fixed`: an array's own axes, otherwise the LPS+
-        axes of the Volume.
+        axes of the Volume. No array of it is one of the caller's.
 
     Raises:
         ValueError: shapes, names or numbers that do not fit.
-        UserError: a file that cannot be read, scans without common space (exit code
-            4), task "auto" and scans that do not tell it (exit code 2), weights that
-            cannot be used (exit code 9), scans larger than the memory that is free
-            (exit code 7), a field that is not finite or longer than 1 m (exit code 8).
+        UserError: a file that cannot be read, a Volume with NaN or infinity, scans
+            without common space (exit code 4), task "auto" and scans that do not tell
+            it (exit code 2), weights that cannot be used (exit code 9), scans larger
+            than the memory that is free (exit code 7), a field that is not finite or
+            longer than 1 m (exit code 8).
     """
     say = progress or (lambda line: None)
     clock = Clock()
     target = as_volume(fixed, fixed_vox2world, "fixed")
     source = as_volume(moving, moving_vox2world, "moving")
     settings = check_settings(task, pair_type, affine)
-    mask = fixed_mask
-    if mask is not None and isinstance(fixed, np.ndarray):
-        _check_mask(mask, fixed.shape)
-        mask, _ = orientation.reorient(mask, target.native.vox2world)
+    asked = (passes, symmetric)
+    if task == NO_TASK and asked != (prediction.PASSES, prediction.SYMMETRIC):
+        raise ValueError(
+            "passes and symmetric need a network, got them with task 'none'; name a "
+            "task"
+        )
+    mask = own_mask(fixed_mask, fixed, target)
     clock.lap("read")
     model = weights if isinstance(weights, Model) else load_model(weights)
     clock.lap("weights")
@@ -177,7 +197,7 @@ def register(
     result = session.run(
         target, source, settings, affine=affine, mask=mask, say=say, clock=clock
     )
-    if not isinstance(fixed, np.ndarray):
+    if not isinstance(fixed, _ARRAYS):
         return result
     return result._replace(
         disp_mm=nifti.to_native(result.disp_mm, target),
@@ -190,8 +210,9 @@ class Session:
     """A model with its compiled programs, and what its last scans had in common.
 
     A scan is known by the identity of its Volume: its network grid, its image there and
-    its features are made once while it keeps coming back. `run` may be called from
-    several threads: host work runs side by side, the device serves one at a time.
+    its features are made once while it keeps coming back; a mask is read anew. `run`
+    may be called from several threads: host work runs side by side, the device serves
+    one at a time.
     """
 
     def __init__(
@@ -218,7 +239,9 @@ class Session:
         Raises:
             ValueError: see `refine.check_plan` and `register`; an unknown fov.
         """
-        prediction.check(passes)
+        passes = prediction.check(passes)
+        if refine is not None:
+            check_plan(refine)
         if fov not in tiles.FOVS:
             raise ValueError(f"fov must be one of {tiles.FOVS}, got {fov!r}")
         self.model = model
@@ -233,7 +256,7 @@ class Session:
             Kept(keep) for _ in range(5)
         )
         # A window of `finer` has many times the voxels.
-        self._fine = Kept(1)
+        self._fine, self._fine_bodies = Kept(1), Kept(1)
         self._larger = Kept(1)
         self._slabs = Kept(_SLAB_PROGRAMS)
         self._matcher = matcher.Matcher(
@@ -344,10 +367,11 @@ class Session:
         clock.lap("native")
         return Registration(
             disp_mm,
-            target.vox2world,
+            # Others keep theirs: the caller, and this session.
+            target.vox2world.copy(),
             matrix,
             disp,
-            grid,
+            grid._replace(vox2world=grid.vox2world.copy()),
             warped,
             settings,
             qc,
@@ -379,6 +403,7 @@ class Session:
         """
         if mask is not None:
             _check_mask(mask, target.data.shape)
+        _check_finite(fixed=target, moving=source)
         spec = self.model.preprocess
         settings, warnings = self._resolve(target, source, settings, say)
         clock.lap("region")
@@ -390,11 +415,7 @@ class Session:
             "windows": len(layout.starts),
             "body_covered": round(layout.covered, 4),
         }
-        body = self._bodies.get(
-            (id(target), id(mask)),
-            lambda: matcher.body(mask, target, grid, fixed_hu),
-            (target, mask),
-        )
+        body = _body(self._bodies, mask, target, grid, fixed_hu)
         clock.lap("preprocess")
         matrix, used, why = _choose(target, source, settings, affine)
         coarse = None
@@ -509,11 +530,12 @@ class Session:
         layout = pair.layout.finer(self.refiner.plan.finer)
         spec, target = self.model.preprocess, pair.target
 
-        def make():
-            hu = preprocess.prepare_image(target, layout.grid, spec)
-            return hu, matcher.body(mask, target, layout.grid, hu)
-
-        fixed_hu, body = self._fine.get((id(target), id(mask)), make, (target, mask))
+        fixed_hu = self._fine.get(
+            id(target),
+            lambda: preprocess.prepare_image(target, layout.grid, spec),
+            target,
+        )
+        body = _body(self._fine_bodies, mask, target, layout.grid, fixed_hu)
         moving_hu = preprocess.prepare_image(
             source, layout.grid, spec, matrix=pair.matrix
         )
@@ -687,11 +709,11 @@ def residual_mm(registration: Registration) -> np.ndarray:
         registration: from `register`.
 
     Returns:
-        [X, Y, Z, 3] float32, LPS mm, on the grid of disp_mm.
+        [X, Y, Z, 3] float32, LPS mm, on the grid of disp_mm; an array of its own.
     """
     matrix = registration.affine
     if np.array_equal(matrix, np.eye(4)):
-        return registration.disp_mm
+        return registration.disp_mm.copy()
     inverse = np.linalg.inv(matrix[:3, :3])
     rigid = (matrix - np.eye(4)) @ registration.vox2world
     out = np.empty_like(registration.disp_mm)
@@ -722,22 +744,24 @@ def as_volume(scan, vox2world, name) -> Volume:
     """Makes a Volume on LPS+ axes of whatever the caller has.
 
     Args:
-        scan: path, Volume, or array [X, Y, Z] in HU.
+        scan: path, Volume, or array [X, Y, Z] in HU, of NumPy or JAX.
         vox2world: [4, 4], voxel -> LPS mm, of an array; else None.
         name: for messages.
 
     Returns:
-        Volume.
+        Volume; that of an array has a copy of its grid.
 
     Raises:
-        ValueError: an array without grid, not 3-D or not finite; a grid with a file.
+        ValueError: none of these, an array without grid, not 3-D or not finite; a grid
+            that is singular, or with a file.
         UserError: the file cannot be read.
     """
-    if isinstance(scan, np.ndarray):
-        if vox2world is None or np.shape(vox2world) != (4, 4):
+    if isinstance(scan, _ARRAYS):
+        scan = np.asarray(scan)
+        if vox2world is None:
             raise ValueError(
                 f"{name}_vox2world must be (4, 4), voxel -> LPS mm, for an array, got "
-                f"{None if vox2world is None else np.shape(vox2world)}"
+                "None"
             )
         if scan.ndim != 3:
             raise ValueError(
@@ -748,9 +772,14 @@ def as_volume(scan, vox2world, name) -> Volume:
             raise ValueError(
                 f"{name} must be finite, got NaN or infinity; use -1000 HU"
             )
-        vox2world = np.asarray(vox2world, np.float64)
+        vox2world = transforms.check_affine(vox2world, f"{name}_vox2world").copy()
         data, turned = orientation.reorient(scan, vox2world)
         return Volume(data, turned, native=nifti.Native(scan.shape, vox2world))
+    if not isinstance(scan, (Volume, str, os.PathLike)):
+        raise ValueError(
+            f"{name} must be a path, Volume or array (X, Y, Z) in HU, got "
+            f"{type(scan).__name__}; pass its file, or its array and {name}_vox2world"
+        )
     if vox2world is not None:
         raise ValueError(f"{name}_vox2world must be None: the file has its own")
     return scan if isinstance(scan, Volume) else scans.read_scan(scan)
@@ -798,6 +827,26 @@ def check_settings(
     }
 
 
+def own_mask(mask, fixed, target) -> np.ndarray | None:
+    """Brings a mask onto the axes of the fixed Volume.
+
+    Args:
+        mask: [X, Y, Z] bool on the grid of `fixed`, or None.
+        fixed: as the caller has it, see `register`.
+        target: Volume that `as_volume` made of it.
+
+    Returns:
+        [X, Y, Z] bool on target's LPS+ axes, or None.
+
+    Raises:
+        ValueError: of another shape than an array `fixed`.
+    """
+    if mask is None or not isinstance(fixed, _ARRAYS):
+        return mask
+    _check_mask(mask, fixed.shape)
+    return orientation.reorient(mask, target.native.vox2world)[0]
+
+
 def _check_mask(mask, shape) -> None:
     if mask.shape != shape:
         raise ValueError(
@@ -806,15 +855,35 @@ def _check_mask(mask, shape) -> None:
         )
 
 
+def _check_finite(**volumes) -> None:
+    """Refuses NaN and infinity, which would pass for water on the network's grid."""
+    for name, volume in volumes.items():
+        data = volume.data
+        if np.issubdtype(data.dtype, np.integer):
+            continue
+        if not np.isfinite((data.min(), data.max())).all():  # no mask of a large scan
+            raise bad_file(
+                volume.path or name,
+                "nonfinite",
+                "finite voxels",
+                "NaN or infinity",
+                "replace them with air (-1000 HU)",
+            )
+
+
+def _body(kept, mask, target, grid, hu) -> np.ndarray:
+    """Where to compare; a mask may be changed in place, so only the body is kept."""
+
+    def make():
+        return matcher.body(mask, target, grid, hu)
+
+    return kept.get(id(target), make, target) if mask is None else make()
+
+
 def _choose(target, source, settings, affine):
     """The pre-alignment: matrix (None when it is to be found), its kind, and why."""
     if not isinstance(affine, str):
-        matrix = np.asarray(affine, np.float64)
-        if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
-            raise ValueError(
-                f"affine must be a finite (4, 4), got {matrix.shape}; fixed world -> "
-                "moving world in LPS mm"
-            )
+        matrix = transforms.check_affine(affine, "affine").copy()
         return matrix, "given", "as given"
     kind, why = affine, "as asked"
     if kind == "auto":

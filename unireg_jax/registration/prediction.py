@@ -10,6 +10,7 @@ first acts on the moving scan as warped so far; the fields are composed. Neither
 the paper, and neither needs other weights.
 """
 
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -25,17 +26,21 @@ PASSES, SYMMETRIC = 1, False  # of `register` and the command
 MOST_PASSES = 8
 
 
-def check(passes: int) -> None:
+def check(passes: int) -> int:
     """Refuses a number of passes.
 
     Args:
-        passes: of the network.
+        passes: of the network; NumPy's integers too.
+
+    Returns:
+        The same, Python's own, as records need it.
 
     Raises:
         ValueError: no whole number from 1 to MOST_PASSES.
     """
-    if not isinstance(passes, int) or not 1 <= passes <= MOST_PASSES:
+    if not isinstance(passes, numbers.Integral) or not 1 <= passes <= MOST_PASSES:
         raise ValueError(f"passes must be 1 to {MOST_PASSES}, got {passes}")
+    return int(passes)
 
 
 def in_passes(

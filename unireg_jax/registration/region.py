@@ -120,14 +120,18 @@ def mismatch(seen: Seen, region: Region | str | None) -> str | None:
 
     Args:
         seen: from `estimate_region`.
-        region: asked for; None asks for nothing.
+        region: asked for, also as the name of a region or task; None asks for nothing.
 
     Returns:
         What is seen, such as values that are no HU; or None: it agrees, or the image
         does not tell.
+
+    Raises:
+        ValueError: no such region.
     """
     if region is None:
         return None
+    asked = _place(region)
     if seen.why == _NO_HU:
         return (
             f"a CT in Hounsfield units expected, {_NO_HU}: the network knows nothing "
@@ -135,7 +139,6 @@ def mismatch(seen: Seen, region: Region | str | None) -> str | None:
         )
     if not seen.shares:
         return None
-    asked = _place(region)
     best = max(seen.shares, key=seen.shares.get)
     if seen.shares[best] < _CLEARLY or seen.shares[asked] > _HARDLY:
         return None
@@ -268,7 +271,9 @@ def _shares(likely: np.ndarray, step_mm: float) -> dict[str, float]:
 
 def _place(region: Region | str) -> str:
     if isinstance(region, str):
-        region = Region[region.upper()]
+        if region.lower() not in TASKS:  # which hold the name of every region
+            raise ValueError(f"region must be one of {sorted(TASKS)}, got {region!r}")
+        region = TASKS[region.lower()].region
     return _PLACE_OF[Region(region)]
 
 

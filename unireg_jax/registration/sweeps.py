@@ -77,7 +77,7 @@ def sweep(
         conditions: region and pair type of each row.
         weights: Model, or as in `load_model`.
         affine: see `register`, but not "coarse"; "auto" is affine.
-        fixed_mask: [X, Y, Z] bool on the LPS+ axes of `fixed`; the body by default.
+        fixed_mask: see `register`; the body by default.
         fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         moving_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         progress: called with one line per stage.
@@ -95,6 +95,7 @@ def sweep(
     clock = Clock()
     target = pipeline.as_volume(fixed, fixed_vox2world, "fixed")
     source = pipeline.as_volume(moving, moving_vox2world, "moving")
+    mask = pipeline.own_mask(fixed_mask, fixed, target)
     for volume, label in zip((target, source), labels or (), strict=False):
         if label.data.shape != volume.data.shape:
             raise ValueError(
@@ -112,7 +113,7 @@ def sweep(
     # Between patients "auto" is affine; no one task decides here.
     settings = check_settings(pipeline.NO_TASK, "inter", affine)
     pair = session.prepare(
-        target, source, settings, affine=affine, mask=fixed_mask, clock=clock, say=say
+        target, source, settings, affine=affine, mask=mask, clock=clock, say=say
     )
     seen = {
         name: session.seen(v).record()

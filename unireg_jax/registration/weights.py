@@ -322,7 +322,8 @@ def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(leaf) for name, leaf in _leaves(params)}
+    # Not ascontiguousarray, which gives a scalar an axis.
+    return {name: np.asarray(leaf, order="C") for name, leaf in _leaves(params)}
 
 
 def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ NUM_GENERATED = NUM_WEIGHTS + sum(WIDTHS[1:])
 
 def encode_condition(region: jax.Array, pair_type: jax.Array) -> jax.Array:
     """[T, e]: region one-hot (eq. 3) and pair type (eq. 4), [B, 6] float32."""
-    t = jax.nn.one_hot(region, len(tasks.Region))
+    t = jax.nn.one_hot(region, len(tasks.Region), dtype=jnp.float32)
     # inter = [0, 1], intra = [1, 0]
-    e = jax.nn.one_hot(1 - pair_type, len(tasks.PairType))
+    e = jax.nn.one_hot(1 - pair_type, len(tasks.PairType), dtype=jnp.float32)
     return jnp.concatenate([t, e], axis=-1)
 
 
