@@ -545,6 +545,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with parallel.terminable():
             if options.manifest:
+                if options.raw:
+                    raise UserError(
+                        "schema",
+                        "--raw goes with --dataset; the manifest names the scans",
+                        USAGE,
+                    )
                 listed = _of_manifest(options.manifest, options.data_root)
             else:
                 listed = _of_dataset(options)

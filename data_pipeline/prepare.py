@@ -44,7 +44,6 @@ from unireg_jax.tasks import TASKS, PairType
 
 # Raise it when the same source would now give other arrays: everything is made again.
 CODE_VERSION = 2
-RECORDS_NAME = "records"
 
 _Result = dict[str, Any]
 
@@ -79,16 +78,16 @@ def prepare_volume(job: Job) -> _Result:
             cannot be written.
     """
     record, root = job.record, Path(job.root)
-    source = _source(job)
-    path = root / RECORDS_NAME / f"{record.id}.json"
+    source = _read(_source, job)
+    path = root / store.RECORDS_NAME / f"{record.id}.json"
     old = _read_record(path)
     if old is not None and old["source"] == source and _intact(root, old):
         entry = {**old, **_named(record)}
         return {"id": record.id, "status": "skipped", "entry": entry}
-    image = sources.read_scan(record)
+    image = _read(sources.read_scan, record)
     grid = preprocess.network_grid(image, job.spec)
     hu = preprocess.prepare_image(image, grid, job.spec)
-    layers, more = sources.read_layers(record, image, job.label_names)
+    layers, more = _read(sources.read_layers, record, image, job.label_names)
     warnings = [*image.warnings, *more]
     labels, overlaps, roi = None, [], None
     if layers is not None:
@@ -97,7 +96,7 @@ def prepare_volume(job: Job) -> _Result:
         if not labels.any():
             warnings.append("label_set: no structure of the label map is in the volume")
     if record.roi is not None:
-        marked = sources.read_mask(record.roi, image, warnings)
+        marked = _read(sources.read_mask, record.roi, image, warnings)
         roi = _on_grid(image, marked.astype(np.uint8), grid)
     entry = {
         **_named(record),
@@ -108,7 +107,7 @@ def prepare_volume(job: Job) -> _Result:
             labels,
             overlaps=np.stack(overlaps) if overlaps else None,
             roi=roi,
-            points=sources.read_points(record, image),
+            points=_read(sources.read_points, record, image),
         ),
         "vox2world": grid.vox2world.tolist(),
         "source": source,
@@ -150,7 +149,7 @@ def prepare(
             holds it. KeyboardInterrupt passes through; what is done stays done, and the
             index is written by the run that ends.
     """
-    out = store.make_folders(out, store.VOLUMES_NAME, RECORDS_NAME)
+    out = store.make_folders(out, store.VOLUMES_NAME, store.RECORDS_NAME)
     names = manifest.vocabulary(records)
     jobs = [Job(r, str(out), spec, names[r.task]) for r in records]
     results: dict[str, _Result] = {}
@@ -231,19 +230,18 @@ def _write_points(out: Path, index: dict[str, Any]) -> None:
         written.add(name)
     for path in folder.glob("*__*.csv"):  # of an earlier run
         if path.name not in written:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError as error:
-        raise UserError(
-            "storage", f"{nifti.shown(path)}: {error.strerror}; remove it", STORAGE
-        ) from error
+            store.remove(path)
 
 
 # --- one scan ---
+
+
+def _read(reader: Callable[..., Any], *args: Any) -> Any:
+    """As `reader`; what the disk refuses of a scan does not end the run, as 6 would."""
+    try:
+        return reader(*args)
+    except UserError as error:
+        raise UserError(error.reason, str(error)) from error
 
 
 def _named(record: Record) -> dict[str, Any]:
@@ -331,7 +329,7 @@ def _died(job: Job) -> _Result:
 
 def _sweep(out: Path) -> None:
     """Removes what killed runs left under temporary names."""
-    for folder in (out, out / store.VOLUMES_NAME, out / RECORDS_NAME):
+    for folder in (out, out / store.VOLUMES_NAME, out / store.RECORDS_NAME):
         for path in folder.glob(".unireg-*.tmp"):
             with contextlib.suppress(OSError):
                 path.unlink()

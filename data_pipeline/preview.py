@@ -162,10 +162,15 @@ def draw(job: Job) -> Drawing:
         return Drawing(job, tuple(tiles), shown, "")
     except UserError as error:
         # The reader's line begins with a path, which is no one's business.
-        line = " ".join(str(error).split())
-        return Drawing(job, (), (), line[max(0, line.find(f"{error.reason}: ")) :])
+        line = str(error)
+        line = line[max(0, line.find(f"{error.reason}: ")) :]
     except MemoryError:
-        return Drawing(job, (), (), "out_of_memory: fewer --workers")
+        line = "out_of_memory: fewer --workers"
+    except OSError as error:  # its text names a path, too
+        line = f"storage: {error.strerror}"
+    except Exception as error:  # a fault of ours: named, and the others still drawn
+        line = f"internal: {type(error).__name__}: {error}"
+    return Drawing(job, (), (), " ".join(line.split()))
 
 
 def _load(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -521,6 +526,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _need_matplotlib()
         if options.data is not None:
+            if options.raw or options.data_root or options.task:
+                raise UserError(
+                    "schema",
+                    "--raw, --data-root and --task are for raw scans; --data shows "
+                    "all of a prepared folder",
+                    USAGE,
+                )
             jobs = jobs_of_prepared(options.data)
         else:
             loose = argparse.Namespace(**vars(options), strict=False, allow_leak=True)

@@ -5,10 +5,11 @@ which the record lists them, the first in layer 0, the second in layer 1 and so 
 structure is where any layer has its id. Layer 0 alone is a plain label map.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -159,8 +160,9 @@ def digests(record: Record) -> dict[str, str]:
     found = {}
     slices = record.slices
     if not slices and os.path.isdir(record.image):
-        folder = sorted(Path(record.image).iterdir())
-        slices = [p for p in folder if p.is_file() and not p.name.startswith(".")]
+        with _told(record.image):
+            folder = sorted(Path(record.image).iterdir())
+            slices = [p for p in folder if p.is_file() and not p.name.startswith(".")]
     if slices or os.path.isdir(record.image):
         found["image"] = _joined([[_file(path)] for path in slices])
     else:
@@ -183,10 +185,17 @@ def _joined(parts: list[list[str]]) -> str:
 
 
 def _file(path: str | Path) -> str:
-    """SHA-256 of one file; a fault names it."""
+    """SHA-256 of one file."""
     nifti.check_file(path)
-    try:
+    with _told(path):
         return store.file_sha256(path)
+
+
+@contextlib.contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    """What the disk refuses becomes a fault that names the file or folder."""
+    try:
+        yield
     except PermissionError as error:
         raise nifti.permission_error(path) from error
     except OSError as error:

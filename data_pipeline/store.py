@@ -7,12 +7,14 @@
                                       same voxels, where organs overlap
     <root>/align.json                 optional: "<fixed id>|<moving id>" -> 4 x 4
     <root>/align_kinds.json           optional: how, and of which volumes
+    <root>/records/<id>.json          of `prepare`: what it made a scan's arrays from
 
 and, where the source has them, for evaluation (the loader does not read them):
 
     <root>/volumes/<id>.roi.npy       [X, Y, Z] uint8, 1 where to judge
     <root>/volumes/<id>.points.npy    [N, 3] float64, landmarks in LPS mm
     <root>/points/<fixed>__<moving>.csv   those of a pair, for `evaluate --landmarks`
+    <root>/fields/<fixed>__<moving>.npy   of `synthesize`: the known field of a pair
 
 Every file appears whole or not at all: temporary file beside it, fsync, rename.
 """
@@ -46,6 +48,8 @@ ALIGN_NAME = "align.json"
 ALIGN_NOTES_NAME = "align_kinds.json"
 VOLUMES_NAME = "volumes"
 POINTS_NAME = "points"
+FIELDS_NAME = "fields"
+RECORDS_NAME = "records"
 # What numpy.save writes before a plain array: magic, version 1.0, length, header.
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '(?P<dtype>[^']+)', "
@@ -95,6 +99,9 @@ def make_folders(root: Path | str, *names: str) -> Path:
 def made_folder(root: Path | str) -> Iterator[Path]:
     """Holds a folder to be written: a new one, or one of made pairs, to be replaced.
 
+    When the block ends well, arrays that the index does not name are removed: those of
+    the pairs before.
+
     Args:
         root: the folder; made if absent.
 
@@ -109,16 +116,49 @@ def made_folder(root: Path | str) -> Iterator[Path]:
     root = make_folders(root)
     with lock(root):
         volumes = read_index(root)["volumes"] if (root / INDEX_NAME).exists() else []
-        for volume in volumes:
-            if not {"generated", "phantom"} & set(volume.get("source", {})):
-                raise UserError(
-                    "schema",
-                    f"{nifti.shown(root.name)}: a new folder or one of made pairs "
-                    f"expected, got one of prepared scans ({volume['id']}); give "
-                    "another --out",
-                    USAGE,
-                )
+        made = {"generated", "phantom"}
+        others = [v["id"] for v in volumes if not made & set(v.get("source", {}))]
+        if (root / RECORDS_NAME).exists():  # also of a preparation that was stopped
+            others.append(RECORDS_NAME)
+        if others:
+            raise UserError(
+                "schema",
+                f"{nifti.shown(root.name)}: a new folder or one of made pairs "
+                f"expected, got one of prepared scans ({others[0]}); give another "
+                "--out",
+                USAGE,
+            )
         yield root
+        if (root / INDEX_NAME).exists():  # else NIfTI files were written
+            _remove_unnamed(root, read_index(root))
+
+
+def _remove_unnamed(root: Path, index: dict[str, Any]) -> None:
+    """Removes volumes and fields that an index does not name."""
+    named = set(index.get("fields", {}).values())
+    for volume in index["volumes"]:
+        named |= {volume[kind] for kind in volume["sha256"]}
+    for folder in (VOLUMES_NAME, FIELDS_NAME):
+        for path in (root / folder).glob("*.npy"):
+            if f"{folder}/{path.name}" not in named:
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file of an earlier run.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: `storage`, exit code 6.
+    """
+    try:
+        path.unlink()
+    except OSError as error:
+        raise UserError(
+            "storage", f"{nifti.shown(path)}: {error.strerror}; remove it", STORAGE
+        ) from error
 
 
 def write_atomic(path: Path | str, content: bytes) -> None:

@@ -30,7 +30,6 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.tasks import TASKS, PairType
 
 KINDS = ("phantoms", "painted", "deformed")
-FIELDS_NAME = "fields"
 _PHANTOM_MAPS = 8  # painted where no map is given; each is varied in every pair
 
 
@@ -155,10 +154,10 @@ def _write_scans(
 
 
 def _write_field(out, fixed_id: str, moving_id: str, disp: np.ndarray) -> str:
-    store.make_folders(out, FIELDS_NAME)
+    store.make_folders(out, store.FIELDS_NAME)
     buffer = io.BytesIO()
     np.save(buffer, disp.astype(np.float16), allow_pickle=False)
-    name = f"{FIELDS_NAME}/{fixed_id}__{moving_id}.npy"
+    name = f"{store.FIELDS_NAME}/{fixed_id}__{moving_id}.npy"
     store.write_atomic(Path(out) / name, buffer.getvalue())
     return name
 
@@ -298,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--scans goes with --kind deformed, not {options.kind}")
     if options.labels and options.kind == "phantoms":
         parser.error("--labels goes with --kind painted or deformed, not phantoms")
+    if options.names and not options.labels:
+        parser.error("--names goes with --labels, whose ids it names")
     if options.scans and options.labels and len(options.labels) != len(options.scans):
         parser.error("--labels must be as many as --scans, in the same order")
     try:

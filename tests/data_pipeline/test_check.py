@@ -578,6 +578,12 @@ def test_exit_codes(folder, capsys):
     assert check.main(path) == NOTHING
 
 
+def test_raw_does_not_go_with_a_manifest(folder, capsys):
+    options = ["--manifest", str(folder / "m.json"), "--workers", "1"]
+    assert check.main([*options, "--raw", str(folder)]) == USAGE
+    assert "error: schema: --raw goes with --dataset" in capsys.readouterr().err
+
+
 def test_interrupt_is_one_line(folder, monkeypatch, capsys):
     def stop(record):
         raise KeyboardInterrupt

@@ -1,6 +1,7 @@
 """Preparation: the same patient in any orientation, resumed, faults kept apart."""
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -284,6 +285,30 @@ def test_full_disk_stops_the_run(raw, tmp_path, monkeypatch, capsys):
     options = ["--manifest", str(raw), "--out", str(tmp_path), *GRID]
     assert prepare.main(options) == STORAGE
     assert "no space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(store, "file_sha256"), (nifti, "_load_stream")]
+)
+def test_a_scan_that_the_disk_refuses_costs_no_other(
+    raw, scans, tmp_path, monkeypatch, module, name
+):
+    plain = getattr(module, name)
+
+    def refuse(*args):
+        if scans[0]["image"] in map(str, args):
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(*args)
+
+    monkeypatch.setattr(module, name, refuse)
+    assert _command(raw, scans, tmp_path) == PARTLY
+    index = store.read_index(tmp_path / "out")
+    assert [v["id"] for v in index["volumes"]] == [scans[1]["id"]]
+    (failed,) = index["failed"]
+    assert (failed["id"], failed["reason"]) == (scans[0]["id"], "storage")
+    assert "Input/output error" in failed["message"]
+    monkeypatch.undo()
+    assert _command(raw, scans, tmp_path) == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is full")

@@ -155,6 +155,43 @@ def test_many_scans_are_thinned_out_and_paged(prepared, tmp_path):
     assert "45 more were left out" in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "out_of_memory: "),
+        (OSError(5, "Input/output error", "/secret"), "storage: Input/output error"),
+        (KeyError("x"), "internal: KeyError: 'x'"),
+    ],
+)
+def test_what_escapes_costs_one_scan(prepared, tmp_path, monkeypatch, error, told):
+    jobs = preview.jobs_of_prepared(prepared)
+    plain = preview._load
+
+    def fail(job):
+        if job == jobs[1]:
+            raise error
+        return plain(job)
+
+    monkeypatch.setattr(preview, "_load", fail)
+    options = ["--data", str(prepared), "--out", str(tmp_path), "--workers", "1"]
+    assert preview.main(options) == PARTLY
+    page = _Page((tmp_path / "index.html").read_text())
+    assert len(page.links) == len(jobs) - 1
+    assert told in page.text and "/secret" not in page.text
+
+
+@pytest.mark.parametrize(
+    "more", [["--task", "chest"], ["--raw", "r"], ["--data-root", "r"]]
+)
+def test_options_of_raw_scans_do_not_go_with_prepared_ones(
+    prepared, tmp_path, more, capsys
+):
+    options = ["--data", str(prepared), "--out", str(tmp_path / "out"), *more]
+    assert preview.main(options) == USAGE
+    assert "are for raw scans" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_outlines_are_borders_of_the_label():
     labels = np.zeros((7, 9), np.uint8)
     labels[2:6, 3:8] = 2

@@ -1,6 +1,9 @@
 """Overlapping structures, listed pairs and landmarks: from manifest to store."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +270,26 @@ def test_a_folder_of_dicom_is_an_image(scans, tmp_path):
     next(folder.glob("*004.dcm")).unlink()
     index = prepare.prepare(manifest.read(path), out, SPEC)
     assert [f["reason"] for f in index["failed"]] == ["slices"]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(errno.EACCES, "permission"), (errno.EIO, "storage")]
+)
+def test_a_folder_of_slices_that_cannot_be_listed_is_told(
+    scans, tmp_path, monkeypatch, code, reason
+):
+    (scans / "series").mkdir()
+    rows = [dict(_row("a", "p"), image="series"), _row("b", "p")]
+    records = manifest.read(_manifest(scans, rows))
+    plain = Path.iterdir
+
+    def refuse(folder):
+        if folder.name == "series":
+            raise OSError(code, os.strerror(code))
+        return plain(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    index = prepare.prepare(records, tmp_path / "out", SPEC)
+    assert [f["reason"] for f in index["failed"]] == [reason]
+    assert "series: " in index["failed"][0]["message"]
+    assert [v["id"] for v in index["volumes"]] == ["b"]

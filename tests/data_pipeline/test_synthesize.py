@@ -246,6 +246,32 @@ def test_command_replaces_made_pairs_alone(command, options, tmp_path, capsys):
     assert store.read_index(tmp_path) == index
 
 
+def test_folder_written_anew_keeps_no_array_of_the_pairs_before(tmp_path):
+    options = ["--kind", "phantoms", "--task", "chest", "--out", str(tmp_path)]
+    options += ["--shape", "6,5,7", "--spacing", "60"]
+    counts = []
+    for more in (["--count", "2", "--known"], ["--count", "2"], ["--count", "1"]):
+        assert synthesize.main([*options, *more]) == 0
+        index = store.read_index(tmp_path)
+        named = {v[kind] for v in index["volumes"] for kind in v["sha256"]}
+        named |= set(index.get("fields", {}).values())
+        found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.npy")}
+        assert found == named
+        counts.append(len(found))
+    # Image and labels of two scans a pair; fields both ways.
+    assert counts == [8 + 4, 8, 4]
+
+
+def test_command_leaves_a_preparation_that_was_stopped(tmp_path, capsys):
+    store.make_folders(tmp_path, store.VOLUMES_NAME, store.RECORDS_NAME)
+    array = tmp_path / store.VOLUMES_NAME / "a.hu.npy"
+    array.write_bytes(b"of hours")
+    options = ["--kind", "phantoms", "--task", "lung", "--count", "1", *GRID]
+    assert synthesize.main([*options, "--out", str(tmp_path)]) == 2
+    assert "got one of prepared scans" in capsys.readouterr().err
+    assert array.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -253,6 +279,7 @@ def test_command_replaces_made_pairs_alone(command, options, tmp_path, capsys):
         (["--kind", "deformed"], "needs --scans"),
         (["--kind", "phantoms", "--scans", "x.nii"], "--scans goes with"),
         (["--kind", "phantoms", "--labels", "x.nii"], "--labels goes with"),
+        (["--kind", "painted", "--names", "n.json"], "--names goes with"),
         (["--kind", "phantoms", "--count", "0"], "--count must be"),
         (["--kind", "deformed", "--scans", "a", "--labels", "a", "b"], "as many as"),
     ],
