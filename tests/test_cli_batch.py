@@ -328,12 +328,13 @@ def test_full_disk_is_the_pairs_own_fault_or_ends_the_run(
             raise OSError(28, "No space left on device")
         return real(source, target, **kwargs)
 
-    def write_page(path, record, drawn):
+    def page_text(record, drawn):
         if record["case"] == "a3":
             raise OSError(28, "No space left on device")
+        return ""
 
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(judging, "write_page", write_page)
+    monkeypatch.setattr(judging, "page_text", page_text)
     assert run(folder, network, "--html") == errors.PARTLY
     for name in ("a2", "a3"):
         assert told(folder)[0][name]["reason"] == "storage"

@@ -17,7 +17,7 @@ from unireg_jax.evaluation import quality
 from unireg_jax.imaging import nifti
 from unireg_jax.reports import case as told
 from unireg_jax.reports import index
-from unireg_jax.verbs import batch, sweep
+from unireg_jax.verbs import batch, judging, sweep
 
 CASE = "fixed__moving"
 
@@ -250,7 +250,7 @@ def other_values(path):
     """The same grid, other labels."""
     image = nib.load(path)
     data = np.asarray(image.dataobj)[::-1]
-    nib.save(nib.Nifti1Image(data, image.affine), path)
+    nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
 
 
 def other_grid(path):
@@ -355,6 +355,59 @@ def test_report_refuses_a_warped_image_of_another_grid(made, out, capsys):
     argv = ["report", str(out / CASE), *scans(made[1]), "--overwrite", "--quiet"]
     assert cli.main(argv) == errors.FAILED
     assert "grid_mismatch" in capsys.readouterr().err
+
+
+def lists(out, paths):
+    """`report` of the batch OUT with a list of its one case."""
+    listed = out.parent / "pairs.csv"
+    listed.write_text(f"id,fixed,moving\n{CASE},{paths['fixed']},{paths['moving']}\n")
+    argv = ["report", str(out), "--list", str(listed), "--overwrite", "--quiet"]
+    return [*argv, "--data-root", str(Path(paths["fixed"]).parent)]
+
+
+@pytest.mark.parametrize("name", ["warped", "1Warp"])
+def test_report_refuses_results_that_are_not_those_of_the_record(
+    made, out, name, capsys
+):
+    other_values(out / CASE / f"{CASE}_{name}.nii.gz")
+    before = (out / CASE / "qc.html").read_bytes()
+    argv = ["report", str(out / CASE), *scans(made[1]), "--overwrite", "--quiet"]
+    assert cli.main(argv) == errors.DATA_CHANGED
+    line = capsys.readouterr().err
+    assert "checksum" in line and f"{CASE}_{name}.nii.gz" in line
+    assert cli.main(lists(out, made[1])) == 0
+    assert "no page: checksum: " in capsys.readouterr().err
+    assert (out / CASE / "qc.html").read_bytes() == before
+    assert "<img" not in (out / "index.html").read_text()
+
+
+def test_report_refuses_a_case_that_is_replaced_meanwhile(
+    made, out, monkeypatch, capsys
+):
+    path, before = (
+        out / CASE / f"{CASE}_run.json",
+        (out / CASE / "qc.html").read_bytes(),
+    )
+    plain, runs = judging.page_text, iter(range(2))
+
+    def replaced(found, drawn):
+        path.write_text(json.dumps(record(out) | {"timings": next(runs)}))
+        return plain(found, drawn)
+
+    monkeypatch.setattr(judging, "page_text", replaced)
+    argv = ["report", str(out / CASE), *scans(made[1]), "--overwrite", "--quiet"]
+    assert cli.main(argv) == errors.DATA_CHANGED
+    assert "replaced while being drawn" in capsys.readouterr().err
+    assert cli.main(lists(out, made[1])) == 0
+    assert "no page: checksum: " in capsys.readouterr().err
+    assert (out / CASE / "qc.html").read_bytes() == before
+
+
+def test_report_of_a_batch_whose_folder_is_called_rejected(made, out, capsys):
+    folder = out.rename(out.with_name("rejected"))
+    assert cli.main(["report", str(folder), "--json", "--quiet"]) == 0
+    (case,) = json.loads(capsys.readouterr().out)["cases"]
+    assert case["status"] == record(folder)["status"] != "failed"
 
 
 def test_report_of_a_batch_lists_all_cases_and_makes_their_pages(made, out, capsys):
@@ -486,12 +539,15 @@ def test_gate_keeps_a_bad_case_apart(apart, tmp_path, network, capsys):
     assert found["status"] == "failed" and found["reason"] == "constant"
     assert (kept / CASE / "qc.html").is_file()
     assert (kept / CASE / f"{CASE}_1Warp.nii.gz").is_file()
+    assert cli.main(["report", str(out), "--json", "--quiet", "--overwrite"]) == 0
+    (case,) = json.loads(capsys.readouterr().out)["cases"]
+    assert case["status"] == "failed"
     # Without the gate it is a warning.
     argv.remove("--qc-gate")
     assert cli.main(argv) == 0
     assert record(out)["status"] == "warn"
     # It is in the index once.
-    assert cli.main(["report", str(out), "--quiet"]) == 0
+    assert cli.main(["report", str(out), "--quiet", "--overwrite"]) == 0
     assert "1 cases: 1 to look at. " in (out / "index.html").read_text()
 
 

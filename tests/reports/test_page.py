@@ -105,6 +105,15 @@ def test_page_asks_for_nothing(drawn):
     assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
 
 
+def test_page_says_what_before_shows_of_a_coarse_start():
+    told = {
+        used: case.facts(record(settings={"affine_used": used}))["pre-alignment"]
+        for used in ("affine", "coarse")
+    }
+    assert told["affine"] == "affine pre-alignment"
+    assert told["coarse"] == 'coarse pre-alignment ("before" shows its affine part)'
+
+
 def test_page_is_the_same_twice(drawn):
     assert html(drawn) == html(drawn)
 

@@ -120,6 +120,8 @@ def facts(record: Mapping[str, Any]) -> dict[str, str]:
     if "affine_used" in settings:
         used = str(settings["affine_used"]).replace("none", "no")
         out["pre-alignment"] = f"{used} pre-alignment"
+        if used == "coarse":  # a displacement, which no record holds apart
+            out["pre-alignment"] += ' ("before" shows its affine part)'
     for name, entry in _dict(record.get("inputs")).items():
         entry = _dict(entry)
         parts = [str(entry.get("name", "")).replace("\\", "/").rpartition("/")[2]]

@@ -142,18 +142,18 @@ def _recorded_labels(path: Path, known: Any, fixed: Volume) -> np.ndarray:
     return labels.data
 
 
-def write_page(
-    path: str | os.PathLike, record: Mapping[str, Any], drawn: pictures.Scene
-) -> None:
-    """Writes the page of a case.
+def page_text(record: Mapping[str, Any], drawn: pictures.Scene) -> str:
+    """Makes the page of a case.
 
     Args:
-        path: of the file, written as it is: the caller sees to a temporary name.
         record: CASE_run.json.
         drawn: its scans.
+
+    Returns:
+        HTML.
     """
     kind, values = case.kind(record), case.numbers(record)
-    text = page.case_page(
+    return page.case_page(
         str(record.get("case", "")),
         status=case.status(record),
         findings=case.warnings(record),
@@ -162,7 +162,6 @@ def write_page(
         labels=case.labels(record),
         facts=case.facts(record),
     )
-    Path(path).write_text(text, encoding="utf-8")
 
 
 def finish(
@@ -189,7 +188,8 @@ def finish(
             *(fixed, inputs.moving, result.warped, result.disp_mm, result.affine),
             labels=labels_to_outline(folder, record, fixed, target),
         )
-        write_page(folder / outputs.PAGE, record, drawn)
+        text = page_text(record, drawn)
+        (folder / outputs.PAGE).write_text(text, encoding="utf-8")
 
 
 def hold_back(

@@ -110,10 +110,11 @@ def _case(args, folder: Path, say) -> dict[str, Any]:
             USAGE,
         )
     target = _target(args, folder / outputs.PAGE)
-    case = _read(folder)
-    case, drawn = _look(case, args.fixed, args.moving, args.fixed_label, strict=True)
+    read = _read(folder)
+    case, drawn = _look(read, args.fixed, args.moving, args.fixed_label, strict=True)
+    text = _page(read, case, drawn)
     with nifti.atomic_path(target) as temp:
-        judging.write_page(temp, case.record, drawn)
+        temp.write_text(text, encoding="utf-8")
     say(f"{told.status(case.record)}: {shown(target)}")
     return _line(case) | {"page": target.name}
 
@@ -145,6 +146,8 @@ def _look(
     nifti.check_same_grid(volumes[0], warped._replace(vox2world=vox2world))
     if disp_mm.shape[:3] != warped.data.shape:
         raise _broken(case.folder, "a field on the grid of the warped image")
+    for name in ("warped", "1Warp"):
+        _check_output(case, f"{case.name}_{name}.nii.gz", known)
     affine = _affine(case)
     if not told.numbers(case.record):
         found = judging.assess(
@@ -189,6 +192,32 @@ def _check_input(case: _Case, name: str, path: str, known: results.Files) -> Non
             "digest is another; name that one, or register again",
             DATA_CHANGED,
         )
+
+
+def _check_output(case: _Case, name: str, known: results.Files) -> None:
+    """Refuses a result that is not the one of the record, whose numbers stand by it."""
+    listed = _dict(_dict(case.record.get("outputs")).get(name))
+    path = str(case.folder / name)
+    if listed.get("sha256") != known.digest(path)["sha256"]:
+        raise UserError(
+            "checksum",
+            f"{shown(path)}: the file that was written with the record expected, its "
+            "digest is another; register again",
+            DATA_CHANGED,
+        )
+
+
+def _page(read: _Case, case: _Case, drawn: pictures.Scene) -> str:
+    """The page of `case`, if its results are still those that were `read`."""
+    text = judging.page_text(case.record, drawn)
+    if _read(read.folder).record != read.record:
+        raise UserError(
+            "checksum",
+            f"{shown(case.name)}: results that stay as they are expected, they were "
+            "replaced while being drawn; make the page again",
+            DATA_CHANGED,
+        )
+    return text
 
 
 def _affine(case: _Case) -> np.ndarray:
@@ -253,23 +282,25 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
         )
     cases.sort(key=_badness, reverse=True)
     for i, case in enumerate(cases):
-        thumbs = ()
+        thumbs, text = (), ""
         page = case.folder / outputs.PAGE
         if (row := listed.get(case.name)) and i < args.pages:
             say(f"{i + 1} of {min(len(cases), args.pages)}: {case.name}")
             try:
                 labels = row.fixed_label if _input(case, "fixed_label") else None
-                case, drawn = _look(case, row.fixed, row.moving, labels, strict=False)
+                seen, drawn = _look(case, row.fixed, row.moving, labels, strict=False)
+                if args.overwrite or not page.exists():
+                    text = _page(case, seen, drawn)
             except UserError as error:
                 warn(f"{case.name}: no page: {with_reason(error)}")
             else:
-                thumbs = _thumbs(drawn)
-                if args.overwrite or not page.exists():
-                    with nifti.atomic_path(page) as temp:
-                        judging.write_page(temp, case.record, drawn)
+                case, thumbs = seen, _thumbs(drawn)
+            if text:
+                with nifti.atomic_path(page) as temp:
+                    temp.write_text(text, encoding="utf-8")
         entry = _entry(case, target, page if page.is_file() else None, thumbs)
-        why, at = again.get(case.name, ("", -math.inf))
-        if entry.status != "failed" and _record_time(case) < at:
+        why, at = again.get(case.name, ("", None))
+        if at and entry.status != "failed" and _record_time(case) < at:
             reasons = [why, *entry.reasons]
             entry = entry._replace(status="failed", badness=math.inf, reasons=reasons)
         entries.append(entry)
@@ -292,14 +323,12 @@ def _entry(case: _Case, target: Path, page: Path | None, thumbs) -> index.Entry:
     mean = _dict(_dict(case.record.get("scores")).get("mean"))
     if isinstance(dsc := mean.get("dsc"), int | float):
         values["dsc"] = dsc
-    held = case.folder.parent.name == outputs.REJECTED
-    status = "failed" if held else told.status(case.record)
     link = None
     if page is not None:
         link = Path(os.path.relpath(page.resolve(), target.parent.resolve()))
     return index.Entry(
         case.name,
-        status,
+        told.status(case.record),
         _badness(case),
         kinds(told.warnings(case.record)),
         values,
