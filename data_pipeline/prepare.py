@@ -35,6 +35,7 @@ from unireg_jax.errors import (
     STORAGE,
     USAGE,
     UserError,
+    on_terminal,
     tell,
 )
 from unireg_jax.imaging import nifti, points, preprocess
@@ -142,7 +143,8 @@ def prepare(
         report: called with every result: "done", "skipped" or "failed".
 
     Returns:
-        The index as written: failed scans are under "failed" with reason and message.
+        The index as written: failed scans are under "failed" with reason and message;
+        one that the disk refuses now and that was prepared before stays, too.
 
     Raises:
         UserError: exit code 6 when the folder cannot be written, 2 when another run
@@ -184,7 +186,7 @@ def _index(
         "version": store.INDEX_VERSION,
         "spec": spec.to_json(),
         "tasks": {task: {"labels": list(found)} for task, found in names.items()},
-        "volumes": [r["entry"] for r in done if r["status"] != "failed"],
+        "volumes": [r["entry"] for r in done if "entry" in r],
         "failed": [
             {key: r[key] for key in ("id", "reason", "message")}
             for r in done
@@ -257,12 +259,15 @@ def _named(record: Record) -> dict[str, Any]:
 
 def _source(job: Job) -> dict[str, Any]:
     """Everything that determines the arrays, as digests."""
+    return {"sha256": sources.digests(job.record), **_settings(job)}
+
+
+def _settings(job: Job) -> dict[str, Any]:
     record = job.record
     table = [[raw_id, name] for raw_id, name in record.label_map or ()]
     names = job.label_names if record.labels or record.masks else []
     text = json.dumps([table, names])
     return {
-        "sha256": sources.digests(record),
         "label_map": hashlib.sha256(text.encode()).hexdigest()[:16],
         "spec": job.spec.to_json(),
         "code": CODE_VERSION,
@@ -299,13 +304,29 @@ def _guarded(job: Job) -> _Result:
         return prepare_volume(job)
     except UserError as error:
         result = _failure(job, error.reason, str(error))
-        # Nothing more can be written: this fault ends the run.
-        fatal = error.exit_code == STORAGE
-        return {**result, "status": "fatal"} if fatal else result
+        if error.exit_code == STORAGE:  # nothing more can be written: the run ends
+            return {**result, "status": "fatal"}
+        if error.reason == "storage":
+            return result | _kept(job)
+        return result
     except MemoryError:
         return _failure(job, "out_of_memory", f"{job.record.id}: not enough memory")
     except Exception as error:  # a fault of ours: named, and the others still done
         return _failure(job, "internal", f"{type(error).__name__}: {error}")
+
+
+def _kept(job: Job) -> _Result:
+    """The entry of before of a scan that the disk refuses now; {} without one.
+
+    A share that went away must not take prepared scans out of the index.
+    """
+    root, record = Path(job.root), job.record
+    old = _read_record(root / store.RECORDS_NAME / f"{record.id}.json")
+    if old is None or not _intact(root, old):
+        return {}
+    asked = _settings(job)
+    same = all(old["source"].get(key) == value for key, value in asked.items())
+    return {"entry": {**old, **_named(record)}} if same else {}
 
 
 def _failure(job: Job, reason: str, message: str) -> _Result:
@@ -345,7 +366,7 @@ class _Progress:
         self._total, self._counts = total, {"done": 0, "skipped": 0, "failed": 0}
         self._every = max(1, math.ceil(total / 20))
         self._bar = None
-        if sys.stderr.isatty():
+        if on_terminal():
             self._bar = tqdm.tqdm(total=total, unit="scan", desc="prepare")
 
     def __call__(self, result: _Result) -> None:
@@ -356,9 +377,7 @@ class _Progress:
             self._bar.set_postfix_str(counts, refresh=False)
             self._bar.update()
         elif seen % self._every == 0 or seen == self._total:
-            print(
-                f"prepare: {seen}/{self._total}: {counts}", file=sys.stderr, flush=True
-            )
+            tell(f"prepare: {seen}/{self._total}: {counts}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -167,7 +167,7 @@ def draw(job: Job) -> Drawing:
     except MemoryError:
         line = "out_of_memory: fewer --workers"
     except OSError as error:  # its text names a path, too
-        line = f"storage: {error.strerror}"
+        line = f"storage: {error.strerror or type(error).__name__}"
     except Exception as error:  # a fault of ours: named, and the others still drawn
         line = f"internal: {type(error).__name__}: {error}"
     return Drawing(job, (), (), " ".join(line.split()))

@@ -200,7 +200,7 @@ def _told(path: str | Path) -> Iterator[None]:
         raise nifti.permission_error(path) from error
     except OSError as error:
         raise UserError(
-            "storage", f"{nifti.shown(path)}: {error.strerror}", STORAGE
+            "storage", f"{nifti.shown(path)}: {error.strerror or error}", STORAGE
         ) from error
 
 

@@ -118,8 +118,8 @@ def made_folder(root: Path | str) -> Iterator[Path]:
         volumes = read_index(root)["volumes"] if (root / INDEX_NAME).exists() else []
         made = {"generated", "phantom"}
         others = [v["id"] for v in volumes if not made & set(v.get("source", {}))]
-        if (root / RECORDS_NAME).exists():  # also of a preparation that was stopped
-            others.append(RECORDS_NAME)
+        if any((root / RECORDS_NAME).glob("*")):  # of a preparation that was stopped
+            others.append(f"{RECORDS_NAME}/")
         if others:
             raise UserError(
                 "schema",

@@ -25,7 +25,7 @@ import tqdm
 from data_pipeline import generate, store
 from data_pipeline.datasets import manifest
 from data_pipeline.prepare import grid_arguments
-from unireg_jax.errors import DATA_CHANGED, USAGE, UserError, tell
+from unireg_jax.errors import DATA_CHANGED, USAGE, UserError, on_terminal, tell
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.tasks import TASKS, PairType
 
@@ -67,7 +67,7 @@ def write_pairs(
     known: dict[str, str] = {}
     listed: dict[str, list[list[str]]] = {split: [] for split in sources}
     elements = {split: itertools.count() for split in sources}
-    quiet = not sys.stderr.isatty()
+    quiet = not on_terminal()
     for k in tqdm.tqdm(range(count), desc=first.kind, unit="pair", disable=quiet):
         split = "val" if "val" in sources and k % 4 == 3 else "train"
         element = next(elements[split])

@@ -26,7 +26,7 @@ from data_pipeline.datasets import manifest
 from data_pipeline.phantoms import headneck, motion, torso
 from data_pipeline.phantoms.canvas import AIR_HU, Canvas, Noise
 from data_pipeline.prepare import grid_arguments
-from unireg_jax.errors import UserError, tell
+from unireg_jax.errors import UserError, on_terminal, tell
 from unireg_jax.imaging import nifti, orientation
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.tasks import TASKS, PairType
@@ -409,7 +409,7 @@ def _roster(tasks: Sequence[str], count: int) -> list[tuple[str, int, str, str]]
 
 def _progress(items: list) -> Iterable:
     """A bar where a terminal shows it."""
-    quiet = not sys.stderr.isatty()
+    quiet = not on_terminal()
     return tqdm.tqdm(items, desc="phantoms", unit="scan", disable=quiet)
 
 

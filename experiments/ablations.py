@@ -21,7 +21,6 @@ patients were drawn. Four patients give a rough one.
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,7 @@ from experiments import cli, conventional, real_pairs, real_results
 from experiments.benchmark_quality import SCANS, Scans
 from experiments.real_pairs import LANDMARKS, Truth
 from unireg_jax import registration
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import USAGE, UserError, on_terminal
 from unireg_jax.evaluation.comparison import signed_rank
 from unireg_jax.imaging import nifti, orientation, preprocess
 from unireg_jax.imaging.mapping import Mapping
@@ -338,7 +337,7 @@ def all_conditions(data: Path, model, split: str) -> list[dict]:
     }
     return [
         row
-        for case in tqdm(cases(data, used, split), disable=not sys.stderr.isatty())
+        for case in tqdm(cases(data, used, split), disable=not on_terminal())
         for row in conditions(case, model)
     ]
 

@@ -19,7 +19,6 @@ its upper end in turns.
 """
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from experiments import ablations, cli, conventional, real_pairs
 from experiments.benchmark_quality import SCANS, Scans
 from experiments.real_pairs import LANDMARKS, Pair, Truth
 from experiments.sam import PRESETS
+from unireg_jax.errors import on_terminal
 from unireg_jax.imaging import nifti, preprocess
 from unireg_jax.imaging.grids import Field
 from unireg_jax.imaging.mapping import Mapping
@@ -232,7 +232,7 @@ def run(cases: list[Case], spec: PreprocessSpec, names: list[str]) -> list[dict]
         }
         return fixed, moving, (fixed.hu, moving.hu), places
 
-    for case in tqdm(cases, desc="intensity", disable=not sys.stderr.isatty()):
+    for case in tqdm(cases, desc="intensity", disable=not on_terminal()):
         _, _, images, places = ends(case)
         add("worlds", case, judge(case, np.eye(4)), 0.0)
         search = functools.partial(affine.affine_align, *images, **places)
@@ -242,7 +242,7 @@ def run(cases: list[Case], spec: PreprocessSpec, names: list[str]) -> list[dict]
         extractor = make_extractor(name)
         program = jax.jit(features.describe)
         plan = matching.plan_for(extractor.backend, spec.spacing_mm)
-        for case in tqdm(cases, desc=name, disable=not sys.stderr.isatty()):
+        for case in tqdm(cases, desc=name, disable=not on_terminal()):
             fixed, moving, images, places = ends(case)
             maps, describe = [], 0.0
             for hu in images:

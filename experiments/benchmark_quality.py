@@ -20,7 +20,6 @@ import collections
 import itertools
 import json
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,7 @@ from experiments import cli, digests, real_pairs, real_scans
 from experiments.real_pairs import LANDMARKS
 from experiments.real_scans import HELD_OUT
 from unireg_jax import registration
-from unireg_jax.errors import LIMIT, USAGE, UserError
+from unireg_jax.errors import LIMIT, USAGE, UserError, on_terminal
 from unireg_jax.evaluation import metrics, quality, regularity
 from unireg_jax.imaging import nifti, points, preprocess
 from unireg_jax.imaging.nifti import Volume
@@ -424,8 +423,9 @@ def _surprises(groups) -> Iterator[str]:
 def _sources() -> list[Path]:
     """What a row depends on: its pairs, registration and judge."""
     own = [Path(module.__file__) for module in (real_pairs, real_scans)]
-    made = Path(synthetic.__file__).parent
-    return [Path(__file__), *own, *digests.sources(digests.LIBRARY, made)]
+    made = Path(synthetic.__file__)
+    own += [made, *digests.sources(made.parent / "phantoms")]
+    return [Path(__file__), *own, *digests.sources(digests.LIBRARY)]
 
 
 def main(argv) -> None:
@@ -449,7 +449,7 @@ def main(argv) -> None:
     todo = [job for job in jobs(others=of["others"]) if job not in done]
     scans = Scans(Path(flags.FLAGS.data))
     session = registration.Session(model, refine=plan)
-    for job in tqdm(todo, disable=not sys.stderr.isatty()):
+    for job in tqdm(todo, disable=not on_terminal()):
         rows.append(judge(job, scans, session))
         store.write_atomic(path, json.dumps(kept, indent=1).encode())
     print(table(rows))

@@ -21,7 +21,6 @@ folds.
 
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +35,7 @@ from tqdm import tqdm
 from experiments import cli, figures, real_pairs, timing
 from experiments.real_pairs import LANDMARKS
 from unireg_jax import registration
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import USAGE, UserError, on_terminal
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.registration import pipeline, refine
@@ -262,7 +261,7 @@ def judge(data: Path, model, split: str, runs: Sequence[Run] = RUNS) -> list[dic
     """
     sessions = {run.plan: pipeline.Session(model, refine=run.plan) for run in runs}
     todo, rows = real_pairs.pairs(data, split), []
-    for pair in tqdm(todo, disable=not sys.stderr.isatty()):
+    for pair in tqdm(todo, disable=not on_terminal()):
         scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
         start = real_pairs.own_start(pair, scans, sessions[runs[0].plan]).matrix
         for run in runs:

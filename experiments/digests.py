@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 LIBRARY = Path(__file__).resolve().parents[1] / "unireg_jax"
 
@@ -52,6 +53,16 @@ def imported(modules: Sequence[ModuleType]) -> list[Path]:
     return sorted(found)
 
 
+def _form(node: Any) -> Any:
+    """A tree without what only some versions of Python put into it."""
+    if isinstance(node, list):
+        return [_form(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = ((name, _form(value)) for name, value in ast.iter_fields(node))
+    return type(node).__name__, [(n, v) for n, v in fields if v not in (None, [])]
+
+
 def _meaning(content: bytes) -> bytes:
     tree = ast.parse(content)
     for node in ast.walk(tree):
@@ -59,4 +70,4 @@ def _meaning(content: bytes) -> bytes:
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(body[0].value, ast.Constant):
                 del body[0]
-    return ast.unparse(tree).encode()  # which is the same for all of Python 3
+    return repr(_form(tree)).encode()

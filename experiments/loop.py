@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiments import clock, launch, signals
 from experiments.recent import Followed, Recent, Row
-from unireg_jax.errors import PREEMPTED, USAGE, UserError, tell
+from unireg_jax.errors import PREEMPTED, USAGE, UserError, on_terminal, tell
 from unireg_jax.training import checkpoint, log
 from unireg_jax.training.state import TrainState
 
@@ -188,7 +188,7 @@ class _Loop(NamedTuple):
             self.writer.drop(start, log.VALIDATION)
             if not self._judge(start, state):
                 return state, True
-        with tqdm(total=total, initial=start, disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=total, initial=start, disable=not on_terminal()) as bar:
             for n in range(start + 1, total + 1):
                 batch = next(self.stream)
                 # Data that came while the device was busy cost nothing.

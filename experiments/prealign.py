@@ -12,7 +12,6 @@ task or subject has changed since; align_kinds.json says how each was found.
 
 import functools
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from data_pipeline import loader, pairs, store
 from experiments import cli
-from unireg_jax.errors import USAGE, UserError
+from unireg_jax.errors import USAGE, UserError, on_terminal
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.registration import affine, feature_affine, matching, memory
@@ -77,7 +76,7 @@ def prealign(
         # What is left of volumes as they were goes before their digests do.
         _save(Path(root), notes | {"volumes": now | before}, done)
         notes["volumes"] = before | now
-    for i, pair in enumerate(tqdm(todo, disable=not sys.stderr.isatty())):
+    for i, pair in enumerate(tqdm(todo, disable=not on_terminal())):
         matrix, name, warning = _align(dataset, pair, kind, see, extractor)
         key = _key(volumes, pair)
         done[key] = matrix.tolist()

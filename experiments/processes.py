@@ -14,7 +14,8 @@ from unireg_jax.errors import PREEMPTED
 def end_on_signals() -> None:
     """SIGTERM and SIGHUP act as an interrupt does: what was started is stopped."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(PREEMPTED))
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of SIGHUP under nohup
+            signal.signal(number, lambda *_: sys.exit(PREEMPTED))
 
 
 def exit_code(

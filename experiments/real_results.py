@@ -15,7 +15,6 @@ command; by default one pass one way.
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from experiments import cli, figures, real_pairs
 from experiments.real_pairs import LANDMARKS
 from unireg_jax import registration
+from unireg_jax.errors import on_terminal
 from unireg_jax.evaluation import metrics
 from unireg_jax.registration.prediction import MOST_PASSES
 
@@ -43,7 +43,7 @@ def headneck(
     """
     rows = []
     todo = real_pairs.pairs(data, split, tasks=["headneck"])
-    for pair in tqdm(todo, disable=not sys.stderr.isatty()):
+    for pair in tqdm(todo, disable=not on_terminal()):
         scans, truth = real_pairs.read_scans(pair), real_pairs.read_truth(pair)
         one, other = pair.patients
         result = registration.register(*scans, task="headneck", weights=model, **how)

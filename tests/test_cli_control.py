@@ -4,6 +4,9 @@ import csv
 import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -234,6 +237,44 @@ def test_doctor_tells_a_whole_installation_from_a_broken_one(
     captured = capsys.readouterr()
     assert "broken: weights" in captured.err
     assert captured.out.count("\nbroken ") + captured.out.startswith("broken ") == 1
+
+
+@pytest.mark.parametrize("named", ["absent", ""])
+def test_doctor_tells_of_a_cache_that_is_not_there(tmp_path, named):
+    """Of $JAX_COMPILATION_CACHE_DIR; JAX makes it when it first compiles."""
+    folder = str(tmp_path / named) if named else ""
+    done = subprocess.run(
+        [sys.executable, "-m", "unireg_jax", "doctor", "--quick", "--json"],
+        env=os.environ
+        | {"JAX_COMPILATION_CACHE_DIR": folder, "UNIREG_CACHE": str(tmp_path / "own")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (check,) = (
+        check
+        for check in json.loads(done.stdout)["checks"]
+        if check["name"] == "compilation cache"
+    )
+    assert ("when JAX first compiles" in check["told"]) == bool(named)
+
+
+def test_with_stderr_closed_stdout_holds_data_alone(tmp_path):
+    shell = 'exec "$0" -m unireg_jax doctor --quick --json 2>&-'
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)
+    # print(file=None) would write there.
+    code = "from unireg_jax.errors import on_terminal, tell; tell('x'); on_terminal()"
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_doctor_names_the_extra_that_is_absent(capsys, monkeypatch):

@@ -503,7 +503,7 @@ def test_report_never_replaces_an_input(made, out, case, capsys):
     before = path.read_bytes()
     argv = ["report", *words, "-o", str(path), "--overwrite"]
     assert cli.main(argv) == errors.USAGE
-    assert "another file of this command" in capsys.readouterr().err
+    assert "a name that ends in .html" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 

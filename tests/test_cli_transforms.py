@@ -577,7 +577,8 @@ def test_a_learn2reg_field_is_not_read_with_the_fixed_scan_alone(run, tmp_path, 
     """Its vectors hold the change of grid: from grid to same grid is another map."""
     scans, disp = ("-f", "fixed.nii.gz", "-m", "moving.nii.gz"), tmp_path / "disp.npz"
     assert run("convert", "-t", "c.h5", "--to", "l2r", *scans, "-o", disp)[0] == 0
-    words = (*call.format(tmp_path).split(), disp, *scans)
+    words = [word.format(tmp_path) for word in call.split()]
+    words = (*words, disp, *scans)
     code, _, stderr = run(*words[:-2])
     assert code == errors.USAGE and "--moving: the scan whose voxels" in stderr
     assert run(*words)[0] == 0

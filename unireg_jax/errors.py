@@ -19,6 +19,11 @@ DATA_CHANGED = 10  # data changed since the run began
 PREEMPTED = 75  # state saved; run the same command again
 
 
+def on_terminal() -> bool:
+    """Whether someone may be watching stderr, which is None where it was closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def shown(path: str | os.PathLike) -> str:
     """Gives a path as one printable line, whatever bytes its name holds.
 
@@ -99,6 +104,8 @@ def tell(line: str) -> None:
     The exit code stays what it is: Python's own would be 1, or 120 for what is still to
     be written when it ends.
     """
+    if sys.stderr is None:  # print would take stdout, which is for data
+        return
     try:
         print(spelled_out(line), file=sys.stderr, flush=True)
     except OSError:

@@ -309,6 +309,11 @@ def test_a_scan_that_the_disk_refuses_costs_no_other(
     assert "Input/output error" in failed["message"]
     monkeypatch.undo()
     assert _command(raw, scans, tmp_path) == 0
+    # Prepared by now: a share that goes away takes nothing out of the index.
+    monkeypatch.setattr(module, name, refuse)
+    assert _command(raw, scans, tmp_path) == (PARTLY if name == "file_sha256" else 0)
+    index = store.read_index(tmp_path / "out")
+    assert [v["id"] for v in index["volumes"]] == [scan["id"] for scan in scans]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is full")

@@ -270,7 +270,7 @@ def test_race_goes_on_after_a_crash_and_does_not_measure_twice(bare, start):
     moved = {"settings": "t", "sources": "b", "affine": elsewhere}
     assert bare(**moved, late=True)[1] == ["convexAdam", "greedy"]
     assert bare(**moved)[1] == ["greedy"]
-    moved["affine"] = elsewhere + 1e-3  # as another machine finds it
+    moved["affine"] = elsewhere + 1e-5  # as another machine finds it
     assert bare(**moved)[1] == ["greedy"]
     moved["affine"] = elsewhere + 1
     assert bare(**moved)[1] == ["greedy", "convexAdam"]
@@ -475,6 +475,16 @@ def test_own_runs_keep_to_the_cores_they_are_given(tmp_path, monkeypatch):
 
 
 def test_a_process_is_bound_to_some_of_its_cores(monkeypatch):
+    code = (
+        "from experiments import conventional; conventional.hold_to(1); "
+        "import os, subprocess, sys; print(len(os.sched_getaffinity(0)), flush=True); "
+        "subprocess.run([sys.executable, '-c', "
+        "'import os; print(len(os.sched_getaffinity(0)))'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1", "1"]  # its children, too
     bound = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
     monkeypatch.setattr(

@@ -29,7 +29,7 @@ def use(tmp_path, monkeypatch, **variables):
     run = subprocess.run(
         [sys.executable, "-c", REPORT], capture_output=True, text=True, check=True
     )
-    folder, seconds = run.stdout.split()
+    folder, seconds = run.stdout.splitlines()
     return folder, float(seconds)
 
 

@@ -640,6 +640,7 @@ def test_register_refuses_unknown_tasks(calm, change, match):
         ({"affine": np.eye(3)}, r"affine must be a finite invertible \(4, 4\)"),
         ({"affine": np.diag([1.0, 1.0, 1.0, 0.0])}, "affine must be a finite"),
         ({"affine": np.diag([1.0, 1.0, 0.0, 1.0])}, "affine must be a finite"),
+        ({"affine": np.diag([1.0, 1.0, 1e-7, 1.0])}, "affine must be invertible"),
         ({"fixed_vox2world": None}, "fixed_vox2world must be"),
         ({"moving_vox2world": np.eye(3)}, "moving_vox2world must be a finite"),
         (

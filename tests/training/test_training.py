@@ -629,7 +629,7 @@ def test_config_value_that_no_run_can_have_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-_PRESETS = f"--config={ROOT}/experiments/unireg.py"
+_PRESETS = "--config=experiments/unireg.py"
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections'
@@ -647,6 +647,7 @@ _PRESETS = f"--config={ROOT}/experiments/unireg.py"
 def test_flags_that_cannot_be_parsed_are_one_line(
     monkeypatch, capsys, arguments, expected
 ):
+    monkeypatch.chdir(ROOT)
     argv = ["train", *arguments.split()]
     own = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", own)
@@ -671,7 +672,13 @@ def test_mistake_on_the_command_line_exits_2_with_one_line(
     tmp_path, arguments, expected
 ):
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.train", *arguments.split()],
+        [
+            *(sys.executable, "-m", "experiments.train"),
+            *(
+                word.replace("=", f"={ROOT}/", 1) if i == 0 else word
+                for i, word in enumerate(arguments.split())
+            ),
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,  # where a run without a folder would write

@@ -35,6 +35,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted(_HOME)
+
+
 def __getattr__(name: str):
     # On first use, so that listing weights does not wait for JAX.
     if name in _HOME:

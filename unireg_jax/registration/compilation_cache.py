@@ -34,7 +34,7 @@ def use_compilation_cache() -> Path | None:
         The folder; None when there is none to write, or another user owns it: then
         everything is compiled anew.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
     try:
         folder = cache_root() / f"xla-{_processor()}"

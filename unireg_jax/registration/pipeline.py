@@ -700,20 +700,21 @@ def _undescribed(*images: np.ndarray) -> tuple[Described, ...]:
     )
 
 
-def residual_mm(registration: Registration) -> np.ndarray:
+def residual_mm(registration: Registration, *, copy: bool = True) -> np.ndarray:
     """Gives the map without its pre-alignment: u in y = affine (x + u(x)).
 
     u(x) = A^-1 (disp_mm(x) - (affine x - x)), A the linear part of affine
 
     Args:
         registration: from `register`.
+        copy: False: where the pre-alignment is the identity, disp_mm itself.
 
     Returns:
         [X, Y, Z, 3] float32, LPS mm, on the grid of disp_mm; an array of its own.
     """
     matrix = registration.affine
     if np.array_equal(matrix, np.eye(4)):
-        return registration.disp_mm.copy()
+        return registration.disp_mm.copy() if copy else registration.disp_mm
     inverse = np.linalg.inv(matrix[:3, :3])
     rigid = (matrix - np.eye(4)) @ registration.vox2world
     out = np.empty_like(registration.disp_mm)
@@ -763,7 +764,7 @@ def as_volume(scan, vox2world, name) -> Volume:
                 f"{name}_vox2world must be (4, 4), voxel -> LPS mm, for an array, got "
                 "None"
             )
-        if scan.ndim != 3:
+        if scan.ndim != 3 or not scan.size:
             raise ValueError(
                 f"{name} must be (X, Y, Z) in HU, got {scan.shape}; drop batch and "
                 "channel"
@@ -782,7 +783,10 @@ def as_volume(scan, vox2world, name) -> Volume:
         )
     if vox2world is not None:
         raise ValueError(f"{name}_vox2world must be None: the file has its own")
-    return scan if isinstance(scan, Volume) else scans.read_scan(scan)
+    if isinstance(scan, Volume):
+        transforms.check_affine(scan.vox2world, f"vox2world of {name}")
+        return scan
+    return scans.read_scan(scan)
 
 
 def check_settings(
@@ -859,7 +863,8 @@ def _check_finite(**volumes) -> None:
     """Refuses NaN and infinity, which would pass for water on the network's grid."""
     for name, volume in volumes.items():
         data = volume.data
-        if np.issubdtype(data.dtype, np.integer):
+        # Readers of files have looked.
+        if volume.path or not np.issubdtype(data.dtype, np.inexact):
             continue
         if not np.isfinite((data.min(), data.max())).all():  # no mask of a large scan
             raise bad_file(
@@ -883,7 +888,13 @@ def _body(kept, mask, target, grid, hu) -> np.ndarray:
 def _choose(target, source, settings, affine):
     """The pre-alignment: matrix (None when it is to be found), its kind, and why."""
     if not isinstance(affine, str):
-        matrix = transforms.check_affine(affine, "affine").copy()
+        matrix = np.array(affine, np.float64)
+        # Products and powers of matrices leave a rounded last row.
+        if matrix.shape == (4, 4) and np.allclose(matrix[3], [0, 0, 0, 1], atol=1e-9):
+            matrix[3] = 0, 0, 0, 1
+        transforms.check_affine(matrix, "affine")
+        if abs(np.linalg.det(matrix[:3, :3])) < 1e-6:  # no reader of it would take it
+            raise ValueError(f"affine must be invertible, got {matrix.tolist()}")
         return matrix, "given", "as given"
     kind, why = affine, "as asked"
     if kind == "auto":

@@ -26,6 +26,7 @@ from unireg_jax.errors import (
     PREEMPTED,
     USAGE,
     UserError,
+    on_terminal,
     shown,
 )
 from unireg_jax.evaluation import tables
@@ -325,7 +326,8 @@ def _begin_overwrite(args: argparse.Namespace) -> None:
     args.redone = _redone(args)
     if _began(args) is None:
         with nifti.atomic_path(_mark(args)) as temp:
-            temp.write_text(f"{Path(args.out, _journal(args)).stat().st_size}\n")
+            found = Path(args.out, _journal(args)).stat()
+            temp.write_text(f"{found.st_size} {found.st_ino}\n")
     elif args.redone:
         warn(
             "going on with an --overwrite that was stopped: pairs that stay if they "
@@ -337,10 +339,12 @@ def _begin_overwrite(args: argparse.Namespace) -> None:
 def _began(args: argparse.Namespace) -> int | None:
     """Where in this journal a stopped --overwrite began; None: there was none."""
     try:
-        since = int(_mark(args).read_text())
-        return since if since <= Path(args.out, _journal(args)).stat().st_size else None
+        since, number = map(int, _mark(args).read_text().split())
+        found = Path(args.out, _journal(args)).stat()
     except (OSError, ValueError):
         return None
+    same = number == found.st_ino and since <= found.st_size
+    return since if same else None
 
 
 def _redone(args: argparse.Namespace) -> frozenset[str]:
@@ -348,10 +352,13 @@ def _redone(args: argparse.Namespace) -> frozenset[str]:
     since, now = _began(args), versions.version()
     if since is None:
         return frozenset()
-    last = {
-        item["id"]: item["status"] in DONE and item["version"] == now
-        for item in journal.read(Path(args.out, _journal(args)), since)
-    }
+    try:
+        last = {
+            item["id"]: item["status"] in DONE and item["version"] == now
+            for item in journal.read(Path(args.out, _journal(args)), since)
+        }
+    except OSError:  # of a dry run, which opens no journal
+        return frozenset()
     return frozenset(name for name, good in last.items() if good)
 
 
@@ -427,7 +434,7 @@ class _Progress:
 
     def __init__(self, total: int, quiet: bool):
         self._say, self._total, self._count = progress(quiet), total, 0
-        bar = not quiet and sys.stderr.isatty()
+        bar = not quiet and on_terminal()
         self._bar = tqdm.tqdm(total=total, unit="pair", leave=False) if bar else None
 
     def __call__(self, item: dict[str, Any], kept: bool) -> None:

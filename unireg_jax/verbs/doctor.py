@@ -176,8 +176,12 @@ def _cache() -> dict[str, Any]:
     if folder is None:
         told = "no folder of yours: every start compiles anew; set UNIREG_CACHE"
         return _check("compilation cache", WARN, told)
-    files = [p.stat().st_size for p in folder.glob("*") if p.is_file()]
-    free = shutil.disk_usage(folder).free / 2**30
+    try:
+        files = [p.stat().st_size for p in folder.glob("*") if p.is_file()]
+        free = shutil.disk_usage(folder).free / 2**30
+    except OSError as error:  # of $JAX_COMPILATION_CACHE_DIR, which JAX makes when used
+        told = f"{folder.name}: {error.strerror}: made when JAX first compiles"
+        return _check("compilation cache", WARN, told)
     told = f"{len(files)} files, {sum(files) / 2**20:.0f} MiB, {free:.1f} GiB free"
     status = WARN if free < _LEAST_FREE_GIB else OK
     return _check("compilation cache", status, told, files=len(files))

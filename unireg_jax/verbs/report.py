@@ -202,7 +202,7 @@ def _check_output(case: _Case, name: str, known: results.Files) -> None:
         raise UserError(
             "checksum",
             f"{shown(path)}: the file that was written with the record expected, its "
-            "digest is another; register again",
+            "digest is another or not told; register again",
             DATA_CHANGED,
         )
 
@@ -411,10 +411,10 @@ def _broken(folder: Path, expected: str) -> UserError:
 def _target(args, default: Path) -> Path:
     """Where the page goes; refuses to replace one unasked, or an input at all."""
     target = default if args.file is None else Path(args.file)
-    inputs = [args.list, args.fixed, args.moving, args.fixed_label]
-    folder = Path(args.folder)
-    inputs += [str(p) for p in folder.glob("*") if p.suffix not in (".html", ".js")]
-    files.output(str(target), (), overwrite=args.overwrite, inputs=inputs)
+    inputs = (args.list, args.fixed, args.moving, args.fixed_label)
+    # No other ending: results and records have theirs.
+    endings = (".html", ".htm")
+    files.output(str(target), endings, overwrite=args.overwrite, inputs=inputs)
     return target
 
 

@@ -429,7 +429,7 @@ def _write_transforms(prefix: Path, result, fixed) -> list[str]:
     transforms.write_affine_txt(f"{prefix}_0GenericAffine.txt", result.affine)
     if transforms.has_shear(result.vox2world):
         return ["no Composite.h5: ITK cannot hold the shear of the fixed grid"]
-    residual = registration.residual_mm(result)
+    residual = registration.residual_mm(result, copy=False)
     path = f"{prefix}_Composite.h5"
     transforms.write_composite(path, result.affine, residual, **grid)
     return []
