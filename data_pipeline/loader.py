@@ -277,9 +277,16 @@ class PairIterator(grain.DatasetIterator):
     DatasetIterator it goes into an Orbax checkpoint through `grain.checkpoint`.
     """
 
-    def __init__(self, parent: grain.DatasetIterator, settings: dict[str, Any]):
+    def __init__(
+        self,
+        parent: grain.DatasetIterator,
+        settings: dict[str, Any],
+        pair: Callable[[int], int] | None = None,
+    ):
+        """Follows the iterator of `settings`; pair(k) is `pair` of element k."""
         super().__init__(parent)
         self._settings = settings
+        self._pair = pair
 
     def __next__(self) -> PairBatch:
         return next(self._parent)
@@ -287,6 +294,15 @@ class PairIterator(grain.DatasetIterator):
     def get_state(self) -> dict[str, Any]:
         """The number of batches taken so far, and what they were drawn from."""
         return {**self._settings, **self._parent.get_state()}
+
+    def last_pairs(self) -> list[int]:
+        """`pair` of every row of the last batch, of all processes together.
+
+        Nothing is read: where a process skips a bad volume, its pair is still named.
+        """
+        size = self._settings["global_batch_size"]
+        end = self.get_state()["next_index"] * size
+        return [self._pair(k) for k in range(end - size, end)]
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes to a state.
@@ -390,9 +406,8 @@ def make_iterator(
     dataset.tell_missing(pairs)
     shares = _shares(pairs, split, weights, streams)
     order = PairOrder(pairs, shares, seed)
-    examples = grain.MapDataset.source(range(len(order))).map(
-        _Examples(dataset, pairs, order, streams, skip=on_fault == "skip")
-    )
+    elements = _Examples(dataset, pairs, order, streams, skip=on_fault == "skip")
+    examples = grain.MapDataset.source(range(len(order))).map(elements)
     if augment is not None and augment.on:
         names = {task: dataset.label_names(task) for task in shares if task in TASKS}
         names |= {stream.name: stream.label_names for stream in streams}
@@ -421,7 +436,8 @@ def make_iterator(
     # States that were saved before there were versions are of the first.
     if versions := {s.name: s.version for s in streams if s.version > 1}:
         settings["versions"] = versions
-    return PairIterator(iter(batches.to_iter_dataset(options)), settings)
+    iterator = iter(batches.to_iter_dataset(options))
+    return PairIterator(iterator, settings, elements.pair)
 
 
 def make_eval_batches(
@@ -497,6 +513,13 @@ class _Examples:
             f"the next {_LOOK_AHEAD}; restore these volumes",
             DATA_CHANGED,
         )
+
+    def pair(self, k: int) -> int:
+        """`pair` of element k, if it can be used."""
+        name, number = self._order.place(k)
+        if name in self._streams:
+            return len(self._pairs) + self._streams[name][0]
+        return self._order.position(name, number)
 
     def _made(self, i: int, stream: Stream, number: int) -> PairBatch:
         example = stream.draw(number)

@@ -19,6 +19,7 @@ from unireg_jax.models import backbone
 from unireg_jax.models.conditioning import HEADS
 from unireg_jax.models.features import COMBINE, FEATURES, Extractor
 from unireg_jax.models.unireg import UniReg
+from unireg_jax.ops import dice
 from unireg_jax.registration import embedding, prediction
 from unireg_jax.tasks import Region
 from unireg_jax.training import mesh, objective, optimizer
@@ -194,7 +195,9 @@ _LEAST = {
     "data.batch_size": 1,
     "data.read_timeout_s": 1,
     "model.svf_steps": 0,
+    "loss.dice": 0,
     "loss.ncc_window": 3,
+    "optim.head_scale": 0,
     "train.steps": 0,
     "train.log_every": 1,
     "train.eval_every": 1,
@@ -215,6 +218,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.precision": mesh.PRECISIONS,
     "model.remat": backbone.REMAT,
+    "loss.dice_counting": tuple(dice.COUNTING),
     "loss.reg_units": objective.REG_UNITS,
     "optim.name": optimizer.OPTIMIZERS,
 }
@@ -227,8 +231,13 @@ def _check(config: ml_collections.ConfigDict) -> None:
     depth = len(encoder)
     shape, window = config.data.shape, config.data.hu_window
     rules = {
+        **settings.shared_rules(fields),
         **{f: (fields[f] >= n, f"{n} or more") for f, n in _LEAST.items()},
         **{f: (fields[f] in c, f"one of {', '.join(c)}") for f, c in _CHOICES.items()},
+        "model.embedding": (
+            config.model.features == "sam" or not config.model.embedding,
+            "'' or model.features=sam",
+        ),
         "model.encoder": (_whole(encoder) and 0 < depth < 5, "1 to 4 channel numbers"),
         "model.decoder": (
             _whole(decoder) and len(decoder) == depth,
@@ -252,8 +261,9 @@ def _check(config: ml_collections.ConfigDict) -> None:
         "data.hu_window": (len(window) == 2 and window[0] < window[1], "(low, high)"),
         "loss.ncc_scales": (config.loss.ncc_scales in range(1, 5), "1 to 4"),
         "loss.smoothness": (
-            len(config.loss.smoothness) == len(Region),
-            f"{len(Region)} numbers, one per region",
+            len(config.loss.smoothness) == len(Region)
+            and all(x >= 0 for x in config.loss.smoothness),
+            f"{len(Region)} numbers from 0, one per region",
         ),
     }
     if not config.loss.ncc_window % 2:
@@ -261,11 +271,9 @@ def _check(config: ml_collections.ConfigDict) -> None:
     shares = config.data.streams.to_dict()
     for kind, share in shares.items():
         fits = share >= 0 and sum(shares.values()) <= 1
-        fields[f"data.streams.{kind}"] = share
         rules[f"data.streams.{kind}"] = (fits, "0 or more, all together at most 1")
     change = config.data.augment.to_dict()
     if fault := augment.find_fault(augment.AugmentSpec(**change)):
-        fields[f"data.augment.{fault[0]}"] = change[fault[0]]
         rules[f"data.augment.{fault[0]}"] = (False, fault[1])
     settings.refuse_faults(fields, rules)
 

@@ -34,11 +34,12 @@ class Clock:
     Steps that a kill made the run repeat count once: the others are lost time.
     """
 
-    def __init__(self, writer: log.Log, *, began: float | None = None):
+    def __init__(self, writer: log.Log, *, step: int, began: float | None = None):
         """Starts, or goes on from what earlier processes have left.
 
         Args:
             writer: log of the run.
+            step: where the run goes on.
             began: by `time.monotonic`; None: now.
         """
         self._path = None if writer.silent else writer.workdir / NAME
@@ -46,26 +47,36 @@ class Clock:
         before = _read(writer.workdir / NAME)
         self._starts = before["starts"] + 1
         self._seconds = before["seconds"]
-        self._useful = writer.times.get(log.TIMES + "useful_s") or 0.0
+        self._step = step
+        # After a clean stop it goes on between two log lines; after a kill before some.
+        logged = writer.times.get(log.TIMES + "useful_s") or 0.0
+        self._useful = before["useful"] if before["step"] == step else logged
         self._since = (0, 0.0)  # pairs and seconds of the steps since the last numbers
-        self._pace = (0, 0.0)  # steps of this process, and its seconds since the first
+        # Steps after the first of this process, and seconds since it.
+        self._pace: tuple[int, float] | None = None
 
     def lap(self, kind: str) -> float:
         """Gives the seconds since the last lap to a kind, and returns them."""
         now = time.monotonic()
         seconds, self._at = now - self._at, now
         self._seconds[kind] += seconds
-        if kind != "startup":
+        if self._pace:
             self._pace = (self._pace[0], self._pace[1] + seconds)
         return seconds
 
-    def step(self, pairs: int, *, waited: float) -> None:
-        """Ends a step.
+    def step(self, n: int, pairs: int, *, waited: float) -> None:
+        """Ends a step; the first of a process is compiled, and counts as start-up.
 
         Args:
+            n: which step of the run.
             pairs: of it.
             waited: seconds of the lap before, for data.
         """
+        self._step = n
+        if not self._pace:
+            self.lap("startup")
+            self._pace = (0, 0.0)
+            return
         seconds = self.lap("step")
         self._useful += seconds
         self._pace = (self._pace[0] + 1, self._pace[1])
@@ -89,7 +100,7 @@ class Clock:
 
     def left(self, steps: int) -> float | None:
         """Seconds that so many steps take, validations and saves among them."""
-        count, seconds = self._pace
+        count, seconds = self._pace or (0, 0.0)
         return steps * seconds / count if count else None
 
     def close(self) -> None:
@@ -103,6 +114,7 @@ class Clock:
         # Times alone: no reason to end a run, or to wait for the disk.
         with contextlib.suppress(OSError):
             content = {"starts": self._starts, "seconds": self._seconds}
+            content |= {"step": self._step, "useful": self._useful}
             temp.write_text(json.dumps(content) + "\n")
             temp.replace(self._path)
 
@@ -111,6 +123,12 @@ def _read(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
         seconds = {kind: float(found["seconds"][kind]) for kind in _KINDS}
-        return {"starts": int(found["starts"]), "seconds": seconds}
+        return {
+            "starts": int(found["starts"]),
+            "seconds": seconds,
+            "step": int(found.get("step", -1)),  # not in files of earlier releases
+            "useful": float(found.get("useful", 0.0)),
+        }
     except (OSError, ValueError, KeyError, TypeError):
-        return {"starts": 0, "seconds": dict.fromkeys(_KINDS, 0.0)}
+        seconds = dict.fromkeys(_KINDS, 0.0)
+        return {"starts": 0, "seconds": seconds, "step": -1, "useful": 0.0}

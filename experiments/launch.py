@@ -57,6 +57,8 @@ def begin(*, watchdog_s: int) -> None:
                 "coordinator_address": os.environ["JAX_COORDINATOR_ADDRESS"],
             }
         jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=watchdog_s)
+        # While none is busy: on CPUs the first to come gives up after 30 s.
+        wait("begin")
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             "schema",
@@ -78,13 +80,47 @@ def wait(what: str) -> None:
 
 
 @contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """All processes go on past it, or all leave with the exit code of one that failed.
+
+    Nothing in it may wait for the others, who would wait for ever for one that failed.
+
+    Args:
+        what: is to be ready, for the message.
+
+    Raises:
+        UserError: in those that did not fail themselves.
+    """
+    code = 1  # of whatever is no UserError
+    try:
+        yield
+        code = 0
+    except UserError as error:
+        code = error.exit_code
+        raise
+    finally:
+        codes = multihost_utils.process_allgather(np.int32(code))  # [processes]
+        if code == 0 and codes.any():
+            failed = int(np.flatnonzero(codes)[0])
+            raise UserError(
+                "worker_died",
+                f"processes: {what} ready in all expected, process {failed} failed; "
+                "mend what it said",
+                int(codes[failed]),
+            )
+
+
+@contextlib.contextmanager
 def first_alone(what: str) -> Iterator[None]:
-    """The first process goes through, then the others."""
-    if not is_first():
-        wait(what)
-    yield
-    if is_first():
-        wait(what)
+    """The first process goes through, then the others; see `together`."""
+    with together(what):
+        if is_first():
+            with together(what):
+                yield
+        else:
+            with together(what):
+                pass  # the first is through
+            yield
 
 
 def compare(config: Any, data_digest: str) -> None:

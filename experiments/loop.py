@@ -140,7 +140,7 @@ def run(
             rate=rate,
         )
         times = stack.enter_context(
-            contextlib.closing(clock.Clock(writer, began=began))
+            contextlib.closing(clock.Clock(writer, step=start, began=began))
         )
         loop = _Loop(
             step_fn,
@@ -152,6 +152,7 @@ def run(
             writer,
             shown,
             stop,
+            launch.Stop(stop).agreed,
             times,
         )
         state, stopped = loop.steps(state)
@@ -174,13 +175,13 @@ class _Loop(NamedTuple):
     writer: log.Log
     shown: Sequence[str]
     stop: signals.Stop
+    agreed: Callable[[], bool]
     times: clock.Clock
 
     def steps(self, state: TrainState) -> tuple[TrainState, bool]:
         """The state at the end, and whether a signal ended it before."""
         every, recent, times = self.every, self.recent, self.times
         start, total = int(state.step), every.steps
-        stop = launch.Stop(self.stop)
         times.lap("startup")
         # What the run starts from, or what a signal kept it from.
         if self._judges(start) and recent.judged < start:
@@ -202,15 +203,13 @@ class _Loop(NamedTuple):
                 self.checkpoints.check()
                 if n == start + 1:
                     recent.check(behind=0)
-                    times.lap("startup")  # it was compiled
                     self.stop.started()
-                else:
-                    times.step(rows * jax.process_count(), waited=waited)
+                times.step(n, rows * jax.process_count(), waited=waited)
                 if logs:
                     self._log(bar, n, recent.flush())
                 bar.update()
                 finished = self._judge(n, state)
-                last = stop.agreed() or n == total
+                last = self.agreed() or n == total
                 if last or n % every.save == 0:
                     recent.check(behind=0)
                     self.writer.sync()  # a checkpoint has all lines up to it
@@ -242,8 +241,8 @@ class _Loop(NamedTuple):
         return True
 
     def _border(self) -> None:
-        # Several processes judge together: none leaves the others.
-        if self.stop.is_set() and jax.process_count() == 1:
+        # Several processes judge together, the same pairs: none leaves the others.
+        if self.agreed():
             raise _StoppedError
 
     def _log(self, bar: tqdm, n: int, means: dict[str, float]) -> None:
@@ -266,7 +265,7 @@ def _report(bar: tqdm, n: int, total: int, shown: dict[str, float | None]) -> No
         texts["left"] = str(datetime.timedelta(seconds=round(shown["left"])))
     if bar.disable:
         text = " ".join(f"{k} {v}" for k, v in texts.items())
-        print(f"step {n}/{total} {text}", file=sys.stderr, flush=True)
+        tell(f"step {n}/{total} {text}")  # a dead pipe is no reason to end a run
     else:
         texts.pop("left", None)  # the bar's own
         bar.set_postfix(texts)

@@ -86,7 +86,7 @@ class Recent:
         Args:
             stream: with the memory.
             writer: takes warnings; its folder the dumps.
-            names: batch -> a Row for each of its rows.
+            names: batch -> a Row for each of its rows, in all processes.
             every: steps of a log interval: in one of them, one warning.
             start: steps done.
             skip: steps of the run that may be skipped because they are not finite.
@@ -101,10 +101,14 @@ class Recent:
         self._waiting: collections.deque = collections.deque()
 
     def add(self, n: int, batch: Any, scalars: dict[str, jax.Array]) -> int:
-        """Takes a step's scalars, which may still be computed; returns its rows."""
+        """Takes a step's scalars, which may still be computed.
+
+        Returns:
+            The rows of this process.
+        """
         rows = self._names(batch)
         self._waiting.append((n, rows, scalars))
-        return len(rows)
+        return len(rows) // jax.process_count()
 
     def busy(self) -> bool:
         """Whether the newest step is still being computed; does not wait."""

@@ -14,8 +14,8 @@ hand.
 
 Result of `lite` (2000 steps, two shared CPU cores, 69 minutes): validation on unseen
 patients, share of anchors nearer to their positive than to every negative, fine 0.62,
-coarse 0.75; matching on real pairs (experiments/benchmark_matching.py) in
-docs/embedding.md.
+coarse 0.75 (views without a common point then counted as misses); matching on real
+pairs (experiments/benchmark_matching.py) in docs/embedding.md.
 """
 
 import ml_collections

@@ -1,5 +1,6 @@
 """Checks of a config that every training shares: all faults in one message."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,38 @@ from unireg_jax.errors import USAGE, UserError
 
 def flat(config: ml_collections.ConfigDict, sections: Sequence[str]) -> dict[str, Any]:
     """Gives the fields of some sections, and the seed, by their dotted names."""
-    return {
-        f"{section}.{name}": value
-        for section in sections
-        for name, value in config[section].items()
-    } | {"seed": config.seed}
+    fields = {"seed": config.seed}
+    for section in sections:
+        fields |= _flat(section, config[section])
+    return fields
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, ml_collections.ConfigDict):
+        return {name: value}
+    fields = {}
+    for key, inner in value.items():
+        fields |= _flat(f"{name}.{key}", inner)
+    return fields
+
+
+def shared_rules(fields: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
+    """Rules of what every training has: an optimiser and shares of the tasks.
+
+    Args:
+        fields: from `flat`.
+
+    Returns:
+        For `refuse_faults`.
+    """
+    least = ("optim.clip_norm", "optim.warmup_steps", "optim.decay_steps")
+    rules = {f: (fields[f] >= 0, "0 or more") for f in least}
+    momentum = fields["optim.momentum"]
+    rules["optim.momentum"] = (0 <= momentum < 1, "from 0 to less than 1")
+    for field, value in fields.items():
+        if field.startswith("data.weights."):
+            rules[field] = (0 <= value < math.inf, "a number from 0")
+    return rules
 
 
 def refuse_faults(

@@ -1,19 +1,24 @@
-"""Signals that end a run: the first asks for it, a second one acts at once.
+"""Signals that end a run: the first asks for it, one that comes later acts at once.
 
 SIGTERM and SIGINT; SIGHUP and SIGUSR1, which schedulers send before they take a machine
-away. The interpreter runs a handler only between two of its own instructions, so not
-while a program compiles: a thread hears signals in between.
+away. Some send two for one request: systemd SIGTERM and SIGHUP, a terminal that closes
+SIGHUP twice, `timeout` one to the process and one to its group.
+
+The interpreter runs a handler only between two of its own instructions, so not while a
+program compiles: a thread hears signals in between.
 """
 
 import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from unireg_jax.errors import PREEMPTED
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_SAME_S = 1.0  # signals within it are one request
 
 
 class Stop:
@@ -28,7 +33,6 @@ class Stop:
         self._asked = threading.Event()
         self._saved = saved
         self._starting = saved is not None
-        self._handled = 0
         self._read, self._write = os.pipe()
         for end in (self._read, self._write):
             os.set_blocking(end, end == self._read)
@@ -50,24 +54,27 @@ class Stop:
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
     def _handle(self, number: int, frame) -> None:
-        self._handled += 1
-        self._hear(number, self._handled)
+        self._hear(number)
 
     def _watch(self) -> None:
-        """In a thread: hears of every signal the moment it comes."""
-        heard = 0
+        """In a thread: hears of every signal the moment it comes.
+
+        So it alone can tell a second request: a handler may run long after its signal.
+        """
+        first = None
         while (number := os.read(self._read, 1)[0]) != 0:
             if number in NUMBERS:
-                heard += 1
-                self._hear(number, heard)
+                now = time.monotonic()
+                first = now if first is None else first
+                if now - first > _SAME_S:
+                    self._leave(number, saved=False)
+                self._hear(number)
 
-    def _hear(self, number: int, count: int) -> None:
-        """Called twice for a signal, by handler and thread, which count alike."""
-        if count > 1:
-            self._leave(number, saved=False)
-        elif self._starting:
+    def _hear(self, number: int) -> None:
+        """Called twice for a signal, by handler and thread."""
+        if self._starting:
             self._leave(number, saved=self._saved())
-        else:
+        elif not self.is_set():
             self.number = number
             self._asked.set()
 

@@ -3,12 +3,11 @@
     python -m experiments.train --config=experiments/unireg.py:demo --workdir=runs/demo
 
 Writes to the work folder: config.json, checkpoints/, metrics.jsonl, tb/ (TensorBoard),
-and at the end weights.safetensors with its model card weights.json, and the embedding
-it was trained on, if any, as embedding.safetensors.
+and at the end weights.safetensors with its model card weights.json. The embedding that
+it is trained on, if any, lies there from the start, as embedding.safetensors.
 """
 
 import contextlib
-import shutil
 from pathlib import Path
 
 import jax
@@ -38,8 +37,8 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
         UserError: exit code 2, 3, 8, 9 or 10; SystemExit 75 after a signal.
     """
     workdir = Path(workdir)
-    changes = checkpoint.check_config(workdir, config.to_dict())
     with launch.first_alone("data"):  # which may have to be made
+        changes = checkpoint.check_config(workdir, config.to_dict())
         experiment = build.build(config, workdir)
     mesh, rows = build.devices(config, experiment)
     launch.compare(config, experiment.dataset.digest)
@@ -52,22 +51,22 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
         seed=config.seed,
         averaged=config.train.ema > 0,
     )
-    stream = recent.Followed(
-        loader.make_iterator(
-            experiment.dataset,
-            "train",
-            batch_size=rows,
-            shard=(jax.process_index(), jax.process_count()),
-            seed=config.seed,
-            weights=experiment.weights,
-            augment=experiment.augment,
-            on_fault=config.data.on_fault,
-            streams=experiment.streams,
-        )
+    pairs = loader.make_iterator(
+        experiment.dataset,
+        "train",
+        batch_size=rows,
+        shard=(jax.process_index(), jax.process_count()),
+        seed=config.seed,
+        weights=experiment.weights,
+        augment=experiment.augment,
+        on_fault=config.data.on_fault,
+        streams=experiment.streams,
     )
+    stream = recent.Followed(pairs)
     with contextlib.ExitStack() as stack:
-        if launch.is_first():
-            stack.enter_context(store.lock(store.make_folders(workdir)))
+        with launch.together("work folder"):
+            if launch.is_first():
+                stack.enter_context(store.lock(store.make_folders(workdir)))
         checkpoints = stack.enter_context(
             contextlib.closing(
                 checkpoint.Checkpoints(
@@ -89,17 +88,24 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
             state = checkpoints.restore(state, stream, changes=changes)
         changes = [f"step {int(state.step)}: {line}" for line in changes]
         launch.wait("restored")  # all have read the config before it is written
-        if launch.is_first():
-            checkpoint.write_config(workdir, config.to_dict(), origin, changes)
-        writer = stack.enter_context(
-            contextlib.closing(
-                log.Log(
-                    workdir,
-                    resume_step=int(state.step),
-                    silent=not launch.is_first(),
+        with launch.together("work folder"):
+            if launch.is_first():
+                if experiment.embedding:  # the run and its embedding belong together
+                    released.copy_weights(
+                        experiment.embedding,
+                        workdir / build.EMBEDDING,
+                        sha256=experiment.extractor.digest,
+                    )
+                checkpoint.write_config(workdir, config.to_dict(), origin, changes)
+            writer = stack.enter_context(
+                contextlib.closing(
+                    log.Log(
+                        workdir,
+                        resume_step=int(state.step),
+                        silent=not launch.is_first(),
+                    )
                 )
             )
-        )
         # Once, for training and validation: an embedding's weights may be many.
         experiment = experiment._replace(
             extractor=train_mesh.put_same(
@@ -111,7 +117,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
             state,
             stream,
             every=loop.every(config.train),
-            names=_names(experiment),
+            names=_names(experiment, pairs),
             judge=_judge(config, experiment, mesh),
             checkpoints=checkpoints,
             writer=writer,
@@ -129,10 +135,6 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
         "seed": config.seed,
         "init_from": origin,
     }
-    if experiment.embedding:  # the two belong together
-        for suffix in (".json", ".safetensors"):
-            copy = (workdir / build.EMBEDDING).with_suffix(suffix)
-            shutil.copyfile(experiment.embedding.with_suffix(suffix), copy)
     released.save_weights(path, state.weights, experiment.spec | {"training": training})
     return path
 
@@ -175,28 +177,38 @@ def _step(config, experiment: build.Experiment, mesh):
     return step
 
 
-def _names(experiment: build.Experiment):
-    """names(batch) -> a Row for each of its rows, checked against its pair's task."""
+def _names(experiment: build.Experiment, stream: loader.PairIterator):
+    """names(batch) -> a Row for each of its pairs, with those of other processes.
+
+    Its own are checked against the task of their pair.
+    """
     volumes = experiment.dataset.index["volumes"]
     pairs = experiment.dataset.pairs("train")
-    made = [stream.name for stream in experiment.streams]
+    made = [kind.name for kind in experiment.streams]
 
-    def row(position, region, pair_type):
+    def check(position, region, pair_type):
         if position >= len(pairs):
-            task = made[position - len(pairs)]
-            return recent.Row(f"pair {position}", task)
-        pair = pairs[position]
-        if TASKS[pair.task] != (region, pair_type):
+            return
+        task = pairs[position].task
+        if TASKS[task] != (region, pair_type):
             raise ValueError(
-                f"pair {position}: region and pair type of {pair.task} expected, got "
+                f"pair {position}: region and pair type of {task} expected, got "
                 f"{region} and {pair_type}"
             )
+
+    def row(position):
+        if position >= len(pairs):
+            return recent.Row(f"pair {position}", made[position - len(pairs)])
+        pair = pairs[position]
         ends = tuple(volumes[i]["id"] for i in (pair.fixed, pair.moving))
         return recent.Row(f"pair {position}", pair.task, ends)
 
     def names(batch):
         parts = (batch.pair, batch.region, batch.pair_type)
-        return [row(*map(int, x)) for x in zip(*parts, strict=True)]
+        for own in zip(*parts, strict=True):
+            check(*map(int, own))
+        alone = jax.process_count() == 1
+        return [row(int(n)) for n in (batch.pair if alone else stream.last_pairs())]
 
     return names
 

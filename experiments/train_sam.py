@@ -27,6 +27,7 @@ from unireg_jax.models.features import sam
 from unireg_jax.registration import weights as released
 from unireg_jax.training import checkpoint, contrastive, embedding, log, optimizer
 from unireg_jax.training import mesh as train_mesh
+from unireg_jax.training.evaluate import nanmean
 
 
 def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
@@ -63,6 +64,8 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
     stream = recent.Followed(
         views.make_view_iterator(dataset, "train", seed=config.seed, **stream_settings)
     )
+    # Refuses a split without volumes, before any work.
+    judge = _judge(config, dataset, network, recipe, stream_settings, split)
     step_fn = embedding.make_train_step(
         network,
         tx,
@@ -101,7 +104,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
             names=lambda batch: [
                 recent.Row(volumes[v]["id"], volumes[v]["task"]) for v in batch.volume
             ],
-            judge=_judge(config, dataset, network, recipe, stream_settings, split),
+            judge=judge,
             checkpoints=checkpoints,
             writer=writer,
             shown=("loss", "fine_hit", "coarse_hit"),
@@ -127,6 +130,7 @@ _LEAST = {
     "loss.coarse_hard": 1,
     "loss.coarse_negatives": 1,
     "loss.others": 0,
+    "optim.weight_decay": 0,
     "train.steps": 0,
     "train.log_every": 1,
     "train.eval_every": 1,
@@ -147,6 +151,7 @@ def _check(config) -> None:
     )
     cells = math.prod(shape) // 8
     rules = {
+        **settings.shared_rules(fields),
         **{f: (fields[f] >= n, f"{n} or more") for f, n in _LEAST.items()},
         **{f: (fields[f] > 0, "more than 0") for f in _POSITIVE},
         "views.shape": (right_shape, f"multiples of {divisors}"),
@@ -193,15 +198,15 @@ def _dataset(config) -> loader.Dataset:
 def _judge(config, dataset, network, recipe, stream_settings, split):
     """judge(variables, border, brief): means over the same views of `val` every time.
 
-    It draws nothing.
+    It draws nothing. Without such volumes it is refused.
     """
     evaluate = embedding.make_eval_step(network, recipe=recipe)
+    stream = views.make_view_iterator(
+        dataset, "val", seed=config.seed + 1, **stream_settings
+    )
 
     @functools.cache
     def batches():
-        stream = views.make_view_iterator(
-            dataset, "val", seed=config.seed + 1, **stream_settings
-        )
         return list(itertools.islice(stream, config.train.eval_batches))
 
     def judge(variables, border, *, brief):
@@ -211,7 +216,11 @@ def _judge(config, dataset, network, recipe, stream_settings, split):
             border()
             views_there = train_mesh.put(batch, split)
             rows.append(evaluate(variables, views_there, jax.random.key(n)))
-        means = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
+        # Views may have no anchor to hit; a loss that is none shows.
+        mean = {"fine_hit": nanmean, "coarse_hit": nanmean}
+        means = {
+            k: float(mean.get(k, np.mean)([row[k] for row in rows])) for k in rows[0]
+        }
         return loop.Judged({f"val/{k}": v for k, v in means.items()}, {})
 
     return judge
@@ -257,4 +266,5 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
     flags.mark_flags_as_required(["config", "workdir"])
+    flags.register_validator("workdir", lambda x: x != "", "a folder expected")
     cli.run(main)

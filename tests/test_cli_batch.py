@@ -717,6 +717,27 @@ def test_signal_finishes_pairs_in_work_and_the_same_command_goes_on(
     assert told(folder)[1] == 3
 
 
+TWICE = """
+import signal, types
+from unireg_jax.verbs import batch
+now = 0.0
+batch.time = types.SimpleNamespace(monotonic=lambda: now)
+with batch._stop_on_signal(True) as stop:
+    for now in (5.0, 5.5, 6.0):  # seconds; `timeout` sends two at once
+        signal.raise_signal(signal.SIGTERM)
+    print(stop.is_set(), flush=True)
+    now = 6.1
+    signal.raise_signal(signal.SIGTERM)
+    print("not reached", flush=True)
+"""
+
+
+def test_second_signal_acts_at_once_but_not_one_of_the_same_request():
+    command = [sys.executable, "-c", TWICE]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "True\n")
+
+
 def no_space(*_):
     raise errors.UserError("storage", "no space", errors.STORAGE)
 

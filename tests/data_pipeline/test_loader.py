@@ -154,6 +154,19 @@ def test_shards_together_are_the_whole_stream(root):
         assert batch == [n for both in zip(*shards, strict=True) for n in both]
 
 
+def test_shard_knows_the_pairs_of_all(root):
+    parts = [
+        loader.make_iterator(root, "train", batch_size=2, seed=1, shard=(i, 2))
+        for i in range(2)
+    ]
+    parts[0].set_state({"next_index": 3})
+    parts[1].set_state({"next_index": 3})
+    for _ in range(4):
+        drawn = [next(part).pair.tolist() for part in parts]
+        expected = [n for both in zip(*drawn, strict=True) for n in both]
+        assert [part.last_pairs() for part in parts] == [expected, expected]
+
+
 def test_resume_equals_uninterrupted(root):
     options = dict(batch_size=2, seed=9, weights={"chest": 1, "liver": 2})
     first = loader.make_iterator(root, "train", **options)

@@ -1,15 +1,18 @@
 """Training of the embedding from prepared scans to weights that registration takes."""
 
 import json
+import math
+import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from data_pipeline import synthetic
+from data_pipeline import loader, store, synthetic, views
 from experiments import sam, train_sam
 from unireg_jax import registration
-from unireg_jax.errors import UserError
+from unireg_jax.errors import NOTHING, UserError
 from unireg_jax.registration import weights
 
 
@@ -69,6 +72,8 @@ def test_run_ends_in_weights_and_resumes_exactly(data, tmp_path):
         ({"data": {"root": ""}}, "config.data.root expected"),
         ({"views": {"shape": (20, 16, 16)}}, "multiples of"),
         ({"optim": {"lr": -1.0}}, "lr must be positive"),
+        ({"optim": {"clip_norm": -1.0}}, "optim.clip_norm: 0 or more expected"),
+        ({"data": {"weights": {"lung": math.nan}}}, "data.weights.lung: a number from"),
         ({"optim": {"name": "lion"}}, "optimizer must be one of"),
         ({"views": {"spacing_mm": 0.0}}, "views.spacing_mm: more than 0 expected"),
         ({"views": {"scales": (1.2, 0.8)}}, "views.scales"),
@@ -88,6 +93,42 @@ def test_mistakes_are_one_line(change, match, data, tmp_path):
     with pytest.raises(UserError, match=match):
         train_sam.train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_split_without_volumes_is_refused_before_any_work(data, tmp_path):
+    root = tmp_path / "prepared"
+    shutil.copytree(data, root)
+    index = json.loads((root / store.INDEX_NAME).read_text())
+    for volume in index["volumes"]:
+        volume["split"] = "train"
+    (root / store.INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="split val") as error:
+        train_sam.train(small(root), tmp_path / "run")
+    assert error.value.exit_code == NOTHING
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_means_the_hits_there_are_and_every_loss(data, monkeypatch):
+    found = iter([(math.nan, 1.0), (0.5, math.nan)])
+
+    def evaluate(*args):
+        hit, loss = next(found)
+        return {"coarse_hit": hit, "fine_hit": hit, "loss": loss}
+
+    monkeypatch.setattr(
+        train_sam, "embedding", SimpleNamespace(make_eval_step=lambda *a, **k: evaluate)
+    )
+    monkeypatch.setattr(train_sam.train_mesh, "put", lambda batch, split: batch)
+    spec = views.ViewSpec((16, 16, 16), 10.0)
+    config = small(data)
+    with config.unlocked():
+        config.train.eval_batches = 2
+    judge = train_sam._judge(
+        config, loader.Dataset(data), None, None, {"batch_size": 1, "spec": spec}, None
+    )
+    scalars = judge(None, lambda: None, brief=False).scalars
+    assert scalars["val/coarse_hit"] == scalars["val/fine_hit"] == 0.5
+    assert math.isnan(scalars["val/loss"])
 
 
 def test_presets_name_their_own_fields():

@@ -185,6 +185,24 @@ def test_load_weights_refuses_a_tensor_inside_another(saved):
     refusal(saved, reason="checkpoint_torn")
 
 
+def test_copy_weights_is_what_was_loaded(saved, tmp_path):
+    _, spec = weights.load_weights(saved)
+    copy = tmp_path / "copy.safetensors"
+    weights.copy_weights(saved, copy, sha256=spec["sha256"])
+    weights.copy_weights(copy, copy, sha256=spec["sha256"])
+    for suffix in (".safetensors", ".json"):
+        assert (
+            copy.with_suffix(suffix).read_bytes()
+            == saved.with_suffix(suffix).read_bytes()
+        )
+    other = {"head": {"kernel": np.zeros((2, 3), np.float32)}}
+    weights.save_weights(saved, other, SPEC)
+    with pytest.raises(UserError, match="as when it was loaded, got") as caught:
+        weights.copy_weights(saved, copy, sha256=spec["sha256"])
+    assert caught.value.reason == "checkpoint_changed"
+    assert weights.load_weights(copy)[1] == spec
+
+
 def test_check_tensors_names_missing_extra_and_misshapen(saved):
     expected = params()
     weights.check_tensors(params(), expected, saved)

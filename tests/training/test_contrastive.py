@@ -135,15 +135,33 @@ def test_views_apart_still_teach(key):
     fine, coarse = maps(key)
     (_, scalars), gradient = with_gradient(fine, coarse, batch, key)
     assert float(scalars["fine_hit"]) == 1.0  # nothing is nearer to a point than itself
-    assert float(scalars["coarse"]) == 0.0
+    assert float(scalars["coarse"]) == 0.0 and jnp.isnan(scalars["coarse_hit"])
     assert bool(jnp.isfinite(gradient).all()) and float(jnp.abs(gradient).max()) > 0
+
+
+def test_views_apart_are_no_coarse_misses(key):
+    """The share of a batch is that of the pairs with a common point."""
+    fine, coarse = maps(key)
+    coarse = coarse.at[:, 1].set(coarse[:, 0])
+    near = make_batch(shift=(2.0, 0.0, 0.0), degrees=0.0)
+    places = {"near": near.vox2mm[0], "far": make_batch(far=True).vox2mm[0]}
+
+    def hit(*kinds):
+        batch = near._replace(vox2mm=np.stack([places[kind] for kind in kinds]))
+        return float(loss(fine, coarse, batch, key)[1]["coarse_hit"])
+
+    first, second = hit("near", "far"), hit("far", "near")
+    both = hit("near", "near")
+    assert both > 0
+    np.testing.assert_allclose((first + second) / 2, both, rtol=1e-6)  # float32 means
 
 
 def test_no_body_gives_zero_and_a_finite_gradient(key):
     batch = make_batch()
     batch = batch._replace(body=np.zeros_like(batch.body))
     fine, coarse = maps(key)
-    (value, _), gradient = with_gradient(fine, coarse, batch, key)
+    (value, scalars), gradient = with_gradient(fine, coarse, batch, key)
+    assert jnp.isnan(scalars["fine_hit"]) and jnp.isnan(scalars["coarse_hit"])
     assert float(value) == 0.0 and float(jnp.abs(gradient).max()) == 0.0
 
 

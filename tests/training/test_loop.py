@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import jax
@@ -296,8 +298,28 @@ def test_every_signal_of_a_scheduler_saves_the_next_step(
     assert int(run.start().step) == 8
 
 
+def _dead_pipe():
+    """What is left of a `2>&1 | tee` when tee is killed."""
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.mark.parametrize(
+    "stderr",
+    [_dead_pipe, lambda: open("/dev/full", "w"), contextlib.nullcontext],
+    ids=["dead pipe", "full disk", "closed"],
+)
+def test_run_outlives_its_stderr(phantoms, tmp_path, monkeypatch, stderr):
+    run = _Run(phantoms, tmp_path / "run")
+    with stderr() as broken, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", broken)
+        assert int(run.start().step) == 8
+    assert run.steps()[-1] == 8
+
+
 _CHILD = """
-import hashlib, signal, sys
+import hashlib, signal, sys, threading
 from experiments import signals
 # Also where the tests themselves run under nohup.
 ignored = "nohup" in sys.argv
@@ -309,12 +331,19 @@ with signals.listening((lambda: saved) if "starting" in sys.argv else None) as s
         sys.stdin.readline()  # the parent has sent its signals
         print(stop.is_set(), flush=True)
     else:  # as long as a compilation, in one call; no handler runs in between
+        def tell():
+            stop._asked.wait()
+            print("asked", flush=True)
+        threading.Thread(target=tell, daemon=True).start()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
 
 
-def _child(*words, numbers):
-    """Exit code of a process that gets these signals, and its last word."""
+def _child(*words, numbers, later=()):
+    """Exit code of a process that gets these signals, and its last words.
+
+    The later ones it gets more than a second after it has heard the first.
+    """
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, *words],
         stdin=subprocess.PIPE,
@@ -326,6 +355,11 @@ def _child(*words, numbers):
         assert child.stdout.readline() == "ready\n"
         for number in numbers:
             child.send_signal(number)
+        if later:
+            assert child.stdout.readline() == "asked\n"
+            time.sleep(1.1 * signals._SAME_S)
+        for number in later:
+            child.send_signal(number)
         out, _ = child.communicate("go\n", timeout=100)
     finally:
         child.kill()
@@ -334,17 +368,22 @@ def _child(*words, numbers):
 
 
 @pytest.mark.parametrize(
-    ("words", "numbers", "codes"),
+    ("words", "number", "later", "code"),
     [
-        (("starting",), [signal.SIGTERM], [128 + signal.SIGTERM]),
-        (("starting", "saved"), [signal.SIGUSR1], [PREEMPTED]),
-        # Which of two that wait at once is the second one the kernel decides.
-        ((), [signal.SIGTERM, signal.SIGHUP], [128 + 15, 128 + 1]),
+        (("starting",), signal.SIGTERM, (), 128 + signal.SIGTERM),
+        (("starting", "saved"), signal.SIGUSR1, (), PREEMPTED),
+        ((), signal.SIGTERM, (signal.SIGHUP,), 128 + signal.SIGHUP),
     ],
     ids=["nothing saved", "saved before", "second signal"],
 )
-def test_signal_acts_while_the_interpreter_waits(words, numbers, codes):
-    assert _child(*words, numbers=numbers)[0] in codes
+def test_signal_acts_while_the_interpreter_waits(words, number, later, code):
+    assert _child(*words, numbers=[number], later=later)[0] == code
+
+
+def test_signals_that_come_together_are_one_request():
+    """As of systemd, and of `timeout`."""
+    for numbers in ([signal.SIGTERM, signal.SIGHUP], 2 * [signal.SIGTERM]):
+        assert _child("asleep", numbers=numbers) == (0, "True")
 
 
 def test_end_of_a_terminal_does_not_end_a_run_under_nohup():
@@ -404,10 +443,41 @@ def test_time_is_split_and_repeated_steps_are_lost(phantoms, tmp_path):
     assert last["time/pairs_per_s"] > 0
 
 
+def test_clean_stop_between_two_log_lines_loses_no_time(phantoms, tmp_path):
+    run = _Run(phantoms, tmp_path / "run", log=5, evaluate=3)
+    with pytest.raises(SystemExit):
+        run.start(judge=_signal_at(1))
+    assert run.steps()[-1] == 3  # before the first log line
+    run.start()
+    lost = [x["time/lost_s"] for x in run.lines(times=True) if "time/lost_s" in x]
+    np.testing.assert_allclose(lost, [0, 0], atol=1e-9)  # two sums of the same floats
+
+
+def test_time_left_is_that_of_steps(phantoms, tmp_path, monkeypatch, capsys):
+    """A second for each; none of the validation that compiles, and of the first."""
+    now = [0.0]
+    monkeypatch.setattr(clock, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def validate(params, border, *, brief):
+        now[0] += 1000
+        return loop.Judged({"val/w": float(params["w"])}, {})
+
+    def rows(batch):
+        now[0] += 1 if now[0] > 1000 else 100
+        return [recent.Row("pair", "lung")]
+
+    run = _Run(phantoms, tmp_path / "run", evaluate=100)
+    run.start(judge=validate, names=rows)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]
+    assert [x.partition(" left ")[2] for x in lines] == [
+        f"0:00:0{n}" for n in (6, 4, 2, 0)
+    ]
+
+
 def test_clock_of_a_damaged_file_starts_anew(tmp_path):
     (tmp_path / clock.NAME).write_text('{"starts": ')
     writer = log.Log(tmp_path)
-    times = clock.Clock(writer)
+    times = clock.Clock(writer, step=0)
     times.lap("startup")
     assert times.scalars()["time/starts"] == 1.0
     writer.close()

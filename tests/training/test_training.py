@@ -554,23 +554,51 @@ def test_init_from_package_is_what_was_shipped(monkeypatch):
     assert asked == [weights.PACKAGE / "unireg.safetensors"]
 
 
-def test_run_on_an_embedding_keeps_the_two_together(config, tmp_path, monkeypatch):
-    """The embedding's own file may have any name, that of the weights too."""
+def _save_embedding(path):
+    """A tiny one; its digest."""
     fields = {"stem": 4, "stages": [4, 4, 6, 6], "channels": 5}
     network = sam.Sam(norm="batch", conv_impl="direct", **fields)
     variables = jax.jit(embedding.initializer(network))(jax.random.key(0))
-    path = tmp_path / "sam" / "weights.safetensors"
-    path.parent.mkdir()
     spec = {"kind": "sam", "features": "sam", "architecture": fields}
     spec["preprocess"] = PreprocessSpec().to_json()
+    path.parent.mkdir()
     weights.save_weights(path, jax.tree.map(np.asarray, variables), spec)
+    return json.loads(path.with_suffix(".json").read_text())["sha256"]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["another file", "the copy itself"])
+def test_embedding_that_is_replaced_meanwhile_stays_with_its_run(
+    config, tmp_path, monkeypatch, own
+):
+    path = tmp_path / ("run/embedding.safetensors" if own else "sam/any.safetensors")
+    digest = _save_embedding(path)
+    copy = tmp_path / "run" / "embedding.safetensors"
+    with config.unlocked():
+        config.model.update({"features": "sam", "embedding": str(path)})
+
+    def run(step, state, *args, **kwargs):
+        assert weights.load_weights(copy)[1]["sha256"] == digest  # from the start
+        if not own:
+            weights.save_weights(path, {"other": np.zeros(1, np.float32)}, kept)
+        return state
+
+    kept = weights.load_weights(path)[1]
+    monkeypatch.setattr(loop, "run", run)
+    trained = train.train(config, tmp_path / "run")
+    assert weights.load_weights(trained)[1]["embedding"]["sha256"] == digest
+    assert weights.load_weights(copy)[1]["sha256"] == digest
+
+
+def test_run_on_an_embedding_keeps_the_two_together(config, tmp_path, monkeypatch):
+    """The embedding's own file may have any name, that of the weights too."""
+    path = tmp_path / "sam" / "weights.safetensors"
+    digest = _save_embedding(path)
     with config.unlocked():
         config.model.update({"features": "sam", "embedding": str(path)})
         config.train.steps = 1
     trained = train.train(config, tmp_path / "run")
     monkeypatch.setenv(embedding.VARIABLE, str(tmp_path / "absent.safetensors"))
     model = load_model(trained)
-    digest = json.loads(path.with_suffix(".json").read_text())["sha256"]
     assert model.extractor.digest == digest
     # Alone it says which embedding belongs to it, and takes no other.
     (trained.parent / "embedding.safetensors").unlink()
@@ -605,12 +633,23 @@ def test_init_from_of_another_model_is_refused(config, tmp_path):
         ("model.remaining", (4, 0), "channel numbers expected"),
         ("model.field_level", 4, "a level of model.encoder, from 0 expected, got 4"),
         ("loss.reg_units", "mm", "one of normalized, voxel expected"),
-        ("loss.smoothness", (1.0,), "4 numbers, one per region expected"),
+        ("loss.smoothness", (1.0,), "4 numbers from 0, one per region expected"),
+        ("loss.smoothness", (1.0, 1.0, -1.0, 1.0), "4 numbers from 0, one per region"),
+        ("loss.dice", -1.0, "0 or more expected, got -1.0"),
+        ("loss.dice_counting", "foo", "one of scatter, compare expected, got 'foo'"),
         ("loss.ncc_window", 8, "an odd number expected, got 8"),
         ("loss.ncc_scales", 5, "1 to 4 expected, got 5"),
         ("data.shape", (40, 32, 32), "three multiples of 16 expected"),
         ("data.augment.flip", 2.0, "0 to 1 expected, got 2.0"),
+        ("data.weights.lung", -1.0, "a number from 0 expected, got -1.0"),
+        ("data.weights.lung", float("nan"), "a number from 0 expected, got nan"),
+        ("model.embedding", "a.safetensors", "'' or model.features=sam expected, got"),
         ("optim.name", "rmsprop", "one of sgd, adam expected"),
+        ("optim.clip_norm", -1.0, "0 or more expected, got -1.0"),
+        ("optim.warmup_steps", -1, "0 or more expected, got -1"),
+        ("optim.decay_steps", -1, "0 or more expected, got -1"),
+        ("optim.head_scale", -0.05, "0 or more expected, got -0.05"),
+        ("optim.momentum", 1.0, "from 0 to less than 1 expected, got 1.0"),
         ("train.log_every", 0, "1 or more expected, got 0"),
         ("data.batch_size", 0, "1 or more expected, got 0"),
         ("data.batch_size", -1, "1 or more expected, got -1"),
@@ -661,19 +700,20 @@ def test_flags_that_cannot_be_parsed_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("module", "arguments", "expected"),
     [
-        (f"{_PRESETS} --workdir=run", "config.data.root expected, none given"),
-        (f"{_PRESETS} --workdir=run --config.optim.lrr=1", 'Did you mean "lr"'),
-        (f"{_PRESETS}:demo --workdir=", "--workdir=: a folder expected"),
+        ("train", f"{_PRESETS} --workdir=run", "config.data.root expected, none given"),
+        ("train", f"{_PRESETS} --workdir=run --config.optim.lrr=1", 'mean "lr"'),
+        ("train", f"{_PRESETS}:demo --workdir=", "--workdir=: a folder expected"),
+        ("train_sam", "--config=experiments/sam.py --workdir=", "a folder expected"),
     ],
 )
 def test_mistake_on_the_command_line_exits_2_with_one_line(
-    tmp_path, arguments, expected
+    tmp_path, module, arguments, expected
 ):
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "experiments.train"),
+            *(sys.executable, "-m", f"experiments.{module}"),
             *(
                 word.replace("=", f"={ROOT}/", 1) if i == 0 else word
                 for i, word in enumerate(arguments.split())
@@ -707,7 +747,7 @@ def test_batch_of_another_task_than_its_pair_is_refused(config, tmp_path):
         experiment.dataset, "train", batch_size=2, seed=0, num_threads=0
     )
     batch = next(stream)
-    names = train._names(experiment)
+    names = train._names(experiment, stream)
     for row, place in zip(names(batch), batch.pair, strict=True):
         pair = experiment.dataset.pairs("train")[place]
         volumes = experiment.dataset.index["volumes"]
@@ -716,6 +756,23 @@ def test_batch_of_another_task_than_its_pair_is_refused(config, tmp_path):
     wrong = batch._replace(region=(batch.region + 1) % 4)
     with pytest.raises(ValueError, match="region and pair type of .* expected, got"):
         names(wrong)
+
+
+def test_process_names_the_pairs_of_all(config, tmp_path, monkeypatch):
+    """Else a batch that is split among them would be of one task in its log."""
+    experiment = build.build(config, tmp_path)
+    streams = [
+        loader.make_iterator(
+            experiment.dataset, "train", batch_size=1, seed=0, shard=(i, 2)
+        )
+        for i in range(2)
+    ]
+    batches = [[next(stream) for stream in streams] for _ in range(3)][-1]
+    alone = [train._names(experiment, None)(batch) for batch in batches]
+    assert {row.task for rows in alone for row in rows} == {"headneck", "lung"}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for stream, batch in zip(streams, batches, strict=True):
+        assert train._names(experiment, stream)(batch) == sum(alone, [])
 
 
 def test_learning_rate_of_a_step_is_that_of_the_schedule(config):

@@ -69,9 +69,9 @@ def soft_dice(
             f"disp must be {(*fixed_labels.shape, 3)} float32 in voxels, got "
             f"{disp.shape} {disp.dtype}; components go last, on the fixed grid"
         )
-    if counting not in _COUNTING:
+    if counting not in COUNTING:
         raise ValueError(
-            f"counting must be one of {sorted(_COUNTING)}, got {counting!r}"
+            f"counting must be one of {sorted(COUNTING)}, got {counting!r}"
         )
     if mask is None:
         mask = jnp.ones(fixed_labels.shape, bool)
@@ -165,7 +165,7 @@ def _soft_sums(fixed, moving, disp, mask, num_labels, counting):
 
     fixed and moving are tuples of layers [X, Y, Z].
     """
-    add = _COUNTING[counting]
+    add = COUNTING[counting]
     scale = _fixed_point(fixed[0].shape, len(moving))
 
     def count(start, slices):
@@ -318,7 +318,7 @@ def _add_compared(bins, row, labels, values):
     return bins + added.reshape(bins.shape)
 
 
-_COUNTING = {"scatter": _add, "compare": _add_compared}
+COUNTING = {"scatter": _add, "compare": _add_compared}
 
 
 def _in_chunks(function, shape):

@@ -165,6 +165,35 @@ def save_weights(
         temp.write_text(text, encoding="utf-8")
 
 
+def copy_weights(
+    path: str | os.PathLike, copy: str | os.PathLike, *, sha256: str
+) -> None:
+    """Copies parameters and their description, each whole or not at all.
+
+    Args:
+        path: `.safetensors` file, its description beside it as `.json`.
+        copy: name of the copy, which also ends so; it may be the file itself.
+        sha256: digest of the tensors' file when it was loaded.
+
+    Raises:
+        UserError: `checkpoint_changed`, exit code 9: the files are others by now, and
+            nothing was written; `storage`, 6.
+    """
+    path, copy = Path(path), Path(copy)
+    data, card = _read(path), _read(path.with_suffix(".json"))
+    digest = hashlib.sha256(data).hexdigest()
+    described = _parse(card, path.with_suffix(".json"))["sha256"]
+    if not digest == described == sha256:
+        raise _fault(
+            "changed",
+            f"{shown(path)}: SHA-256 {sha256[:16]}... expected, as when it was loaded, "
+            f"got {digest[:16]}..., {described[:16]}... in its description; try again",
+        )
+    for file, content in ((copy, data), (copy.with_suffix(".json"), card)):
+        with nifti.atomic_path(file) as temp:
+            temp.write_bytes(content)
+
+
 def check_tensors(
     params: Mapping[str, Any],
     expected: Mapping[str, Any],

@@ -91,7 +91,8 @@ def loss(
     Returns:
         loss: scalar float32.
         scalars: loss, fine, coarse, and fine_hit and coarse_hit, the share of anchors
-            that are nearer to their positive than to every negative.
+            that are nearer to their positive than to every negative; NaN where there
+            is no anchor, as on the coarse map of views without a common point.
     """
     keys = jax.random.split(key, (fine.shape[0], 2))
     wide = jax.vmap(lambda maps: resample.resize_volume(maps, fine.shape[2:5]))(coarse)
@@ -105,8 +106,8 @@ def loss(
     parts = {
         "fine": fine_loss.mean(),
         "coarse": coarse_loss.mean(),
-        "fine_hit": fine_hit.mean(),
-        "coarse_hit": coarse_hit.mean(),
+        "fine_hit": jnp.nanmean(fine_hit),
+        "coarse_hit": jnp.nanmean(coarse_hit),
     }
     total = parts["fine"] + parts["coarse"]
     return total, {"loss": total, **parts}
@@ -145,7 +146,7 @@ def _cells(maps: jax.Array, batch: ViewBatch) -> _Cells:
 
 
 def _fine(cells: _Cells, wide: jax.Array, key, recipe: Recipe):
-    """Loss and hits of one volume, both directions."""
+    """Loss of one volume, and hits [2] of both directions."""
     everything = cells.features.reshape(-1, cells.features.shape[-1])
     context = wide.reshape(-1, wide.shape[-1])
     norm = jnp.sum(context**2, axis=-1, keepdims=True)
@@ -180,11 +181,11 @@ def _fine(cells: _Cells, wide: jax.Array, key, recipe: Recipe):
 
     keys = jax.random.split(key, 2)
     losses, hits = zip(*(one_way(v, keys[v]) for v in range(2)), strict=True)
-    return jnp.stack(losses).mean(), jnp.stack(hits).mean()
+    return jnp.stack(losses).mean(), jnp.stack(hits)
 
 
 def _coarse(cells: _Cells, keys, recipe: Recipe):
-    """Losses and hits [B]; negatives from the other volumes, too."""
+    """Losses [B] and hits [B, 2]; negatives from the other volumes, too."""
     batch, _, count, _ = cells.features.shape
     everything = cells.features.reshape(batch * 2 * count, -1)
     owner = jnp.arange(batch * 2 * count) // (2 * count)
@@ -220,13 +221,13 @@ def _coarse(cells: _Cells, keys, recipe: Recipe):
         keys = jax.random.split(key, 2)
         pairs = (one_way(v, which, cells, keys[v]) for v in range(2))
         losses, hits = zip(*pairs, strict=True)
-        return jnp.stack(losses).mean(), jnp.stack(hits).mean()
+        return jnp.stack(losses).mean(), jnp.stack(hits)
 
     return jax.vmap(both_ways)(jnp.arange(batch), cells, keys)
 
 
 def _info_nce(positive, negatives, use, temperature):
-    """Mean over the anchors in use, 0 without any; and the share that hits."""
+    """Mean over the anchors in use, and the share that hits; without any 0 and NaN."""
     logits = [jnp.where(mask, s / temperature, _NEVER) for s, mask in negatives]
     rest = jnp.concatenate(logits, axis=1)
     best = positive / temperature
@@ -236,7 +237,7 @@ def _info_nce(positive, negatives, use, temperature):
     total = jnp.maximum(use.sum(), 1)
     loss = jnp.sum(jnp.where(use, whole - best, 0.0)) / total
     hit = jnp.sum(use & (best >= rest.max(axis=1))) / total
-    return loss, hit
+    return loss, jnp.where(use.any(), hit, jnp.nan)
 
 
 def _hardest(score, allowed, hard, negatives, key):

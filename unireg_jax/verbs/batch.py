@@ -60,6 +60,7 @@ _QC = (
     *("dsc_before", "dsc_affine", "dsc", "tre_mm_before", "tre_mm"),
 )
 _COLUMNS = ("id", "status", "reason", "message", "seconds", *_QC, "warnings")
+_SAME_S = 1.0  # signals within it are one request: `timeout` sends two
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -364,15 +365,22 @@ def _redone(args: argparse.Namespace) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _stop_on_signal(quiet: bool) -> Iterator[threading.Event]:
-    """The first SIGTERM or SIGINT sets an event; a second one acts at once."""
+    """The first SIGTERM or SIGINT sets an event; one that comes later acts at once."""
     stop = threading.Event()
     before = {}
     say = progress(quiet)
+    asked = None
 
     def handle(number, frame):
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-        say("stopping: pairs in work are finished; a second signal stops at once")
+        nonlocal asked
+        now = time.monotonic()
+        if asked is None:
+            asked = now
+            stop.set()
+            say("stopping: pairs in work are finished; a second signal stops at once")
+        elif now - asked > _SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
