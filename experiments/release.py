@@ -1,6 +1,6 @@
 """Turns a finished run into the weights that the package ships.
 
-    python -m experiments.release --workdir=runs/final \
+    python -m experiments.release --workdir=runs/all/final \
         --sources=experiments/unireg_sources.json
     python -m experiments.release --workdir=runs/twice --name=unireg_heldout \
         --sources=experiments/heldout_sources.json

@@ -202,13 +202,12 @@ PRESETS = {
     },
     # Not in paper: the third stage of `unireg_heldout`, from the second
     # (--config.train.init_from=…): pairs changed at random and scans cut short, which
-    # the twelve patients alone do not show often enough. 3000 steps took 62 minutes:
-    # head-neck 50.2 -> 51.8 % DSC, liver 1.70 -> 1.57, lung 4.56 -> 4.02 mm. Again as
-    # the fourth, 1000 steps at optim.lr=3e-4 with data.weights.abdomen=2 and an affine
-    # that finds the abdomens: 51.8 %, 1.53 and 3.89 mm, folds 0.60 -> 0.53 %. As the
-    # fifth, 1000 like these with train.passes=2 (43 minutes): 51.9 %, 1.53, 3.69 mm,
-    # 0.54 %; acting twice and both ways 53.6 -> 54.4 %, folds 0.13 -> 0.08 %. For
-    # `unireg` 1500 steps after the third; these and its last 2000 with all patients.
+    # the twelve patients alone do not show often enough. 3000 steps took 62 minutes;
+    # when they were first trained, head-neck 50.2 -> 51.8 % DSC, liver 1.70 -> 1.57,
+    # lung 4.56 -> 4.02 mm. Again as the fourth, 1000 steps at optim.lr=3e-4 with
+    # data.weights.abdomen=2, and as the fifth, 1000 like these with train.passes=2 (35
+    # minutes of a core): 52.5 %, 1.50 and 3.88 mm, folds 0.36 %; acting twice and both
+    # ways 54.1 %, 0.07 %. `unireg` is the same with all patients.
     "real_small_varied": {
         **_REAL_SMALL,
         "data": {
