@@ -204,11 +204,11 @@ def facts(config: Any, *, data: str, features: str = "") -> dict[str, Any]:
 
 
 class Stop:
-    """Whether to stop, agreed on by all processes: `agreed` is called at every step.
+    """Whether to stop, agreed on by all processes, which call `agreed` in one order.
 
-    Several processes sum up their flags on the devices and read the sum of the step
-    before, so that none waits for it and all stop at the same step, one later than
-    asked for.
+    At every step, and between the pairs of a validation. Several processes sum up their
+    flags on the devices and read the sum of the call before, so that none waits for it
+    and all stop at the same place, one later than asked for.
     """
 
     def __init__(self, flag: threading.Event):
