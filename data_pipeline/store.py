@@ -118,7 +118,8 @@ def made_folder(root: Path | str) -> Iterator[Path]:
         volumes = read_index(root)["volumes"] if (root / INDEX_NAME).exists() else []
         made = {"generated", "phantom"}
         others = [v["id"] for v in volumes if not made & set(v.get("source", {}))]
-        if any((root / RECORDS_NAME).glob("*")):  # of a preparation that was stopped
+        begun = (root / RECORDS_NAME).exists()  # a preparation; it may have no scan yet
+        if begun and any(path.is_file() for path in root.glob("*/*")):
             others.append(f"{RECORDS_NAME}/")
         if others:
             raise UserError(

@@ -611,9 +611,10 @@ def _stands(known, pair: Pair, method: Method, options: dict[str, Any]) -> bool:
 
 def same_start(row: dict[str, Any], affine: Any) -> bool:
     """Whether a row began at an affine, but for the rounding of other machines."""
-    close = np.isclose(row.get("start", np.nan), affine, atol=1e-4)
-    close[:3, 3] |= np.isclose(row.get("start", np.eye(4)), affine, atol=0.05)[:3, 3]
-    return bool(close.all())
+    limit = np.full(np.shape(affine), 1e-4)
+    limit[:3, 3:] = 0.05  # mm
+    off = np.abs(np.subtract(row.get("start", np.nan), affine))
+    return bool((off <= limit).all())
 
 
 def _add(path: Path, row: dict[str, Any]) -> None:

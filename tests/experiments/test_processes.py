@@ -55,13 +55,13 @@ def test_signals_stop_what_was_started_but_not_under_nohup(number, ignored, tmp_
         "import sys; from experiments import processes; processes.end_on_signals(); "
         "processes.exit_code([sys.executable, '-c', sys.argv[1]], sys.stdout, 60)"
     )
-    action = signal.signal(number, signal.SIG_IGN) if ignored else None
+    # The suite itself may run under nohup.
+    action = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     with open(tmp_path / "log.txt", "w+") as log:
         try:
             parent = subprocess.Popen([sys.executable, "-c", code, CODE], stdout=log)
         finally:
-            if ignored:
-                signal.signal(number, action)
+            signal.signal(number, action)
         text = ""
         while not text.endswith("\n") and parent.poll() is None:
             time.sleep(0.05)
