@@ -1,6 +1,7 @@
 """Digests of sources: whether a figure that was measured once is still of this code."""
 
 import ast
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ def _form(node: Any) -> Any:
     return type(node).__name__, [(n, v) for n, v in fields if v not in (None, [])]
 
 
+@functools.cache  # several digests are of the same library
 def _meaning(content: bytes) -> bytes:
     tree = ast.parse(content)
     for node in ast.walk(tree):

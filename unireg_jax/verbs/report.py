@@ -185,26 +185,29 @@ def _input(case: _Case, name: str) -> Mapping[str, Any]:
 
 def _check_input(case: _Case, name: str, path: str, known: results.Files) -> None:
     """Refuses a file that is not the one of the record."""
-    if _input(case, name).get("sha256") != known.digest(path)["sha256"]:
-        raise UserError(
-            "checksum",
-            f"{shown(path)}: the file that the record has as {name} expected, its "
-            "digest is another; name that one, or register again",
-            DATA_CHANGED,
-        )
+    said = (
+        f"the file that the record has as {name} expected, its digest is another; name "
+        "that one, or register again"
+    )
+    _check_digest(_input(case, name), path, known, said)
 
 
 def _check_output(case: _Case, name: str, known: results.Files) -> None:
     """Refuses a result that is not the one of the record, whose numbers stand by it."""
     listed = _dict(_dict(case.record.get("outputs")).get(name))
-    path = str(case.folder / name)
+    said = (
+        "the file that was written with the record expected, its digest is another or "
+        "not told; register again"
+    )
+    _check_digest(listed, str(case.folder / name), known, said)
+
+
+def _check_digest(
+    listed: Mapping[str, Any], path: str, known: results.Files, said: str
+) -> None:
+    """Raises UserError, exit code 10, where a record lists another digest."""
     if listed.get("sha256") != known.digest(path)["sha256"]:
-        raise UserError(
-            "checksum",
-            f"{shown(path)}: the file that was written with the record expected, its "
-            "digest is another or not told; register again",
-            DATA_CHANGED,
-        )
+        raise UserError("checksum", f"{shown(path)}: {said}", DATA_CHANGED)
 
 
 def _page(read: _Case, case: _Case, drawn: pictures.Scene) -> str:
