@@ -3,7 +3,8 @@
     python -m experiments.train --config=experiments/unireg.py[:preset] --workdir=DIR
 
 Presets are diffs of `paper`:
-  paper       the published setting; needs --config.data.root=PREPARED (2 mm).
+  paper       the published numbers, features aside; needs --config.data.root=PREPARED
+              (2 mm).
   real_small  scans in a manifest at 4 mm on a CPU; needs --config.data.root=PREPARED.
   real_small_finish  its second stage; also needs --config.train.init_from=WEIGHTS.
   real_small_varied  its third to fifth: pairs changed at random; also init_from.
@@ -26,8 +27,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.data.shape = (192, 192, 160)  # section 4.1
     config.data.spacing_mm = 2.0  # section 4.1
     config.data.hu_window = (-800.0, 400.0)  # section 4.3
-    # Pairs of one step over all devices: supplement C has 1 per device, so set it to
-    # the number of devices for the paper's meaning.
+    # Pairs of one step over all devices: 1 in supplement C, which names no devices.
     config.data.batch_size = 1
     config.data.on_fault = "fail"  # a volume gone bad; or skip, up to 1 in 100
     # A volume that takes longer to read ends the run: its disk does not answer.
@@ -60,7 +60,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict()
     config.model.conditioner = "dynamic"  # or static, Table 6
-    config.model.features = "mind"  # section 5; sam in the paper's main results
+    config.model.features = "mind"  # or sam, as in all of the paper's results
     config.model.embedding = ""  # weights of sam; none: $UNIREG_SAM or the package's
     config.model.combine = "concat"  # section 4.3; sum: the released SAME program
     config.model.encoder = (16, 32, 32, 32)

@@ -1,6 +1,6 @@
 """Building blocks of the backbone: convolution block and pooling.
 
-UniReg, Figure 4: every convolution is 3x3x3 with bias and a LeakyReLU of slope 0.2.
+A LeakyReLU as in UniReg, Figure 4; 3x3x3, bias and slope 0.2 as in SAME's public code.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,8 @@ class UniReg(nn.Module):
     Attributes:
         conditioner: row of HEADS.
         svf_steps: 0 for a plain displacement; n for a stationary velocity field
-            integrated in n squarings (diffeomorphic; 7 in the SAME baseline).
+            integrated in n squarings (diffeomorphic; 7 in the SAME baseline, whose
+            smoothness is of the velocity: ours is of what it integrates to).
         encoder, decoder, remaining, field_level, dtype, conv_impl, remat: see Backbone.
     """
 

@@ -1,9 +1,9 @@
 """Corresponding points by feature matching, and the maps that fit them.
 
-SAM-affine and SAM-coarse of SAMReg (F. Li et al., "SAME++", 2023) for any features with
-a fine and a coarse map: of every query the most similar place anywhere in the other
-scan, kept if the way back ends where it began; a least-squares affine through these
-pairs; a smooth displacement through them on a coarse grid.
+SAM-affine and SAM-coarse of SAMReg (L. Tian et al., "SAME++", 2023) for any features
+with a fine and a coarse map: of every query the most similar place anywhere in the
+other scan, kept if the way back ends where it began; a least-squares affine through
+these pairs; a smooth displacement through them on a coarse grid.
 
 score(p, q) = (cos(fine(p), fine(q)) + cos(coarse(p), coarse(q))) / 2, the coarse map
 resized to the fine grid and normalised again.

@@ -3,13 +3,14 @@
 The greedy algorithm (Yushkevich et al., greedy; the optimiser of ANTs' "greedy SyN" and
 of its like): in every step the gradient of the similarity is smoothed, scaled to a
 fixed length and composed with the displacement, which is smoothed in turn, on a
-pyramid of grids. The network's parameters are not touched.
+pyramid of grids. The network's parameters are not touched. Not the paper's "UniReg +
+IO" (Table 3), which takes 50 steps of Adam on SAM features.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -308,9 +309,6 @@ def compile_refine(
     model: Model,
     plan: Plan,
     shape: tuple[int, int, int] | None = None,
-    *,
-    dtype: Any = np.int16,
-    extractor: Extractor | None = None,
 ) -> Refiner:
     """Compiles `refine` for volumes as a model describes them.
 
@@ -319,12 +317,10 @@ def compile_refine(
         plan: static.
         shape: (X, Y, Z) voxels of the displacement, multiples of 16; None for the
             model's grid.
-        dtype: of the HU volumes, int16 or float32.
-        extractor: of plan.features; None for the model's own, or else the default one
-            of that name, see `load_extractor`.
 
     Returns:
-        Refiner.
+        Refiner. Features are described by the model's extractor where plan.features
+        are its own, else by the default one of that name, see `load_extractor`.
 
     Raises:
         ValueError: shape or plan are not as above.
@@ -333,16 +329,14 @@ def compile_refine(
     """
     check_plan(plan)
     shape = check_shape(model.preprocess.shape if shape is None else shape)
-    own = model.extractor
-    if extractor is None:
-        extractor = own
-        if plan.features not in ("image", own.backend):
-            extractor = load_extractor(plan.features, window=own.window)
+    own = extractor = model.extractor
+    if plan.features not in ("image", own.backend):
+        extractor = load_extractor(plan.features, window=own.window)
     # The network's own features serve again where they are those that are compared.
     described = extractor is own and plan.finer == 1 and plan.features != "image"
     of = jax.ShapeDtypeStruct
     fine = tuple(plan.finer * n for n in shape)
-    hu = of((1, *fine, 1), dtype)
+    hu = of((1, *fine, 1), np.int16)
     maps = jax.eval_shape(features.describe, hu, own) if described else None
     scan = Described(hu, maps)
     program = (

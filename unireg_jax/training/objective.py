@@ -51,8 +51,8 @@ class Weights(NamedTuple):
     Attributes:
         smoothness: per Region, in the order of the enum (lambda, Table 8).
         dice: of (1 - mean soft Dice); 0 leaves labels out.
-        reg_units: "normalized" differentiates the field in [-1, 1] units, in which the
-            paper's lambda and learning rate live; "voxel" in voxels. One is the other
+        reg_units: "normalized" differentiates the field in [-1, 1] units, which the
+            paper does not name but its lambda fits; "voxel" in voxels. One is the other
             times about (n - 1)^2 / 4, some 9000 at 192: never mix them.
         ncc_window: edge of the similarity's window, voxels.
         ncc_scales: on how many grids it is measured, each of half the resolution of

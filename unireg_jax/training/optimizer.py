@@ -27,8 +27,8 @@ def make_optimizer(
         momentum: of SGD.
         clip_norm: bound of the global gradient norm; 0 leaves gradients alone.
         warmup_steps: linear rise from 0 to lr.
-        decay_steps: cosine fall to 2 % of lr at this step; 0 keeps lr constant, as
-            the paper. The schedule is a function of the step alone.
+        decay_steps: cosine fall to 2 % of lr at this step; 0 keeps lr constant,
+            since the paper names no schedule. A function of the step alone.
         head_scale: factor on the updates of the module `head`. Its output is in
             [-1, 1] units, (n - 1) / 2 voxels each; Adam's steps ignore that scale, so
             that about 2 / (n - 1) gives it the steps of a head in voxels.

@@ -1,7 +1,8 @@
 """Dynamic head: kernels generated from image, body region and pair type.
 
-UniReg, sections 3.1.2 and 3.1.3, eq. 3-5. Where the text is silent, the initialisation,
-slopes and pooling follow the authors' own later implementation.
+UniReg, sections 3.1.2 and 3.1.3, eq. 3-5. Where the text is silent, initialisation and
+slopes follow the authors' own later implementation; so does the pooling, a plain mean:
+nothing of the architecture is the "mean-field inference" that section 3.1.2 names.
 """
 
 import flax.linen as nn
