@@ -1,10 +1,11 @@
 """Measuring compiled programs and peers side by side in one process."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,29 @@ def measure(candidates: dict[str, Callable], repeats: int) -> dict[str, Timing]:
                 times[name].append((1e3 * cpu, 1e3 * wall))
     gc.collect()
     return {name: Timing(*np.median(rows, axis=0)) for name, rows in times.items()}
+
+
+def count_macs(jaxpr: Any) -> int:
+    """Multiply-adds of the convolutions and products of a traced program.
+
+    Args:
+        jaxpr: of `jax.make_jaxpr(…).jaxpr`; a loop's body counts once.
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[:-1])
+        elif eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            size = math.prod(lhs[i] for i in contract)
+            total += math.prod(eqn.outvars[0].aval.shape) * size
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += count_macs(inner)
+    return total
 
 
 def machine_limits(repeats: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import synthetic
+from experiments import timing
 from unireg_jax import registration
 from unireg_jax.models import features, layers
 from unireg_jax.models.features import Extractor
@@ -32,25 +33,6 @@ def _inputs(key, batch=1, shape=SHAPE):
     corr = jax.random.uniform(keys[2], (batch, *half, 27))
     region = jnp.arange(batch, dtype=jnp.int32) % 4
     return (*images, corr, region, region % 2)
-
-
-def _macs(jaxpr) -> int:
-    """Multiply-adds of the convolutions and products of a jaxpr."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[:-1])
-        elif eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            size = math.prod(lhs[i] for i in contract)
-            total += math.prod(eqn.outvars[0].aval.shape) * size
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += _macs(inner)
-    return total
 
 
 def test_network_is_float32_in_x64_too(key):
@@ -121,7 +103,7 @@ def test_unireg_has_355405_parameters():
 
 def test_unireg_needs_470_gmacs_at_the_papers_size():
     _, jaxpr = _paper_jaxpr()
-    assert round(_macs(jaxpr) / 1e9, 1) == 470.1
+    assert round(timing.count_macs(jaxpr) / 1e9, 1) == 470.1
 
 
 def test_unireg_field_is_near_zero_at_initialisation(key):
