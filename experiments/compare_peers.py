@@ -163,7 +163,7 @@ def whole_map(field: Field, affine: np.ndarray, grid: Grid) -> np.ndarray:
     def work(part: slice) -> None:
         xyz = grids.positions(grid, part)
         moved, _ = grids.through([field, affine], xyz, edge=True)
-        out[:, :, part] = (moved - xyz).T.reshape(out[:, :, part].shape)
+        out[part] = (moved - xyz).T.reshape(out[part].shape)
 
     grids.slabs(work, grid.shape, None)
     return out

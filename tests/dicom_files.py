@@ -1,7 +1,10 @@
 """Writes CT series as DICOM files, as a scanner would, for the tests that read them."""
 
+import struct
+
 import numpy as np
 import pydicom
+from pydicom import datadict
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -67,3 +70,16 @@ def write_series(
         pydicom.dcmwrite(path, item)
         paths.append(path)
     return paths
+
+
+def respell(path, tag, text):
+    """Gives a short tag of a file other text, which pydicom would not write."""
+    number = datadict.tag_for_keyword(tag)
+    key = struct.pack("<HH", *divmod(number, 1 << 16))
+    key += datadict.dictionary_VR(number).encode()
+    before, found, after = path.read_bytes().partition(key)
+    assert found
+    size = int.from_bytes(after[:2], "little")
+    value = text.encode() + b" " * (len(text) % 2)
+    length = len(value).to_bytes(2, "little")
+    path.write_bytes(before + key + length + value + after[2 + size :])

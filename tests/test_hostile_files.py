@@ -119,7 +119,10 @@ def test_hdf5_cannot_take_its_numbers_from_another_file(tmp_path, victim):
         group.create_virtual_dataset("TransformParameters", layout)
     with h5py.File(tmp_path / "link.h5", "w") as file:
         file["TransformGroup"] = h5py.ExternalLink("good.h5", "/TransformGroup")
-    for name in ("external", "virtual", "link"):
+    with h5py.File(tmp_path / "text.h5", "w") as file:
+        group, place = file.create_group("TransformGroup/0"), [(str(victim), 0, 24)]
+        group.create_dataset("TransformType", 1, "S24", external=place)
+    for name in ("external", "virtual", "link", "text"):
         with pytest.raises(errors.UserError, match="another file"):
             transforms.read_parts(tmp_path / f"{name}.h5")
 

@@ -74,7 +74,7 @@ def test_case_name_keeps_the_dots_of_a_uid():
 def test_json_manifest_with_a_byte_order_mark_is_read(tmp_path):
     text = json.dumps([ROW]).encode()
     (tmp_path / "m.json").write_bytes(b"\xef\xbb\xbf" + text)
-    assert manifest.read(tmp_path / "m.json")[0].id == "a"
+    assert manifest.collect(tmp_path / "m.json").records[0].id == "a"
 
 
 @pytest.mark.parametrize("column", ["image", "label", "label_map"])
@@ -82,7 +82,7 @@ def test_nul_in_a_path_is_refused(tmp_path, column):
     row = ROW | {"label": "l.nii", "label_map": "m.json", column: "a\0.nii"}
     (tmp_path / "m.json").write_text(json.dumps([row]))
     with pytest.raises(UserError, match="a plain path expected") as caught:
-        manifest.read(tmp_path / "m.json")
+        manifest.collect(tmp_path / "m.json")
     assert caught.value.reason == "path_escape"
 
 
@@ -156,7 +156,7 @@ def test_prepared_data_among_the_raw_scans_are_refused(tmp_path, capsys):
 _MILLION = """
 import re, sys
 from data_pipeline.datasets import manifest
-records = manifest.read(sys.argv[1])
+records = manifest.collect(sys.argv[1]).records
 # Not getrusage: its peak is that of the process that started this one, if higher.
 status = open("/proc/self/status").read()
 print(len(records), int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 2**20)

@@ -7,6 +7,7 @@ of ours: exit code 1.
 import os
 import sys
 
+INTERNAL = 1  # a fault of ours
 USAGE = 2  # usage, configuration, manifest: found before any work
 NOTHING = 3  # nothing to do, no valid input
 FAILED = 4  # every item failed
@@ -94,6 +95,25 @@ def bad_file(
     """
     line = f"{shown(path)}: {reason}: expected {expected}, got {got}; {remedy}"
     return UserError(reason, line, exit_code)
+
+
+def of_item(error: Exception) -> UserError:
+    """Makes the UserError of whatever ended one item of a list: it stops no other.
+
+    Args:
+        error: any.
+
+    Returns:
+        A UserError itself; of others `out_of_memory` or `internal`, without their text,
+        which may be a file's.
+    """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MemoryError):
+        line = "more is needed than there is; crop the scans or use a larger machine"
+        return UserError("out_of_memory", f"out_of_memory: {line}", LIMIT)
+    line = "a fault of this program; run it alone for a trace, and please report it"
+    return UserError("internal", f"internal: {type(error).__name__}, {line}", INTERNAL)
 
 
 def tell(line: str) -> None:

@@ -16,6 +16,9 @@ from tests import dicom_files  # noqa: E402  (needs pydicom)
 SHAPE = (12, 9, 7)
 FEET_FIRST_PRONE = (1, 0, 0, 0, -1, 0)
 CORONAL = (1, 0, 0, 0, 0, -1)
+CONTOURS = "1.2.840.10008.5.1.4.1.1.481.3"  # RT Structure Set Storage
+REPORT = "1.2.840.10008.5.1.4.1.1.88.33"  # Comprehensive SR Storage
+PRIVATE = "1.3.12.2.1107.5.9.1"  # of a maker of scanners
 OBLIQUE = (1, 0, 0, 0, np.cos(0.2), np.sin(0.2))
 
 
@@ -151,6 +154,146 @@ def test_a_bad_series_is_refused(tmp_path, hu, edit, reason, says):
     assert "expected" in str(error) and "; " in str(error)
 
 
+FAR = "-1e+06 to 1e+06"
+NUMBERS = [
+    ("RescaleSlope", "abc", "scaling", f"one number from {FAR}, got words"),
+    ("RescaleSlope", "1\\2", "scaling", "got [1, 2]"),
+    ("RescaleSlope", "nan", "scaling", "got nan"),
+    ("RescaleSlope", "1e30", "scaling", "got 1e30"),
+    ("RescaleIntercept", "abc", "scaling", "got words"),
+    ("RescaleIntercept", "-1024\\0", "scaling", "got [-1024, 0]"),
+    ("RescaleIntercept", "-inf", "scaling", "got -inf"),
+    (
+        "ImagePositionPatient",
+        "0\\0\\nan",
+        "affine_nonfinite",
+        f"{FAR}, got [0, 0, nan]",
+    ),
+    ("ImagePositionPatient", "inf\\0\\5", "affine_nonfinite", "got [inf, 0, 5]"),
+    ("ImagePositionPatient", "a\\b\\c", "affine_nonfinite", "3 numbers from"),
+    ("ImagePositionPatient", "0\\5", "affine_nonfinite", "got [0, 5]"),
+    ("ImagePositionPatient", "1e9\\0\\5", "affine_nonfinite", "got [1e9, 0, 5]"),
+    ("PixelSpacing", "2", "spacing", "2 numbers from 0.01 to 100, got 2;"),
+    ("PixelSpacing", "2,0\\2,0", "spacing", "got words"),
+    ("PixelSpacing", "x\\y", "spacing", "got words"),
+    ("PixelSpacing", "-2\\2", "spacing", "got [-2, 2]"),
+    ("PixelSpacing", "nan\\nan", "spacing", "got [nan, nan]"),
+    ("PixelSpacing", "0\\0", "spacing", "got [0, 0]"),
+    ("ImageOrientationPatient", "1\\0\\0\\0\\1", "affine_nonfinite", "6 numbers"),
+    ("ImageOrientationPatient", "a\\0\\0\\0\\1\\0", "affine_nonfinite", "got words"),
+    ("ImageOrientationPatient", "nan\\0\\0\\0\\1\\0", "affine_nonfinite", "[nan"),
+    ("NumberOfFrames", "abc", "dims", "got words"),
+    ("NumberOfFrames", "1.5", "dims", "2.14748e+09, got 1.5"),
+    ("Rows", "\t\0\t\0", "dims", "got [9, 9]"),
+    ("GantryDetectorTilt", "abc", "gantry_tilt", "got words"),
+    ("GantryDetectorTilt", "nan", "gantry_tilt", "got nan"),
+]
+
+
+def _with_numbers(folder, hu):
+    """A series whose slices have every tag of NUMBERS."""
+
+    def edit(item, k):
+        item.NumberOfFrames, item.GantryDetectorTilt = 1, 0
+
+    return dicom_files.write_series(folder, hu, edit=edit)
+
+
+@pytest.mark.parametrize(("tag", "text", "reason", "says"), NUMBERS)
+def test_a_tag_that_is_no_number_is_refused(tmp_path, hu, tag, text, reason, says):
+    """pydicom makes numbers of text when it is asked for them, long after reading."""
+    paths = _with_numbers(tmp_path, hu)
+    dicom_files.respell(paths[0], tag, text)
+    error = _refusal(tmp_path)
+    assert error.reason == reason, str(error)
+    assert f"1-001.dcm: {reason}: expected {tag} of " in str(error)
+    assert says in str(error)
+    assert str(error).endswith("; correct the tag, or export the series again")
+    # Where a series is looked for, what places its slices counts.
+    if reason in ("affine_nonfinite", "spacing", "dims"):
+        with pytest.raises(UserError) as caught:
+            dicom.find_series(tmp_path)
+        assert str(caught.value) == str(error)
+
+
+@pytest.mark.parametrize("tag", ["InstanceNumber", "AcquisitionNumber", "SeriesNumber"])
+def test_a_number_that_orders_slices_is_asked_for_where_it_counts(tmp_path, hu, tag):
+    paths = _with_numbers(tmp_path, hu)
+    dicom_files.respell(paths[0], tag, "abc")
+    np.testing.assert_array_equal(dicom.read_series(tmp_path).data, hu)
+    with pytest.raises(UserError, match=f"slices: expected {tag} of one number"):
+        dicom.find_series(tmp_path)
+
+
+def test_a_number_that_is_empty_is_none(tmp_path, hu):
+    paths = _with_numbers(tmp_path, hu)
+    for tag in ("GantryDetectorTilt", "InstanceNumber"):
+        dicom_files.respell(paths[0], tag, "")
+    np.testing.assert_array_equal(dicom.read_series(tmp_path).data, hu)
+    dicom_files.respell(paths[0], "RescaleSlope", "0")
+    error = _refusal(tmp_path)
+    assert error.reason == "scaling" and "RescaleSlope, got 0 in 1-001" in str(error)
+
+
+@pytest.mark.parametrize("damaged", [0, 3, -1])
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_damaged_slice_is_never_passed_over(tmp_path, hu, damaged, bare):
+    """Nor the first and the last, whose lack leaves no gap."""
+    paths = dicom_files.write_series(tmp_path, hu)
+    if bare:  # named as the disks of scanners do
+        paths = [
+            path.rename(path.with_name(f"1.2.{k}")) for k, path in enumerate(paths)
+        ]
+    path, content = paths[damaged], paths[damaged].read_bytes()
+    for size in (0, *range(1, len(content) - 2 * 12 * 9, 29)):
+        path.write_bytes(content[:size])
+        error = _refusal(tmp_path)
+        reasons = ("truncated", "scaling") if size else ("empty",)
+        assert error.reason in reasons and path.name in str(error), (size, str(error))
+        try:
+            (found,) = dicom.find_series(tmp_path)
+        except UserError as caught:
+            assert str(caught) == str(error)
+        else:  # the place of the slice is there: it is refused when it is read
+            assert len(found.paths) == len(paths)
+    path.write_bytes(bytes(len(content)))  # of a disk that was full
+    assert "got unknown binary data" in str(_refusal(tmp_path))
+    path.write_text("<html>404</html>")
+    if not bare:
+        assert "1-00" in str(_refusal(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [CONTOURS, REPORT, PRIVATE])
+def test_other_objects_beside_a_series_are_passed_over(tmp_path, hu, kind):
+    def other(item, k):
+        item.SOPClassUID = item.file_meta.MediaStorageSOPClassUID = kind
+        for tag in ("Rows", "Columns", "PixelSpacing", "PixelData", "BitsAllocated"):
+            del item[tag]
+
+    dicom_files.write_series(tmp_path, hu[..., :1], prefix="sr-", edit=other)
+    dicom_files.write_series(tmp_path, hu)
+    (tmp_path / "mask.raw").write_bytes(bytes(999))
+    np.testing.assert_array_equal(dicom.read_series(tmp_path).data, hu)
+    (found,) = dicom.find_series(tmp_path)
+    assert len(found.paths) == hu.shape[2]
+
+
+def test_tags_of_no_known_kind_are_damage(tmp_path, hu):
+    """pydicom finds out when they are asked for."""
+    paths = dicom_files.write_series(tmp_path, hu)
+    path, content = paths[-1], paths[-1].read_bytes()
+    for old, new in (
+        (b"\x08\0\x60\0CS", b"\x08\0\x60\0C?"),
+        (b"\x28\0\x10\0US", b"\x28\0\x10\0QS"),
+        (b"\x02\0\x02\0UI\x1a\0", b"\x02\0\x02\0UI\xff\0"),
+    ):
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+        for read in (dicom.read_series, dicom.find_series):
+            with pytest.raises(UserError, match="1-007.dcm: truncated"):
+                read(tmp_path)
+
+
 def test_a_missing_slice_is_refused_by_name(tmp_path, hu):
     paths = dicom_files.write_series(tmp_path, hu)
     paths[3].unlink()
@@ -201,6 +344,7 @@ def test_a_folder_that_may_not_be_read_is_not_called_empty(
 def test_contours_are_no_scan_and_the_remedy_is_told(tmp_path, hu):
     def contours(item, k):
         item.Modality = "RTSTRUCT"
+        item.SOPClassUID = item.file_meta.MediaStorageSOPClassUID = CONTOURS
         del item.Rows
 
     (path, *rest) = dicom_files.write_series(tmp_path / "s", hu, edit=contours)

@@ -8,11 +8,12 @@ import pytest
 import SimpleITK as sitk
 
 from tests import oracles
+from tests.grids import ALL_CODES, positions
 from unireg_jax import errors
 from unireg_jax.errors import UserError
 from unireg_jax.imaging import grids, mapping, nifti, orientation, transforms
 from unireg_jax.imaging.grids import Field, Grid
-from unireg_jax.imaging.inverse import check_inverse, invert
+from unireg_jax.imaging.inverse import check_inverse, doubts, invert
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 
@@ -44,12 +45,6 @@ GRIDS = {
 }
 FIELD_GRID = grid((24, 20, 17), (5.0, 5.5, 7.0), "LPS", (0.12, 0.05, -0.08))
 MOVING_GRID = grid((31, 28, 25), (4.2, 4.4, 5.1), "RSA", (0.05, -0.1, 0.1), (9, -7, 5))
-
-
-def positions(g):
-    """[X, Y, Z, 3] LPS mm."""
-    index = np.stack(np.meshgrid(*map(np.arange, g.shape), indexing="ij"), -1)
-    return index @ g.vox2world[:3, :3].T + g.vox2world[:3, 3]
 
 
 def waves(xyz, *, size=4.0, length=55.0):
@@ -501,6 +496,8 @@ def test_inverse_of_folds_says_so_and_is_refused():
     inverse = invert(whole, MOVING_GRID)
     assert inverse.stats["unsolved_percent"] > 5
     assert np.nanmax(inverse.residual_mm) > 1
+    (line,) = doubts(inverse.stats)
+    assert line.startswith("folding: ") and "off by more than 0.01 mm" in line
     with pytest.raises(UserError, match="the map folds") as caught:
         check_inverse(inverse, "a.h5", 1.0)
     assert (caught.value.reason, caught.value.exit_code) == (
@@ -513,6 +510,8 @@ def test_inverse_refuses_a_grid_that_nothing_leads_to():
     away = Grid((8, 9, 10), place((8, 9, 10), (4, 5, 6), center=CENTER + 900))
     inverse = invert(Mapping((field(),)), away)
     assert np.isnan(inverse.residual_mm).all()
+    (line,) = doubts(inverse.stats)
+    assert line.startswith("no_overlap: the transform leads to 0 % of the moving scan")
     with pytest.raises(UserError, match="name the moving scan") as caught:
         check_inverse(inverse, "a.h5", 1.0)
     assert caught.value.reason == "no_overlap"
@@ -593,8 +592,8 @@ def test_write_keeps_parts_and_grids_without_a_fixed_scan(tmp_path):
 @pytest.mark.parametrize(
     "name, to, parts, reason, match",
     [
-        ("a.mat", None, 0, "name_mismatch", "ends in .h5 or .nii.gz or"),
-        ("a.nii", "itk", 0, "name_mismatch", "ends in .h5, got a.nii; rename"),
+        ("a.mat", None, 0, "name_mismatch", "ends in .h5 or .hdf5 or .nii.gz or"),
+        ("a.nii", "itk", 0, "name_mismatch", "ends in .h5 or .hdf5, got a.nii; rename"),
         ("x_xfm.h5", "bids", 0, "name_mismatch", "from-MOVING_to-FIXED_mode-image"),
         ("a.txt", None, 0, "schema", "without displacements, got a field"),
         ("a.nii.gz", None, 2, "schema", "the fixed scan, whose grid is needed"),
@@ -653,11 +652,6 @@ def test_makers_reject():
 
 # --- every way to store a scan ------------------------------------------------------
 
-ALL_CODES = [
-    "".join(letters)
-    for axes in itertools.permutations(("LR", "PA", "SI"))
-    for letters in itertools.product(*axes)
-]
 STORED = [  # numpy type, slope, intercept
     ("i2", 1, 0),
     ("u2", 1, -1024),

@@ -3,7 +3,6 @@
 import errno
 import gzip
 import io
-import itertools
 import os
 import socket
 import struct
@@ -17,26 +16,13 @@ import SimpleITK as sitk
 
 from experiments.faults import scans
 from tests import oracles
+from tests.grids import ALL_CODES, oblique
 from unireg_jax import errors
 from unireg_jax.errors import UserError
 from unireg_jax.imaging import nifti, orientation
 
 SHAPE = (5, 6, 7)
 SPACING = (3.0, 2.5, 4.0)
-ALL_CODES = [
-    "".join(letters)
-    for axes in itertools.permutations(("LR", "PA", "SI"))
-    for letters in itertools.product(*axes)
-]
-
-
-def oblique():
-    """Voxel -> LPS mm, turned by about 20 degrees about no special axis."""
-    affine = np.eye(4)
-    turn = nib.eulerangles.euler2mat(0.3, -0.2, 0.15)
-    affine[:3, :3] = turn @ np.diag(SPACING)
-    affine[:3, 3] = (-20.0, 35.0, -110.0)
-    return affine
 
 
 def straight():

@@ -8,22 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from tests.grids import ALL_CODES, oblique
 from unireg_jax.imaging import orientation
-
-ALL_CODES = [
-    "".join(letters)
-    for axes in itertools.permutations(("LR", "PA", "SI"))
-    for letters in itertools.product(*axes)
-]
-
-
-def oblique(spacing=(3.0, 2.5, 4.0), origin=(-20.0, 35.0, -110.0)):
-    """Rotation of about 20 degrees about no special axis, LPS mm."""
-    turn = nib.eulerangles.euler2mat(0.3, -0.2, 0.15)
-    affine = np.eye(4)
-    affine[:3, :3] = turn @ np.diag(spacing)
-    affine[:3, 3] = origin
-    return affine
 
 
 def test_imaging_imports_no_jax():

@@ -275,12 +275,26 @@ def test_read_pair_is_line_by_line(tmp_path):
     paths = tmp_path / "f.csv", tmp_path / "m.csv"
     paths[0].write_text("1,2,3\n4,5,6\n")
     paths[1].write_text("7,8,9\n1,1,1\n")
-    pairs = points.read_pair(paths, None, (None, None))
+    pairs = points.read_pair(paths, "lps_mm", (None, None))
     assert pairs.names == ["1", "2"]
     np.testing.assert_array_equal(pairs.moving, [[7, 8, 9], [1, 1, 1]])
     paths[1].write_text("7,8,9\n")
     with pytest.raises(UserError, match="m.csv.*2 points as in .*, line by line"):
         points.read_pair(paths, "lps_mm", (None, None))
+
+
+def test_read_table_takes_no_bare_numbers_for_millimetres(tmp_path):
+    """Those of Learn2Reg are voxels; a header in mm, and files of Slicer, tell."""
+    path = tmp_path / "p.csv"
+    path.write_text("1,2,3\n")
+    with pytest.raises(UserError, match="p.csv.*--points-frame, in a list") as caught:
+        points.read_table(path, None, None)
+    assert (caught.value.reason, caught.value.exit_code) == ("schema", errors.USAGE)
+    path.write_text("x_mm,y_mm,z_mm\n1,2,3\n")
+    np.testing.assert_array_equal(points.read_table(path, None, None), [[1, 2, 3]])
+    path = tmp_path / "p.fcsv"
+    path.write_text("# CoordinateSystem = LPS\n# columns = id,x,y,z\n1,1,2,3\n")
+    np.testing.assert_array_equal(points.read_table(path, None, None), [[1, 2, 3]])
 
 
 @pytest.mark.parametrize("sign", [",", ";"])

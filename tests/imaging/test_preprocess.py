@@ -3,11 +3,11 @@
 import itertools
 import json
 
-import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from tests.grids import oblique, positions
 from unireg_jax.imaging import orientation, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
@@ -17,25 +17,10 @@ SHAPE = (5, 6, 7)
 SPACING = (3.0, 2.5, 4.0)
 
 
-def oblique(spacing=SPACING, origin=(-20.0, 35.0, -110.0)):
-    """Voxel -> LPS mm, turned by about 20 degrees about no special axis."""
-    affine = np.eye(4)
-    turn = nib.eulerangles.euler2mat(0.3, -0.2, 0.15)
-    affine[:3, :3] = turn @ np.diag(spacing)
-    affine[:3, 3] = origin
-    return affine
-
-
 def straight(spacing=SPACING, origin=(0.0, 0.0, 0.0)):
     affine = np.diag([*map(float, spacing), 1.0])
     affine[:3, 3] = origin
     return affine
-
-
-def world(grid):
-    """[X, Y, Z, 3] LPS mm of every point of a grid."""
-    index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
-    return index @ grid.vox2world[:3, :3].T + grid.vox2world[:3, 3]
 
 
 def ellipsoid(points, center, radii):
@@ -44,7 +29,7 @@ def ellipsoid(points, center, radii):
 
 def person(vox2world, shape=(80, 62, 30), center=(0.0, 0.0, 0.0), table="solid"):
     """CT of a trunk with lungs open at the top, on a table, with a wire aside."""
-    points = world(Grid(shape, vox2world)) - center
+    points = positions(Grid(shape, vox2world)) - center
     x, y, z = np.moveaxis(points, -1, 0)
     hu = np.full(shape, -1000.0)
     trunk = (x / 140) ** 2 + (y / 90) ** 2 <= 1
@@ -136,7 +121,7 @@ def test_body_mask_of_fine_voxels_keeps_the_shape(shape):
 
 def test_body_mask_keeps_two_legs():
     grid = Grid((80, 62, 30), centred(PERSON_SPACING))
-    x, y, _ = np.moveaxis(world(grid), -1, 0)
+    x, y, _ = np.moveaxis(positions(grid), -1, 0)
     legs = [((x - side) / 60) ** 2 + (y / 70) ** 2 <= 1 for side in (-90, 90)]
     data = np.where(legs[0] | legs[1], 30, -1000).astype(np.int16)
     mask = preprocess.body_mask(Volume(data, grid.vox2world))
@@ -180,7 +165,7 @@ def test_network_grid_is_centred_on_the_body(codes, turned):
         half = (np.array((80, 62, 30)) - 1) / 2
         vox2world[:3, 3] = -vox2world[:3, :3] @ half
     vox2world[:3, 3] += center
-    points = world(Grid((80, 62, 30), vox2world))
+    points = positions(Grid((80, 62, 30), vox2world))
     body = ellipsoid(points, center, (90, 60, 50))
     data, vox2world = orientation.reorient(
         np.where(body, 40, -1000).astype(np.int16), vox2world, codes
@@ -208,7 +193,7 @@ def test_network_grid_follows_the_codes_of_the_spec():
 def oracle(volume, grid, order):
     """One map_coordinates per grid point, no smoothing."""
     to_voxel = np.linalg.inv(volume.vox2world)
-    coords = world(grid) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+    coords = positions(grid) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
     out = ndimage.map_coordinates(
         volume.data.astype(np.float64),
         np.moveaxis(coords, -1, 0),
@@ -254,11 +239,11 @@ def test_resample_matrix_goes_from_grid_to_volume():
     # A ramp of LPS mm: the value at x must be that of matrix @ x.
     big = Grid((30, 31, 32), straight((4.0, 4.5, 5.0), (-60.0, -60.0, -70.0)))
     weights = np.array([1.0, 10.0, 100.0])
-    volume = Volume(world(big) @ weights, big.vox2world)
+    volume = Volume(positions(big) @ weights, big.vox2world)
     matrix = oblique((1.0, 1.0, 1.0), (3.0, -4.0, 5.0))
     grid = Grid(SHAPE, straight((3.0, 2.5, 4.0)))
     out = preprocess.resample(volume, grid, fill=np.nan, matrix=matrix)
-    moved = world(grid) @ matrix[:3, :3].T + matrix[:3, 3]
+    moved = positions(grid) @ matrix[:3, :3].T + matrix[:3, 3]
     np.testing.assert_allclose(out, moved @ weights, atol=1e-2)  # float32 of 5000
 
 

@@ -6,6 +6,7 @@ import re
 import tracemalloc
 import zlib
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -69,6 +70,98 @@ def test_every_format_gives_the_same_volume(tmp_path, image, ending):
         np.testing.assert_allclose(at, np.rint(at), atol=1e-4)
         assert volume.data[tuple(np.rint(at[:3]).astype(int))] == hu[voxel]
     np.testing.assert_allclose(volume.spacing_mm, SPACING, rtol=1e-6)
+
+
+def same(taken, read):
+    """What an image gives is what its file gives."""
+    assert taken.data.dtype == read.data.dtype and taken.path is None
+    np.testing.assert_array_equal(taken.data, read.data)
+    np.testing.assert_array_equal(taken.vox2world, read.vox2world)
+    np.testing.assert_array_equal(taken.native.vox2world, read.native.vox2world)
+    assert taken.native.shape == read.native.shape
+    assert taken.warnings == read.warnings
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("dtype", [np.int16, ">i4", np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("scaling", [(1, 0), (0, 0), (1, -1024), (0.5, 3.25)])
+def test_image_of_nibabel_is_read_as_its_file(tmp_path, image, ending, dtype, scaling):
+    image, hu = image
+    hu = np.abs(hu) if np.dtype(dtype).kind == "u" else hu
+    path = save(image, tmp_path / f"scan{ending}")
+    header = nib.load(path).header.as_byteswapped("<>"[np.dtype(dtype).str[0] == ">"])
+    header.set_data_shape((*SHAPE, 1))  # a time axis of one frame
+    header.set_data_dtype(dtype)
+    header["scl_slope"], header["scl_inter"] = scaling
+    header["vox_offset"] = 352
+    content = header.binaryblock + b"\0\0\0\0" + hu.astype(dtype).tobytes(order="F")
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    loaded = nib.load(path)
+    same(scans.take_image(loaded, "fixed"), scans.read_scan(path))
+    loaded.get_fdata()  # what nibabel keeps of it changes nothing
+    same(scans.take_image(loaded, "fixed"), scans.read_scan(path))
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_image_of_nibabel_made_of_an_array_is_read_as_its_file(tmp_path, image, kind):
+    path = save(image[0], tmp_path / "scan.nii.gz")
+    loaded = nib.load(path)
+    for array in (image[1], image[1].astype(np.float32) / 7, image[1].astype(float)):
+        made = kind(array, loaded.affine)
+        nib.save(made, tmp_path / "made.nii")
+        same(scans.take_image(made, "fixed"), scans.read_scan(tmp_path / "made.nii"))
+    # The values of the array count, not what a header of int16 would make of them.
+    made = nib.Nifti1Image(image[1] / 7, loaded.affine, loaded.header)
+    taken = scans.take_image(made, "fixed")
+    assert taken.data.dtype == np.float32
+    np.testing.assert_array_equal(
+        nifti.to_native(taken.data, taken), (image[1] / 7).astype(np.float32)
+    )
+    # An affine that was changed in place is the one in force.
+    made.affine[:3, 3] += 10
+    before = made.header.binaryblock
+    moved = scans.take_image(made, "fixed").native.vox2world - taken.native.vox2world
+    np.testing.assert_allclose(moved[:3, 3], (-10, -10, 10), atol=1e-4)
+    assert made.header.binaryblock == before
+
+
+def test_image_of_nibabel_is_refused_as_its_file(tmp_path, image):
+    path = save(image[0], tmp_path / "scan.nii")
+    hu, place = image[1], nib.load(path).affine
+    for made, reason in (
+        (nib.Nifti1Image(hu, None), "orientation_unknown"),
+        (nib.Nifti1Image(np.where(hu > 0, np.nan, 1.0), place), "nonfinite"),
+        (nib.Nifti1Image(hu.astype(complex), place), "dtype"),
+        (nib.Nifti1Image(hu > 0, place, nib.load(path).header), "dtype"),
+        (nib.Nifti1Image(np.stack([hu, hu], -1), place), "ndim"),
+        (nib.Nifti1Image(hu, np.diag([1e-3, 1, 1, 1])), "spacing"),
+    ):
+        with pytest.raises(UserError, match=f"fixed: {reason}: expected") as caught:
+            scans.take_image(made, "fixed")
+        assert caught.value.reason == reason
+    with pytest.raises(UserError, match="at most 8 voxels"):
+        scans.take_image(nib.load(path), "fixed", max_voxels=8)
+    loaded = nib.load(path)
+    path.unlink()
+    with pytest.raises(UserError, match="fixed: storage: .*; load its file again"):
+        scans.take_image(loaded, "fixed")
+
+
+def test_image_of_simpleitk_is_read_as_its_file(tmp_path, image):
+    image = image[0]
+    halves = sitk.Cast(image, sitk.sitkFloat64) + 0.5
+    deep = sitk.JoinSeries(image)  # of one frame
+    for held in (image, halves, deep):
+        path = save(held, tmp_path / "scan.mha")
+        same(scans.take_image(held, "fixed"), scans.read_scan(path))
+    vectors = sitk.Compose(image, image)
+    complex_ = sitk.RealAndImaginaryToComplex(halves, halves)
+    for held in (image[:, :, 3], vectors, complex_):
+        with pytest.raises(UserError, match="fixed: ndim: expected one 3-D volume"):
+            scans.take_image(held, "fixed")
+    image.SetSpacing((1e-3, 1, 1))
+    with pytest.raises(UserError, match="fixed: spacing"):
+        scans.take_image(image, "fixed")
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha"])
@@ -236,6 +329,269 @@ def test_metaimage_in_other_units_is_refused(tmp_path, image):
     with pytest.raises(UserError, match="lengths in mm, got 'um'") as error:
         scans.read_scan(path)
     assert error.value.reason == "units"
+
+
+HEADER = {
+    "NDims": "3",
+    "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+    "Offset": "12 -40 300",
+    "ElementSpacing": "2 3 4",
+    "DimSize": "12 10 8",
+    "ElementType": "MET_SHORT",
+}
+
+
+def save_meta(path, voxels=bytes(2 * 12 * 10 * 8), data="LOCAL", **change):
+    """A MetaImage of other lines than ITK writes; None leaves one out."""
+    lines = {**HEADER, **change, "ElementDataFile": data}
+    text = "".join(f"{k} = {v}\n" for k, v in lines.items() if v is not None)
+    path.write_bytes(text.encode() + (voxels if data == "LOCAL" else b""))
+    if data != "LOCAL":
+        (path.parent / data).write_bytes(voxels)
+    return path
+
+
+def save_nrrd(path, voxels=bytes(2 * 12 * 10 * 8), **change):
+    """An NRRD, likewise."""
+    lines = {
+        "type": "short",
+        "dimension": "3",
+        "space": "left-posterior-superior",
+        "sizes": "12 10 8",
+        "space directions": "(2,0,0) (0,3,0) (0,0,4)",
+        "endian": "little",
+        "encoding": "raw",
+        "space origin": "(12,-40,300)",
+    }
+    lines |= {key.replace("_", " "): value for key, value in change.items()}
+    text = "".join(f"{k}: {v}\n" for k, v in lines.items() if v is not None)
+    path.write_bytes(b"NRRD0004\n" + text.encode() + b"\n" + voxels)
+    return path
+
+
+def refused(path):
+    """By both readers, for one reason and in the same words."""
+    words = set()
+    for read in (scans.read_scan, scans.read_labels):
+        with pytest.raises(UserError) as error:
+            read(path)
+        words.add((error.value.reason, str(error.value)))
+    ((reason, text),) = words
+    return reason, text
+
+
+@pytest.mark.parametrize(
+    ("line", "value", "reason", "says"),
+    [
+        ("Offset", "abc 0 0", "affine_nonfinite", "Offset of 3 finite numbers, got 'a"),
+        ("Offset", "nan 0 0", "affine_nonfinite", "got 'nan 0 0'; correct that line"),
+        ("Offset", "1,5 2,5 3,5", "affine_nonfinite", "got '1,5 2,5 3,5'"),
+        ("Offset", "5 5", "affine_nonfinite", "3 finite numbers, got '5 5'"),
+        ("Offset", "5 5 5 5", "affine_nonfinite", "got '5 5 5 5'"),
+        ("Offset", "1_0 5 5", "affine_nonfinite", "got '1_0 5 5'"),
+        ("Offset", "1e400 0 0", "affine_nonfinite", "got '1e400 0 0'"),
+        ("Offset", "", "affine_nonfinite", "got ''"),
+        ("Offset", "1e9 0 0", "affine_nonfinite", "finite numbers within 1 km"),
+        ("Position", "x", "affine_nonfinite", "Position of 3"),
+        ("Origin", "1 2 3", "orientation_conflict", "Offset and Origin to agree"),
+        ("Rotation", "0 1 0 1 0 0 0 0 1", "orientation_conflict", "and Rotation to"),
+        ("TransformMatrix", "1 0 0 0 x 0 0 0 1", "affine_nonfinite", "Matrix of 9"),
+        ("TransformMatrix", "1 0 0", "affine_nonfinite", "of 9 finite numbers"),
+        (
+            "TransformMatrix",
+            "1 0 0 0 1 0 0 1 0",
+            "affine_singular",
+            "three independent",
+        ),
+        ("ElementSpacing", "2 2", "spacing", "ElementSpacing of 3 finite numbers"),
+        ("ElementSpacing", "1,5 1,5 2,5", "spacing", "got '1,5 1,5 2,5'"),
+        ("ElementSpacing", "nan 2 2", "spacing", "got 'nan 2 2'"),
+        ("ElementSpacing", "0 2 2", "spacing", "ElementSpacing above 0, got '0 2 2'"),
+        ("ElementSpacing", "-2 2 2", "orientation_conflict", "above 0, got '-2 2 2'"),
+    ],
+)
+def test_metaimage_tells_its_place_in_numbers(tmp_path, line, value, reason, says):
+    """ITK takes words for 0, and the next line for what is missing."""
+    found, text = refused(save_meta(tmp_path / "scan.mha", **{line: value}))
+    assert found == reason and says in text, text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", ["Offset", "Position", "Origin"])
+@pytest.mark.parametrize("value", ["12 -40 300", "+12.\t-4.0e1  300.0"])
+def test_metaimage_tells_its_place_under_any_name(tmp_path, line, value):
+    path = save_meta(tmp_path / "scan.mha", **{"Offset": None, line: value})
+    volume = scans.read_labels(path)
+    np.testing.assert_array_equal(volume.native.vox2world[:3, 3], (12, -40, 300))
+    assert not volume.warnings
+
+
+@pytest.mark.parametrize(
+    ("line", "value", "reason", "says"),
+    [
+        ("space origin", "(abc,0,0)", "affine_nonfinite", "origin of 3 finite numbers"),
+        ("space origin", "(nan,0,0)", "affine_nonfinite", "got 'nan 0 0'"),
+        ("space origin", "(0,0)", "affine_nonfinite", "got '0 0'"),
+        ("space origin", "(1e9,0,0)", "affine_nonfinite", "within 1 km"),
+        ("space directions", "(2,0,0) (0,3,0) (0,0,x)", "affine_nonfinite", "'0 0 x'"),
+        ("space directions", "(2,0) (0,3,0) (0,0,4)", "affine_nonfinite", "got '2 0'"),
+        ("space directions", "(2,0,0) (0,3,0) (0,3,0)", "affine_singular", "three ind"),
+        ("space directions", "(2,0,0) (0,3,0) (0,0,0)", "affine_singular", "three ind"),
+    ],
+)
+def test_nrrd_tells_its_place_in_numbers(tmp_path, line, value, reason, says):
+    found, text = refused(save_nrrd(tmp_path / "scan.nrrd", **{line: value}))
+    assert found == reason and says in text, text
+
+
+@pytest.mark.parametrize(
+    ("save", "change", "warning"),
+    [
+        (save_meta, {"Offset": None}, "orientation_unknown: no Offset, read as 0 0 0"),
+        (save_nrrd, {"space origin": None}, "orientation_unknown: no space origin, "),
+        (
+            save_meta,
+            {"TransformMatrix": "1 0.3 0 0 1 0 0 0 1"},
+            "orientation_conflict: axes are not perpendicular (cosine 0.29)",
+        ),
+        (
+            save_nrrd,
+            {"space directions": "(2,0,0) (0.6,2,0) (0,0,4)"},
+            "orientation_conflict: axes are not perpendicular (cosine 0.29)",
+        ),
+        (
+            save_meta,
+            {"TransformMatrix": "2 0 0 0 2 0 0 0 2"},
+            "spacing: ElementSpacing 2 x 3 x 4 mm differs from the affine's 4 x 6 x 8",
+        ),
+        (save_meta, {"ElementSize": "5 5 5"}, None),
+        (save_meta, {"CenterOfRotation": "1 1 1"}, None),
+    ],
+)
+def test_odd_places_of_itk_files_are_warned_of(tmp_path, save, change, warning):
+    """As of NIfTI; what SimpleITK holds of the file is warned of, too."""
+    path = save(tmp_path / f"scan{'.mha' if save == save_meta else '.nrrd'}", **change)
+    found = scans.read_labels(path).warnings
+    if warning is None:
+        assert not found
+        return
+    assert any(line.startswith(warning) for line in found), found
+    assert set(found) <= set(scans.read_scan(path).warnings)
+    if "perpendicular" in warning:
+        taken = scans.take_image(sitk.ReadImage(str(path)), "fixed")
+        assert any(line.startswith(warning) for line in taken.warnings)
+
+
+def test_image_of_simpleitk_far_from_any_patient_is_refused(image):
+    image = image[0]
+    image.SetOrigin((1e9, 0, 0))
+    with pytest.raises(UserError, match="fixed: affine_nonfinite: .* within 1 km"):
+        scans.take_image(image, "fixed")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("extra", [1, 1 << 16, (1 << 16) + 1])
+def test_bytes_after_the_voxels_are_told_as_of_nifti(
+    tmp_path, image, ending, packed, extra
+):
+    path = tmp_path / f"scan{ending}"
+    sitk.WriteImage(image[0], str(path), useCompression=packed)
+    data = max(scans.files_of(path), key=lambda p: p.stat().st_size)
+    expected = scans.read_scan(path)
+    assert not [w for w in expected.warnings if "trailing" in w]
+    data.write_bytes(data.read_bytes() + b"x" * extra)
+    if extra > 1 << 16:
+        with pytest.raises(UserError, match="trailing_data: .* more than 65536 bytes"):
+            scans.read_scan(path)
+        return
+    volume = scans.read_scan(path)
+    np.testing.assert_array_equal(volume.data, expected.data)
+    assert volume.warnings[0] == "trailing_data: bytes after the voxels were ignored"
+
+
+def test_fewer_voxels_than_are_there_are_told(tmp_path):
+    """A size that was changed by hand."""
+    voxels = bytes(2 * 12 * 10 * 80)
+    for path, size in (
+        (save_meta(tmp_path / "a.mha", voxels, DimSize="12 10 70"), 70),
+        (save_nrrd(tmp_path / "a.nrrd", voxels, sizes="12 10 70"), 70),
+    ):
+        volume = scans.read_labels(path)
+        assert volume.data.shape[2] == size
+        assert volume.warnings[0].startswith("trailing_data")
+    voxels = bytes(2 * 12 * 10 * 400)
+    for path in (
+        save_meta(tmp_path / "a.mha", voxels, DimSize="12 10 70"),
+        save_nrrd(tmp_path / "a.nrrd", voxels, sizes="12 10 70"),
+    ):
+        assert refused(path)[0] == "trailing_data"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bytes_that_a_header_skips_are_counted(tmp_path, packed):
+    voxels = np.arange(12 * 10 * 8, dtype="<i2").tobytes()
+    stored = zlib.compress(voxels) if packed else voxels
+    told = {"CompressedData": str(packed), "CompressedDataSize": str(len(stored))}
+    told = told if packed else {}
+
+    def read(stored, skip, save=save_meta, **change):
+        name = "scan.mhd" if save == save_meta else "scan.nrrd"
+        volume = scans.read_labels(save(tmp_path / name, stored, **change, **skip))
+        back = nifti.to_native(volume.data, volume)
+        assert back.astype("<i2").tobytes(order="F") == voxels
+        return volume.warnings
+
+    apart = {"data": "scan.raw", **told}
+    gap = b"x" * 77
+    assert not read(gap + stored, {"HeaderSize": "77"}, **apart)
+    assert read(gap + stored + b"y", {"HeaderSize": "77"}, **apart)
+    path = save_meta(tmp_path / "s.mhd", stored, "s.raw", HeaderSize="77", **told)
+    assert refused(path)[0] in ("truncated", "checksum")
+    if packed:
+        return
+    assert not read(gap + stored, {"HeaderSize": "-1"}, **apart)
+    assert not read(gap + stored, {"byte skip": "77"}, save_nrrd)
+    assert not read(gap + stored, {"byte skip": "-1"}, save_nrrd)
+    assert read(gap + stored + b"y", {"byte skip": "77"}, save_nrrd)
+    path = save_nrrd(tmp_path / "s.nrrd", stored, byte_skip="77")
+    assert refused(path)[0] == "truncated"
+
+
+@pytest.mark.parametrize(
+    ("save", "change", "says"),
+    [
+        (
+            save_meta,
+            {"HeaderSize": "100"},
+            "HeaderSize of 0 beside ElementDataFile = L",
+        ),
+        (save_meta, {"HeaderSize": "abc"}, "HeaderSize of bytes, or -1, got 'abc'"),
+        (save_meta, {"HeaderSize": "-2"}, "got '-2'"),
+        (save_nrrd, {"byte_skip": "1e2"}, "byte skip of bytes, or -1, got '1e2'"),
+        (save_nrrd, {"line_skip": "3"}, "line skip of 0, got '3'"),
+    ],
+)
+def test_where_the_voxels_begin_is_told_in_bytes(tmp_path, save, change, says):
+    """MetaIO counts from the first byte of the header itself."""
+    path = save(tmp_path / f"scan{'.mha' if save == save_meta else '.nrrd'}", **change)
+    reason, text = refused(path)
+    assert reason == "offset" and says in text, text
+
+
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_voxels_that_are_not_there_are_named(tmp_path, image, ending):
+    path = save(image[0], tmp_path / f"scan{ending}")
+    (data,) = set(scans.files_of(path)) - {path}
+    data.unlink()
+    reason, text = refused(path)
+    assert reason == "not_found"
+    assert f"{path}: not_found: expected its voxels beside it in {data.name}" in text
+    data.write_bytes(b"")
+    assert refused(path)[0] == "empty"
+    data.unlink()
+    data.mkdir()
+    assert refused(path)[0] == "not_a_file"
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".mha"])

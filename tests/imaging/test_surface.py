@@ -35,53 +35,57 @@ def brute_force(a, b, spacing):
     )
 
 
+def hd95(a, b, spacing=SPACING):
+    return surface.hd95(surface.surface_distances(a > 0, b > 0, spacing))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_hd95_mm_of_single_voxels_is_their_distance(axis):
+def test_hd95_of_single_voxels_is_their_distance(axis):
     a, b = np.zeros((5, 6, 7), np.uint8), np.zeros((5, 6, 7), np.uint8)
     a[1, 1, 1] = 4
     b[tuple(3 if n == axis else 1 for n in range(3))] = 4
-    assert surface.hd95_mm(a, b, 4, SPACING) == 2 * SPACING[axis]
+    assert hd95(a, b) == 2 * SPACING[axis]
 
 
-def test_hd95_mm_of_equal_labels_is_zero():
-    assert surface.hd95_mm(blob(0), blob(0), 1, SPACING) == 0
+def test_hd95_of_equal_labels_is_zero():
+    assert hd95(blob(0), blob(0)) == 0
 
 
-def test_hd95_mm_absent_label_is_nan():
+def test_hd95_absent_label_is_nan():
     a = np.ones((5, 6, 7), np.uint8)
     for pair in ((a, a * 0), (a * 0, a), (a * 0, a * 0)):
-        assert np.isnan(surface.hd95_mm(*pair, 1, SPACING))
+        assert np.isnan(hd95(*pair))
 
 
-def test_hd95_mm_full_arrays_have_their_border_as_surface():
+def test_hd95_full_arrays_have_their_border_as_surface():
     a = np.ones((5, 6, 7), bool)
-    assert surface.hd95_mm(a, a, True, SPACING) == 0
+    assert hd95(a, a) == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_hd95_mm_equals_brute_force(seed):
+def test_hd95_equals_brute_force(seed):
     a, b = blob(seed), blob(seed + 10, shift=(2, -1, 3))
     expected = brute_force(a > 0, b > 0, SPACING)
     # float64 distances
-    assert surface.hd95_mm(a, b, 1, SPACING) == pytest.approx(expected, abs=1e-9)
-    assert surface.hd95_mm(b, a, 1, SPACING) == pytest.approx(expected, abs=1e-9)
+    assert hd95(a, b) == pytest.approx(expected, abs=1e-9)
+    assert hd95(b, a) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")  # of the peer
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_hd95_mm_agrees_with_surface_distance_package(seed):
+def test_hd95_agrees_with_surface_distance_package(seed):
     peer = pytest.importorskip("surface_distance")
     a, b = blob(seed), blob(seed + 10, shift=(2, -1, 3))
     distances = peer.compute_surface_distances(a > 0, b > 0, SPACING)
     expected = peer.compute_robust_hausdorff(distances, 95)
     # It weighs surface elements, which lie half a voxel off, by their area.
-    got = surface.hd95_mm(a, b, 1, SPACING)
+    got = hd95(a, b)
     assert got == pytest.approx(expected, abs=max(SPACING))
 
 
-def test_hd95_mm_rejects():
+def test_hd95_rejects():
     a = np.zeros((5, 6, 7), np.uint8)
     with pytest.raises(ValueError, match="labels must be two equal"):
-        surface.hd95_mm(a, a[1:], 1, SPACING)
+        hd95(a, a[1:])
     with pytest.raises(ValueError, match="three positive mm, got .0.0, 1.0, 1.0."):
-        surface.hd95_mm(a, a, 1, (0.0, 1.0, 1.0))
+        hd95(a, a, (0.0, 1.0, 1.0))

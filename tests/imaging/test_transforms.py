@@ -1,11 +1,12 @@
 """Displacement fields and affines: what ITK reads is what we meant."""
 
 import concurrent.futures
-import itertools
+import io
 import os
 import struct
 import subprocess
 import sys
+import zipfile
 
 import h5py
 import nibabel as nib
@@ -14,32 +15,19 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
+from tests.grids import ALL_CODES, oblique, positions
 from unireg_jax import errors
 from unireg_jax.errors import UserError
 from unireg_jax.imaging import itk_files, nifti, orientation, transforms
+from unireg_jax.imaging.grids import Grid
 
 SHAPE = (5, 6, 7)
 SPACING = (3.0, 2.5, 4.0)
-ALL_CODES = [
-    "".join(letters)
-    for axes in itertools.permutations(("LR", "PA", "SI"))
-    for letters in itertools.product(*axes)
-]
-
-
-def oblique(origin=(-20.0, 35.0, -110.0)):
-    """Voxel -> LPS mm, turned by about 20 degrees about no special axis."""
-    affine = np.eye(4)
-    turn = nib.eulerangles.euler2mat(0.3, -0.2, 0.15)
-    affine[:3, :3] = turn @ np.diag(SPACING)
-    affine[:3, 3] = origin
-    return affine
 
 
 def world(vox2world, shape=SHAPE):
     """[X, Y, Z, 3] LPS mm of every voxel."""
-    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
-    return index @ vox2world[:3, :3].T + vox2world[:3, 3]
+    return positions(Grid(shape, vox2world))
 
 
 LINEAR = np.array([[0.05, -0.02, 0.01], [0.03, 0.02, -0.04], [-0.01, 0.06, 0.03]])
@@ -259,16 +247,16 @@ def test_write_affine_txt_is_applied_by_simpleitk(tmp_path, center):
         expected = affine()[:3, :3] @ point + affine()[:3, 3]
         moved = peer.TransformPoint(point.tolist())
         np.testing.assert_allclose(moved, expected, atol=1e-10)  # float64
-    np.testing.assert_allclose(transforms.read_affine_txt(path), affine(), atol=1e-12)
+    np.testing.assert_allclose(transforms.read_affine(path), affine(), atol=1e-12)
 
 
-def test_read_affine_txt_of_simpleitk_file(tmp_path):
+def test_read_affine_of_simpleitk_file(tmp_path):
     peer = sitk.AffineTransform(3)
     peer.SetMatrix(affine()[:3, :3].ravel().tolist())
     peer.SetTranslation([1.0, 2.0, 3.0])
     peer.SetCenter([10.0, -20.0, 35.5])
     sitk.WriteTransform(peer, str(tmp_path / "peer.tfm"))
-    matrix = transforms.read_affine_txt(tmp_path / "peer.tfm")
+    matrix = transforms.read_affine(tmp_path / "peer.tfm")
     for point in inner_points(5):
         expected = peer.TransformPoint(point.tolist())
         moved = matrix[:3, :3] @ point + matrix[:3, 3]
@@ -282,8 +270,8 @@ HEAD = "#Insight Transform File V1.0\nTransform: AffineTransform_double_3_3\n"
     "content, reason, match",
     [
         (b"", "empty", "0 bytes"),
-        (b"1 0 0 0\n", "schema", "no '#Insight Transform File' line"),
-        (b"\x89PNG\xff", "schema", "binary data"),
+        (b"1 0 0 0\n", "schema", "an ITK transform .* got text"),
+        (b"\x89PNG\xff", "schema", "got a PNG picture"),
         (HEAD.replace("Affine", "Euler3D"), "schema", "Euler3DTransform_double_3_3"),
         (HEAD.replace("3_3", "2_2"), "schema", "AffineTransform_double_2_2"),
         (HEAD + HEAD, "schema", "got 2 transforms"),
@@ -293,17 +281,44 @@ HEAD = "#Insight Transform File V1.0\nTransform: AffineTransform_double_3_3\n"
         (HEAD + "Parameters:" + " 0" * 12, "affine_singular", "determinant 0"),
     ],
 )
-def test_read_affine_txt_refuses(tmp_path, content, reason, match):
+def test_read_affine_refuses(tmp_path, content, reason, match):
     path = tmp_path / "a.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=match) as caught:
-        transforms.read_affine_txt(path)
+        transforms.read_affine(path)
     assert (caught.value.reason, caught.value.exit_code) == (reason, errors.FAILED)
 
 
-def test_read_affine_txt_refuses_absent(tmp_path):
+def test_read_affine_of_every_spelling_is_the_same(tmp_path):
+    rigid = sitk.Euler3DTransform()
+    rigid.SetRotation(0.1, -0.2, 0.3)
+    rigid.SetTranslation([1.0, 2.0, 3.0])
+    rigid.SetCenter([10.0, -20.0, 35.5])
+    scaled = sitk.AffineTransform(3)
+    scaled.SetMatrix((np.diag([1.1, 0.9, 1.0])).ravel().tolist())
+    both = sitk.CompositeTransform([scaled, rigid])  # the last one acts first
+    spelled = {"e.txt": rigid, "e.tfm": rigid, "e.h5": rigid, "e.mat": rigid}
+    for name, peer in {**spelled, "c.h5": both}.items():
+        sitk.WriteTransform(peer, str(tmp_path / name))
+        matrix = transforms.read_affine(tmp_path / name)
+        for point in inner_points(5):
+            expected = peer.TransformPoint(point.tolist())
+            moved = matrix[:3, :3] @ point + matrix[:3, 3]
+            np.testing.assert_allclose(moved, expected, atol=1e-9)
+
+
+def test_read_affine_refuses_fields(tmp_path):
+    disp, place = np.zeros((3, 4, 5, 3), np.float32), np.eye(4)
+    transforms.write_field(tmp_path / "w.nii.gz", disp, place)
+    transforms.write_composite(tmp_path / "c.h5", affine(), disp, place)
+    for name in ("w.nii.gz", "c.h5"):
+        with pytest.raises(UserError, match="affines alone .* field; name an affine"):
+            transforms.read_affine(tmp_path / name)
+
+
+def test_read_affine_refuses_absent(tmp_path):
     with pytest.raises(UserError, match="got nothing") as caught:
-        transforms.read_affine_txt(tmp_path / "no.txt")
+        transforms.read_affine(tmp_path / "no.txt")
     assert caught.value.reason == "not_found"
 
 
@@ -391,10 +406,30 @@ def test_write_composite_slab_by_slab_is_the_same_file(tmp_path, monkeypatch):
     transforms.write_composite(tmp_path / "one.h5", np.eye(4), disp, vox2world)
     monkeypatch.setattr(transforms.itk_containers, "_SLAB_NUMBERS", 2 * 5 * 6 * 3)
     transforms.write_composite(tmp_path / "many.h5", np.eye(4), disp, vox2world)
-    for name in ("one.h5", "many.h5"):
+    # Chunks that end within a slab, the last one beyond the field.
+    monkeypatch.setattr(transforms.itk_containers, "_CHUNK", 4 * 5 * 7)
+    transforms.write_composite(tmp_path / "chunks.h5", np.eye(4), disp, vox2world)
+    for name in ("one.h5", "many.h5", "chunks.h5"):
         (found, place), _ = transforms.read_parts(tmp_path / name)
         np.testing.assert_array_equal(found, disp)
         np.testing.assert_array_equal(place, vox2world)
+        peer = sitk.ReadTransform(str(tmp_path / name))
+        moved = peer.TransformPoint((4.0, 10.0, 18.0))
+        np.testing.assert_allclose(moved, disp[4, 5, 6] + (4, 10, 18), atol=1e-12)
+
+
+def test_write_composite_lets_no_damaged_number_pass(tmp_path):
+    disp = np.zeros((3, 4, 5, 3), np.float32)
+    path = tmp_path / "a.h5"
+    transforms.write_composite(path, affine(), disp, np.diag([1.0, 2.0, 3.0, 1.0]))
+    content = path.read_bytes()
+    for number in (affine()[0, 1], 2.0, 3.0):  # of the affine, and two spacings
+        at = content.index(struct.pack("<d", number))
+        damaged = bytearray(content)
+        damaged[at + 6] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError):
+            transforms.read_parts(path)
 
 
 def test_write_composite_from_several_threads(tmp_path):
@@ -461,7 +496,9 @@ def test_write_composite_rejects(tmp_path):
 @pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP"])
 def test_l2r_round_trip(tmp_path, codes, name):
     fixed = source(tmp_path, codes)
-    moving = orientation.reorient(np.zeros((6, 5, 8)), oblique((5, 6, 7)), "AIR")[1]
+    moving = orientation.reorient(
+        np.zeros((6, 5, 8)), oblique(origin=(5, 6, 7)), "AIR"
+    )[1]
     disp_mm = displacement(world(fixed.vox2world)).astype(np.float32)
     for options in ({}, {"moving_vox2world": moving}):
         transforms.write_l2r(
@@ -517,6 +554,65 @@ def test_read_l2r_refuses(tmp_path):
         with pytest.raises(UserError, match=match) as caught:
             transforms.read_l2r(tmp_path / name, oblique())
         assert caught.value.reason == reason
+
+
+def npz(header, method=zipfile.ZIP_STORED):
+    """An archive of one array of 24 numbers under any header."""
+    head = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode()
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        archive.writestr("arr_0.npy", head + bytes(96))
+    return stream.getvalue()
+
+
+GOOD = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2, 2, 3), }\n"
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (npz(GOOD.replace("(2, 2, 2, 3), }", "(2, 2, 2, 3)")), "EOF in multi-line"),
+        (npz(GOOD.replace("(2,", "(True,")), "TypeError|bool|integer"),
+        (npz("(" * 5000), "write it again"),
+        (npz(GOOD, zipfile.ZIP_LZMA).replace(b"]\0\0", b"\xff\0\0"), "write it again"),
+        (None, "encrypted"),
+        (None, "compression method"),
+    ],
+)
+def test_read_l2r_refuses_whatever_an_archive_holds(tmp_path, content, match):
+    if content is None:  # the flag, or the number of a method, in both its headers
+        encrypted = match == "encrypted"
+        changed = bytearray(npz(GOOD))
+        place = changed.index(b"PK\1\2")
+        for at in (6, place + 8) if encrypted else (8, place + 10):
+            changed[at] = 1 if encrypted else 99
+        content = bytes(changed)
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=match) as caught:
+        transforms.read_l2r(path, oblique())
+    assert caught.value.reason == "truncated" and "\n" not in str(caught.value)
+
+
+def test_read_l2r_survives_every_flipped_bit_of_the_beginning(tmp_path):
+    path = tmp_path / "a.npz"
+    transforms.write_l2r(path, np.ones((2, 3, 4, 3)), oblique())
+    good = path.read_bytes()
+    refused = 0
+    for place in range(min(300, len(good))):
+        for bit in range(8):
+            path.write_bytes(flipped(good, place, bit))
+            try:
+                transforms.read_l2r(path, oblique())
+            except UserError:
+                refused += 1
+    assert refused > 1000
+
+
+def flipped(content, place, bit):
+    changed = bytearray(content)
+    changed[place] ^= 1 << bit
+    return bytes(changed)
 
 
 # --- transform files of any parts ---------------------------------------------------
@@ -696,6 +792,128 @@ def test_read_parts_refuses_bad_numbers(tmp_path, number, name, value, reason):
     assert caught.value.reason == reason
 
 
+AFFINE, RIGID = "AffineTransform", "VersorRigid3DTransform"
+
+
+@pytest.mark.parametrize(
+    "kind, numbers, match",
+    [
+        (AFFINE, "1 0 0 0 1 0 0 0 1 1e30 0 0", "within 1e.06 .1 km., got 1e.30"),
+        (AFFINE, "1e30 0 0 0 1 0 0 0 1 0 0 0", "within 1e.06 .1 km., got 1e.30"),
+        (AFFINE, "1e300 0 0 0 1e300 0 0 0 1 1e308 0 0", "within .*, got inf"),
+        ("TranslationTransform", "0 -2e6 0", "within .*, got 2e.06"),
+        ("ScaleTransform", "1 1 1e7", "within .*, got 1e.07"),
+        (RIGID, "5 0 0 0 0 0", "versor of length 1 at most, got 5"),
+        (RIGID, "0.8 0.8 0 0 0 0", "versor of length 1 at most, got 1.131"),
+        ("VersorTransform", "1e200 0 0", "versor of length 1 at most, got inf"),
+    ],
+)
+def test_read_parts_refuses_affines_beyond_reason(tmp_path, kind, numbers, match):
+    path = tmp_path / "a.txt"
+    fixed = "FixedParameters: 1e9 0 0" if "e308" in numbers else ""
+    path.write_text(
+        "#Insight Transform File V1.0\n"
+        f"Transform: {kind}_double_3_3\nParameters: {numbers}\n{fixed}\n"
+    )
+    with pytest.raises(UserError, match=match) as caught:
+        transforms.read_parts(path)
+    assert (caught.value.reason, caught.value.exit_code) == (
+        "field_range",
+        errors.FAILED,
+    )
+
+
+@pytest.mark.parametrize(
+    "grid, reason",
+    [
+        ("1e300 1e300 1 0 0 0 1 1 1 1 0 0 0 1 0 0 0 1", "schema"),
+        ("1 1 1 0 0 0 1e300 1 1 1e300 0 0 0 1 0 0 0 1", "affine_singular"),
+        ("1 1 1 0 0 0 1 1 1 1e200 1e200 0 1e200 -1e200 0 0 0 1", "affine_singular"),
+    ],
+)
+def test_read_parts_refuses_grids_beyond_numbers(tmp_path, grid, reason):
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "#Insight Transform File V1.0\n"
+        "Transform: DisplacementFieldTransform_double_3_3\n"
+        f"Parameters: 1 2 3\nFixedParameters: {grid}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        transforms.read_parts(path)
+    assert caught.value.reason == reason
+
+
+def test_read_parts_takes_a_half_turn_whose_versor_is_rounded(tmp_path):
+    # 1 / sqrt(3) rounded up: the length is 1.0000003.
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "#Insight Transform File V1.0\nTransform: VersorTransform_double_3_3\n"
+        "Parameters: 0.5773505 0.5773505 0.5773505\n"
+    )
+    (matrix,) = transforms.read_parts(path)
+    half = np.full((3, 3), 2 / 3) - np.eye(3)
+    np.testing.assert_allclose(matrix[:3, :3], half, atol=1e-6)  # seven digits
+
+
+def test_read_parts_refuses_damage_that_stops_the_library(tmp_path):
+    """One flipped bit each. In a process of its own: HDF5 stayed there, or crashed."""
+    path = tmp_path / "a_Composite.h5"
+    field = displacement(world(oblique())).astype(np.float32)
+    transforms.write_composite(path, affine(), field, oblique())
+    good = path.read_bytes()
+    heap = good.index(b"GCOL")  # size at 8; the first string's number at 16, size at 24
+    text = good.index(b"\x19\x01\x00\x00\x10\x00\x00\x00")  # type of the strings
+    assert good[heap + 24] == len("CompositeTransform_double_3_3")
+    damages = {
+        "checksum": ((heap + 24, 7), (heap + 26, 0), (heap + 31, 7), (heap + 9, 0)),
+        "schema": ((text + 1, 0), (text + 1, 1), (text + 1, 3)),
+    }
+    names = []
+    for reason, bits in damages.items():
+        for number, (place, bit) in enumerate(bits):
+            names.append(f"{reason}_{number}.h5")
+            (tmp_path / names[-1]).write_bytes(flipped(good, place, bit))
+    code = """
+import os, sys
+from unireg_jax.errors import UserError
+from unireg_jax.imaging import mapping
+for path in sys.argv[1:]:
+    try:
+        mapping.read(path)
+    except UserError as error:
+        reason = os.path.basename(path).partition("_")[0]
+        assert error.reason == reason, (path, str(error))
+    else:
+        sys.exit(path)
+"""
+    words = [sys.executable, "-c", code, *(tmp_path / name for name in names)]
+    # Its imports take seconds; what HDF5 did took for ever.
+    run = subprocess.run(words, timeout=120, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_read_parts_looks_at_heaps_alone(tmp_path, monkeypatch):
+    path = tmp_path / "a.h5"
+    transforms.write_composite(path, np.eye(4), np.ones((5, 6, 7, 3)), oblique())
+    good, head = path.read_bytes(), b"GCOL\x01\0\0\0"
+    # Chance, as it may stand among a field's numbers: longer than what follows.
+    path.write_bytes(good + head + b"\xff" * 40)
+    assert len(transforms.read_parts(path)) == 2
+    # More strings than there can be transforms, all of them right.
+    strings = struct.pack("<HHIQ", 1, 1, 0, 0) * 70_000
+    size = struct.pack("<Q", 16 + len(strings))
+    path.write_bytes(good + head + size + strings)
+    with pytest.raises(UserError, match="at most 65536 strings") as caught:
+        transforms.read_parts(path)
+    assert caught.value.reason == "checksum"
+    # Across the blocks in which a large file is looked through.
+    path.write_bytes(flipped(good, good.index(b"GCOL") + 24, 7))
+    for size in (7, 8, 9):
+        monkeypatch.setattr(transforms.heaps, "_BLOCK", size)
+        with pytest.raises(UserError, match="in a heap of strings at byte"):
+            transforms.read_parts(path)
+
+
 def test_write_parts_rejects():
     with pytest.raises(ValueError, match="one or more, got none"):
         transforms.write_parts("a.h5", [])
@@ -831,6 +1049,35 @@ def test_spelling_refuses_what_is_no_transform(tmp_path, content, match):
     with pytest.raises(UserError, match=match) as caught:
         transforms.spelling(tmp_path / "a.h5")
     assert (caught.value.reason, caught.value.exit_code) == ("schema", errors.FAILED)
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        (
+            "T.0.txt",
+            '(Transform "AffineTransform")\n',
+            "got elastix .*`transformix -def",
+        ),
+        (
+            "T.1.txt",
+            '(CompressResultImage "false")\n(Size 9 9)\n(Transform "EulerTransform")\n',
+            "name its deformationField",
+        ),
+        ("greedy.mat", "1 0 0 -2.5\n0 1 0 3e1\n0 0 1 0\n0 0 0 1\n", "RAS mm"),
+        ("c3d.txt", "1 0 0 -2.5\n0 1 0 3e1\n0 0 1 0\n0 0 0 1\n", "-oitk out.txt`"),
+        ("flirt.mat", "1.00000  0  0  4  \n0 1 0 3\n0 0 1 0\n0 0 0 1  \n", "-fsl2ras"),
+    ],
+)
+def test_affines_of_other_tools_are_refused_with_a_way_out(
+    tmp_path, name, content, match
+):
+    (tmp_path / name).write_text(content)
+    for read in (transforms.spelling, transforms.read_affine):
+        with pytest.raises(UserError, match=match) as caught:
+            read(tmp_path / name)
+        assert caught.value.reason == "schema"
+        assert caught.value.exit_code == errors.FAILED
 
 
 @pytest.mark.parametrize("codes", ["LPS", "RAI", "SLP"])

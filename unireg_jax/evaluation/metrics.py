@@ -270,22 +270,6 @@ def summarize_errors(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     return out
 
 
-def slice_positions(matrix: np.ndarray, shape: tuple[int, int], k: int) -> np.ndarray:
-    """Maps the voxels of one slice through a matrix.
-
-    Args:
-        matrix: [4, 4].
-        shape: (X, Y) of the slice.
-        k: index of the slice along the third axis.
-
-    Returns:
-        [X, Y, 3] float64, matrix @ (x, y, k, 1).
-    """
-    x, y = np.ogrid[: shape[0], : shape[1]]
-    rows = [row[0] * x + row[1] * y + (row[2] * k + row[3]) for row in matrix[:3]]
-    return np.stack(rows, axis=-1)
-
-
 def _mean(values: list[float]) -> float:
     """Mean of what is defined; NaN when nothing is."""
     values = [v for v in values if v == v]

@@ -190,7 +190,7 @@ def _met_by_any(
     def work(part: slice) -> None:
         found = _met(whole, grids.positions(fixed, part), moving)
         for values, out in zip(found, (known, inside), strict=True):
-            out[:, :, part] = values.reshape(out[:, :, part].shape)
+            out[part] = values.reshape(out[part].shape)
 
     grids.slabs(work, fixed.shape, None)
     return known, inside

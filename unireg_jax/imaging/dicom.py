@@ -12,13 +12,15 @@ DICOM's world is LPS mm. Voxel [i, j, k] is column i and row j of slice k:
 import importlib.util
 import itertools
 import os
+import struct
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import FAILED, LIMIT, USAGE, Note, UserError, bad_file
+from unireg_jax.errors import FAILED, LIMIT, USAGE, Note, UserError, bad_file, shown
 from unireg_jax.imaging import nifti, orientation
 from unireg_jax.imaging.nifti import Native, Volume
 
@@ -45,6 +47,7 @@ _TAGS = (
     "FrameOfReferenceUID",
     "Rows",
     "Columns",
+    "BitsAllocated",
     "PixelSpacing",
     "ImageOrientationPatient",
     "ImagePositionPatient",
@@ -53,6 +56,36 @@ _TAGS = (
     "RescaleIntercept",
     "RescaleType",
 )
+# What pydicom and its decoders raise for a file that is not whole.
+_DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+)
+_RESCALE = ("RescaleSlope", "RescaleIntercept")
+# Of every image, in this order: the last stands behind what places a slice.
+_OF_IMAGE = ("SeriesInstanceUID", "Rows", "Columns", "BitsAllocated")
+# How many numbers, from where to where, and the reason that refuses others.
+_NUMBERS = {
+    "SeriesNumber": (1, -(2**31), 2**31, "slices"),
+    "AcquisitionNumber": (1, -(2**31), 2**31, "slices"),
+    "InstanceNumber": (1, -(2**31), 2**31, "slices"),
+    "NumberOfFrames": (1, 0, 2**31, "dims"),
+    "SamplesPerPixel": (1, 0, 65535, "dims"),
+    "Rows": (1, 0, 65535, "dims"),
+    "Columns": (1, 0, 65535, "dims"),
+    "PixelSpacing": (2, 0.01, 100, "spacing"),
+    "ImageOrientationPatient": (6, -2, 2, "affine_nonfinite"),
+    "ImagePositionPatient": (3, -1e6, 1e6, "affine_nonfinite"),
+    "GantryDetectorTilt": (1, -360, 360, "gantry_tilt"),
+    "RescaleSlope": (1, -1e6, 1e6, "scaling"),
+    "RescaleIntercept": (1, -1e6, 1e6, "scaling"),
+}
 _SAME = (
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
@@ -100,7 +133,9 @@ def find_series(folder: str | os.PathLike) -> list[Series]:
         Series by patient, date, study, number and part; empty when there is none.
 
     Raises:
-        UserError: `not_installed`, exit code 2, without pydicom; `not_a_file`.
+        UserError: `not_installed`, exit code 2, without pydicom; `not_a_file`; of a
+            damaged file `empty`, `truncated`; of a slice whose tags are no such numbers
+            `affine_nonfinite`, `spacing`, `dims`, `slices`.
     """
     _require_pydicom()
     groups: dict[str, list[tuple[str, Any]]] = {}
@@ -118,7 +153,7 @@ def find_series(folder: str | os.PathLike) -> list[Series]:
                     str(first.get("PatientID", "")),
                     str(first.get("StudyInstanceUID", "")),
                     str(first.get("StudyDate", "")),
-                    int(first.get("SeriesNumber") or 0),
+                    _whole(first, "SeriesNumber"),
                     str(first.get("SeriesDescription", "")),
                     part if len(stacks) > 1 else 0,
                     tuple(path for path, _ in stack),
@@ -148,7 +183,8 @@ def read_series(
         UserError: `not_installed`, exit code 2; `not_dicom` (no DICOM image),
             `series_mixed` (several series, grids or modalities), `slices` (a slice is
             missing or there twice), `gantry_tilt`, `transfer_syntax` (compression that
-            no installed package reads), `scaling`, `dims`, `truncated`, `not_found`.
+            no installed package reads), `affine_nonfinite`, `spacing`, `scaling`,
+            `dims`, `empty`, `truncated`, `not_found`.
     """
     _require_pydicom()
     where, paths = _sources(source)
@@ -156,7 +192,7 @@ def read_series(
     _check_series(where, slices)
     slices, vox2world = _geometry(where, slices)
     first = slices[0][1]
-    shape = (int(first.Columns), int(first.Rows), len(slices))
+    shape = (_whole(first, "Columns"), _whole(first, "Rows"), len(slices))
     if shape[0] * shape[1] * shape[2] > max_voxels:
         raise _fault(
             "too_large",
@@ -166,8 +202,9 @@ def read_series(
             "crop or resample the series",
         )
     array = np.empty(shape, np.float32, order="F")
-    for k, (path, _) in enumerate(slices):
-        array[:, :, k] = _pixels(path, shape[:2])
+    for k, (path, header) in enumerate(slices):
+        slope, intercept = (_numbers(header, tag) for tag in _RESCALE)
+        array[:, :, k] = _pixels(path, shape[:2]) * slope + intercept
     if not np.isfinite(array).all():
         raise _fault(
             "nonfinite", where, "finite HU", "NaN or infinity", "mend RescaleSlope"
@@ -242,8 +279,18 @@ def _header(path: str) -> Any | None:
     import pydicom  # an extra: only who reads DICOM needs it
 
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+        if os.path.getsize(path) == 0:
+            remedy = "copy it again, or remove it"
+            raise _fault("empty", path, "a file with content", "0 bytes", remedy)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what counts, an error comes
+            header = pydicom.dcmread(
+                path, stop_before_pixels=True, specific_tags=list(_TAGS)
+            )
+            for part in (header.file_meta, header):
+                list(part)  # pydicom decodes nothing before
     except pydicom.errors.InvalidDicomError:
+        _check_stranger(path)
         return None
     except PermissionError as error:
         raise nifti.permission_error(path) from error
@@ -251,7 +298,7 @@ def _header(path: str) -> Any | None:
         raise _fault(
             "not_found", path, "a file", "nothing", "check the path"
         ) from error
-    except (OSError, EOFError, ValueError, NotImplementedError) as error:
+    except (*_DAMAGED, pydicom.errors.BytesLengthException) as error:
         raise _fault(
             "truncated",
             path,
@@ -259,6 +306,39 @@ def _header(path: str) -> Any | None:
             _short(error),
             "copy or export it again",
         ) from error
+    absent = [tag for tag in _OF_IMAGE if tag not in header]
+    if absent and _may_be_image(header):
+        expected, remedy = "a whole DICOM image", "copy or export it again"
+        raise _fault("truncated", path, expected, f"no {absent[0]}", remedy)
+    return header
+
+
+def _may_be_image(header: Any) -> bool:
+    """Unless its class is another: contours, a report, something of a maker's own."""
+    kinds = (
+        header.file_meta.get("MediaStorageSOPClassUID"),
+        header.get("SOPClassUID"),
+    )
+    # Only a damaged file has several; only one cut short has nothing but the class.
+    names = [getattr(kind, "name", "Image Storage") for kind in kinds if kind]
+    whole = names and (len(header) or not names[0][:1].isdecimal())
+    return not whole or any("Image Storage" in name for name in names)
+
+
+def _check_stranger(path: str) -> None:
+    """Refuses a file that is not DICOM and was: by its name, or a preamble of zeros."""
+    with open(path, "rb") as file:
+        head = file.read(132)
+    ending = Path(path).suffix.lower()
+    bare = not ending or ending[1:].isdecimal()  # as that of a UID
+    if ending in (".dcm", ".dicom", ".ima") or bare and not any(head[:128]):
+        raise _fault(
+            "truncated",
+            path,
+            "a whole DICOM file",
+            nifti.looks_like(head),
+            "copy or export it again, or remove it",
+        )
 
 
 def _short(error: Exception) -> str:
@@ -271,21 +351,20 @@ def _is_slice(header: Any) -> bool:
         header.get("Modality") == "CT"
         and "LOCALIZER" not in (header.get("ImageType") or ())
         and "SeriesInstanceUID" in header
-        and header.get("ImagePositionPatient") is not None
-        and header.get("ImageOrientationPatient") is not None
-        and header.get("PixelSpacing") is not None
-        and int(header.get("NumberOfFrames") or 1) == 1
+        and len(_numbers(header, "ImagePositionPatient")) > 0
+        and len(_numbers(header, "ImageOrientationPatient")) > 0
+        and len(_numbers(header, "PixelSpacing")) > 0
+        and (_whole(header, "NumberOfFrames") or 1) == 1
     )
 
 
 def _stacks(slices: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
     """Splits the slices of a series into the stacks of one grid that it holds."""
     by_grid: dict[tuple, list] = {}
-    for item in sorted(slices, key=lambda s: (_whole(s, "InstanceNumber"), s[0])):
-        numbers = (*item[1].PixelSpacing, *item[1].ImageOrientationPatient)
-        grid = (_whole(item, "Rows"), _whole(item, "Columns"))
-        grid += tuple(round(float(v), 3) for v in numbers)
-        by_grid.setdefault(grid, []).append(item)
+    for item in sorted(slices, key=lambda s: (_whole(s[1], "InstanceNumber"), s[0])):
+        tags = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")
+        numbers = np.concatenate([_numbers(item[1], tag) for tag in tags])
+        by_grid.setdefault(tuple(numbers.round(3)), []).append(item)
     return [stack for same in by_grid.values() for stack in _split(same)]
 
 
@@ -293,17 +372,16 @@ def _split(slices: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
     """Slices by height: all of them, or by acquisition, or by how often they repeat."""
 
     def height(item: tuple[str, Any]) -> float:
-        place = np.array([float(v) for v in item[1].ImagePositionPatient])
-        return float(_normal(item[1]) @ place)
+        return float(_normal(item[1]) @ _numbers(item[1], "ImagePositionPatient"))
 
     by_acquisition: dict[int, list] = {}
     by_height: dict[float, list] = {}
     for item in slices:
-        by_acquisition.setdefault(_whole(item, "AcquisitionNumber"), []).append(item)
+        by_acquisition.setdefault(_whole(item[1], "AcquisitionNumber"), []).append(item)
         by_height.setdefault(round(height(item), 2), []).append(item)
     gaps = np.diff(sorted(height(item) for item in slices))
     even = not gaps.size or np.abs(gaps - np.median(gaps)).max() <= _GAP_MM
-    numbers = [_whole(s, "AcquisitionNumber") for s in sorted(slices, key=height)]
+    numbers = [_whole(s[1], "AcquisitionNumber") for s in sorted(slices, key=height)]
     # Two phases may interleave to one even stack: then the numbers go to and fro.
     even &= len(list(itertools.groupby(numbers))) == len(by_acquisition)
     parts = [by_acquisition[number] for number in sorted(by_acquisition)]
@@ -322,8 +400,32 @@ def _split(slices: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
     return [sorted(stack, key=height) for stack in stacks]
 
 
-def _whole(item: tuple[str, Any], tag: str) -> int:
-    return int(item[1].get(tag) or 0)
+def _whole(header: Any, tag: str) -> int:
+    """The number of a tag, 0 where it has none."""
+    return int(sum(_numbers(header, tag)))
+
+
+def _numbers(header: Any, tag: str) -> np.ndarray:
+    """Those of a tag of _NUMBERS, none where it is absent or empty."""
+    count, low, high, reason = _NUMBERS[tag]
+    value = header.get(tag)
+    if value is None:
+        return np.empty(0)
+    try:
+        values = np.atleast_1d(np.asarray(value, np.float64))
+    except (TypeError, ValueError, OverflowError):
+        values = np.empty(0)
+    broken = reason in ("dims", "slices") and not (values == np.rint(values)).all()
+    if values.size != count or broken or not np.all((low <= values) & (values <= high)):
+        several = f"{count} numbers" if count > 1 else "one number"
+        raise _fault(
+            reason,
+            header.filename,
+            f"{tag} of {several} from {low:g} to {high:g}",
+            _value(header, tag) if values.size else "words",  # perhaps of a patient
+            "correct the tag, or export the series again",
+        )
+    return values
 
 
 def _headers(where: str, paths: Sequence[str]) -> list[tuple[str, Any]]:
@@ -333,8 +435,8 @@ def _headers(where: str, paths: Sequence[str]) -> list[tuple[str, Any]]:
         header = _header(path)
         if header is None:
             continue
-        if "Rows" not in header or "SeriesInstanceUID" not in header:
-            others.add(header.get("Modality"))  # no image: a report, contours
+        if any(tag not in header for tag in _OF_IMAGE):
+            others.add(str(header.get("Modality")))  # no image: a report, contours
             continue
         slices.append((path, header))
     if slices:
@@ -390,30 +492,30 @@ def _check_series(where: str, slices: list[tuple[str, Any]]) -> None:
         )
     for path, header in slices:
         name = os.path.basename(path)
-        if int(header.get("NumberOfFrames") or 1) > 1:
-            got = f"{header.NumberOfFrames} frames in {name}"
+        if (frames := _whole(header, "NumberOfFrames")) > 1:
+            got = f"{frames} frames in {name}"
             raise _fault(
                 "dims", where, "one slice per file", got, "export single-frame CT"
             )
-        if int(header.get("SamplesPerPixel") or 1) != 1:
+        if _whole(header, "SamplesPerPixel") > 1:
             got = f"colours in {name}"
             raise _fault(
                 "dtype", where, "one value per pixel", got, "pass the CT, no picture"
             )
         for tag in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"):
-            if not header.get(tag):
+            if not _numbers(header, tag).size:
                 got = f"none in {name}"
                 raise _fault("orientation_unknown", where, tag, got, remedy)
-        for tag in ("RescaleSlope", "RescaleIntercept"):
-            if header.get(tag) is None:
-                raise _fault(
-                    "scaling", where, tag, f"none in {name}", "export the series again"
-                )
+        for tag in _RESCALE:
+            values = _numbers(header, tag)
+            if not values.size or tag == "RescaleSlope" and values[0] == 0:
+                got = f"{_value(header, tag)} in {name}"
+                raise _fault("scaling", where, tag, got, "export the series again")
         if str(header.get("RescaleType") or "HU") not in ("HU", "US"):
             got = f"RescaleType {header.RescaleType} in {name}"
             raise _fault("scaling", where, "Hounsfield units", got, remedy)
         for tag in _SAME:
-            if not _equal(header.get(tag), first.get(tag)):
+            if not _equal(header, first, tag):
                 got = f"{_value(header, tag)} in {name}"
                 expected = (
                     f"{tag} {_value(first, tag)} as in {os.path.basename(first_path)}"
@@ -421,23 +523,22 @@ def _check_series(where: str, slices: list[tuple[str, Any]]) -> None:
                 raise _fault("series_mixed", where, expected, got, remedy)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two tags agree; numbers to 1e-4."""
-    if a is None or b is None or isinstance(a, str | int):
-        return a == b
-    return len(a) == len(b) and np.allclose(
-        np.asarray(a, float), np.asarray(b, float), rtol=0, atol=1e-4
-    )
+def _equal(a: Any, b: Any, tag: str) -> bool:
+    """Whether a tag of two headers agrees; numbers to 1e-4."""
+    if tag not in _NUMBERS:
+        return a.get(tag) == b.get(tag)
+    a, b = _numbers(a, tag), _numbers(b, tag)
+    return a.size == b.size and np.allclose(a, b, rtol=0, atol=1e-4)
 
 
 def _value(header: Any, tag: str) -> str:
     value = header.get(tag)
-    return "none" if value is None else str(value)[:64]
+    return "none" if value is None else shown(str(value)[:64])
 
 
 def _normal(header: Any) -> np.ndarray:
     """Unit vector along which slices are stacked."""
-    turn = np.asarray(header.ImageOrientationPatient, np.float64)
+    turn = _numbers(header, "ImageOrientationPatient")
     return np.cross(turn[:3], turn[3:])
 
 
@@ -446,7 +547,7 @@ def _geometry(
 ) -> tuple[list[tuple[str, Any]], np.ndarray]:
     """Slices by position, and voxel -> LPS mm."""
     first = slices[0][1]
-    turn = np.asarray(first.ImageOrientationPatient, np.float64)
+    turn = _numbers(first, "ImageOrientationPatient")
     right, down = turn[:3], turn[3:]
     if not np.allclose(
         [right @ right, down @ down, right @ down], [1, 1, 0], atol=1e-3
@@ -459,7 +560,7 @@ def _geometry(
             "export the series again",
         )
     normal = _normal(first)
-    places = np.array([[float(v) for v in h.ImagePositionPatient] for _, h in slices])
+    places = np.array([_numbers(h, "ImagePositionPatient") for _, h in slices])
     order = np.argsort(places @ normal, kind="stable")
     slices, places = [slices[i] for i in order], places[order]
     if len(slices) < 2:
@@ -470,11 +571,11 @@ def _geometry(
     _check_slices(where, slices, np.diff(heights))
     step = (places[-1] - places[0]) / (len(slices) - 1)
     _check_tilt(where, first, step, normal)
-    rows_mm, columns_mm = (float(v) for v in first.PixelSpacing)
+    rows_mm, columns_mm = _numbers(first, "PixelSpacing")
     vox2world = np.eye(4)
     vox2world[:3, :3] = np.stack([right * columns_mm, down * rows_mm, step], axis=1)
     vox2world[:3, 3] = places[0]
-    shape = (int(first.Columns), int(first.Rows), len(slices))
+    shape = (_whole(first, "Columns"), _whole(first, "Rows"), len(slices))
     nifti.check_extent(where, shape, np.array(orientation.spacing_mm(vox2world)))
     return slices, vox2world
 
@@ -512,7 +613,7 @@ def _check_tilt(where: str, header: Any, step: np.ndarray, normal: np.ndarray) -
     aside = float(np.linalg.norm(step - along * normal))
     degrees = float(np.degrees(np.arctan2(aside, along)))
     leans = aside > _DRIFT * along
-    told = abs(float(header.get("GantryDetectorTilt") or 0))
+    told = abs(sum(_numbers(header, "GantryDetectorTilt")))
     upright = np.abs(normal).max() > 1 - 1e-6
     # Upright slices of a tilted gantry: their positions hide the tilt. Oblique ones
     # that are stacked along their own normal are a proper grid.
@@ -530,7 +631,7 @@ def _check_tilt(where: str, header: Any, step: np.ndarray, normal: np.ndarray) -
 
 
 def _pixels(path: str, shape: tuple[int, int]) -> np.ndarray:
-    """One slice, [columns, rows] float32 HU."""
+    """One slice, [columns, rows] float64 as stored."""
     import pydicom
 
     try:
@@ -548,7 +649,7 @@ def _pixels(path: str, shape: tuple[int, int]) -> np.ndarray:
             _short(error),
             "decompress the files, or `pip install pylibjpeg[all]`",
         ) from error
-    except (OSError, EOFError, ValueError, AttributeError, RuntimeError) as error:
+    except (*_DAMAGED, pydicom.errors.BytesLengthException) as error:
         raise _fault(
             "truncated",
             path,
@@ -560,5 +661,4 @@ def _pixels(path: str, shape: tuple[int, int]) -> np.ndarray:
         raise _fault(
             "dims", path, f"{shape[::-1]} pixels", f"{stored.shape}", "export it again"
         )
-    slope, intercept = float(item.RescaleSlope), float(item.RescaleIntercept)
-    return (stored.astype(np.float64) * slope + intercept).astype(np.float32).T
+    return stored.astype(np.float64).T

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-SLAB_POINTS = 2**19  # some 40 MiB of float64 per worker
+SLAB_POINTS = 2**17  # some 10 MiB of float64 per worker, which a cache holds
 _SAME_MM = 1e-4  # grids whose corners agree so well are one grid
 
 
@@ -92,7 +92,7 @@ def through(
         xyz: [3, N] float64, LPS mm.
         edge: whether a field's edge goes on beyond it, instead of zero.
         on: grid whose voxels, of its slices `part`, the points are; None for any.
-        part: slices of the third axis of `on`.
+        part: slices of the first axis of `on`.
 
     Returns:
         [3, N] float64, LPS mm; and [N] bool, whether each lay within every field.
@@ -102,7 +102,7 @@ def through(
         if not isinstance(step, Field):
             xyz = apply(step, xyz)
         elif on is not None and same(step.grid, on):
-            xyz = xyz + np.moveaxis(step.disp_mm[:, :, part], -1, 0).reshape(3, -1)
+            xyz = xyz + np.moveaxis(step.disp_mm[part], -1, 0).reshape(3, -1)
         else:
             coords = apply(np.linalg.inv(step.vox2world), xyz)
             within = inside(coords, step.grid.shape)
@@ -216,13 +216,14 @@ def slabs(
     """Calls `work` for slabs of a grid, several at a time.
 
     Args:
-        work: called with the slices of the third axis that it is to do.
+        work: called with the slices of the first axis that it is to do.
         shape: (X, Y, Z) of the grid.
         threads: workers; None for one per core, 8 at most.
         points: voxels of one slab; None for SLAB_POINTS.
     """
-    depth = max(1, (points or SLAB_POINTS) // (shape[0] * shape[1]))
-    parts = [slice(k, min(k + depth, shape[2])) for k in range(0, shape[2], depth)]
+    # Of the first axis, so that a slab lies in one piece.
+    depth = max(1, (points or SLAB_POINTS) // (shape[1] * shape[2]))
+    parts = [slice(k, min(k + depth, shape[0])) for k in range(0, shape[0], depth)]
     with concurrent.futures.ThreadPoolExecutor(threads or cores()) as pool:
         for _ in pool.map(work, parts):
             pass
@@ -242,13 +243,13 @@ def positions(grid: Grid, part: slice) -> np.ndarray:
 
     Args:
         grid: Grid.
-        part: slices of its third axis.
+        part: slices of its first axis.
 
     Returns:
         [3, N] float64, LPS mm; the third axis fastest.
     """
     x, y, z = (np.arange(n) for n in grid.shape)
-    z = z[part]
+    x = x[part]
     out = np.empty((3, x.size, y.size, z.size))
     for row, values in zip(grid.vox2world[:3], out, strict=True):
         plane = row[0] * x[:, None] + row[1] * y[None, :] + row[3]

@@ -79,8 +79,8 @@ def invert(
             mapping.parts, grids.apply(after, y + stored), edge=True
         )
         gap = np.where(covered, np.linalg.norm(moved - y, axis=0), np.nan)
-        disp_mm[:, :, part] = stored.T.reshape(disp_mm[:, :, part].shape)
-        residual[:, :, part] = gap.reshape(residual[:, :, part].shape)
+        disp_mm[part] = stored.T.reshape(disp_mm[part].shape)
+        residual[part] = gap.reshape(residual[part].shape)
 
     grids.slabs(work, grid.shape, threads)
     back = (Field(disp_mm, grid.vox2world), after)
@@ -120,6 +120,30 @@ def check_inverse(inverse: Inverse, path: str, limit_percent: float) -> None:
             "register again with more smoothness, or raise --max-unsolved",
             NUMERICAL,
         )
+
+
+def doubts(stats: dict[str, float]) -> list[str]:
+    """Says where a map back is a guess, or leads elsewhere.
+
+    Args:
+        stats: of `invert`.
+
+    Returns:
+        Lines that begin with `no_overlap` or `folding`; none of a good one.
+    """
+    lines = []
+    if stats["covered_percent"] < 50:
+        lines.append(
+            f"no_overlap: the transform leads to {stats['covered_percent']:.4g} % of "
+            "the moving scan, the rest of its inverse is a guess"
+        )
+    if stats["unsolved_percent"] > 0:
+        lines.append(
+            f"folding: {stats['unsolved_percent']:.4g} % of the covered voxels of the "
+            f"inverse are off by more than {stats['tolerance_mm']:g} mm, at most "
+            f"{stats['residual_max_mm']:.4g} mm"
+        )
+    return lines
 
 
 def _solve(
@@ -238,7 +262,7 @@ def _between(
         x, _ = grids.through(inverse.parts, y)
         back, covered = grids.through(mapping.parts, x)
         gap = np.where(covered, np.linalg.norm(back - y, axis=0), np.nan)
-        out[:, :, part] = gap.reshape(out[:, :, part].shape)
+        out[part] = gap.reshape(out[part].shape)
 
     grids.slabs(work, half.shape, threads)
     return out

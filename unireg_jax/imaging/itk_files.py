@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,14 +31,18 @@ _META_NAME = re.compile(rb"(?im)^\s*(ElementDataFile)\s*[=:][ \t]*(.*?)\s*$")
 _META_LINE = re.compile(rb"(?m)^\s*(\w+)[ \t]*[=:][ \t]*(.*?)\s*$")
 _META_END = re.compile(rb"(?m)^\s*ElementDataFile[ \t]*[=:].*\n?")
 _META_NDIMS = re.compile(r"[1-9]|10")  # more, and MetaIO writes beyond its arrays
-_META_SPACING = {"ElementSpacing", "ElementSize"}
-_META_TURN = {"TransformMatrix", "Rotation", "Orientation"}
+_META_SPACING = ("ElementSpacing", "ElementSize")  # the first counts
+_META_TURN = ("TransformMatrix", "Rotation", "Orientation")
+_META_ORIGIN = ("Offset", "Position", "Origin")
 _META_LPS = "RAI"  # from where to where: x from right to left
 _META_TRUE = ("T", "t", "1")  # first letters
 _NRRD_NAME = re.compile(rb"(?im)^\s*data ?file\s*:[ \t]*(.*?)\s*$")
 _NRRD_LINE = re.compile(rb"(?m)^([^:\r\n]+): [ \t]*(.*?)\s*$")
 _NRRD_END = re.compile(rb"\r?\n\r?\n")
 _NRRD_VECTOR = re.compile(r"(?i)\([^()n]+\)")  # of numbers, none of them NaN
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_SKIP = re.compile(r"-1|\d{1,9}")
+_NOWHERE = "orientation_unknown: no {}, read as 0 0 0 mm: where is the patient?"
 _BLOCK = 1 << 20  # bytes inflated at once
 _WBITS = {"gzip": 31, "gz": 31, "zlib": 47}  # the last one takes gzip, as MetaIO
 
@@ -51,17 +55,20 @@ class Image(NamedTuple):
         vox2world: [4, 4] float64, voxel index -> LPS mm.
         told: further lines of the header.
         space: that an NRRD names, in small letters, or "none"; "lps" of a MetaImage.
+        warnings: one line each, `reason: what was seen`.
     """
 
     voxels: np.ndarray
     vox2world: np.ndarray
     told: dict[str, str]
     space: str
+    warnings: tuple[str, ...]
 
 
 class _Header(NamedTuple):
-    """Lines of a header, the file of its voxels, and their first byte there.
+    """Lines of a header, the file of its voxels, and where they begin there.
 
+    `skip` bytes from `start` on are no voxels; -1: all before the last of them.
     MetaIO tells small letters from capitals, NRRD does not, and skips the spaces that
     a name may have: "spacedirections".
     """
@@ -69,6 +76,7 @@ class _Header(NamedTuple):
     lines: dict[str, str]
     data: Path
     start: int
+    skip: int
 
 
 def read(
@@ -89,18 +97,14 @@ def read(
         UserError: `not_found`, `not_a_file`, `permission`, `empty`, `path_escape`;
             `not_installed`, exit code 2, without SimpleITK; `not_nifti` for what ITK
             does not read; `spacing`, `orientation_unknown` for a file that does not
-            tell, which ITK takes for 1 mm and LPS; `units` other than mm; `ndim` of
-            more than ten axes; `truncated`, `checksum`, `trailing_data` for other
-            voxels than the header says, of which ITK takes some for whole; what
-            `check` raises.
+            tell, which ITK takes for 1 mm and LPS; `spacing`, `affine_nonfinite` for
+            no numbers, which it takes for 0; `orientation_conflict` for a spacing
+            below 0, or two lines that differ; `affine_singular`; `units` other than
+            mm; `ndim` of more than ten axes; `truncated`, `checksum`, `trailing_data`,
+            `offset` for other voxels than the header says, of which ITK takes some for
+            whole; what `check` raises.
     """
-    if importlib.util.find_spec("SimpleITK") is None:
-        raise UserError(
-            "not_installed",
-            f"{shown(path)}: NRRD and MetaImage are read by SimpleITK, got none; run "
-            "`pip install unireg-jax[itk]`, or convert the file to NIfTI",
-            USAGE,
-        )
+    check_installed(path)
     import SimpleITK as sitk  # an extra: only who reads these formats needs it
 
     nifti.check_file(path)
@@ -111,14 +115,15 @@ def read(
         check_own_voxels(path)
         header = _header(path)
         check_place = _check_meta_place if _is_meta(path) else _check_nrrd_place
-        check_place(path, header.lines)
+        warnings = check_place(path, header.lines)
         reader.ReadImageInformation()
         size, components = reader.GetSize(), reader.GetNumberOfComponents()
         check(size, components)
         item = sitk.Image((1, 1, 1), reader.GetPixelID()).GetSizeOfPixelComponent()
-        _check_voxels(path, header, math.prod(size) * components * item)
+        wanted = math.prod(size) * components * item
+        warnings += _check_voxels(path, header, wanted)
         image = reader.Execute()
-        array = sitk.GetArrayFromImage(image)
+        voxels, vox2world = placed(image)
     except PermissionError as error:
         raise nifti.permission_error(path) from error
     except RuntimeError as error:
@@ -131,19 +136,54 @@ def read(
             f"none that ITK reads: {said.rpartition('): ')[2][-160:]}",
             "export it again, or convert it to NIfTI",
         ) from error
+    # A key of other bytes than UTF-8 is listed, and cannot be asked for.
+    keys = [key for key in image.GetMetaDataKeys() if key.isprintable()]
+    told = {key: image.GetMetaData(key) for key in keys}
+    space = "lps" if _is_meta(path) else header.lines.get("space", "none").lower()
+    return Image(voxels, vox2world, told, space, tuple(warnings))
+
+
+def placed(image: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Takes voxels and place from an image that SimpleITK holds.
+
+    Args:
+        image: SimpleITK.Image of three axes or more, of which only three may be longer
+            than 1.
+
+    Returns:
+        Voxels [X, Y, Z], or [X, Y, Z, C] of several components, and vox2world [4, 4]
+        float64, voxel index -> LPS mm.
+    """
+    import SimpleITK as sitk  # an extra, there if such an image is
+
+    size, components = image.GetSize(), image.GetNumberOfComponentsPerPixel()
+    array = sitk.GetArrayFromImage(image)
     # ITK's arrays begin with the last axis, and end with the components.
     order = (*reversed(range(len(size))), *range(len(size), array.ndim))
     turn = np.array(image.GetDirection()).reshape(len(size), len(size))
     vox2world = np.eye(4)
     vox2world[:3, :3] = turn[:3, :3] * np.array(image.GetSpacing())[None, :3]
     vox2world[:3, 3] = image.GetOrigin()[:3]
-    # A key of other bytes than UTF-8 is listed, and cannot be asked for.
-    keys = [key for key in image.GetMetaDataKeys() if key.isprintable()]
-    told = {key: image.GetMetaData(key) for key in keys}
     shape = size[:3] if components == 1 else (*size[:3], components)
-    voxels = array.transpose(order).reshape(shape)
-    space = "lps" if _is_meta(path) else header.lines.get("space", "none").lower()
-    return Image(voxels, vox2world, told, space)
+    return array.transpose(order).reshape(shape), vox2world
+
+
+def check_installed(path: str | os.PathLike) -> None:
+    """Refuses a file that SimpleITK has to read, without SimpleITK.
+
+    Args:
+        path: of the file, for the message.
+
+    Raises:
+        UserError: `not_installed`, exit code 2.
+    """
+    if importlib.util.find_spec("SimpleITK") is None:
+        raise UserError(
+            "not_installed",
+            f"{shown(path)}: NRRD and MetaImage are read by SimpleITK, got none; run "
+            "`pip install unireg-jax[itk]`, or convert the file to NIfTI",
+            USAGE,
+        )
 
 
 def data_files(path: str | os.PathLike) -> list[Path]:
@@ -155,11 +195,15 @@ def data_files(path: str | os.PathLike) -> list[Path]:
     Returns:
         Those of its stem that lie beside a `.mhd` or `.nhdr`; none for other names.
     """
+    return [p for p in _beside(path) if p.is_file()]
+
+
+def _beside(path: str | os.PathLike) -> list[Path]:
+    """Where the voxels of a detached header may be."""
     path = Path(path)
     if path.suffix.lower() not in (".mhd", ".nhdr"):
         return []
-    data = (path.with_suffix(ending) for ending in _DATA_ENDINGS)
-    return [p for p in data if p.is_file()]
+    return [path.with_suffix(ending) for ending in _DATA_ENDINGS]
 
 
 def check_own_voxels(path: str | os.PathLike) -> None:
@@ -169,11 +213,12 @@ def check_own_voxels(path: str | os.PathLike) -> None:
         path: `.nrrd`, `.nhdr`, `.mha` or `.mhd`, a regular file.
 
     Raises:
-        UserError: `path_escape`; `not_nifti` for a header that does not end.
+        UserError: `path_escape`; `not_nifti` for a header that does not end; of the
+            file with the voxels `not_found`, `not_a_file`, `permission`, `empty`.
     """
     with open(path, "rb") as file:
         head = file.read(_LARGEST_HEADER + 1)
-    allowed = {os.fsencode(p.name) for p in data_files(path)}
+    allowed = {os.fsencode(p.name): p for p in _beside(path)}
     if _is_meta(path):
         found = _META_NAME.findall(head)
         ends = any(key == b"ElementDataFile" for key, _ in found)
@@ -199,6 +244,12 @@ def check_own_voxels(path: str | os.PathLike) -> None:
             ascii(foreign[0].decode("latin-1")[:80]),
             "save it as one file, .nrrd or .mha",
         )
+    for data in (allowed[name] for name in named):
+        if not os.path.lexists(data):
+            expected = f"its voxels beside it in {shown(data.name)}"
+            remedy = "copy that file, too"
+            raise bad_file(path, "not_found", expected, "nothing", remedy)
+        nifti.check_file(data)
 
 
 def _is_meta(path: str | os.PathLike) -> bool:
@@ -218,16 +269,34 @@ def _header(path: str | os.PathLike) -> _Header:
         lines = {key.lower().replace(" ", ""): lines[key] for key in lines}
     name = lines.get("ElementDataFile" if meta else "datafile", "LOCAL")
     if name.upper() == "LOCAL":
-        return _Header(lines, path, start)
-    return _Header(lines, path.with_name(name), 0)
+        return _Header(lines, path, start, _skip(path, lines, within=True))
+    return _Header(lines, path.with_name(name), 0, _skip(path, lines, within=False))
 
 
-def _check_meta_place(path: str | os.PathLike, lines: dict[str, str]) -> None:
+def _skip(path: Path, lines: dict[str, str], *, within: bool) -> int:
+    """Bytes to be skipped; ITK takes any word for a number."""
+    for name in ("HeaderSize",) if _is_meta(path) else ("line skip", "byte skip"):
+        text = lines.get(name.replace(" ", ""), "0")
+        if name == "line skip" and text != "0":
+            expected = f"{name} of 0"
+        elif not _SKIP.fullmatch(text):
+            expected = f"{name} of bytes, or -1"
+        elif name == "HeaderSize" and within and int(text) > 0:
+            # MetaIO counts from the first byte of the header itself.
+            expected = f"{name} of 0 beside ElementDataFile = LOCAL"
+        else:
+            continue
+        raise bad_file(path, "offset", expected, ascii(text[:40]), "export it again")
+    return int(text)
+
+
+def _check_meta_place(path: str | os.PathLike, lines: dict[str, str]) -> list[str]:
     """Refuses a MetaImage that does not tell its spacing, or how it is turned."""
     if not _META_NDIMS.fullmatch(ndims := lines.get("NDims", "3")):
         got = ascii(ndims[:40])
         raise bad_file(path, "ndim", "NDims from 1 to 10", got, "export it again")
-    if not _META_SPACING & lines.keys():
+    name = next((name for name in _META_SPACING if name in lines), None)
+    if name is None:
         raise bad_file(
             path,
             "spacing",
@@ -235,10 +304,8 @@ def _check_meta_place(path: str | os.PathLike, lines: dict[str, str]) -> None:
             "none",
             "add it, in mm: ElementSpacing = 0.9 0.9 2.5",
         )
-    if (
-        not _META_TURN & lines.keys()
-        and lines.get("AnatomicalOrientation") != _META_LPS
-    ):
+    told = any(name in lines for name in _META_TURN)
+    if not told and lines.get("AnatomicalOrientation") != _META_LPS:
         raise bad_file(
             path,
             "orientation_unknown",
@@ -248,12 +315,32 @@ def _check_meta_place(path: str | os.PathLike, lines: dict[str, str]) -> None:
             "left, y to the back and z to the head",
         )
     _check_units(path, {lines.get("DistanceUnits", "mm")} - {"?"})
+    if (axes := int(ndims)) < 3:
+        return []  # `check` refuses it
+    spacing = _numbers(path, "spacing", name, lines[name], axes)
+    if spacing.min() <= 0:
+        reason = "orientation_conflict" if spacing.min() < 0 else "spacing"
+        got = ascii(lines[name][:80])
+        raise bad_file(path, reason, f"{name} above 0", got, "correct that line")
+    turn = _told(path, lines, _META_TURN, axes * axes)
+    turn = np.eye(axes) if turn is None else turn.reshape(axes, axes).T
+    origin = _told(path, lines, _META_ORIGIN, axes)
+    affine = _affine(turn * spacing, origin)
+    return [
+        *([_NOWHERE.format("Offset")] if origin is None else []),
+        *nifti.check_axes(path, affine),
+        *nifti.spacing_warnings(name, spacing[:3], affine),
+    ]
 
 
-def _check_nrrd_place(path: str | os.PathLike, lines: dict[str, str]) -> None:
+def _check_nrrd_place(path: str | os.PathLike, lines: dict[str, str]) -> list[str]:
     """Refuses an NRRD whose axes have no direction in its space."""
+    _check_units(path, set(re.findall('"(.*?)"', lines.get("spaceunits", ""))) - {""})
+    if "space" not in lines:
+        return []  # whoever has to know the patient refuses it
     directions = lines.get("spacedirections", "none")
-    if "space" in lines and len(_NRRD_VECTOR.findall(directions)) < 3:
+    vectors = _NRRD_VECTOR.findall(directions)
+    if (axes := len(vectors)) < 3:
         raise bad_file(
             path,
             "spacing",
@@ -261,7 +348,58 @@ def _check_nrrd_place(path: str | os.PathLike, lines: dict[str, str]) -> None:
             ascii(directions[:80]),
             "add them, in mm: space directions: (0.9,0,0) (0,0.9,0) (0,0,2.5)",
         )
-    _check_units(path, set(re.findall('"(.*?)"', lines.get("spaceunits", ""))) - {""})
+    columns = [_vector(path, "space directions", v, axes) for v in vectors]
+    origin = lines.get("spaceorigin")
+    if origin is not None:
+        origin = _vector(path, "space origin", origin, axes)
+    nowhere = [_NOWHERE.format("space origin")] if origin is None else []
+    affine = _affine(np.stack(columns, axis=1), origin)
+    return nowhere + nifti.check_axes(path, affine)
+
+
+def _affine(columns: np.ndarray, origin: np.ndarray | None) -> np.ndarray:
+    """[4, 4] of the first three of the axes."""
+    affine = np.eye(4)
+    affine[:3, :3] = columns[:3, :3]
+    affine[:3, 3] = 0 if origin is None else origin[:3]
+    return affine
+
+
+def _told(
+    path: str | os.PathLike, lines: dict[str, str], names: tuple[str, ...], count: int
+) -> np.ndarray | None:
+    """What a MetaImage tells under one of these names, of which MetaIO takes any."""
+    found = {
+        name: _numbers(path, "affine_nonfinite", name, lines[name], count)
+        for name in names
+        if name in lines
+    }
+    values = list(found.values())
+    if any((other != values[0]).any() for other in values[1:]):
+        expected = f"{' and '.join(found)} to agree"
+        got = "different numbers"
+        raise bad_file(
+            path, "orientation_conflict", expected, got, "keep the one that is true"
+        )
+    return values[0] if values else None
+
+
+def _vector(path: str | os.PathLike, name: str, text: str, count: int) -> np.ndarray:
+    """An NRRD's (x,y,z)."""
+    inner = text.removeprefix("(").removesuffix(")").replace(",", " ")
+    return _numbers(path, "affine_nonfinite", name, inner, count)
+
+
+def _numbers(
+    path: str | os.PathLike, reason: str, name: str, text: str, count: int
+) -> np.ndarray:
+    """[count] float64; ITK takes words for 0, and the next line for what is missing."""
+    words = text.split()
+    values = np.array([float(w) for w in words if _NUMBER.fullmatch(w)])
+    if not len(words) == len(values) == count or not np.isfinite(values).all():
+        expected = f"{name} of {count} finite numbers"
+        raise bad_file(path, reason, expected, ascii(text[:80]), "correct that line")
+    return values
 
 
 def _check_units(path: str | os.PathLike, units: set[str]) -> None:
@@ -273,16 +411,23 @@ def _check_units(path: str | os.PathLike, units: set[str]) -> None:
         )
 
 
-def _check_voxels(path: str | os.PathLike, header: _Header, wanted: int) -> None:
+def _check_voxels(path: str | os.PathLike, header: _Header, wanted: int) -> list[str]:
     """Refuses voxels that are damaged or not all there, some of which ITK lets pass."""
-    encoding = _encoding(path, header.lines)
-    there = header.data.stat().st_size - header.start
-    if encoding == "raw" and there < wanted:
-        raise _truncated(path, f"{wanted} bytes of voxels", str(there))
-    if encoding in _WBITS:
-        size = _check_stream(path, header, encoding, wanted)
+    encoding, skip = _encoding(path, header.lines), header.skip
+    if encoding in ("raw", "zlib"):  # else what is skipped lies in the stream
+        header = header._replace(start=header.start + max(skip, 0))
+    there = max(header.data.stat().st_size - header.start, 0)
+    if encoding == "raw":
+        if there < wanted:
+            raise _truncated(path, f"{wanted} bytes of voxels", str(there))
+        used = there if skip < 0 else wanted
+    elif encoding in _WBITS:
+        used = _check_stream(path, header, encoding, wanted)
         if encoding == "zlib":
-            _check_told_size(path, header, size)
+            _check_told_size(path, header, used)
+    else:
+        return []
+    return nifti.trailing_warnings(path, there - used)
 
 
 def _encoding(path: str | os.PathLike, lines: dict[str, str]) -> str:
@@ -319,8 +464,7 @@ def _check_stream(
     """Inflates all, block by block, to the checksum at its end; gives bytes read."""
     least, most = wanted, wanted
     if encoding != "zlib":  # what NRRD skips lies in the stream
-        skip = header.lines.get("byteskip", "0")
-        skip = int(skip) if re.fullmatch(r"-1|\d{1,9}", skip) else 0
+        skip = header.skip
         least, most = wanted + max(skip, 0), wanted + (skip if skip >= 0 else _BLOCK)
     stream, count = zlib.decompressobj(_WBITS[encoding]), 0
     try:

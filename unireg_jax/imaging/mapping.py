@@ -21,7 +21,7 @@ from unireg_jax.imaging.nifti import Volume
 
 # Spelling -> endings of its files; see `write`.
 SPELLINGS = {
-    "itk": (".h5",),
+    "itk": (".h5", ".hdf5"),
     "ants": (".nii.gz", ".nii"),
     "nifti1007": (".nii.gz", ".nii"),
     "nifti1006": (".nii.gz", ".nii"),
@@ -32,6 +32,7 @@ SPELLINGS = {
 }
 USUAL = {
     ".h5": "itk",
+    ".hdf5": "itk",
     ".nii.gz": "nifti1007",
     ".nii": "nifti1007",
     ".npz": "l2r",
@@ -134,7 +135,7 @@ def read(
         path: displacement field as 5-D NIfTI (intent 1007 LPS mm, 1006 RAS mm), NRRD or
             MetaImage (extra `itk`); ITK transform file (`.h5`, `.txt`, `.tfm`) of
             affines and fields in any order; ANTs' binary affine (`.mat`); Learn2Reg
-            field (4-D NIfTI or `.npz`).
+            field (4-D NIfTI or `.npz`); "identity" where no such file is.
         fixed: the fixed scan, which a Learn2Reg field needs: its file tells no world.
         moving: the moving scan; a Learn2Reg field without it lies on one grid with it.
 
@@ -145,6 +146,8 @@ def read(
         UserError: the file is no such transform; reason says why.
     """
     kind = transforms.spelling(path)
+    if kind == transforms.IDENTITY:
+        return Mapping(())
     if kind == "l2r":
         if fixed is None:
             raise bad_file(
@@ -429,7 +432,7 @@ def resample(
         coords = grids.apply(to_voxel, xyz)
         inside = grids.inside(coords, data.shape)
         values = np.where(inside, read_at(data, coords), data.dtype.type(fill))
-        out[:, :, part] = values.reshape(out[:, :, part].shape)
+        out[part] = values.reshape(out[part].shape)
 
     grids.slabs(work, grid.shape, threads)
     return out
@@ -470,7 +473,7 @@ def flatten(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.n
     def work(part: slice) -> None:
         xyz = grids.positions(grid, part)
         moved, _ = grids.through(mapping.parts, xyz, on=grid, part=part)
-        out[:, :, part] = (moved - xyz).T.reshape(out[:, :, part].shape)
+        out[part] = (moved - xyz).T.reshape(out[part].shape)
 
     grids.slabs(work, grid.shape, threads)
     return out
@@ -502,24 +505,21 @@ def jacobian(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.
     out = np.empty(grid.shape, np.float32)
 
     def work(part: slice) -> None:
-        around = slice(max(part.start - 1, 0), min(part.stop + 1, grid.shape[2]))
+        around = slice(max(part.start - 1, 0), min(part.stop + 1, grid.shape[0]))
         xyz = grids.positions(grid, around)
         moved, _ = grids.through(mapping.parts, xyz, on=grid, part=around)
-        disp_mm = (moved - xyz).astype(np.float32).reshape(3, *grid.shape[:2], -1)
+        disp_mm = (moved - xyz).astype(np.float32).reshape(3, -1, *grid.shape[1:])
         inner = slice(part.start - around.start, part.stop - around.start)
         rows = [
-            [
-                np.gradient(disp_mm[i], axis=j)[..., inner] + steps[i, j]
-                for j in range(3)
-            ]
+            [np.gradient(disp_mm[i], axis=j)[inner] + steps[i, j] for j in range(3)]
             for i in range(3)
         ]
         (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rows
         cross = xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx)
-        out[:, :, part] = (cross + xz * (yx * zy - yy * zx)) / size
+        out[part] = (cross + xz * (yx * zy - yy * zx)) / size
 
     # Thicker slabs: each also needs the slices on both sides of it.
-    grids.slabs(work, grid.shape, threads, 4 * grids.SLAB_POINTS)
+    grids.slabs(work, grid.shape, threads, 16 * grids.SLAB_POINTS)
     return out
 
 
@@ -538,7 +538,7 @@ def coverage(mapping: Mapping, grid: Grid, *, threads: int | None = None) -> np.
 
     def work(part: slice) -> None:
         _, inside = grids.through(mapping.parts, grids.positions(grid, part))
-        out[:, :, part] = inside.reshape(out[:, :, part].shape)
+        out[part] = inside.reshape(out[part].shape)
 
     grids.slabs(work, grid.shape, threads)
     return out

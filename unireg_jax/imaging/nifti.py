@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 
 from unireg_jax.errors import FAILED, LIMIT, STORAGE, UserError, bad_file, shown
 from unireg_jax.imaging import orientation
@@ -135,12 +136,50 @@ def read_image(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
     Raises:
         UserError: the file is not a readable 3-D image; reason says why.
     """
-    stored = _load(path, last=(), max_voxels=max_voxels)
-    array = _rescale(stored, path)
-    if array.dtype == np.float32 and not np.isfinite(array).all():
-        count = int((~np.isfinite(array)).sum())
-        raise _fault("nonfinite", path, "finite voxels", f"{count} NaN or infinite")
-    return _volume(stored, array, path, intensity_warnings(array))
+    return _image(_load(path, last=(), max_voxels=max_voxels), path)
+
+
+def take_image(image: nib.Nifti1Pair, name: str, *, max_voxels: int = 2**29) -> Volume:
+    """Takes an image that nibabel holds as `read_image` takes its file.
+
+    Args:
+        image: NIfTI-1 or -2, loaded or made of an array; left as it is.
+        name: for messages.
+        max_voxels: refuse larger images before any voxel is read.
+
+    Returns:
+        Volume of the stored values, of an array those that it has; without a path.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    # A copy: where the affine was changed, the header follows.
+    header = type(image)(image.dataobj, image.affine, image.header).header
+    shape = _check_dims(header, name, (), max_voxels)
+    try:
+        if nib.is_proxy(image.dataobj):
+            _check_dtype(header, name)
+            header["scl_slope"] = image.dataobj.slope
+            header["scl_inter"] = image.dataobj.inter
+            array = image.dataobj.get_unscaled()
+        else:
+            array = image.dataobj
+            header["scl_slope"], header["scl_inter"] = 1, 0
+            header.set_data_dtype(array.dtype)
+            _check_dtype(header, name)
+    except nib.spatialimages.HeaderDataError as error:
+        expected = "whole or real numbers of 8 to 64 bits"
+        raise _fault("dtype", name, expected, str(array.dtype)) from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        got, remedy = str(error).partition("\n")[0][:120], "load its file again"
+        raise _fault(
+            "storage", name, "voxels to be read", got, remedy=remedy
+        ) from error
+    warnings: list[str] = []
+    affine = _check_affine(header, name, shape, warnings)
+    _check_scaling(header, name, warnings)
+    stored = _Stored(header, np.asarray(array).reshape(shape), affine, warnings)
+    return _image(stored, name)._replace(path=None)
 
 
 def read_labels(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
@@ -258,6 +297,15 @@ def read_vectors(
     vectors = _rescale(stored, path).astype(np.float32, copy=False)
     vox2world = orientation.lps_from_ras(stored.affine)
     return stored.header, vectors, Native(vectors.shape[:3], vox2world)
+
+
+def _image(stored: _Stored, path: str | os.PathLike) -> Volume:
+    """Rescaled, on LPS+ axes."""
+    array = _rescale(stored, path)
+    if array.dtype == np.float32 and not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        raise _fault("nonfinite", path, "finite voxels", f"{count} NaN or infinite")
+    return _volume(stored, array, path, intensity_warnings(array))
 
 
 def _volume(
@@ -621,36 +669,11 @@ def _check_affine(
         warnings.append(
             f"orientation_conflict: qfac is {float(header['pixdim'][0]):g}, read as 1"
         )
-    if not np.isfinite(affine).all() or np.abs(affine).max() > 1e6:
-        raise _fault(
-            "affine_nonfinite",
-            path,
-            "finite numbers within 1 km",
-            f"{np.array2string(affine[:3].ravel(), precision=4, max_line_width=999)}",
-        )
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    cosines = affine[:3, :3] / np.where(spacing > 0, spacing, 1.0)
-    if abs(np.linalg.det(cosines)) < 1e-3:
-        raise _fault(
-            "affine_singular",
-            path,
-            "three independent axes",
-            f"directions with determinant {np.linalg.det(cosines):.2g}",
-        )
-    check_extent(path, shape, spacing)
-    shear = np.abs(cosines.T @ cosines - np.eye(3)).max()
-    if shear > 1e-4:
-        warnings.append(
-            f"orientation_conflict: axes are not perpendicular (cosine {shear:.2g}); "
-            "ITK cannot hold this geometry"
-        )
+    warnings += check_axes(path, affine)
+    check_extent(path, shape, np.linalg.norm(affine[:3, :3], axis=0))
     if len(forms) == 2:
         _compare_forms(forms, path, shape, warnings)
-    pixdim = np.asarray(header["pixdim"][1:4], np.float64)
-    if (np.abs(pixdim - spacing) > 1e-3 * spacing).any():
-        warnings.append(
-            f"spacing: pixdim {_mm(pixdim)} differs from the affine's {_mm(spacing)}"
-        )
+    warnings += spacing_warnings("pixdim", header["pixdim"][1:4], affine)
     return affine
 
 
@@ -702,6 +725,62 @@ def _check_pixdim(header: Any, path: str | os.PathLike) -> None:
 def _mm(lengths: np.ndarray) -> str:
     """Three lengths in words."""
     return " x ".join(f"{length:.4g}" for length in lengths) + " mm"
+
+
+def check_axes(path: str | os.PathLike, affine: np.ndarray) -> list[str]:
+    """Refuses a grid that spans no volume, or lies nowhere near a patient.
+
+    Args:
+        path: file, for the message.
+        affine: [4, 4] float, voxel index -> mm of any world.
+
+    Returns:
+        No or one line, `orientation_conflict: …`, of axes that are not perpendicular.
+
+    Raises:
+        UserError: `affine_nonfinite`, `affine_singular`.
+    """
+    if not np.isfinite(affine).all() or np.abs(affine).max() > 1e6:
+        raise _fault(
+            "affine_nonfinite",
+            path,
+            "finite numbers within 1 km",
+            f"{np.array2string(affine[:3].ravel(), precision=4, max_line_width=999)}",
+        )
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = affine[:3, :3] / np.where(spacing > 0, spacing, 1.0)
+    if abs(np.linalg.det(cosines)) < 1e-3:
+        raise _fault(
+            "affine_singular",
+            path,
+            "three independent axes",
+            f"directions with determinant {np.linalg.det(cosines):.2g}",
+        )
+    shear = np.abs(cosines.T @ cosines - np.eye(3)).max()
+    if shear <= 1e-4:
+        return []
+    return [
+        f"orientation_conflict: axes are not perpendicular (cosine {shear:.2g}); "
+        "not every tool can hold this geometry"
+    ]
+
+
+def spacing_warnings(name: str, told: np.ndarray, affine: np.ndarray) -> list[str]:
+    """Warns where the spacing that a header tells is not that of its affine.
+
+    Args:
+        name: what tells it.
+        told: [3] voxel edge lengths, mm.
+        affine: [4, 4] float, voxel index -> mm; in force.
+
+    Returns:
+        No or one line, `spacing: …`.
+    """
+    told, spacing = np.asarray(told, np.float64), orientation.spacing_mm(affine)
+    if np.allclose(told, spacing, rtol=1e-3, atol=0):
+        return []
+    words = f"{_mm(told)} differs from the affine's {_mm(spacing)}"
+    return [f"spacing: {name} {words}"]
 
 
 def check_extent(
@@ -781,20 +860,36 @@ def _drain(stream: BinaryIO, path: str | os.PathLike, warnings: list[str]) -> No
     try:
         while block := stream.read(_TRAILING):
             extra += len(block)
-            if extra > _TRAILING:
-                raise _fault(
-                    "trailing_data",
-                    path,
-                    "the end of the file after the voxels",
-                    f"more than {_TRAILING} bytes",
-                )
+            trailing_warnings(path, extra)
     except gzip.BadGzipFile as error:
         # Raised after an intact member when what follows is no gzip member.
         if not str(error).startswith("Not a gzipped file"):
             raise
         extra += 1
-    if extra:
-        warnings.append("trailing_data: bytes after the voxels were ignored")
+    warnings += trailing_warnings(path, extra)
+
+
+def trailing_warnings(path: str | os.PathLike, extra: int) -> list[str]:
+    """Warns of bytes after the voxels, and refuses many.
+
+    Args:
+        path: file, for the message.
+        extra: bytes.
+
+    Returns:
+        No or one line, `trailing_data: …`.
+
+    Raises:
+        UserError: `trailing_data`, of more than 64 KiB.
+    """
+    if extra > _TRAILING:
+        raise _fault(
+            "trailing_data",
+            path,
+            "the end of the file after the voxels",
+            f"more than {_TRAILING} bytes",
+        )
+    return ["trailing_data: bytes after the voxels were ignored"] if extra else []
 
 
 def _rescale(stored: _Stored, path: str | os.PathLike) -> np.ndarray:
@@ -1026,7 +1121,7 @@ def clean_header(header: Any) -> Any:
 
 
 def write_array(
-    path: str | os.PathLike, array: np.ndarray, header: Any, *, dtype=None, level=4
+    path: str | os.PathLike, array: np.ndarray, header: Any, *, dtype=None
 ) -> None:
     """Writes an array under a header whose geometry is already right.
 
@@ -1035,7 +1130,6 @@ def write_array(
         array: [X, Y, Z] or [X, Y, Z, 1, 3], axes in file order.
         header: nibabel header; dims, type, scaling and offset are set here.
         dtype: storage type; by default array's, float64 as float32, bool as uint8.
-        level: gzip level; 1 for float fields, which hardly shrink.
 
     Raises:
         ValueError: values that dtype cannot hold, or a wrong name.
@@ -1057,12 +1151,25 @@ def write_array(
     ordered = dtype.newbyteorder(header.endianness)
     with atomic_path(path) as temp, open(temp, "wb") as file:
         if name.lower().endswith(".gz"):
-            # No name and no time in the gzip header: equal data give equal bytes.
-            with gzip.GzipFile("", "wb", level, file, mtime=0) as packed:
+            with packing(file) as packed:
                 _write_stream(packed, array, header, ordered)
         else:
             _write_stream(file, array, header, ordered)
         file.flush()
+
+
+def packing(file: BinaryIO) -> BinaryIO:
+    """A stream that is compressed into a file as gzip.
+
+    Args:
+        file: open for writing; its owner closes it.
+
+    Returns:
+        To be written to and closed. No name and no time are in it: equal data give
+        equal bytes.
+    """
+    # Some six times as fast as zlib's lowest level, files as small.
+    return igzip.GzipFile("", "wb", 2, file, mtime=0)
 
 
 def _write_stream(
@@ -1070,8 +1177,8 @@ def _write_stream(
 ) -> None:
     """Header, no extensions, voxels with the first axis fastest."""
     stream.write(header.binaryblock + b"\0\0\0\0")
-    for k in range(array.shape[-1]):
-        block = array[..., k]
+    for behind in np.ndindex(array.shape[:1:-1]):  # plane by plane: no large copy
+        block = array[(..., *reversed(behind))]
         if dtype.kind in "iu" and array.dtype.kind == "f":
             block = np.rint(block)
         stream.write(block.astype(dtype).tobytes(order="F"))

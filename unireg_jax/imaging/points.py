@@ -82,7 +82,7 @@ def read_points(path: str | os.PathLike) -> PointPairs:
 
 
 def read_table(
-    path: str | os.PathLike, frame: str, volume: Volume | None
+    path: str | os.PathLike, frame: str | None, volume: Volume | None
 ) -> np.ndarray:
     """Reads the points of one scan; points of two scans correspond line by line.
 
@@ -90,6 +90,7 @@ def read_table(
         path: as of `read_file`; or a table of any other name, also between white space,
             with columns x, y, z (or x_mm ...), or no header and three numbers first.
         frame: one of FRAMES, of a table; voxel indices count along the axes as stored.
+            None: LPS mm, of a table with a header.
         volume: the scan, whose grid gives voxels their place; None with mm.
 
     Returns:
@@ -98,9 +99,10 @@ def read_table(
     Raises:
         ValueError: frame is none of FRAMES.
         UserError: `not_found`, `not_a_file`, `permission`, `empty`; `schema` for a line
-            that is no point, or landmarks of two scans in one table.
+            that is no point, or landmarks of two scans in one table; exit code 2 for a
+            table without header and frame.
     """
-    if frame not in FRAMES:
+    if frame not in (None, *FRAMES):
         raise ValueError(f"frame must be one of {FRAMES}, got {frame!r}")
     if not _is_table(path):
         found = read_file(path)
@@ -113,7 +115,15 @@ def read_table(
     if point_tables.places(table, FIXED):
         raise point_tables.no_columns(path, table, "x, y, z of one scan")
     values = point_tables.numbers(path, table, _columns(path, table))
-    if frame == "lps_mm":
+    if frame is None and not table.head:
+        raise _usage(
+            path,
+            f"the frame of a table without a header, {', '.join(FRAMES)}",
+            "none",
+            "name it by --points-frame, in a list by the column points_frame "
+            "(Learn2Reg's tables: voxel_from_0)",
+        )
+    if frame in (None, "lps_mm"):
         return values
     matrix = _to_lps("voxel", volume, path)
     indices = values - (frame == "voxel_from_1")
@@ -129,7 +139,7 @@ def read_pair(
 
     Args:
         paths: tables of the fixed and of the moving scan, as of `read_table`.
-        frame: as of `read_table`, of both; None for LPS mm.
+        frame: as of `read_table`, of both.
         volumes: the fixed and the moving scan, as of `read_table`.
 
     Returns:
@@ -140,7 +150,7 @@ def read_pair(
         UserError: as `read_table`; `schema` for tables of other lengths.
     """
     fixed, moving = (
-        read_table(path, frame or "lps_mm", volume)
+        read_table(path, frame, volume)
         for path, volume in zip(paths, volumes, strict=True)
     )
     if len(fixed) != len(moving):

@@ -7,6 +7,7 @@ axes, and its results go back to the grid that was stored.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -36,7 +37,51 @@ def read_scan(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
         UserError: what `nifti.read_image` and `dicom.read_series` raise;
             `not_installed`, exit code 2, without the package that reads the format.
     """
-    volume = _read_image(path, max_voxels)
+    return _told_labels(_read_image(path, max_voxels))
+
+
+def is_image(scan: Any) -> bool:
+    """Says whether nibabel, as NIfTI, or SimpleITK holds a scan.
+
+    Args:
+        scan: anything.
+
+    Returns:
+        Whether `take_image` takes it.
+    """
+    # By name: an image is there only if its package is.
+    of_itk = type(scan).__module__.partition(".")[0] == "SimpleITK"
+    return isinstance(scan, nib.Nifti1Pair) or of_itk and hasattr(scan, "GetDirection")
+
+
+def take_image(image: Any, name: str, *, max_voxels: int = 2**29) -> Volume:
+    """Takes an image of nibabel or SimpleITK as `read_scan` takes its file.
+
+    Args:
+        image: see `is_image`; left as it is.
+        name: for messages.
+        max_voxels: refuse larger images before any voxel is read.
+
+    Returns:
+        Volume, as of the file; without a path.
+
+    Raises:
+        UserError: as `read_scan`.
+    """
+    if isinstance(image, nib.Nifti1Pair):
+        return _told_labels(nifti.take_image(image, name, max_voxels=max_voxels))
+    parts = 2 if "complex" in image.GetPixelIDTypeAsString() else 1
+    parts *= image.GetNumberOfComponentsPerPixel()
+    _check_shape(name, image.GetSize(), parts, max_voxels)
+    array, vox2world = itk_files.placed(image)
+    warnings = nifti.check_axes(name, vox2world)
+    _check_extent(name, array, vox2world)
+    volume = _itk_image(name, array, vox2world, warnings)
+    return _told_labels(volume._replace(path=None))
+
+
+def _told_labels(volume: Volume) -> Volume:
+    """With a warning where an image looks like a label map."""
     if like_labels(volume.data):
         line = f"label_value: whole values from 0 to {volume.data.max()}, most of them "
         line += "0: a label map? pass the scan itself"
@@ -50,7 +95,11 @@ def _read_image(path: str | os.PathLike, max_voxels: int) -> Volume:
         return _with_header(dicom.read_series(path, max_voxels=max_voxels))
     if not _is_itk(path):
         return nifti.read_image(path, max_voxels=max_voxels)
-    array, vox2world = _read_itk(path, max_voxels)
+    return _itk_image(path, *_read_itk(path, max_voxels))
+
+
+def _itk_image(path, array: np.ndarray, vox2world: np.ndarray, warnings) -> Volume:
+    """Of ITK's voxels."""
     array = _narrowed(path, array)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
@@ -61,7 +110,9 @@ def _read_image(path: str | os.PathLike, max_voxels: int) -> Volume:
             f"{count} NaN or infinite",
             "replace them with air (-1000 HU)",
         )
-    return _volume(path, array, vox2world, nifti.intensity_warnings(array))
+    return _volume(
+        path, array, vox2world, [*warnings, *nifti.intensity_warnings(array)]
+    )
 
 
 def read_labels(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
@@ -80,7 +131,7 @@ def read_labels(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
     """
     if not _is_itk(path):
         return nifti.read_labels(path, max_voxels=max_voxels)
-    array, vox2world = _read_itk(path, max_voxels)
+    array, vox2world, warnings = _read_itk(path, max_voxels)
     whole = bool((array == np.rint(array)).all())
     low, high = (array.min(), array.max()) if whole else (np.nan, np.nan)
     if not (whole and low >= 0 and high <= 65535):
@@ -92,7 +143,7 @@ def read_labels(path: str | os.PathLike, *, max_voxels: int = 2**29) -> Volume:
             "pass the label map, not an image or a probability map",
         )
     labels = array.astype(np.uint8 if high < 256 else np.uint16)
-    return _volume(path, labels, vox2world, [])
+    return _volume(path, labels, vox2world, warnings)
 
 
 def read_grid(path: str | os.PathLike) -> Volume:
@@ -116,19 +167,21 @@ def without_voxels(volume: Volume) -> Volume:
     return volume._replace(data=none)
 
 
-def like_labels(data: np.ndarray) -> bool:
+def like_labels(data: np.ndarray, *, background: float = 0.5) -> bool:
     """Says whether voxels look like a label map rather than an image.
 
     Args:
         data: [X, Y, Z] numbers, HU for a CT.
+        background: at least this share of a label map is 0.
 
     Returns:
-        Whether they are few whole ids from 0 on, most of them 0: no image looks so.
+        Whether they are few whole ids from 0 on: a CT has negative values, an image of
+        another kind many.
     """
     sample = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
     ids = np.unique(sample)
-    whole = ids.size < 150 and bool((ids == np.rint(ids)).all())
-    return bool(whole and ids[0] == 0 and (sample == 0).mean() > 0.5)
+    whole = 1 < ids.size < 150 and bool((ids == np.rint(ids)).all())
+    return bool(whole and data.min() == 0 and (sample == 0).mean() >= background)
 
 
 def files_of(path: str | os.PathLike) -> list[Path]:
@@ -168,8 +221,8 @@ def _volume(path, array, vox2world, warnings) -> Volume:
     )
 
 
-def _read_itk(path, max_voxels) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels [X, Y, Z] as stored, and voxel -> LPS mm."""
+def _read_itk(path, max_voxels) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Voxels [X, Y, Z] as stored, voxel -> LPS mm, and warnings."""
 
     def check(size: tuple[int, ...], components: int) -> None:
         _check_shape(path, size, components, max_voxels)
@@ -185,9 +238,13 @@ def _read_itk(path, max_voxels) -> tuple[np.ndarray, np.ndarray]:
             space,
             "set it with a tool that knows how the patient lay",
         )
-    spacing = np.array(orientation.spacing_mm(image.vox2world))
-    nifti.check_extent(path, image.voxels.shape, spacing)
-    return np.ascontiguousarray(image.voxels), image.vox2world
+    _check_extent(path, image.voxels, image.vox2world)
+    return np.ascontiguousarray(image.voxels), image.vox2world, image.warnings
+
+
+def _check_extent(path, array: np.ndarray, vox2world: np.ndarray) -> None:
+    spacing = np.array(orientation.spacing_mm(vox2world))
+    nifti.check_extent(path, array.shape, spacing)
 
 
 def _check_shape(path, size, components, max_voxels) -> None:

@@ -9,7 +9,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 from scipy.spatial import cKDTree
 
 # Headers hold spacings as float32: without slack, voxels of 2 mm would now and then lie
@@ -99,34 +98,6 @@ def nsd(distances: SurfaceDistances, tolerance_mm: float) -> float:
         return math.nan
     limit = tolerance_mm + SLACK_MM
     return float(sum(np.count_nonzero(d <= limit) for d in distances) / total)
-
-
-def hd95_mm(
-    labels_a: np.ndarray,
-    labels_b: np.ndarray,
-    label: int,
-    spacing_mm: tuple[float, float, float],
-) -> float:
-    """Measures the 95 % Hausdorff distance of one label, see `hd95`.
-
-    Args:
-        labels_a: [X, Y, Z] whole numbers or bool.
-        labels_b: the same, on the same grid.
-        label: id to measure.
-        spacing_mm: (x, y, z) mm, positive.
-
-    Returns:
-        Distance in mm; NaN when the label is absent in either array.
-
-    Raises:
-        ValueError: shapes differ or are not 3-D, spacing_mm is not three positive mm.
-    """
-    _check(labels_a, labels_b, spacing_mm)
-    a, b = labels_a == label, labels_b == label
-    boxes = ndimage.find_objects((a | b).astype(np.uint8))
-    if not boxes:
-        return math.nan
-    return hd95(surface_distances(a[boxes[0]], b[boxes[0]], spacing_mm))
 
 
 def _check(a: np.ndarray, b: np.ndarray, spacing_mm: tuple) -> None:

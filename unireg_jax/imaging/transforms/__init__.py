@@ -15,7 +15,7 @@ from unireg_jax.imaging.transforms.checks import (
     has_shear,
 )
 from unireg_jax.imaging.transforms.itk import (
-    read_affine_txt,
+    read_affine,
     read_parts,
     write_affine_txt,
     write_composite,
@@ -24,14 +24,16 @@ from unireg_jax.imaging.transforms.itk import (
 from unireg_jax.imaging.transforms.learn2reg import read_l2r, write_l2r
 from unireg_jax.imaging.transforms.nifti_fields import read_field, write_field
 from unireg_jax.imaging.transforms.nrrd_fields import read_itk_image, write_nrrd
-from unireg_jax.imaging.transforms.spelling import spelling
+from unireg_jax.imaging.transforms.spelling import IDENTITY, is_identity, spelling
 
 __all__ = [
+    "IDENTITY",
     "RANGE_MM",
     "check_affine",
     "check_field",
     "has_shear",
-    "read_affine_txt",
+    "is_identity",
+    "read_affine",
     "read_field",
     "read_itk_image",
     "read_l2r",

@@ -116,8 +116,9 @@ def checked_matrix(matrix: np.ndarray, path: str | os.PathLike) -> np.ndarray:
     Raises:
         UserError: `affine_singular`.
     """
-    if abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
-        got = f"determinant {np.linalg.det(matrix[:3, :3]):.2g}"
+    determinant = np.linalg.det(matrix[:3, :3])
+    if not 1e-6 <= abs(determinant) < np.inf:  # NaN fails as well
+        got = f"determinant {determinant:.2g}"
         raise bad_file(
             *(path, "affine_singular", "an invertible matrix", got, "register again")
         )
@@ -144,6 +145,23 @@ def refuse_vectors(disp_mm: np.ndarray, path: str | os.PathLike) -> None:
     if longest > RANGE_MM:
         got, remedy = f"{longest:.4g} mm", "check the unit of the field"
         raise bad_file(path, "field_range", "vectors within 1 km", got, remedy)
+
+
+def refuse_far(matrix: np.ndarray, path: str | os.PathLike) -> None:
+    """Refuses an affine from a file that leads further than 1 km.
+
+    Args:
+        matrix: [4, 4] float64, LPS mm -> LPS mm.
+        path: of the file, for the message.
+
+    Raises:
+        UserError: `field_range`.
+    """
+    largest = np.abs(matrix).max()
+    if not largest <= RANGE_MM:  # NaN fails as well
+        expected = f"an affine of numbers within {RANGE_MM:g} (1 km)"
+        got, remedy = f"{largest:.4g}", "check the unit of the affine"
+        raise bad_file(path, "field_range", expected, got, remedy)
 
 
 def not_finite(path: str | os.PathLike) -> UserError:

@@ -1,14 +1,17 @@
 """ITK's transforms, affines and fields in any order: what their numbers mean."""
 
+import math
 import os
 from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
 
+from unireg_jax.errors import UserError, bad_file
 from unireg_jax.imaging import orientation
 from unireg_jax.imaging.nifti import Volume, shown
 from unireg_jax.imaging.transforms import checks, itk_containers
+from unireg_jax.imaging.transforms.spelling import spelling
 
 _AFFINE_KINDS = ("AffineTransform", "MatrixOffsetTransformBase")
 
@@ -37,33 +40,36 @@ def write_affine_txt(
     itk_containers.write_text(path, listed)
 
 
-def read_affine_txt(path: str | os.PathLike) -> np.ndarray:
-    """Reads an affine from ITK text.
+def read_affine(path: str | os.PathLike) -> np.ndarray:
+    """Reads the affines of an ITK transform file as one.
 
     Args:
-        path: file with one AffineTransform or MatrixOffsetTransformBase in 3-D.
+        path: as of `read_parts`, told by its content; no field.
 
     Returns:
-        [4, 4] float64, fixed world -> moving world, LPS mm.
+        [4, 4] float64, fixed world -> moving world, LPS mm: the product of all parts.
 
     Raises:
-        UserError: `not_found`, `not_a_file`, `permission`, `schema` for any other
-            content, `affine_nonfinite`, `affine_singular`.
+        UserError: `not_found`, `not_a_file`, `permission`; `schema` for a field and any
+            other content; `affine_nonfinite`, `affine_singular`, `field_range`.
     """
-    listed = itk_containers.read_text(path)
-    if len(listed) != 1:
-        raise itk_containers.no_affine(path, f"{len(listed)} transforms")
-    kind, center, parameters = listed[0]
-    if kind.split("_")[0] not in _AFFINE_KINDS or not kind.endswith("_3_3"):
-        raise itk_containers.no_affine(path, kind[:60])
-    center = center if center.size else np.zeros(3)
-    if parameters.size != 12 or center.size != 3:
-        raise itk_containers.no_affine(
-            path, f"{parameters.size} and {center.size} numbers"
-        )
-    if not (np.isfinite(center).all() and np.isfinite(parameters).all()):
-        raise checks.not_finite(path)
-    return checks.checked_matrix(_matrix(kind, center, parameters), path)
+    if spelling(path) in ("nifti", "l2r", "itk_image"):
+        raise _no_affine(path, "an image or a displacement field")
+    whole = np.eye(4)
+    for part in read_parts(path):
+        if not isinstance(part, np.ndarray):
+            raise _no_affine(path, "a displacement field")
+        whole = part @ whole
+    return checks.checked_matrix(whole, path)
+
+
+def _no_affine(path: str | os.PathLike, got: str) -> UserError:
+    expected = "an ITK transform of affines alone (.txt, .tfm, .h5, .mat)"
+    remedy = (
+        "name an affine; to begin with a field, warp the moving scan by it, register "
+        "that, and compose the two"
+    )
+    return bad_file(path, "schema", expected, got, remedy)
 
 
 def read_parts(
@@ -84,7 +90,7 @@ def read_parts(
 
     Raises:
         UserError: `schema` for another content, `affine_nonfinite`, `affine_singular`,
-            `field_nonfinite`, `field_range`.
+            `field_nonfinite`; `field_range` also for affines; `checksum`.
     """
     listed = itk_containers.read(path)
     composite = bool(listed) and listed[0][0].startswith("CompositeTransform")
@@ -101,10 +107,12 @@ def read_parts(
             continue
         if not (np.isfinite(fixed).all() and np.isfinite(parameters).all()):
             raise checks.not_finite(path)
-        matrix = _matrix(kind, fixed, parameters)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity: refused below
+            matrix = _matrix(path, kind, fixed, parameters)
         if matrix is None:
             got = f"{kind[:60]} of {parameters.size} and {fixed.size} numbers"
             raise itk_containers.not_parts(path, got)
+        checks.refuse_far(matrix, path)
         parts.append(checks.checked_matrix(matrix, path))
     return parts
 
@@ -145,7 +153,7 @@ def write_parts(
     """Writes affines and fields, in any order, as one ITK composite (`.h5`).
 
     Args:
-        path: name that ends in `.h5`.
+        path: name that ends in `.h5` or `.hdf5`.
         parts: in the order in which they act: affines [4, 4], LPS mm; fields as
             (disp_mm [X, Y, Z, 3], LPS mm, vox2world [4, 4], no shear).
         like: see `write_field`, for the fields.
@@ -202,22 +210,25 @@ def _itk_field(
         grid.size != 18
         or not np.isfinite(grid).all()
         or min(grid[:3]) < 1
-        or vectors.size != 3 * np.prod(grid[:3])
+        or vectors.size != 3 * math.prod(grid[:3].tolist())
     ):
         raise itk_containers.not_parts(
             path, f"a field of {vectors.size} and {grid.size} numbers"
         )
     vox2world = np.eye(4)
-    vox2world[:3, :3] = grid[9:].reshape(3, 3) * grid[None, 6:9]
     vox2world[:3, 3] = grid[3:6]
-    checks.checked_matrix(vox2world, path)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity: refused here
+        vox2world[:3, :3] = grid[9:].reshape(3, 3) * grid[None, 6:9]
+        checks.checked_matrix(vox2world, path)
     shape = tuple(int(n) for n in grid[:3])
     disp_mm = vectors.reshape(*shape[::-1], 3).transpose(2, 1, 0, 3)
     checks.refuse_vectors(disp_mm, path)
     return orientation.reorient(disp_mm.astype(np.float32, copy=False), vox2world)
 
 
-def _matrix(kind: str, center: np.ndarray, parameters: np.ndarray) -> np.ndarray | None:
+def _matrix(
+    path: str | os.PathLike, kind: str, center: np.ndarray, parameters: np.ndarray
+) -> np.ndarray | None:
     """y = A (x - c) + t + c of a linear kind as 4 x 4; None for another."""
     kind, p = kind.split("_")[0], parameters
     sizes = {
@@ -246,7 +257,11 @@ def _matrix(kind: str, center: np.ndarray, parameters: np.ndarray) -> np.ndarray
         turn = z @ y @ x if center.size == 4 and center[3] else z @ x @ y
         t = p[3:]
     elif kind != "IdentityTransform":
-        w = np.sqrt(max(0.0, 1 - p[:3] @ p[:3]))
+        length = np.linalg.norm(p[:3])
+        if length > 1 + 1e-6:  # more than its decimal spelling rounds
+            expected, got = "a versor of length 1 at most", f"{length:.4g}"
+            raise bad_file(path, "field_range", expected, got, "register again")
+        w = np.sqrt(max(0.0, 1 - length**2))
         turn = nib.quaternions.quat2mat([w, *p[:3]]) * (p[6] if p.size == 7 else 1)
         t = p[3:6] if p.size > 3 else t
     matrix = np.eye(4)

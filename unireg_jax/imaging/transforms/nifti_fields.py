@@ -52,7 +52,7 @@ def write_field(
         header = nifti.clean_header(like.header)
     header["intent_code"] = intent
     header["pixdim"][4:6] = 1
-    nifti.write_array(path, disp_mm[:, :, :, None, :], header, dtype="f4", level=1)
+    nifti.write_array(path, disp_mm[:, :, :, None, :], header, dtype="f4")
 
 
 def read_field(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

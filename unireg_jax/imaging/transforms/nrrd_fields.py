@@ -1,6 +1,5 @@
 """Displacement fields as NRRD, for Slicer, and MetaImage."""
 
-import gzip
 import math
 import os
 
@@ -50,7 +49,7 @@ def write_nrrd(
     )
     with nifti.atomic_path(path) as temp, open(temp, "wb") as file:
         file.write(header.encode("ascii"))
-        with gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+        with nifti.packing(file) as packed:
             for k in range(disp_mm.shape[2]):  # component fastest, then x, y, z
                 slab = disp_mm[:, :, k].transpose(1, 0, 2)
                 packed.write(slab.astype("<f4").tobytes())
