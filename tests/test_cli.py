@@ -15,9 +15,10 @@ import pytest
 import SimpleITK as sitk
 
 from data_pipeline import synthetic
+from tests.grids import positions
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
-from unireg_jax.imaging import transforms
+from unireg_jax.imaging import inverse, mapping, transforms
 from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.conditioning import dynamic
 from unireg_jax.models.unireg import UniReg
@@ -104,10 +105,13 @@ def save_network(path, *, scale=3e3, bias=0.0, features="none"):
         for key, value in ARCHITECTURE.items()
     }
     params = jax.jit(initializer(UniReg(**fields)))(jax.random.key(0))
-    head = params["head"]["controller"]["bias"]
+    controller = params["head"]["controller"]
     last = slice(dynamic.NUM_WEIGHTS - 3 * dynamic.HIDDEN, dynamic.NUM_WEIGHTS)
-    head = head.at[last].multiply(scale).at[-3:].set(bias)
-    params["head"]["controller"]["bias"] = jnp.asarray(head)
+    head = controller["bias"].at[last].multiply(scale).at[-3:].set(bias)
+    controller["bias"] = jnp.asarray(head)
+    # As initialised it is 0, and the condition has no say.
+    noise = jax.random.normal(jax.random.key(1), controller["kernel"].shape)
+    controller["kernel"] = 5e-7 * scale * noise
     spec = {
         "architecture": ARCHITECTURE,
         "features": features,
@@ -254,6 +258,7 @@ def test_register_record_is_complete_and_names_no_folder(
     assert all(line.startswith("unireg: ") for line in captured.err.splitlines())
     case = out / "fixed__moving"
     names = {f"fixed__moving_{ending}" for ending in outputs.OUTPUTS}
+    names.remove("fixed__moving_1InverseWarp.nii.gz")  # if asked for
     assert set(os.listdir(case)) == names
     assert os.listdir(out) == ["fixed__moving"]
     text = (case / "fixed__moving_run.json").read_text()
@@ -298,6 +303,9 @@ def test_register_same_scan_stays_where_it_is(scans, tmp_path, capsys):
     assert record["status"] == "ok" and record["warnings"] == []
 
 
+_ASKED_FOR = ("warped_label.nii.gz", "1InverseWarp.nii.gz")
+
+
 def test_register_overwrites_only_when_asked(scans, tmp_path, network, capsys):
     out = tmp_path / "out"
     case = out / "fixed__moving"
@@ -315,9 +323,51 @@ def test_register_overwrites_only_when_asked(scans, tmp_path, network, capsys):
     # No stale result under a final name, and nothing temporary left.
     assert set(os.listdir(case)) == {
         "notes.txt",
-        *(f"fixed__moving_{n}" for n in outputs.OUTPUTS if n != "warped_label.nii.gz"),
+        *(f"fixed__moving_{n}" for n in outputs.OUTPUTS if n not in _ASKED_FOR),
     }
     assert os.listdir(out) == ["fixed__moving"]
+
+
+def test_register_writes_the_way_back(scans, tmp_path, network, capsys):
+    init = np.diag([1.02, 0.98, 1.0, 1.0])
+    init[:3, 3] = (10.0, 0.0, -8.0)
+    sitk.WriteTransform(
+        sitk.AffineTransform(init[:3, :3].ravel().tolist(), init[:3, 3].tolist()),
+        str(tmp_path / "init.h5"),
+    )
+    more = ("--init", str(tmp_path / "init.h5"), "--write-inverse", "--json")
+    assert cli.main(command(scans, tmp_path / "out", network, *more)) == 0
+    record = json.loads(capsys.readouterr().out)
+    np.testing.assert_allclose(record["affine"], init, atol=1e-9)
+    assert record["settings"]["affine_used"] == "given"
+    case = tmp_path / "out" / "fixed__moving" / "fixed__moving"
+    assert f"{case.name}_1InverseWarp.nii.gz" in record["outputs"]
+    assert record["inverse"]["covered_percent"] > 30
+    assert record["inverse"]["residual_p95_mm"] < 0.01
+    there = mapping.read(f"{case}_1Warp.nii.gz")
+    back = mapping.read(f"{case}_1InverseWarp.nii.gz")
+    y = positions(back.fields[0].grid).reshape(-1, 3)
+    x = mapping.points(back, y)
+    inside = mapping.within(there, x)
+    gaps = np.linalg.norm(mapping.points(there, x) - y, axis=-1)[inside]
+    # Through 1Warp, between whose voxels its own map is read: not to the last digit.
+    assert inside.sum() > 1000 and np.percentile(gaps, 99) < 0.1
+    # It is what `invert` makes of the other file; what that warns of is in the record.
+    words = ["-t", f"{case}_Composite.h5", "-m", scans["moving"], "--quiet"]
+    words += ["-o", str(tmp_path / "i.nii.gz"), "--max-unsolved", "100"]
+    assert cli.main(["invert", *words]) == 0
+    (same,), (ours,) = mapping.read(tmp_path / "i.nii.gz").fields, back.fields
+    np.testing.assert_allclose(ours.disp_mm, same.disp_mm, atol=1e-3)
+    assert {*inverse.doubts(record["inverse"])} <= {*record["warnings"]}
+
+
+def test_register_takes_one_start(scans, tmp_path, network, capsys):
+    transforms.write_affine_txt(tmp_path / "a.txt", np.eye(4))
+    more = ("--init", str(tmp_path / "a.txt"), "--affine", "rigid")
+    line = refused(
+        capsys, command(scans, tmp_path / "out", network, *more), errors.USAGE
+    )
+    assert "--init and --affine rigid: one pre-alignment expected" in line
 
 
 @pytest.fixture
@@ -390,7 +440,7 @@ def test_replacing_results_is_done_or_undone(earlier, monkeypatch):
             assert contents(earlier) == before
         else:
             break
-    assert failing == 1 + 5 + 6  # the earlier ones away, the new ones in
+    assert failing == 1 + 6 + 7  # the earlier ones away, the new ones in
     after = contents(earlier)
     assert after.pop("notes.txt") == b"mine" and set(after.values()) == {b"new"}
     assert len(after) == len(outputs.OUTPUTS)
@@ -463,6 +513,44 @@ def test_register_mistake_is_one_line_and_leaves_nothing(
     line = refused(capsys, command(scans, out, network, *change), code)
     assert any(part in line for part in match.split("|")), line
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--inverse"], "--write-inverse of register and batch"),
+        (["--overwr"], "did you mean --overwrite?"),
+        (["--io-iteration", "3"], "did you mean --io-iterations?"),
+        (["--fixed-segmentations", "a"], "did you mean --fixed-segmentation?"),
+        (["--moving-mask", "m.nii"], None),
+        (["--seed", "1"], None),
+        (["--threads", "2"], None),
+    ],
+)
+def test_option_is_named_whole_and_no_other_is_suggested(words, says, capsys):
+    """--inverse is no beginning of --inverse-consistency, --seed no --case."""
+    for verb in (
+        ["register", "-f", "a", "-m", "b", "--task", "lung"],
+        ["batch", "a.csv"],
+    ):
+        if verb[0] == "batch" and "segmentation" in words[0]:
+            continue
+        line = refused(capsys, [*verb, "-o", "o", *words], errors.USAGE)
+        assert f"unrecognized arguments: {words[0]}" in line
+        assert says in line if says else "did you mean" not in line
+
+
+def test_labels_may_be_called_segmentations():
+    scans = ["-f", "a", "-m", "b"]
+    both = ["--fixed-segmentation", "f", "--moving-segmentation", "m"]
+    for words in (
+        ["register", *scans, "-o", "o", "--task", "lung", *both],
+        ["sweep", *scans, *both],
+        ["evaluate", "-t", "t", *both],
+        ["report", "out", "--fixed-segmentation", "f"],
+    ):
+        args = cli._parse(words)
+        assert args.fixed_label == "f" and getattr(args, "moving_label", "m") == "m"
 
 
 def test_register_needs_its_arguments(capsys):
@@ -935,6 +1023,12 @@ def test_process_exits_with_the_code_and_one_line(tmp_path):
     (line,) = run.stderr.splitlines()
     assert line.startswith("unireg: error: ") and "not_found" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_version_is_that_of_the_command():
+    code = "import sys, unireg_jax; print('unireg', unireg_jax.__version__)"
+    run = process("-c", f"{code}; assert 'jax' not in sys.modules")
+    assert run.stdout == process("-m", "unireg_jax", "--version").stdout, run.stderr
 
 
 def test_process_version_help_and_info_import_no_jax():

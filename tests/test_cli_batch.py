@@ -23,12 +23,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from experiments.faults import batch as proof
 from experiments.faults import scans
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
-from unireg_jax.imaging import dicom, transforms
+from unireg_jax.imaging import dicom, mapping, transforms
 from unireg_jax.locks import lock
 from unireg_jax.registration import pipeline
 from unireg_jax.registration.threads import GivenUp
@@ -140,6 +141,29 @@ def test_batch_gives_what_register_gives(done, network, tmp_path):
     }
 
 
+def test_the_way_back_is_written_when_asked_for(done, network):
+    before = times(done)
+    # Results without it are other results, and are not taken for what is asked.
+    assert run(done, network, "--write-inverse") == errors.FAILED
+    assert times(done) == before and told(done)[0]["a1"]["status"] == "refused"
+    assert run(done, network, "--write-inverse", "--overwrite") == 0
+    written = told(done)[0]["a1"]["outputs"]
+    assert "a1/a1_1InverseWarp.nii.gz" in written
+    there, back = (
+        mapping.read(done / "out" / "a1" / f"a1_{name}.nii.gz")
+        for name in ("1Warp", "1InverseWarp")
+    )
+    x = np.array([[10.0, -10.0, 400.0], [0.0, 10.0, 420.0]])
+    gap = mapping.points(back, mapping.points(there, x)) - x
+    assert np.abs(gap).max() < 0.2
+    before = times(done)
+    assert run(done, network, "--write-inverse") == 0  # and now they agree
+    assert times(done) == before
+    (done / "out" / "a1" / "a1_1InverseWarp.nii.gz").unlink()
+    assert run(done, network, "--write-inverse") == errors.PARTLY
+    assert "a1_1InverseWarp.nii.gz is not what was" in told(done)[0]["a1"]["message"]
+
+
 def test_lines_and_tables_say_what_was_done(done, network):
     lines, count = told(done)
     assert count == 3 and list(lines) == ["a1", "a2", "a3"]
@@ -170,8 +194,9 @@ def test_labels_points_masks_and_a_start_of_the_list_are_used(folder, network):
     shift[:3, 3] = SHIFTS[1]
     transforms.write_affine_txt(folder / "init.txt", shift)
     points = np.array([[0.0, 10.0, 400.0], [20.0, -5.0, 420.0]])
+    head = {"delimiter": ",", "header": "x_mm,y_mm,z_mm", "comments": ""}
     for name, table in (("pf", points), ("pm", points + SHIFTS[1])):
-        np.savetxt(folder / f"{name}.csv", table, delimiter=",")
+        np.savetxt(folder / f"{name}.csv", table, **head)
     array, place = proof.body(np.array(SHIFTS[1]))
     more = (array > -200).astype("u1")
     more[2:4, 2:4, 2:4] = 7  # a structure that the fixed scan lacks
@@ -243,7 +268,36 @@ def test_points_in_voxels_are_those_of_the_scans(folder):
         expected = world[:3] * (-1, -1, 1)
         np.testing.assert_allclose(table[0], expected, atol=1e-4)  # float32 header
     assert not np.allclose(*(v.native.vox2world for v in volumes))
-    np.testing.assert_array_equal(results.Files().read(case).points[0], [[3, 4, 5]])
+    in_mm = case._replace(points_frame="lps_mm")
+    np.testing.assert_array_equal(results.Files().read(in_mm).points[0], [[3, 4, 5]])
+    with pytest.raises(errors.UserError, match="f.csv.*the column points_frame"):
+        results.Files().read(case)
+
+
+def test_start_of_the_list_may_be_of_another_tool(folder):
+    rigid = sitk.Euler3DTransform((10.0, -20.0, 35.5), 0.1, -0.2, 0.3, (1.0, 2.0, 3.0))
+    images = [str(folder / f"s{i}.nii") for i in (0, 1)]
+    for name in ("e.txt", "e.mat", "e.h5"):
+        sitk.WriteTransform(rigid, str(folder / name))
+        case = results.Case("a1", *images, init=str(folder / name))
+        inputs = results.Files().read(case)
+        moved = inputs.init[:3] @ (7.0, 8.0, 9.0, 1.0)
+        np.testing.assert_allclose(moved, rigid.TransformPoint((7, 8, 9)), atol=1e-9)
+        assert inputs.digests["init"] == outputs.digest(folder / name)
+    field = str(folder / "w.nii.gz")
+    transforms.write_field(field, np.zeros((3, 4, 5, 3), np.float32), np.eye(4))
+    with pytest.raises(errors.UserError, match="w.nii.gz: schema: .* affines alone"):
+        results.Files().read(results.Case("a1", *images, init=field))
+
+
+def test_list_is_named_in_either_way(capsys):
+    for named in (["a.csv"], ["--manifest", "a.csv"]):
+        for order in ([*named, "-o", "out"], ["-o", "out", *named]):
+            assert cli._parse(["batch", *order]).list == "a.csv"
+    for wrong in ([], ["a.csv", "--manifest", "b.csv"]):
+        with pytest.raises(SystemExit):
+            cli._parse(["batch", *wrong, "-o", "out"])
+        assert "--manifest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("column", ["label", "points"])
@@ -906,6 +960,27 @@ def test_dry_run_says_all_and_writes_nothing(folder, network, capsys):
     told = json.loads(capsys.readouterr().out)
     assert [row["action"] for row in told] == ["refuse", "register", "register"]
     assert told[0]["reason"] == "not_found"
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "fault, reason", [(MemoryError(), "out_of_memory"), (TypeError("x"), "internal")]
+)
+def test_dry_run_goes_on_after_a_fault_of_ours(
+    folder, network, capsys, monkeypatch, fault, reason
+):
+    read = results.Files.read
+
+    def break_at(files, case):
+        if case.id == "a2":
+            raise fault
+        return read(files, case)
+
+    monkeypatch.setattr(results.Files, "read", break_at)
+    assert run(folder, network, "--dry-run", "--json") == errors.PARTLY
+    told = json.loads(capsys.readouterr().out)
+    assert [row["action"] for row in told] == ["register", "refuse", "register"]
+    assert told[1]["reason"] == reason and reason in told[1]["message"]
     assert not (folder / "out").exists()
 
 

@@ -15,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 
 from tests import oracles, test_cli
+from tests.grids import positions
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.imaging import grids, mapping, nifti, orientation, transforms
@@ -43,11 +44,6 @@ def grid(shape, spacing, codes, angle):
 
 FIXED = grid((24, 30, 19), (5.0, 4.0, 6.5), "RAI", 0.1)
 MOVING = grid((20, 26, 33), (5.5, 4.8, 4.1), "SPL", -0.08)
-
-
-def positions(g):
-    index = np.stack(np.meshgrid(*map(np.arange, g.shape), indexing="ij"), -1)
-    return index @ g.vox2world[:3, :3].T + g.vox2world[:3, 3]
 
 
 def hu(xyz):
@@ -230,10 +226,18 @@ def test_warp_refuses_a_fill_that_no_voxel_holds(run, tmp_path, interp, fill):
     assert code == errors.USAGE and "--fill-value: a" in stderr
 
 
-def test_warp_warns_of_labels_warped_as_an_image(run, tmp_path):
-    words = ("-m", "moving_seg.nii.gz", "-f", "fixed.nii.gz", "-t", "c.h5")
-    code, _, stderr = run("warp", *words, "-o", tmp_path / "s.nii")
-    assert code == 0 and "--interp label keeps its ids" in stderr
+@pytest.mark.parametrize("crop", [0, 8])  # most voxels are 0, and hardly any
+def test_warp_refuses_labels_warped_as_an_image_unasked(run, tmp_path, crop):
+    middle = slice(crop, -crop or None)
+    labels = nib.load("moving_seg.nii.gz").slicer[middle, middle]
+    nib.save(labels, tmp_path / "seg.nii.gz")
+    out = tmp_path / "s.nii"
+    words = ("-m", tmp_path / "seg.nii.gz", "-f", "fixed.nii.gz", "-t", "c.h5", "-o")
+    code, _, stderr = run("warp", *words, out)
+    assert code == errors.USAGE and "--interp nearest or label" in stderr
+    assert "label_value" in stderr and not out.exists()
+    code, stdout, _ = run("warp", *words, out, "--interp", "linear", "--json")
+    assert code == 0 and json.loads(stdout)["interp"] == "linear"
 
 
 @pytest.mark.parametrize(
@@ -346,6 +350,38 @@ def test_warp_points_in_voxels_of_both_scans(run, tmp_path):
     np.testing.assert_allclose(moved, expected, atol=1e-3)
 
 
+def test_voxels_may_be_called_ijk(run, tmp_path):
+    (tmp_path / "p.csv").write_text("x,y,z\n12,14,9\n")
+    words = ("-p", tmp_path / "p.csv", "-t", "c.h5", "-f", "fixed.nii.gz")
+    words = ("warp-points", *words, "-m", "moving.nii.gz")
+    for name in ("voxel", "ijk"):
+        spaces = ("--space", name, "--out-space", name)
+        assert run(*words, *spaces, "-o", tmp_path / f"{name}.csv")[0] == 0
+    assert (tmp_path / "ijk.csv").read_text() == (tmp_path / "voxel.csv").read_text()
+
+
+def test_identity_is_the_state_before_registration(run, tmp_path, monkeypatch):
+    words = ("warp", "-m", "moving.nii.gz", "-f", "fixed.nii.gz", "--json")
+    transforms.write_affine_txt(tmp_path / "eye.txt", np.eye(4))
+    for name, out in (("identity", "a.nii"), (tmp_path / "eye.txt", "b.nii")):
+        code, stdout, stderr = run(*words, "-t", name, "-o", tmp_path / out)
+        assert code == 0, stderr
+    first, second = (nib.load(tmp_path / n).get_fdata() for n in ("a.nii", "b.nii"))
+    np.testing.assert_array_equal(first, second)
+    words = ("compose", "-t", "identity", "-t", "c.h5", "-o", tmp_path / "c.h5")
+    assert run(*words, "--json")[0] == 0
+    assert len(mapping.read(tmp_path / "c.h5").parts) == 2
+    code, _, stderr = run("check-transform", "identity")
+    assert code == errors.FAILED and "not_found" in stderr
+    # A file of that name is read.
+    shutil.copy("a.txt", tmp_path / "identity")
+    monkeypatch.chdir(tmp_path)
+    found = run("compose", "-t", "identity", "-o", "d.txt")
+    assert found[0] == 0, found
+    (part,) = mapping.read(tmp_path / "d.txt").parts
+    np.testing.assert_allclose(part, matrix(), atol=1e-9)
+
+
 def test_warp_points_of_the_moving_scan_go_back(run, tmp_path):
     """-f and -m name the scans of the pair, whichever way points go."""
     (tmp_path / "p.csv").write_text("x,y,z\n10,12,15\n")
@@ -441,7 +477,7 @@ def test_invert_holds_few_copies_of_a_field(run, tmp_path, monkeypatch):
 
 def test_invert_of_an_affine_needs_no_scan(run, tmp_path):
     assert run("invert", "-t", "a.txt", "-o", tmp_path / "b.txt")[0] == 0
-    back = transforms.read_affine_txt(tmp_path / "b.txt")
+    back = transforms.read_affine(tmp_path / "b.txt")
     np.testing.assert_allclose(back @ matrix(), np.eye(4), atol=1e-9)
     code, _, stderr = run("invert", "-t", "c.h5", "-o", tmp_path / "c.h5")
     assert code == 2 and "--moving" in stderr
@@ -515,7 +551,7 @@ def test_compose_keeps_parts_or_samples_them(run, tmp_path):
     assert (
         run("compose", "-t", "a.txt", "-t", "a.txt", "-o", tmp_path / "a.txt")[0] == 0
     )
-    twice = transforms.read_affine_txt(tmp_path / "a.txt")
+    twice = transforms.read_affine(tmp_path / "a.txt")
     np.testing.assert_allclose(twice, matrix() @ matrix(), atol=1e-9)
 
 
@@ -523,6 +559,7 @@ def test_compose_keeps_parts_or_samples_them(run, tmp_path):
     ("to", "name"),
     [
         ("itk", "a.h5"),
+        ("itk", "a.hdf5"),
         ("ants", "a.nii.gz"),
         ("nifti1007", "a.nii"),
         ("nifti1006", "a.nii.gz"),
@@ -543,7 +580,7 @@ def test_convert_spells_the_same_map(run, tmp_path, to, name):
         expected = peer().TransformPoint(point)
         moved = mapping.points(found, np.array(point))
         np.testing.assert_allclose(moved, expected, atol=2e-3)  # between voxels
-    if name.endswith(".h5"):
+    if name.endswith((".h5", ".hdf5")):
         before, after = (mapping.read(p) for p in ("c.h5", tmp_path / name))
         assert len(after.parts) == len(before.parts) == 2
 
@@ -747,6 +784,102 @@ def test_convert_of_a_list_goes_on_after_a_pair_that_fails(run, task):
     found = json.loads(stdout)
     assert found["done"] == 1 and len(found["failed"]) == 1
     assert fields(task) == ["disp_0001_0001.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    "fault, reason", [(MemoryError(), "out_of_memory"), (TypeError("x"), "internal")]
+)
+def test_convert_of_a_list_goes_on_after_a_fault_of_ours(
+    run, task, monkeypatch, fault, reason
+):
+    write = convert._write
+
+    def break_at(target, case, path):
+        if path.endswith("_1Warp.nii.gz"):
+            raise fault
+        return write(target, case, path)
+
+    monkeypatch.setattr(convert, "_write", break_at)
+    code, stdout, stderr = run(*submit(task, "--json", "--quiet"))
+    found = json.loads(stdout)
+    assert code == errors.PARTLY and stderr.count("\n") == 1
+    assert (found["done"], found["failed"][0]["reason"]) == (1, reason)
+    assert fields(task) == ["disp_0001_0001.nii.gz"]
+    assert not list(task.glob("**/unireg-error-*.log"))
+
+
+@pytest.fixture
+def alike(task):
+    """The second pair of `task`, of one modality: its field has two names."""
+    (old,) = (task / "results").glob("*/*_1Warp.nii.gz")
+    names = ["Abdomen_0002_0000", "Abdomen_0003_0000"]
+    for name, end in zip(names, ("0002_0001", "0002_0000"), strict=True):
+        scans = task / "imagesTr"
+        (scans / f"Thorax_{end}.nii.gz").rename(scans / f"{name}.nii.gz")
+    place = old.parent.with_name("__".join(names))
+    old.parent.rename(place)
+    (place / old.name).rename(place / f"{place.name}_1Warp.nii.gz")
+    images = [f"./imagesTr/{name}.nii.gz" for name in names]
+    pair = dict(zip(("fixed", "moving"), images, strict=True))
+    (task / "dataset.json").write_text(json.dumps({"registration_val": [pair]}))
+    return task
+
+
+BOTH = ["disp_0002_0000_0003_0000.nii.gz", "disp_0002_0003.nii.gz"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_convert_of_a_list_writes_both_names_for_one_modality(
+    run, alike, monkeypatch, links
+):
+    if not links:
+
+        def refuse(*_):
+            raise OSError("no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    code, _, stderr = run(*submit(alike))
+    assert code == 0 and "1 of 1 fields done" in stderr
+    assert fields(alike) == BOTH
+    long, short = (alike / "out" / name for name in BOTH)
+    assert long.read_bytes() == short.read_bytes() and long.samefile(short) == links
+    assert not list((alike / "out").glob("*.tmp"))
+    # One that is missing is added; one with other bytes is not ours to replace unasked.
+    short.unlink()
+    assert json.loads(run(*submit(alike, "--json"))[1])["kept"] == 1
+    assert fields(alike) == BOTH and long.read_bytes() == short.read_bytes()
+    short.unlink()
+    short.write_bytes(b"mine")
+    code, _, stderr = run(*submit(alike))
+    assert code == errors.USAGE and f"{BOTH[1]} exists; pass --overwrite" in stderr
+    assert short.read_bytes() == b"mine"
+    assert run(*submit(alike, "--overwrite"))[0] == 0
+    assert long.read_bytes() == short.read_bytes()
+    # None of them stands for a pair that fails.
+    (result,) = (alike / "results").glob("*/*_1Warp.nii.gz")
+    result.write_bytes(b"<html>")
+    assert run(*submit(alike, "--overwrite"))[0] == errors.FAILED
+    assert fields(alike) == []
+
+
+def test_convert_of_a_list_refuses_a_second_name_that_is_taken(run, alike):
+    (alike / "out").mkdir()
+    (alike / "out" / "disp_0002_0003.npz").write_bytes(b"mine")
+    code, _, stderr = run(*submit(alike, "--overwrite"))
+    assert code == errors.USAGE and "script takes first" in stderr
+    (alike / "out" / "disp_0002_0003.npz").unlink()
+    pairs = [
+        {
+            "id": str(m),
+            "fixed": f"A_0002_{m:04d}.nii.gz",
+            "moving": f"A_0003_{m:04d}.nii",
+        }
+        for m in (0, 1)
+    ]
+    (alike / "dataset.json").write_text(json.dumps(pairs))
+    code, _, stderr = run(*submit(alike))
+    assert code == errors.USAGE and "0 and 1 for disp_0002_0003.nii.gz" in stderr
+    assert fields(alike) == []
 
 
 def test_convert_of_a_list_refuses_what_it_cannot_name(run, task):

@@ -101,6 +101,19 @@ def test_one_bad_field_is_named(tmp_path, change, reason, says):
         assert says in str(error)
 
 
+def test_labels_may_be_called_segmentations(tmp_path):
+    row = {"fixed": "1.nii", "moving": "2.nii"}
+    row |= {"fixed_segmentation": "f.nii", "moving_segmentation": "m.nii"}
+    for write in (write_csv, write_json):
+        (case,) = manifest.read_cases(write(tmp_path, [row]))
+        assert case.fixed_label == str(tmp_path.resolve() / "f.nii")
+        assert case.moving_label == str(tmp_path.resolve() / "m.nii")
+        both = refusal(write(tmp_path, [row | {"fixed_label": "g.nii"}]))
+        assert both.exit_code == USAGE and "fixed_label" in str(both)
+    (tmp_path / "p.csv").write_text(",".join(row) + "\n")
+    assert refusal(tmp_path / "p.csv").exit_code == NOTHING
+
+
 @pytest.mark.parametrize("task", [99, -1, 1.5, True, ["liver"], 1e40])
 def test_json_task_that_is_no_text_is_refused(tmp_path, task):
     error = refusal(write_json(tmp_path, [GOOD[0] | {"task": task}]))
@@ -294,7 +307,15 @@ def test_learn2reg_names_of_fields():
     case = manifest.Case("a", "x/A_0001_0000.nii.gz", "y/A_0002_0000.nii.gz")
     names = ["disp_0001_0000_0002_0000", "disp_0001_0002"]
     assert manifest.learn2reg_fields(case) == names
-    assert manifest.learn2reg_fields(case._replace(moving="b.nii.gz")) == []
+    assert manifest.learn2reg_submission(case) == names
+    for ends in (("0000", "0001"), ("0001", "0000")):
+        moving = f"y/A_0002_{ends[1]}.nii.gz"
+        other = case._replace(fixed=f"x/A_0001_{ends[0]}.nii.gz", moving=moving)
+        first = manifest.learn2reg_fields(other)[:1]
+        assert manifest.learn2reg_submission(other) == first
+    strange = case._replace(moving="b.nii.gz")
+    assert manifest.learn2reg_fields(strange) == []
+    assert manifest.learn2reg_submission(strange) == []
 
 
 def test_frames_are_those_of_points():

@@ -98,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """Takes options by their whole names alone; complains in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
         line = f"unireg: error: {one_line(message)}; see `{self.prog} --help`\n"
@@ -134,8 +137,13 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def _hint(parser: argparse.ArgumentParser, word: str) -> str:
     """The option that was probably meant."""
-    known = re.findall("--[a-z-]+", parser.format_help())
-    close = difflib.get_close_matches(word.partition("=")[0], known, 1)
+    name = word.partition("=")[0]
+    if name == "--inverse":  # the beginning of --inverse-consistency, another thing
+        return "; the map back: --write-inverse of register and batch, or unireg invert"
+    known = re.findall("--[a-z][a-z0-9-]+", parser.format_help())
+    close = [option for option in known if option.startswith(name)]
+    # Below 0.82 the nearest option means another thing.
+    close = close or difflib.get_close_matches(name, known, 1, 0.82)
     return f"; did you mean {close[0]}?" if close else ""
 
 

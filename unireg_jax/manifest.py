@@ -60,8 +60,9 @@ class Case(NamedTuple):
         fixed_label, moving_label: label maps; that of moving may stand alone.
         fixed_mask, moving_mask: where scans are compared.
         fixed_points, moving_points: landmarks, x, y, z, line by line, both or none.
-        points_frame: what their numbers are, one of FRAMES; None for LPS mm.
-        init: pre-alignment, ITK affine text, fixed world -> moving world.
+        points_frame: what their numbers are, one of FRAMES; None: LPS mm, of tables
+            with a header alone.
+        init: pre-alignment, ITK transform of affines, fixed world -> moving world.
         fixed_subject, moving_subject: the patients, to be held against `type`.
     """
 
@@ -87,6 +88,11 @@ PATHS = (
     *("fixed", "moving", "fixed_label", "moving_label", "fixed_mask", "moving_mask"),
     *("fixed_points", "moving_points", "init"),
 )
+# Names that a column has elsewhere -> ours.
+_COLUMNS = {
+    "fixed_segmentation": "fixed_label",
+    "moving_segmentation": "moving_label",
+}
 # Columns that need another one; labels of the moving scan alone are to be warped.
 _NEEDS = (
     ("fixed_label", "moving_label"),
@@ -281,6 +287,21 @@ def learn2reg_fields(case: Case) -> list[str]:
     return names[::-1] if (b, d) == _L2R_USUAL else names
 
 
+def learn2reg_submission(case: Case) -> list[str]:
+    """Names under which a submission holds the field of a pair.
+
+    Args:
+        case: its scans.
+
+    Returns:
+        The first one of `learn2reg_fields`; for scans of one modality also the other
+        one, which alone the challenge's site reads. Empty for scans of other names.
+    """
+    ends = _learn2reg_ends((case.fixed, case.moving))
+    alike = len({modality for _, modality in ends}) == 1
+    return learn2reg_fields(case)[: 2 if alike else 1]
+
+
 def _case(
     where: str, row: dict[str, Any], named: bool, paths: "Paths", faults: list[Fault]
 ) -> Case:
@@ -406,6 +427,7 @@ def csv_rows(name: str, text: str, check_header) -> list[Row]:
     ragged = []
     try:
         header = [column.strip() for column in next(reader)]
+        header = [_COLUMNS.get(column, column) for column in header]
         for sign, found in ((";", "semicolons"), ("\t", "tabs")):
             if len(header) == 1 and sign in header[0]:
                 line = f"{name}: line 1: commas between columns expected, got {found}"
@@ -462,7 +484,18 @@ def json_rows(name: str, value: Any, expected: str) -> list[Row]:
     ]
     if wrong:
         refuse(name, wrong)
-    return [(f"entry {i}", row) for i, row in enumerate(value, 1)]
+    rows = [
+        (f"entry {i}", {_COLUMNS.get(k, k): v for k, v in row.items()})
+        for i, row in enumerate(value, 1)
+    ]
+    twice = [
+        ("schema", f"{where}: a column under two names: {', '.join(given)}")
+        for (where, row), given in zip(rows, value, strict=True)
+        if len(row) < len(given)
+    ]
+    if twice:
+        refuse(name, twice)
+    return rows
 
 
 def load_json(name: str, text: str) -> Any:

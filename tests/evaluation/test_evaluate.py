@@ -173,7 +173,7 @@ def test_score_judges_an_affine_on_the_labels_grid():
         mapping.affine(grow), fixed_labels=labels, moving_labels=labels
     )
     assert report["field"]["sdlogj_whole"] == pytest.approx(0, abs=1e-4)
-    with pytest.raises(UserError, match="an affine acts first"):
+    with pytest.raises(UserError, match="no field acts first"):
         cases.score(mapping.affine(grow))
 
 
@@ -268,7 +268,7 @@ def test_score_of_a_field_behind_an_affine_is_on_the_grid_of_the_labels():
     report = cases.score(chain, fixed_labels=labels, moving_labels=labels, mask=labels)
     assert report["mean"]["dsc"] == 1.0
     assert report["field"]["fold_percent"] == 0 and report["warnings"] == []
-    with pytest.raises(UserError, match="an affine acts first"):
+    with pytest.raises(UserError, match="no field acts first"):
         cases.score(chain)
 
 
@@ -366,6 +366,36 @@ def test_evaluate_list_fails_the_bad_and_goes_on(folder, capsys):
     latex = (out / "summary.tex").read_text()
     assert r"dsc & $0.750 \pm 0.250$ & $0.750$ & $0.500$ & 3 & 0" in latex
     assert r"$0.750 \pm 0.250$ (3)" in latex and r"tre\_mm" in latex
+
+
+@pytest.mark.parametrize(
+    "fault, reason, says",
+    [
+        (MemoryError("x"), "out_of_memory", "more is needed than there is"),
+        (KeyError("Doe"), "internal", "internal: KeyError, a fault of this program"),
+    ],
+)
+def test_evaluate_list_goes_on_after_a_fault_of_ours(
+    folder, capsys, monkeypatch, fault, reason, says
+):
+    read = mapping.read
+
+    def break_at(path, **scans):
+        if str(path).endswith("u1.nii.gz"):
+            raise fault
+        return read(path, **scans)
+
+    monkeypatch.setattr(mapping, "read", break_at)
+    out = folder / "scores"
+    words = ("--manifest", folder / "cases.csv", "--out", out)
+    _, err = evaluate(capsys, *words, code=errors.PARTLY)
+    rows = {row["id"]: row for row in rows_of(out / "cases.csv")}
+    assert [row["status"] for row in rows.values()] == [
+        *("ok", "failed", "ok", "failed", "failed")
+    ]
+    assert rows["case1"]["reason"] == reason and says in rows["case1"]["message"]
+    assert not any("Doe" in line for line in err)
+    assert not list(folder.glob("**/unireg-error-*.log"))
 
 
 def test_evaluate_list_paths_do_not_leave_the_machine(folder, capsys):
@@ -494,6 +524,10 @@ def test_evaluate_finds_a_learn2reg_submission(folder, capsys):
     found = strict(evaluate(capsys, *arguments)[0])
     assert found["metrics"]["dsc_l2r"]["mean"] == 1.0
     assert found["metrics"]["dsc_l2r"]["quantile_l2r"] == 1.0
+    # Under both of its names, as `convert` writes it, the pair counts once.
+    os.link(path, path.with_name("disp_0001_0002.nii.gz"))
+    assert strict(evaluate(capsys, *arguments, "--overwrite")[0]) == found
+    assert len(rows_of(folder / "out" / "cases.csv")) == 1
 
 
 def challenge_tre(folder, fixed, moving, points, disp):
@@ -606,6 +640,62 @@ def test_evaluate_of_points_in_voxels_needs_both_scans(lungs, capsys):
     path.write_text(header + row)
     _, err = evaluate(capsys, *words, code=errors.FAILED)
     assert "LungCT_0001_0001.nii.gz: not_found" in err[0]
+
+
+def test_evaluate_of_one_transform_reads_points_in_voxels(lungs, capsys):
+    names = ["LungCT_0001_0000", "LungCT_0001_0001"]
+    field = "disps/disp_0001_0001.nii.gz"
+    expected = challenge_tre(lungs, *names, "keypointsTr", field)
+    scans, tables = (
+        [lungs / folder / f"{name}{ending}" for name in names]
+        for folder, ending in (("imagesTr", ".nii.gz"), ("keypointsTr", ".csv"))
+    )
+    words = ["-t", lungs / field, "--json"]
+    words += ["--fixed-points", tables[0], "--moving-points", tables[1]]
+    both = ["-f", scans[0], "-m", scans[1]]
+    out, _ = evaluate(capsys, *words, *both, "--points-frame", "voxel_from_0")
+    tre = strict(out)["landmarks"]["tre_mm"]
+    assert tre == pytest.approx(expected, abs=1e-4)
+    _, err = evaluate(capsys, *words, *both, code=errors.USAGE)
+    assert "--points-frame" in err[0] and tables[0].name in err[0]
+    words[1] = "identity"
+    _, err = evaluate(
+        capsys, *words, "--points-frame", "voxel_from_0", code=errors.USAGE
+    )
+    assert "name the scan" in err[0]
+    # In a list the case fails, and the column is named.
+    cells = ",".join(f"keypointsTr/{name}.csv" for name in names)
+    text = f"id,transform,fixed_points,moving_points\na,identity,{cells}\n"
+    (lungs / "cases.csv").write_text(text)
+    out = lungs / "scores"
+    words = ("--manifest", lungs / "cases.csv", "-o", out)
+    _, err = evaluate(capsys, *words, code=errors.FAILED)
+    assert "in a list by the column points_frame" in err[0]
+
+
+def test_evaluate_of_the_identity_is_the_state_before(folder, capsys):
+    words = ["--landmarks", folder / "points.csv", "--json"]
+    words += ["--fixed-label", folder / "fixed.nii.gz"]
+    words += ["--moving-label", folder / "moving.nii.gz"]
+    out, _ = evaluate(capsys, "-t", "identity", *words)
+    found = strict(out)
+    out, _ = evaluate(capsys, "-t", folder / "u0.nii.gz", *words)
+    assert found["mean"]["dsc"] == strict(out)["mean"]["dsc_before"] == 0.5
+    assert found["landmarks"]["tre_mm"] == pytest.approx(4)
+    assert found["field"]["fold_percent"] == 0
+    labels = "fixed.nii.gz,moving.nii.gz"
+    path = folder / "cases.csv"
+    header = "id,transform,fixed_segmentation,moving_segmentation\n"
+    path.write_text(f"{header}a,identity,{labels}\nb,u0.nii.gz,{labels}\n")
+    evaluate(capsys, "--manifest", path, "-o", folder / "out")
+    rows = rows_of(folder / "out" / "cases.csv")
+    assert [float(row["dsc"]) for row in rows] == [0.5, 1.0]
+    # Another transform of the same case is judged, not taken for it.
+    path.write_text(f"{header}a,absent.nii.gz,{labels}\n")
+    _, err = evaluate(
+        capsys, "--manifest", path, "-o", folder / "out", code=errors.FAILED
+    )
+    assert "not_found" in err[0]
 
 
 def turned_labels(lungs, turn=((2, -1), (0, 1), (1, -1))):
@@ -904,6 +994,9 @@ def test_evaluate_compares_columns(tmp_path, capsys):
         (["-t", "u.nii.gz", "-o", "o"], "--out belongs to"),
         (["-t", "u.nii.gz", "-t", "a.txt"], "compose -t u.nii.gz -t a.txt"),
         (["-t", "u.nii.gz", "--fixed-label", "f.nii.gz"], "belong together"),
+        (["-t", "u.nii.gz", "-f", "f.nii.gz"], "--fixed and --moving belong together"),
+        (["-t", "u.nii.gz", "--points-frame", "lps_mm"], "that of --fixed-points"),
+        (["--compare", "a=a.csv", "-f", "f", "-m", "m"], "belongs to --transform"),
         (["-t", "u.nii.gz", "--tolerance-mm", "-1"], "at least 0"),
         ([], "one of the arguments"),
     ],

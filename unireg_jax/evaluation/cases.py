@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.errors import USAGE, UserError, of_item, shown
 from unireg_jax.evaluation import learn2reg, metrics, regularity
 from unireg_jax.evaluation.aggregate import better, quantile_l2r, summarize
 from unireg_jax.evaluation.tables import as_json
@@ -29,13 +29,14 @@ class Files(NamedTuple):
     """What is known of one pair.
 
     Attributes:
-        transform: any spelling that imaging.mapping reads.
+        transform: any spelling that imaging.mapping reads, or "identity".
         fixed_label, moving_label: label maps, both or none.
         fixed_mask: foreground of the regularity, on the field's grid.
         landmarks: CSV with columns fixed_x_mm ... moving_z_mm, LPS mm.
         fixed_points, moving_points: instead: one table of x, y, z per scan, line by
             line.
-        points_frame: what their numbers are, one of points.FRAMES; None for LPS mm.
+        points_frame: what their numbers are, one of points.FRAMES; None: LPS mm, of
+            tables with a header alone.
         fixed, moving: the scans, both or none, in whose voxels, as stored, points and
             fields of Learn2Reg are; points in voxels need them, such fields do without
             where there are labels.
@@ -106,7 +107,7 @@ def score(
 
     Raises:
         ValueError: one label map without the other.
-        UserError: `schema`: an affine acts first, no labels, scans or mask give a grid,
+        UserError: `schema`: no field acts first, no labels, scans or mask give a grid,
             and there are no landmarks, or l2r asks for a grid;
             `grid_mismatch`: the mask lies on another grid than the field, or the field
             covers none of the fixed scan's grid; `no_overlap`: the transform leads no
@@ -121,7 +122,7 @@ def score(
     if field is None and (pairs is None or l2r):
         raise UserError(
             "schema",
-            "schema: a grid to be judged on expected, got none, as an affine acts "
+            "schema: a grid to be judged on expected, got none, as no field acts "
             "first; name the labels of both scans or a mask of the fixed one",
             USAGE,
         )
@@ -146,7 +147,7 @@ def score(
     report["field"] = {}
     if field is None:
         report["warnings"].append(
-            "no grid for regularity: an affine acts first, and no labels, scans or "
+            "no grid for regularity: no field acts first, and no labels, scans or "
             "mask give one"
         )
     else:
@@ -231,7 +232,8 @@ def score_case(
     """
     try:
         report = score_files(files, surface=surface, tolerance_mm=tolerance_mm, l2r=l2r)
-    except UserError as error:
+    except Exception as any_error:  # a fault of ours too: the others are still judged
+        error = of_item(any_error)
         message = " ".join(str(error).split())
         for path in filter(None, files):  # a table names no folder of this machine
             message = message.replace(shown(path), shown(os.path.basename(path)))

@@ -103,7 +103,6 @@ def latex_table(
     rows: Sequence[Sequence[str]],
     *,
     caption: str,
-    notes: Sequence[str] = (),
 ) -> str:
     """A LaTeX table with booktabs rules.
 
@@ -111,13 +110,11 @@ def latex_table(
         columns: heads, LaTeX; the first column is text, the others are numbers.
         rows: cells, LaTeX.
         caption: LaTeX.
-        notes: lines of plain text above the table, as comments.
 
     Returns:
         The text; needs `booktabs`.
     """
-    lines = [f"% {' '.join(note.split())}" for note in notes]
-    lines += [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
     lines += [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}", r"\toprule"]
     lines += [" & ".join(columns) + r" \\", r"\midrule"]
     lines += [" & ".join(row) + r" \\" for row in rows]
@@ -125,22 +122,21 @@ def latex_table(
     return "\n".join(lines) + "\n"
 
 
-def latex_spread(mean: float | None, std: float | None, digits: int = 3) -> str:
-    """mean ± std in LaTeX.
+def latex_spread(mean: float | None, std: float | None) -> str:
+    """mean ± std in LaTeX, three digits behind the point.
 
     Args:
         mean: None or NaN gives a dash.
         std: None or NaN leaves it out.
-        digits: behind the point.
 
     Returns:
         LaTeX.
     """
     if mean is None or mean != mean:
         return "--"
-    text = f"{mean:.{digits}f}"
+    text = f"{mean:.3f}"
     if std is not None and std == std:
-        text += rf" \pm {std:.{digits}f}"
+        text += rf" \pm {std:.3f}"
     return f"${text}$"
 
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 
 from unireg_jax.errors import NUMERICAL, USAGE, UserError, bad_file
-from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import (
+    grids,
     mapping,
     nifti,
     orientation,
@@ -26,8 +27,8 @@ from unireg_jax.imaging import (
     scans,
     transforms,
 )
+from unireg_jax.imaging.grids import Grid
 from unireg_jax.imaging.nifti import Volume
-from unireg_jax.imaging.preprocess import Grid
 from unireg_jax.ops import resample, warp
 from unireg_jax.registration import affine as prealign
 from unireg_jax.registration import feature_affine, matcher, prediction, tiles
@@ -53,11 +54,10 @@ from unireg_jax.tasks import OUTSIDE_HU, TASKS, PairType, Region
 NO_TASK = "none"
 AUTO_TASK = "auto"
 AFFINES = ("auto", *prealign.KINDS, "features", "coarse")
-_FOLDS_PERCENT = 1.0  # more is worth a look
-_LEAST_NCC = 0.2  # less is no match
 _RANGE_MM = 1000.0  # no field between two aligned scans of a body is longer
 _COSTS = ("refine_before", "refine_after")
 _ARRAYS = (np.ndarray, jax.Array)
+_LPS = "voxel -> LPS mm (of nibabel: orientation.lps_from_ras(image.affine))"
 _SLAB_VOXELS = 2**21  # native voxels per step, about: 100 MB of scratch
 _SLAB_PROGRAMS = 16  # some 4 MiB each, of the last sizes of scans
 
@@ -87,8 +87,7 @@ class Registration(NamedTuple):
             refine_after, its cost. None where undefined.
         timings: seconds per stage. compile is that of the network; other stages compile
             in the first pair of a shape.
-        warnings: what a person should know of how it came about, one line each; see
-            also `quality_warnings`.
+        warnings: what a person should know of how it came about, one line each.
     """
 
     disp_mm: np.ndarray
@@ -104,8 +103,8 @@ class Registration(NamedTuple):
 
 
 def register(
-    fixed: Volume | np.ndarray | str | os.PathLike,
-    moving: Volume | np.ndarray | str | os.PathLike,
+    fixed: Volume | nib.Nifti1Pair | np.ndarray | str | os.PathLike,
+    moving: Volume | nib.Nifti1Pair | np.ndarray | str | os.PathLike,
     *,
     task: str,
     pair_type: str | None = None,
@@ -126,8 +125,9 @@ def register(
     disp_mm(x) = y(x) - x.
 
     Args:
-        fixed: path of a scan (see imaging/scans.py), Volume, or array [X, Y, Z] in HU,
-            of NumPy or JAX.
+        fixed: path of a scan (see imaging/scans.py), Volume, NIfTI image of nibabel,
+            image of SimpleITK, or array [X, Y, Z] in HU, of NumPy or JAX. An image is
+            read as its file is.
         moving: the same; shape and spacing may differ.
         task: name in tasks.TASKS: anatomical prior, and the usual pair type; "none"
             leaves the network out: pre-alignment, and `refine` from there, on the grid
@@ -144,8 +144,10 @@ def register(
             `coarse_align`, on top of which the network acts.
         fixed_mask: [X, Y, Z] bool on the grid of `fixed`: where scans are compared, in
             pre-alignment and quality control; the body by default. Of a file or Volume
-            along LPS+ axes, as `scans.read_labels` gives it.
-        fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
+            along LPS+ axes, as `scans.read_labels` gives it; of an image along its own,
+            x, y, z.
+        fixed_vox2world: [4, 4], voxel -> LPS mm; with arrays only. nibabel's affine
+            leads to RAS mm: `orientation.lps_from_ras(image.affine)`.
         moving_vox2world: [4, 4], voxel -> LPS mm; with arrays only.
         passes: how often the network acts, 1 to 8, each time on the moving scan as
             warped so far; the paper has 1, and task "none" takes no other.
@@ -158,8 +160,8 @@ def register(
         progress: called with one line per stage.
 
     Returns:
-        Registration, on the grid of `fixed`: an array's own axes, otherwise the LPS+
-        axes of the Volume. No array of it is one of the caller's.
+        Registration, on the grid of `fixed`: the own axes of an array or image,
+        otherwise the LPS+ axes of the Volume. No array of it is one of the caller's.
 
     Raises:
         ValueError: shapes, names or numbers that do not fit.
@@ -197,7 +199,7 @@ def register(
     result = session.run(
         target, source, settings, affine=affine, mask=mask, say=say, clock=clock
     )
-    if not isinstance(fixed, _ARRAYS):
+    if not _has_own_axes(fixed):
         return result
     return result._replace(
         disp_mm=nifti.to_native(result.disp_mm, target),
@@ -273,11 +275,18 @@ class Session:
             Volume.
 
         Raises:
+            ValueError: neither a path nor a Volume.
             UserError: the file is not a readable 3-D image; the same one for every
                 pair that names it.
         """
         if isinstance(scan, Volume):
             return scan
+        if not isinstance(scan, (str, os.PathLike)):
+            raise ValueError(
+                "fixed and moving of a pair must be a path or Volume, got "
+                f"{type(scan).__name__}; pass its file, or registration.as_volume("
+                f"scan, vox2world, name): vox2world None for an image, else {_LPS}"
+            )
         key = os.path.realpath(scan)
         return self._read.get(key, lambda: scans.read_scan(scan))
 
@@ -718,9 +727,14 @@ def residual_mm(registration: Registration, *, copy: bool = True) -> np.ndarray:
     inverse = np.linalg.inv(matrix[:3, :3])
     rigid = (matrix - np.eye(4)) @ registration.vox2world
     out = np.empty_like(registration.disp_mm)
-    for k in range(out.shape[2]):  # float64 for one slice only
-        shift = metrics.slice_positions(rigid, out.shape[:2], k)
-        out[:, :, k] = (registration.disp_mm[:, :, k] - shift) @ inverse.T
+    shape = out.shape[:3]
+
+    def work(part: slice) -> None:
+        shift = grids.positions(Grid(shape, rigid), part)
+        vectors = registration.disp_mm[part].reshape(-1, 3).T - shift
+        out[part] = (inverse @ vectors).T.reshape(out[part].shape)
+
+    grids.slabs(work, shape, None)
     return out
 
 
@@ -745,7 +759,8 @@ def as_volume(scan, vox2world, name) -> Volume:
     """Makes a Volume on LPS+ axes of whatever the caller has.
 
     Args:
-        scan: path, Volume, or array [X, Y, Z] in HU, of NumPy or JAX.
+        scan: path, Volume, image (see `scans.is_image`), or array [X, Y, Z] in HU, of
+            NumPy or JAX.
         vox2world: [4, 4], voxel -> LPS mm, of an array; else None.
         name: for messages.
 
@@ -754,15 +769,15 @@ def as_volume(scan, vox2world, name) -> Volume:
 
     Raises:
         ValueError: none of these, an array without grid, not 3-D or not finite; a grid
-            that is singular, or with a file.
-        UserError: the file cannot be read.
+            that is singular, or with a file or image.
+        UserError: the file or image cannot be read.
     """
     if isinstance(scan, _ARRAYS):
         scan = np.asarray(scan)
         if vox2world is None:
             raise ValueError(
-                f"{name}_vox2world must be (4, 4), voxel -> LPS mm, for an array, got "
-                "None"
+                f"{name}_vox2world must be (4, 4) for an array, got None; pass it, "
+                f"{_LPS}"
             )
         if scan.ndim != 3 or not scan.size:
             raise ValueError(
@@ -776,13 +791,17 @@ def as_volume(scan, vox2world, name) -> Volume:
         vox2world = transforms.check_affine(vox2world, f"{name}_vox2world").copy()
         data, turned = orientation.reorient(scan, vox2world)
         return Volume(data, turned, native=nifti.Native(scan.shape, vox2world))
-    if not isinstance(scan, (Volume, str, os.PathLike)):
+    held = scans.is_image(scan)
+    if not held and not isinstance(scan, (Volume, str, os.PathLike)):
         raise ValueError(
-            f"{name} must be a path, Volume or array (X, Y, Z) in HU, got "
-            f"{type(scan).__name__}; pass its file, or its array and {name}_vox2world"
+            f"{name} must be a path, Volume, image of nibabel (NIfTI) or SimpleITK, or "
+            f"array (X, Y, Z) in HU, got {type(scan).__name__}; pass its file, or its "
+            f"array and {name}_vox2world, {_LPS}"
         )
     if vox2world is not None:
         raise ValueError(f"{name}_vox2world must be None: the file has its own")
+    if held:
+        return scans.take_image(scan, name)
     if isinstance(scan, Volume):
         transforms.check_affine(scan.vox2world, f"vox2world of {name}")
         return scan
@@ -843,12 +862,17 @@ def own_mask(mask, fixed, target) -> np.ndarray | None:
         [X, Y, Z] bool on target's LPS+ axes, or None.
 
     Raises:
-        ValueError: of another shape than an array `fixed`.
+        ValueError: of another shape than an array or image `fixed`.
     """
-    if mask is None or not isinstance(fixed, _ARRAYS):
+    if mask is None or not _has_own_axes(fixed):
         return mask
-    _check_mask(mask, fixed.shape)
+    _check_mask(mask, target.native.shape)
     return orientation.reorient(mask, target.native.vox2world)[0]
+
+
+def _has_own_axes(scan) -> bool:
+    """Whether the caller sees its voxels: then masks and results lie along them."""
+    return isinstance(scan, _ARRAYS) or scans.is_image(scan)
 
 
 def _check_mask(mask, shape) -> None:
@@ -940,37 +964,6 @@ def _quality(disp, scalars, spacing) -> dict[str, Any]:
     return {k: None if v != v else v for k, v in qc.items()}
 
 
-def quality_warnings(qc: dict[str, Any]) -> list[str]:
-    """Says what a person should look at before using the result.
-
-    Args:
-        qc: of a Registration.
-
-    Returns:
-        One line per finding: folding over 1 % of the body, images that correlate below
-        0.2 after registration, or less than before it.
-    """
-    lines = []
-    if (folds := qc["fold_percent_network"]) is not None and folds > _FOLDS_PERCENT:
-        lines.append(
-            f"folding: {folds:.2f} % of the body folds, at most {_FOLDS_PERCENT:g} % "
-            "expected; look at the field, try another --affine or --task"
-        )
-    before, after = qc["ncc_before"], qc["ncc_after"]
-    if after is None or after < _LEAST_NCC:
-        got = "none" if after is None else f"{after:.2f}"
-        lines.append(
-            f"similarity: correlation of {_LEAST_NCC:g} or more expected, got {got}; "
-            "are both scans of the same region, and pre-aligned?"
-        )
-    elif before is not None and after < before - 0.005:
-        lines.append(
-            f"similarity: correlation fell from {before:.3f} to {after:.3f}; the "
-            "pre-alignment alone may serve better"
-        )
-    return lines
-
-
 def _to_native(target, source, matrix, disp, grid, programs):
     """Total displacement in mm and the warped image, both on target's grid.
 
@@ -990,9 +983,9 @@ def _to_native(target, source, matrix, disp, grid, programs):
         np.array(source.data.shape) - 0.5,
     )
     place = tuple(np.asarray(m, np.float32) for m in place)
-    wide = tuple(_bucket(n, 32) for n in shape[:2])
-    slabs = -(-wide[0] * wide[1] * shape[2] // _SLAB_VOXELS)
-    slab = (*wide, _bucket(-(-shape[2] // slabs), 8))
+    wide = tuple(_bucket(n, 32) for n in shape[1:])
+    slabs = -(-shape[0] * wide[0] * wide[1] // _SLAB_VOXELS)
+    slab = (_bucket(-(-shape[0] // slabs), 8), *wide)
     # Repeating the edge changes nothing within the outer faces.
     pads = [(0, _bucket(n, 32) - n) for n in source.data.shape]
     padded = np.pad(source.data, pads, mode="edge")
@@ -1014,13 +1007,17 @@ def _to_native(target, source, matrix, disp, grid, programs):
     whole = np.issubdtype(source.data.dtype, np.integer)
     disp_mm = np.empty((*shape, 3), np.float32)
     warped = np.empty(shape, source.data.dtype)
-    # A slab may reach beyond the volume, so that all have one shape.
-    for start in range(0, shape[2], slab[2]):
-        stop = min(start + slab[2], shape[2])
-        inside = (slice(shape[0]), slice(shape[1]), slice(stop - start))
-        field, image = (np.asarray(x)[inside] for x in step(*given, np.float32(start)))
-        disp_mm[:, :, start:stop] = field
-        warped[:, :, start:stop] = np.rint(image) if whole else image
+    # A slab may reach beyond the volume, so that all have one shape. The device makes
+    # the next one while this one is copied.
+    made = step(*given, np.float32(0))
+    for start in range(0, shape[0], slab[0]):
+        ready, here = made, slice(start, min(start + slab[0], shape[0]))
+        if here.stop < shape[0]:
+            made = step(*given, np.float32(here.stop))
+        inside = (slice(here.stop - start), slice(shape[1]), slice(shape[2]))
+        field, image = (np.asarray(x)[inside] for x in ready)
+        disp_mm[here] = field
+        warped[here] = np.rint(image) if whole else image
     return disp_mm, warped
 
 
@@ -1033,7 +1030,7 @@ def _slab(disp, moving, place, fill, start, *, shape):
     """Total displacement in mm and warped image of one slab of native slices."""
     to_grid, rigid, spread, to_moving, turn, limit = place
     coords = warp.identity_coords(shape) + jnp.broadcast_to(
-        jnp.stack([jnp.zeros_like(start), jnp.zeros_like(start), start]), (*shape, 3)
+        jnp.stack([start, jnp.zeros_like(start), jnp.zeros_like(start)]), (*shape, 3)
     )
     # Beyond the network's grid its outermost vector holds.
     u = warp.sample(disp, _apply(to_grid, coords)[None])[0]

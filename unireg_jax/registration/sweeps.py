@@ -71,7 +71,7 @@ def sweep(
     fixed body.
 
     Args:
-        fixed: path, Volume, or array [X, Y, Z] in HU; see `register`.
+        fixed: path, Volume, image, or array [X, Y, Z] in HU; see `register`.
         moving: the same.
         labels: of fixed and of moving, on their grids; None for no DSC.
         conditions: region and pair type of each row.

@@ -26,6 +26,7 @@ from unireg_jax.errors import (
     PREEMPTED,
     USAGE,
     UserError,
+    of_item,
     on_terminal,
     shown,
 )
@@ -75,12 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: unireg batch pairs.csv --out results --task abdomen"
     add = parser.add_argument
-    add(
+    named = parser.add_mutually_exclusive_group(required=True)
+    named.add_argument(
         "list",
+        nargs="?",
+        default=argparse.SUPPRESS,  # not to undo --manifest
         metavar="LIST",
         help="CSV or JSON: id, fixed, moving[, task, type, fixed_label, ...], or a "
         "Learn2Reg dataset.json; paths relative to it",
     )
+    named.add_argument("--manifest", dest="list", metavar="LIST", help="the same")
     add("-o", "--out", required=True, metavar="DIR", help="folder, made if absent")
     results.add_settings(parser, required=False)
     add(
@@ -561,7 +566,8 @@ def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
             if why is not None and not (args.skip_existing or args.overwrite):
                 raise worker.in_the_way(why)
             known.read(case)
-        except UserError as error:
+        except Exception as any_error:  # a fault of ours too: it stops no other
+            error = of_item(any_error)
             facts = dict(weights_sha256=digest, settings=settings, seconds=0.0)
             item = worker.failure(args, case, error.reason, str(error), **facts)
             return "refuse", error.reason, item["message"]

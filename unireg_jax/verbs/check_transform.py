@@ -13,6 +13,7 @@ from unireg_jax.imaging import (
     belonging,
     grids,
     mapping,
+    nifti,
     orientation,
     scans,
     transforms,
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {"schema": 1, "verb": "check-transform"}
     broken = None
     try:
+        nifti.check_file(args.file)  # the word identity is none
         spelled = transforms.spelling(args.file)
         files.check_scans(args.file, fixed, moving)
         whole = mapping.read(args.file, fixed=fixed, moving=moving)

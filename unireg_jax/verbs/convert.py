@@ -2,11 +2,21 @@
 
 import argparse
 import json
+import os
+import shutil
 from pathlib import Path
 
 from unireg_jax import manifest
-from unireg_jax.errors import FAILED, PARTLY, USAGE, UserError, bad_file, shown
-from unireg_jax.imaging import mapping
+from unireg_jax.errors import (
+    FAILED,
+    PARTLY,
+    USAGE,
+    UserError,
+    bad_file,
+    of_item,
+    shown,
+)
+from unireg_jax.imaging import mapping, nifti
 from unireg_jax.manifest import Case
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.journal import Journal, open_alone
@@ -15,6 +25,7 @@ from unireg_jax.verbs.messages import one_line, progress, warn, with_reason
 HELP = "a transform in the spelling of another tool"
 
 _JOURNAL = "convert.jsonl"  # beside the fields of a list: what each was made of
+Work = tuple[list[str], Case, str]  # names of a field, its pair, the pair's result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,26 +117,32 @@ def _many(args: argparse.Namespace) -> int:
     """All pairs of a list; one that fails stops no other."""
     files.spare([args.manifest], args.file, [_JOURNAL])
     files.check_results(args.results)
-    work = [(name, case, _find(args, case)) for name, case in _named(args).items()]
+    work = [(names, case, _find(args, case)) for names, case in _named(args)]
     with open_alone(Path(args.file) / _JOURNAL) as journal:
         return _submit(args, work, journal)
 
 
-def _submit(
-    args: argparse.Namespace, work: list[tuple[str, Case, str]], journal: Journal
-) -> int:
+def _submit(args: argparse.Namespace, work: list[Work], journal: Journal) -> int:
     """Writes the fields that are not there yet; exit code."""
-    todo = [item for item in work if not _is_there(args, *item, journal)]
+    todo, there = [], []
+    for item in work:
+        (there if _is_there(args, *item, journal) else todo).append(item)
     say = progress(args.quiet)
     warnings, failed = [], []
-    for n, (name, case, path) in enumerate(todo, start=1):
-        target, key = Path(args.file, name), _key(case, path)
+    for names, _, _ in there:
+        _name_alike(*_places(args, names))
+    for n, (names, case, path) in enumerate(todo, start=1):
+        places, key = _places(args, names), _key(case, path)
+        target, name = places[0], names[0]
         # Of before: no field may stand for a pair that fails now.
-        target.unlink(missing_ok=True)
+        _remove(places)
         journal.add({"id": name, "key": key})
         try:
             lines = _write(str(target), case, path)
-        except UserError as error:
+            _name_alike(*places)
+        except Exception as any_error:  # a fault of ours too: it stops no other
+            error = of_item(any_error)
+            _remove(places)
             journal.add({"id": name, "reason": error.reason})
             failed.append({"id": case.id, "reason": error.reason})
             warn(f"{case.id}: failed: {with_reason(error)}")
@@ -136,7 +153,7 @@ def _submit(
         for line in lines:
             warn(f"{case.id}: {line}")
         warnings += [f"{case.id}: {one_line(line)}" for line in lines]
-    done, kept = len(work) - len(failed), len(work) - len(todo)
+    done, kept = len(work) - len(failed), len(there)
     before = f", {kept} of them before" if kept else ""
     say(f"{done} of {len(work)} fields done{before}: {shown(args.file)}")
     if args.json:
@@ -158,29 +175,57 @@ def _key(case: Case, path: str) -> dict[str, str | None]:
     return {name: files.sha256(file) for name, file in made_of.items()}
 
 
+def _places(args: argparse.Namespace, names: list[str]) -> list[Path]:
+    return [Path(args.file, name) for name in names]
+
+
+def _remove(places: list[Path]) -> None:
+    for place in places:
+        place.unlink(missing_ok=True)
+
+
+def _name_alike(target: Path, *others: Path) -> None:
+    """Gives a field its other names; copies where the file system has no links."""
+    for other in others:
+        if other.exists():  # with these bytes: looked at
+            continue
+        with nifti.atomic_path(other) as temp:
+            temp.unlink()
+            try:
+                os.link(target, temp)
+            except OSError:
+                shutil.copyfile(target, temp)
+
+
 def _is_there(
-    args: argparse.Namespace, name: str, case: Case, path: str, journal: Journal
+    args: argparse.Namespace, names: list[str], case: Case, path: str, journal: Journal
 ) -> bool:
-    """Whether the field is there, made of these files; refuses what is in its way."""
-    target = Path(args.file, name)
-    sibling = target.with_name(name.replace(".nii.gz", ".npz"))
-    if sibling.exists():
-        raise bad_file(
-            sibling,
-            "id_duplicate",
-            f"{name} alone",
-            "this file, which the challenge's script takes first",
-            "move it away",
-            USAGE,
-        )
-    known = None if args.overwrite or not target.is_file() else journal.last(name)
-    # A run that was ended before it could note the digest had written it whole.
+    """Whether the field is there, made of these files; refuses what is in its way.
+
+    Of its further names those with other bytes are in its way.
+    """
+    target, *others = _places(args, names)
+    for place in (target, *others):
+        sibling = place.with_name(place.name.replace(".nii.gz", ".npz"))
+        if sibling.exists():
+            raise bad_file(
+                sibling,
+                "id_duplicate",
+                f"{place.name} alone",
+                "this file, which the challenge's script takes first",
+                "move it away",
+                USAGE,
+            )
+    known = None if args.overwrite or not target.is_file() else journal.last(names[0])
+    made, there = files.sha256(target) if known else None, False
     if known and known.get("key") == _key(case, path):
-        if known.get("sha256") in (None, files.sha256(target)):
-            return True
+        # A run that was ended before it could note the digest had written it whole.
+        there = known.get("sha256") in (None, made)
     inputs = (case.fixed, case.moving, path)
-    files.output(str(target), (), overwrite=args.overwrite, inputs=inputs)
-    return False
+    for place in others if there else (target, *others):
+        if not (there and files.sha256(place) == made):
+            files.output(str(place), (), overwrite=args.overwrite, inputs=inputs)
+    return there
 
 
 def _write(target: str, case: Case, path: str) -> list[str]:
@@ -192,11 +237,11 @@ def _write(target: str, case: Case, path: str) -> list[str]:
     return warnings
 
 
-def _named(args: argparse.Namespace) -> dict[str, Case]:
-    """Each pair of the list by the name that the challenge has for its field."""
-    named: dict[str, Case] = {}
+def _named(args: argparse.Namespace) -> list[tuple[list[str], Case]]:
+    """Each pair of the list with the names that the challenge has for its field."""
+    named, owners = [], {}
     for case in manifest.read_cases(args.manifest, roots=args.data_root):
-        names = manifest.learn2reg_fields(case)
+        names = [f"{n}.nii.gz" for n in manifest.learn2reg_submission(case)]
         if not names:
             raise bad_file(
                 Path(args.manifest).name,
@@ -206,14 +251,16 @@ def _named(args: argparse.Namespace) -> dict[str, Case]:
                 "convert them one by one with --transform",
                 USAGE,
             )
-        other = named.setdefault(f"{names[0]}.nii.gz", case)
-        if other != case:
-            raise bad_file(
-                Path(args.manifest).name,
-                "id_duplicate",
-                "one pair for each field",
-                f"{other.id} and {case.id} for {names[0]}.nii.gz",
-                "list the tasks apart",
-                USAGE,
-            )
+        for name in names:
+            other = owners.setdefault(name, case)
+            if other != case:
+                raise bad_file(
+                    Path(args.manifest).name,
+                    "id_duplicate",
+                    "one pair for each field",
+                    f"{other.id} and {case.id} for {name}",
+                    "list the tasks apart",
+                    USAGE,
+                )
+        named.append((names, case))
     return named

@@ -35,6 +35,7 @@ _SUMMARY = ("cases.csv", "labels.csv", "summary.json", "summary.tex")
 _JOURNAL = "reports.jsonl"
 _COMPARISON = ("comparison.csv", "comparison.json", "comparison.tex")
 _TRE_L2R = 2  # algorithm of tre_mm_l2r: since 2 indices are rounded
+_FRAME = 2  # of points without a frame: since 2 their tables need a header
 _COLUMNS = ("transform", "landmarks")  # of a manifest, beside those of a pair
 _POINTS = ("fixed_points", "moving_points")
 _SCANS = ("fixed", "moving")
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("-t", "--transform"),
         metavar="FILE",
         action="append",  # so that a second one is no silent change of mind
-        help="the whole map: field, affine or composite",
+        help="the whole map: field, affine or composite; identity: as the scans lie",
     )
     add("--manifest", metavar="FILE", help="list of cases, CSV or JSON; with --out")
     add(
@@ -70,20 +71,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add(
-        "--fixed-label",
+        *options.FIXED_LABEL,
         metavar="FILE",
         help="with --moving-label: DSC, HD95, NSD; NIfTI, NRRD or MetaImage [itk]",
     )
-    add("--moving-label", metavar="FILE", help="labels of the moving scan")
+    add(*options.MOVING_LABEL, metavar="FILE", help="labels of the moving scan")
     add("--fixed-mask", metavar="FILE", help="foreground of sdlogj, default the labels")
     add("--landmarks", metavar="CSV", help="columns fixed_x_mm ... moving_z_mm, LPS")
     add(
         "--fixed-points",
         metavar="FILE",
-        help="instead, with --moving-points: points of one scan each, line by line, "
-        "LPS mm (.csv), or Slicer's .fcsv or .mrk.json",
+        help="instead, with --moving-points: points of one scan each, line by line: "
+        "table, or Slicer's .fcsv or .mrk.json",
     )
     add("--moving-points", metavar="FILE", help="of the moving scan")
+    add(
+        "--points-frame",
+        choices=manifest.FRAMES,
+        help="of the numbers of tables; default lps_mm where they have a header; "
+        "voxels (voxel_from_0: Learn2Reg's) are those of --fixed and --moving",
+    )
+    add(
+        *("-f", "--fixed"),
+        metavar="FILE",
+        help="with --moving: the scans, whose voxels, as stored, points and fields of "
+        "Learn2Reg are in",
+    )
+    add("-m", "--moving", metavar="FILE", help="the moving scan")
     files.add_results(parser, default="; default its column transform")
     add("-o", "--out", metavar="DIR", help="folder of the tables")
     options.add_overwrite(parser, "tables that are there, judge every case again")
@@ -133,11 +147,15 @@ def _check_options(args: argparse.Namespace) -> None:
         raise _usage("--fixed-points and --moving-points belong together, got one")
     if args.landmarks and args.fixed_points:
         raise _usage("--landmarks or --fixed-points expected, got both; name one")
+    if args.transform and args.points_frame and not args.fixed_points:
+        raise _usage("--points-frame is that of --fixed-points, got none; name them")
+    if bool(args.fixed) != bool(args.moving):
+        raise _usage("--fixed and --moving belong together, got one; name both")
     mode = next(m for m in ("transform", "manifest", "compare") if getattr(args, m))
     belong = {
         "transform": (
             *("fixed_label", "moving_label", "fixed_mask", "landmarks"),
-            *("fixed_points", "moving_points"),
+            *("fixed_points", "moving_points", "points_frame", "fixed", "moving"),
         ),
         "manifest": ("transforms", "data_root"),
         "compare": ("metric", "columns"),
@@ -170,14 +188,14 @@ def _one(args: argparse.Namespace, head: dict, settings: dict[str, Any]) -> int:
         landmarks=args.landmarks,
         fixed_points=args.fixed_points,
         moving_points=args.moving_points,
+        points_frame=args.points_frame,
+        fixed=args.fixed,
+        moving=args.moving,
     )
     report = cases.score_files(given, **settings)
     for line in report["warnings"]:
         warn(line)
-    head["transform"] = {
-        **outputs.digest(Path(transform)),
-        "name": Path(transform).name,
-    }
+    head["transform"] = files.named(transform)
     names = {"definitions": cases.definitions(l2r=args.l2r_compat)}
     _print(args, head | report | names, _table)
     return 0
@@ -246,6 +264,8 @@ def _judge(
     inputs = {key: files.sha256(path) for key, path in paths.items() if path}
     if given.points_frame:
         inputs["points_frame"] = given.points_frame
+    elif given.fixed_points:
+        inputs["points_frame"] = _FRAME
     key = {"schema": SCHEMA, "settings": settings, "inputs": inputs}
     if settings["l2r"] and (given.landmarks or given.fixed_points):
         key["tre_l2r"] = _TRE_L2R
@@ -280,7 +300,7 @@ def read_list(
     Args:
         path: CSV or JSON. With `transforms` a list of pairs as unireg_jax.manifest
             reads; without it every case has `id` and `transform`, and may have the
-            columns of a pair and `landmarks`.
+            columns of a pair and `landmarks`. A transform may be "identity".
         transforms: folder of results, see --help; a transform that does not lie there
             fails at its turn.
         roots: further folders that paths may lead into.

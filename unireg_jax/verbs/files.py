@@ -24,7 +24,7 @@ def add_transforms(
     parser: argparse.ArgumentParser, *, one: bool = False, required: bool = True
 ) -> None:
     """-t, once or more."""
-    once = "field, ITK transform, ANTs .mat, NRRD [itk]"
+    once = "field, ITK transform, ANTs .mat, NRRD [itk]; identity: none"
     parser.add_argument(
         *("-t", "--transform"),
         dest="transforms",
@@ -254,6 +254,8 @@ def is_l2r(path: str | os.PathLike) -> bool:
 
 def sha256(path: str | os.PathLike) -> str | None:
     """Of a file, its voxels too; None for one that will fail at its turn."""
+    if transforms.is_identity(path):
+        return transforms.IDENTITY
     try:
         return outputs.digest_of(scans.files_of(path))["sha256"]
     except OSError:
@@ -270,19 +272,21 @@ def report(args: argparse.Namespace, verb: str, **content: Any) -> None:
     if not args.json:
         return
     known: dict[str, Any] = {"schema": 1, "verb": verb}
-    known["transforms"] = [_file(path) for path in args.transforms]
+    known["transforms"] = [named(path) for path in args.transforms]
     for name in ("fixed", "moving", "points"):
         if getattr(args, name, None):
-            known[name] = _file(getattr(args, name))
+            known[name] = named(getattr(args, name))
     if getattr(args, "file", None):
-        known["out"] = _file(args.file)
+        known["out"] = named(args.file)
     text = json.dumps(known | content, indent=2, allow_nan=False) + "\n"
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def _file(path: str) -> dict[str, Any]:
+def named(path: str) -> dict[str, Any]:
     """Name and digest; of a folder of slices, the digest of their digests."""
+    if transforms.is_identity(path):
+        return {"name": transforms.IDENTITY}
     return {
         "name": Path(path).name,
         **outputs.digest_of(scans.files_of(path)),

@@ -6,7 +6,7 @@ import numpy as np
 
 from unireg_jax.errors import USAGE, UserError, bad_file, shown
 from unireg_jax.imaging import mapping, nifti, transforms
-from unireg_jax.imaging.inverse import check_inverse, invert
+from unireg_jax.imaging.inverse import check_inverse, doubts, invert
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
 from unireg_jax.verbs.messages import number, progress, warn
@@ -100,17 +100,12 @@ def run(args: argparse.Namespace) -> int:
     stats = inverse.stats
     del whole  # as large as the inverse
     check_inverse(inverse, args.transforms[0], args.max_unsolved)
-    if stats["covered_percent"] < 50 and not warnings:
-        warnings.append(
-            f"no_overlap: the transform leads to {number(stats['covered_percent'])} % "
-            "of --moving, the rest is a guess: is it the moving scan of this pair?"
-        )
-    if stats["unsolved_percent"] > 0:
-        warnings.append(
-            f"folding: {number(stats['unsolved_percent'])} % of the covered "
-            f"voxels are off by more than {args.tolerance:g} mm, at most "
-            f"{number(stats['residual_max_mm'])} mm; see --residual-out"
-        )
+    told = bool(warnings)
+    for line in doubts(stats):
+        if line.startswith("folding"):
+            warnings.append(f"{line}; see --residual-out")
+        elif not told:
+            warnings.append(f"{line}: is --moving of this pair?")
     for line in warnings:
         warn(line)
     mapping.write(args.file, inverse.mapping, fixed=moving, moving=fixed)

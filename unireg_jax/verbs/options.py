@@ -5,6 +5,9 @@ import argparse
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
 
+# Labels, as they are called here and elsewhere.
+FIXED_LABEL = ("--fixed-label", "--fixed-segmentation")
+MOVING_LABEL = ("--moving-label", "--moving-segmentation")
 # Those of registration/refine.py, which a command line is read without.
 SMOOTHNESS, MOST_SMOOTHNESS = 0.5, 20.0
 

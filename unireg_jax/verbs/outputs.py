@@ -17,6 +17,7 @@ from unireg_jax.manifest import stem
 OUTPUTS = (  # the record comes last: it says that a case is whole
     "warped.nii.gz",
     "1Warp.nii.gz",
+    "1InverseWarp.nii.gz",
     "0GenericAffine.txt",
     "Composite.h5",
     "warped_label.nii.gz",

@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "affine and field (none of a sheared fixed grid); CASE_0GenericAffine.txt, the "
         "pre-alignment, for information: it is part of the other two; CASE_run.json, "
         "settings, quality and timings; with --moving-label CASE_warped_label.nii.gz, "
-        "with --html qc.html. Scans are NIfTI; NRRD or MetaImage with the extra itk; a "
-        "folder of DICOM slices with the extra dicom."
+        "with --write-inverse CASE_1InverseWarp.nii.gz, with --html qc.html. Scans are "
+        "NIfTI; NRRD or MetaImage with the extra itk; a folder of DICOM slices with "
+        "the extra dicom."
     )
     parser.description = textwrap.fill(text, 79)
     parser.epilog = EXAMPLES
@@ -44,9 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", "--moving", required=True, metavar="FILE", help="scan to be warped")
     add("-o", "--out", required=True, metavar="DIR", help="folder, made if absent")
     results.add_settings(parser, required=True)
-    add("--fixed-label", metavar="FILE", help="with --moving-label: DSC in the record")
-    add("--moving-label", metavar="FILE", help="labels to be warped, by themselves too")
+    text = "with --moving-label: DSC in the record"
+    add(*options.FIXED_LABEL, metavar="FILE", help=text)
+    text = "labels to be warped, by themselves too"
+    add(*options.MOVING_LABEL, metavar="FILE", help=text)
     add("--fixed-mask", metavar="FILE", help="where scans are compared, default body")
+    add(
+        "--init",
+        metavar="FILE",
+        help="pre-alignment of your own in place of --affine: ITK transform of affines "
+        "(.txt, .tfm, .h5, ANTs' .mat), fixed point -> moving point, LPS mm",
+    )
     add("--case", metavar="NAME", help="default: FIXED__MOVING")
     add(
         "--inverse-consistency",
@@ -72,6 +81,13 @@ def run(args: argparse.Namespace) -> int:
             "--passes and --symmetric need a network, got --task none; name a task",
             USAGE,
         )
+    if args.init and args.affine != "auto":
+        raise UserError(
+            "schema",
+            f"--init and --affine {args.affine}: one pre-alignment expected, got two; "
+            "leave one out",
+            USAGE,
+        )
     case = Case(
         name,
         args.fixed,
@@ -81,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         fixed_label=args.fixed_label,
         moving_label=args.moving_label,
         fixed_mask=args.fixed_mask,
+        init=args.init,
     )
     say = progress(args.quiet)
     with outputs.case_folder(Path(args.out), name, args.overwrite) as folder:
@@ -98,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
             task=args.task,
             pair_type=args.type,
             weights=model,
-            affine=args.affine,
+            affine=args.affine if inputs.init is None else inputs.init,
             fixed_mask=inputs.mask,
             progress=say,
             **results.session_settings(args),
@@ -108,7 +125,11 @@ def run(args: argparse.Namespace) -> int:
             back = _back(args, inputs, model, result.settings, say)
         say("writing")
         settings = results.settings_sha256(args, case)
-        record = results.write(folder, inputs, result, model, settings, back_mm=back)
+        record = results.write(
+            *(folder, inputs, result, model, settings),
+            inverse=args.write_inverse,
+            back_mm=back,
+        )
         judging.finish(args, folder, record, inputs, result)
         total = time.perf_counter() - started
         record["timings"] |= {"read": round(read, 3), "total": round(total, 3)}
@@ -130,7 +151,7 @@ def _back(args, inputs, model, settings, say) -> np.ndarray:
         task=settings["task"],
         pair_type=settings["pair_type"],
         weights=model,
-        affine=args.affine,
+        affine=args.affine if inputs.init is None else np.linalg.inv(inputs.init),
         progress=say,
         **results.session_settings(args),
     ).disp_mm

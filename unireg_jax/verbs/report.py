@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", metavar="DIR", help="OUT/CASE, or OUT of a batch")
     add("-f", "--fixed", metavar="FILE", help="of a case: the scans are not in DIR")
     add("-m", "--moving", metavar="FILE", help="with --fixed")
-    add("--fixed-label", metavar="FILE", help="with --fixed: labels to be outlined")
+    text = "with --fixed: labels to be outlined"
+    add(*options.FIXED_LABEL, metavar="FILE", help=text)
     add("--list", metavar="LIST", help="of a batch: the list that names the scans")
     add(
         "--data-root",

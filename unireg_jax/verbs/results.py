@@ -19,7 +19,8 @@ import numpy as np
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.evaluation import metrics, quality
-from unireg_jax.imaging import nifti, orientation, points, scans, transforms
+from unireg_jax.imaging import mapping, nifti, orientation, points, scans, transforms
+from unireg_jax.imaging.inverse import doubts, invert
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.manifest import AUTO_TASK, NO_TASK, PATHS, TYPES, Case
 from unireg_jax.registration import weights
@@ -50,7 +51,7 @@ _OF_THE_CASE = ("subjects", *_UNUSED)  # kinds of warnings of `_case_warnings`
 
 
 def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """--task, --type, --weights, --affine, --fov, --device, passes and refinement.
+    """--task, --type, --weights, --affine, --fov, --device ...: what is asked for.
 
     Args:
         parser: of the verb.
@@ -128,6 +129,12 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "default 1: with the package's weights 4 mm, with 2 it ends at 2 mm, closer to "
         "small structures, for several times the seconds",
     )
+    add(
+        "--write-inverse",
+        action="store_true",
+        help="also CASE_1InverseWarp.nii.gz, the whole map back on the grid of the "
+        "moving scan, as `unireg invert` makes it, in as long a time",
+    )
     options.add_device(parser)
 
 
@@ -198,6 +205,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["fov"] = args.fov
     if case.points_frame:
         asked["points_frame"] = case.points_frame
+    if args.write_inverse:
+        asked["inverse"] = True
     if args.affine in _SEARCHED and not case.init:
         asked["search"] = SEARCH_ALGORITHM
     if args.affine != "none" and case.fixed_mask and not case.init:
@@ -289,7 +298,7 @@ class Files:
             found = points.read_pair(tables, case.points_frame, (fixed, moving))
             table = found.fixed, found.moving
         if case.init:
-            init = transforms.read_affine_txt(case.init)
+            init = transforms.read_affine(case.init)
         digests = {column: self.digest(getattr(case, column)) for column in listed}
         for column in listed:
             if _state(path := getattr(case, column)) != before[column]:
@@ -351,6 +360,7 @@ def write(
     model: Any,
     settings: str,
     *,
+    inverse: bool = False,
     back_mm: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Writes a pair's results into its folder; `seal` adds the record.
@@ -361,6 +371,7 @@ def write(
         result: Registration.
         model: of the registration.
         settings: from `settings_sha256`.
+        inverse: whether the map back is written, too.
         back_mm: [X', Y', Z', 3] LPS mm on moving, of the opposite registration.
 
     Returns:
@@ -372,7 +383,10 @@ def write(
     case = inputs.case
     prefix = folder / case.id
     warnings = _write_transforms(prefix, result, inputs.fixed)
-    scores = None
+    scores = way_back = None
+    if inverse:
+        way_back = _write_inverse(prefix, result, inputs.moving)
+        warnings += doubts(way_back)
     target, source = inputs.labels or (None, None)
     if target:
         scores = _score(prefix, result, inputs.labels, inputs.fixed)
@@ -396,6 +410,8 @@ def write(
     record = _record(inputs, result, model, warnings)
     record["quality"] = numbers
     record["scores"] = scores
+    if way_back:
+        record["inverse"] = metrics.as_json(way_back)
     if inputs.points:
         errors = metrics.landmark_errors(
             result.disp_mm, result.vox2world, *inputs.points
@@ -429,10 +445,22 @@ def _write_transforms(prefix: Path, result, fixed) -> list[str]:
     transforms.write_affine_txt(f"{prefix}_0GenericAffine.txt", result.affine)
     if transforms.has_shear(result.vox2world):
         return ["no Composite.h5: ITK cannot hold the shear of the fixed grid"]
-    residual = registration.residual_mm(result, copy=False)
-    path = f"{prefix}_Composite.h5"
-    transforms.write_composite(path, result.affine, residual, **grid)
+    # Turned here, so that one field is held while HDF5 packs it, not two.
+    residual = nifti.to_native(registration.residual_mm(result, copy=False), fixed)
+    own = fixed.native.vox2world
+    transforms.write_composite(f"{prefix}_Composite.h5", result.affine, residual, own)
     return []
+
+
+def _write_inverse(prefix: Path, result, moving) -> dict[str, float]:
+    """The map back, found of the parts, as one field; how well it leads back."""
+    residual = registration.residual_mm(result, copy=False)
+    field, affine = mapping.field(residual, result.vox2world), result.affine
+    whole = mapping.compose([field, mapping.affine(affine)])
+    found = invert(whole, mapping.grid_of(moving))
+    del residual, field, whole  # as large as the inverse
+    mapping.write(f"{prefix}_1InverseWarp.nii.gz", found.mapping, fixed=moving)
+    return found.stats
 
 
 def _score(prefix: Path, result, labels, fixed) -> dict[str, Any]:

@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-f", "--fixed", required=True, metavar="FILE", help="scan that stays")
     add("-m", "--moving", required=True, metavar="FILE", help="scan to be warped")
-    add("--fixed-label", metavar="FILE", help="with --moving-label: Dice per row")
-    add("--moving-label", metavar="FILE", help="labels of the moving scan")
+    text = "with --moving-label: Dice per row"
+    add(*options.FIXED_LABEL, metavar="FILE", help=text)
+    add(*options.MOVING_LABEL, metavar="FILE", help="labels of the moving scan")
     options.add_weights(parser)
     add(
         "--affine",

@@ -4,7 +4,7 @@ import argparse
 
 import numpy as np
 
-from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.errors import USAGE, UserError, bad_file, shown
 from unireg_jax.imaging import belonging, mapping, nifti, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
@@ -40,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--interp",
         choices=mapping.INTERPOLATIONS,
-        default="linear",
-        help="default linear, for images. For labels: nearest, as register, batch and "
-        "evaluate warp those that they measure; or label, the id with the largest "
+        help="default linear, for images. Labels need it: nearest, as register, batch "
+        "and evaluate warp those that they measure; or label, the id with the largest "
         "trilinear share: smoother borders, so another DSC",
     )
     add(
@@ -77,37 +76,48 @@ def run(args: argparse.Namespace) -> int:
     _check_fill(args.fill_value, label)
     fixed = scans.read_scan(args.fixed)
     moving = (scans.read_labels if label else scans.read_scan)(args.moving)
+    if args.interp is None:
+        _check_image(moving)
+    interp = args.interp or "linear"
     whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     grid = mapping.grid_of(fixed)
     warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
-    if args.interp == "linear" and scans.like_labels(moving.data):
-        warnings.append(
-            f"label_value: {shown(args.moving)} looks like a label map; --interp label "
-            "keeps its ids"
-        )
-    elif not label:
+    if not label:
         warnings += belonging.similarity_warnings(whole, fixed, moving)
     for line in warnings:
         warn(line)
     fixed = scans.without_voxels(fixed)
-    ids = label or (args.interp == "nearest" and _like_ids(moving.data))
+    ids = label or (interp == "nearest" and _like_ids(moving.data))
     fill = 0 if ids else mapping.fill_of(moving.data)
     fill = fill if args.fill_value is None else args.fill_value
     moving, dtype = _stored(moving, fill, np.int32 if label else np.float32)
     say("warping")
-    warped = mapping.resample(whole, moving, grid, interp=args.interp, fill=fill)
+    warped = mapping.resample(whole, moving, grid, interp=interp, fill=fill)
     say("writing")
     nifti.write_like(args.file, warped, fixed, dtype=dtype)
-    say(f"done: {shown(args.file)}, {args.interp}, {number(fill)} outside")
+    say(f"done: {shown(args.file)}, {interp}, {number(fill)} outside")
     files.report(
         args,
         "warp",
-        interp=args.interp,
+        interp=interp,
         fill=fill,
         dtype=str(dtype),
         warnings=[one_line(line) for line in warnings],
     )
     return 0
+
+
+def _check_image(moving: Volume) -> None:
+    """Raises UserError, exit code 2, for labels, of which linear would make new ids."""
+    if scans.like_labels(moving.data, background=0):
+        raise bad_file(
+            moving.path,
+            "label_value",
+            "an image, or --interp with a label map",
+            f"whole values from 0 to {moving.data.max():g} that look like labels",
+            "pass --interp nearest or label; linear if it is an image",
+            USAGE,
+        )
 
 
 def _like_ids(data: np.ndarray) -> bool:

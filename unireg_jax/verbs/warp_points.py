@@ -43,10 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_out(parser, ".csv, .fcsv or .mrk.json")
     add(
         "--space",
+        type=_space,
         choices=points.SPACES,
-        help="of the coordinates, mm or voxels from 0 as stored; Slicer's files tell",
+        help="of the coordinates, mm or voxels (also ijk) from 0 as stored; Slicer's "
+        "files tell",
     )
-    add("--out-space", choices=points.SPACES, help="of the result, default the same")
+    add(
+        "--out-space",
+        type=_space,
+        choices=points.SPACES,
+        help="of the result, default the same",
+    )
     add(
         *("-f", "--fixed"),
         metavar="FILE",
@@ -55,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("-m", "--moving", metavar="FILE", help="moving scan, for the same")
     options.add_messages(parser)
+
+
+def _space(text: str) -> str:
+    """ijk, as Slicer and NumPy's users call it, is voxel."""
+    return "voxel" if text == "ijk" else text
 
 
 def run(args: argparse.Namespace) -> int:

@@ -133,7 +133,10 @@ class Worker:
                 mask=inputs.mask,
                 clock=clock,
             )
-            record = results.write(folder, inputs, result, session.model, settings)
+            record = results.write(
+                *(folder, inputs, result, session.model, settings),
+                inverse=args.write_inverse,
+            )
             total = time.perf_counter() - started
             record["timings"]["total"] = round(total, 3)
             judging.finish(args, folder, record, inputs, result)
