@@ -16,7 +16,6 @@ import collections
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,33 +35,6 @@ FEW_SCANS = 10  # a task trained on fewer learns its scans by heart
 _SPREAD = 3.0  # spacing against the median of the task
 
 _Result = dict[str, Any]
-
-
-def check(
-    path: Path | str,
-    *,
-    roots: Sequence[Path | str] = (),
-    tasks: Sequence[str] = (),
-    workers: int = 1,
-    progress: Callable[[Iterable, int], Iterable] = lambda results, total: results,
-) -> dict[str, Any]:
-    """Examines every scan of a manifest and the collection as a whole.
-
-    Args:
-        path: manifest, see `manifest.read`.
-        roots: folders that scans may lie in, besides the manifest's own.
-        tasks, workers, progress: see `check_collection`.
-
-    Returns:
-        As check_collection.
-
-    Raises:
-        UserError: the manifest as a whole cannot be read (2) or lists no scan (3).
-    """
-    collection, faults = _of_manifest(path, roots)
-    return check_collection(
-        collection, faults, tasks=tasks, workers=workers, progress=progress
-    )
 
 
 def check_collection(
@@ -121,19 +93,6 @@ def exit_code(report: Mapping[str, Any]) -> int:
     if bad:
         return FAILED if bad == names else PARTLY
     return USAGE if errors else 0
-
-
-def _of_manifest(
-    path: Path | str, roots: Sequence[Path | str]
-) -> tuple[Collection, list[tuple[str, str]]]:
-    """The good entries of a manifest, and what is wrong with the others."""
-    records, faults = manifest.examine(path, roots=roots)
-    if faults:
-        return Collection(records), faults
-    try:
-        return manifest.collect(path, roots=roots), []
-    except UserError as error:  # of the pairs: the entries are right
-        return Collection(records), _lines(error)
 
 
 def _of_dataset(
@@ -551,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "--raw goes with --dataset; the manifest names the scans",
                         USAGE,
                     )
-                listed = _of_manifest(options.manifest, options.data_root)
+                listed = manifest.examine(options.manifest, roots=options.data_root)
             else:
                 listed = _of_dataset(options)
             report = check_collection(

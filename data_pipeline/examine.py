@@ -14,7 +14,7 @@ from data_pipeline import anatomy, findings, sources
 from data_pipeline.datasets.manifest import Record
 from data_pipeline.findings import Finding
 from unireg_jax.errors import UserError
-from unireg_jax.imaging import nifti, orientation
+from unireg_jax.imaging import nifti, orientation, scans
 from unireg_jax.imaging.nifti import Volume
 
 # Field of view (left-right, front-back, head-feet) below which a scan cannot show what
@@ -387,7 +387,7 @@ def _read_labels(
     """A label map or mask, None if it cannot be read, and whether it fits the image."""
     paths = (record.image, path)
     try:
-        labels = nifti.read_labels(path)
+        labels = scans.read_labels(path)
     except UserError as error:
         found.append(findings.from_error(record.id, what, error, *paths))
         return None, False

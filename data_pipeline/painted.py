@@ -195,7 +195,7 @@ def _surroundings(labels, named, present, spacing, values, rng) -> Canvas:
         wall = kind.detail in ("bone", "body") or kind.hu == "muscle"
         soft[i] = not wall and "cartilages" not in words[i]
     around_soft = _distance(soft[labels], spacing, hull="bones" not in structures)
-    lift = _lift(labels, upper, canvas, scale[2] * spacing[2])
+    lift = _lift(labels, upper, canvas)
     torso.surround(
         canvas,
         rng,
@@ -326,7 +326,7 @@ def _distance(
     return out
 
 
-def _lift(labels, upper, canvas, step_mm: float) -> np.ndarray:
+def _lift(labels, upper, canvas) -> np.ndarray:
     """How much higher than the phantoms' the diaphragm lies, [X, Y, 1] mm."""
     flat = np.zeros((*labels.shape[:2], 1), np.float32)
     if not upper:

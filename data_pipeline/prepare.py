@@ -135,7 +135,7 @@ def prepare(
     """Prepares all scans of a manifest or folder and writes the index.
 
     Args:
-        records: from `manifest.read` or an adapter.
+        records: from `manifest.collect` or an adapter.
         out: the prepared folder; made if absent.
         spec: network grid and HU range.
         pairs: ordered (fixed id, moving id), see `manifest.Collection`.

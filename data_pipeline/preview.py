@@ -352,11 +352,11 @@ def _latin(text: str) -> str:
     return text.encode("latin-1", "backslashreplace").decode("latin-1")
 
 
-def _folded(text: str, *, width: int = 60) -> str:
-    """Lines of at most about `width` letters."""
+def _folded(text: str) -> str:
+    """Lines of at most about 60 letters."""
     lines = [""]
     for word in text.split():
-        if len(lines[-1]) + len(word) > width:
+        if len(lines[-1]) + len(word) > 60:
             lines.append("")
         lines[-1] += f"{word} "
     return "\n".join(line.strip() for line in lines)

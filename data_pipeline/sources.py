@@ -17,7 +17,7 @@ import numpy as np
 from data_pipeline import store
 from data_pipeline.datasets.manifest import Record
 from unireg_jax.errors import STORAGE, UserError
-from unireg_jax.imaging import dicom, nifti, points, raw
+from unireg_jax.imaging import dicom, nifti, points, raw, scans
 from unireg_jax.imaging.nifti import Volume
 
 
@@ -37,6 +37,8 @@ def read_scan(record: Record) -> Volume:
         return raw.read_raw(record.image, record.grid)
     if record.slices or os.path.isdir(record.image):
         return dicom.read_series(record.slices or record.image)
+    if record.image.lower().endswith(scans.ITK_ENDINGS):
+        return scans.read_scan(record.image)
     return nifti.read_image(record.image)
 
 
@@ -60,7 +62,7 @@ def read_layers(
     layers: list[np.ndarray] = []
     warnings: list[str] = []
     if record.labels is not None:
-        volume = nifti.read_labels(record.labels)
+        volume = scans.read_labels(record.labels)
         nifti.check_same_grid(image, volume)
         warnings += volume.warnings
         layers = list(map_layers(volume.data, record, label_names))
@@ -81,7 +83,7 @@ def read_mask(path: str, image: Volume, warnings: list[str]) -> np.ndarray:
     """Reads a mask on the grid of an image: what is not 0.
 
     Args:
-        path: NIfTI of whole numbers.
+        path: NIfTI, NRRD or MetaImage of whole numbers.
         image: from `read_scan`.
         warnings: extended by those of the file.
 
@@ -91,7 +93,7 @@ def read_mask(path: str, image: Volume, warnings: list[str]) -> np.ndarray:
     Raises:
         UserError: the file cannot be used, or lies on another grid.
     """
-    volume = nifti.read_labels(path)
+    volume = scans.read_labels(path)
     nifti.check_same_grid(image, volume)
     warnings += volume.warnings
     return volume.data != 0
@@ -185,10 +187,11 @@ def _joined(parts: list[list[str]]) -> str:
 
 
 def _file(path: str | Path) -> str:
-    """SHA-256 of one file."""
+    """SHA-256 of one file, with the voxels of a header that keeps them beside it."""
     nifti.check_file(path)
     with _told(path):
-        return store.file_sha256(path)
+        own, *voxels = (store.file_sha256(p) for p in scans.files_of(path))
+    return _joined([[own, *voxels]]) if voxels else own
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from experiments import clock, launch, signals
 from experiments.recent import Followed, Recent, Row
 from unireg_jax.errors import PREEMPTED, USAGE, UserError, on_terminal, tell
-from unireg_jax.training import checkpoint, log
+from unireg_jax.training import checkpoint, log, optimizer
 from unireg_jax.training.state import TrainState
 
 
@@ -50,6 +50,12 @@ def every(train: Any) -> Every:
         train.checkpoint_every,
         train.get("image_every", 0),
     )
+
+
+def rate(optim: Any) -> Callable[[int], float]:
+    """rate(step) -> learning rate of the step, from the section `optim` of a config."""
+    schedule = optimizer.make_schedule(optim.lr, optim.warmup_steps, optim.decay_steps)
+    return lambda n: float(schedule(n - 1))
 
 
 def saved(workdir: Path | str) -> Callable[[], bool]:

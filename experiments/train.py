@@ -18,7 +18,7 @@ from data_pipeline import loader, store
 from experiments import build, cli, launch, loop, recent, signals
 from unireg_jax.registration import weights as released
 from unireg_jax.tasks import TASKS
-from unireg_jax.training import checkpoint, evaluate, images, log, optimizer
+from unireg_jax.training import checkpoint, evaluate, images, log
 from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
@@ -123,7 +123,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
             writer=writer,
             shown=("loss", "ncc", "dice"),
             skip_nonfinite=config.train.skip_nonfinite,
-            rate=_rate(config.optim),
+            rate=loop.rate(config.optim),
             stop=stop,
         )
     path = workdir / "weights.safetensors"
@@ -211,12 +211,6 @@ def _names(experiment: build.Experiment, stream: loader.PairIterator):
         return [row(int(n)) for n in (batch.pair if alone else stream.last_pairs())]
 
     return names
-
-
-def _rate(optim):
-    """rate(step) -> learning rate of the step."""
-    schedule = optimizer.make_schedule(optim.lr, optim.warmup_steps, optim.decay_steps)
-    return lambda n: float(schedule(n - 1))
 
 
 def _judge(config, experiment: build.Experiment, mesh):

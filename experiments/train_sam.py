@@ -92,10 +92,6 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
             contextlib.closing(log.Log(workdir, resume_step=int(state.step)))
         )
         volumes = dataset.index["volumes"]
-        optim = config.optim
-        schedule = optimizer.make_schedule(
-            optim.lr, optim.warmup_steps, optim.decay_steps
-        )
         state = loop.run(
             lambda state, batch: step_fn(state, train_mesh.put(batch, split)),
             state,
@@ -109,7 +105,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
             writer=writer,
             shown=("loss", "fine_hit", "coarse_hit"),
             skip_nonfinite=config.train.skip_nonfinite,
-            rate=lambda n: float(schedule(n - 1)),
+            rate=loop.rate(config.optim),
             stop=stop,
         )
     path = workdir / "weights.safetensors"

@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.imaging.nifti import shown
 
+NIFTI = (".nii.gz", ".nii")
 _DEPTH = 3  # levels below a wrong folder that are searched for the right one
 _VISITS = 2000  # folders looked at before giving up
 _SHARE = 10  # one subject in so many is held out for val, as many for test
@@ -59,19 +60,20 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
 
 
-def scans(folder: Path, pattern: str = "*") -> list[Path]:
-    """Lists the NIfTI files of a folder.
+def scans(
+    folder: Path, pattern: str = "*", endings: Sequence[str] = NIFTI
+) -> list[Path]:
+    """Lists the scans of a folder.
 
     Args:
         folder: an absent one is empty.
         pattern: of the name without its ending.
+        endings: of the names.
 
     Returns:
-        Paths of `.nii` and `.nii.gz`, sorted by name.
+        Paths, sorted by name.
     """
-    return sorted(
-        visible(folder, f"{pattern}.nii") + visible(folder, f"{pattern}.nii.gz")
-    )
+    return sorted(p for end in endings for p in visible(folder, f"{pattern}{end}"))
 
 
 def stem(path: Path | str) -> str:
@@ -86,24 +88,25 @@ def stem(path: Path | str) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
-def existing(folder: Path, name: str) -> str | None:
+def existing(folder: Path, name: str, endings: Sequence[str] = NIFTI) -> str | None:
     """Finds a scan by its name.
 
     Args:
         folder: where it should lie.
         name: without the ending.
+        endings: that it may have, the first found counts.
 
     Returns:
         Its path, or None.
     """
-    for ending in (".nii.gz", ".nii"):
+    for ending in endings:
         path = folder / f"{name}{ending}"
         if path.is_file():
             return os.fspath(path)
     return None
 
 
-def split_subjects(subjects: Iterable[str], *, seed: int = 0) -> dict[str, str]:
+def split_subjects(subjects: Iterable[str]) -> dict[str, str]:
     """Splits subjects where the dataset does not: all of one subject on one side.
 
     Of n subjects a tenth, at least 2, go to val and as many to test; of fewer than 8,
@@ -111,14 +114,13 @@ def split_subjects(subjects: Iterable[str], *, seed: int = 0) -> dict[str, str]:
 
     Args:
         subjects: names; repeats count once.
-        seed: of the hash.
 
     Returns:
         subject -> "train", "val" or "test".
     """
     names = sorted(
         set(subjects),
-        key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).hexdigest(),
+        key=lambda name: hashlib.sha256(f"0/{name}".encode()).hexdigest(),
     )
     held = max(2, round(len(names) / _SHARE))
     val = held if len(names) >= 4 else 0

@@ -3,13 +3,13 @@
     id,image,label,label_map,task,subject,split
     a01,scans/a01.nii.gz,labels/a01.nii.gz,labels.json,abdomen,p01,train
 
-Paths are relative to the manifest. `image` is a NIfTI file or the folder of a DICOM
-series. `label` and `label_map` may be empty together; optional columns are `group`
-(contrast phase, breath hold), `roi` (a mask of where to judge) and `points` (landmarks:
-x, y, z in LPS mm; those of two scans correspond line by line). JSON: a list of such
-objects, or {"volumes": [...], "pairs": [["fixed id", "moving id"], ...]}; a task's
-pairs in a split are then those listed, if any is. An object may have `masks`,
-{"name": "file" or ["file", ...]}: what any of them marks is the structure.
+Paths are relative to the manifest. `image` is a file in NIfTI, NRRD or MetaImage, or
+the folder of a DICOM series. `label` and `label_map` may be empty together; optional
+columns are `group` (contrast phase, breath hold), `roi` (a mask of where to judge) and
+`points` (landmarks: x, y, z in LPS mm; those of two scans correspond line by line).
+JSON: a list of such objects, or {"volumes": [...], "pairs": [["fixed id", "moving id"],
+...]}; a task's pairs in a split are then those listed, if any is. An object may have
+`masks`, {"name": "file" or ["file", ...]}: what any of them marks is the structure.
 
 A label map is JSON {"raw id": "name"}; several ids may share one name, and ids that are
 not in it become background. {"6": ["Hippocampus", "TemporalLobe"]} puts an id into both
@@ -96,25 +96,28 @@ def collect(
     strict: bool = False,
     allow_leak: bool = False,
 ) -> Collection:
-    """As `read`, with the pairs that the manifest lists.
+    """Reads and checks a manifest before any scan is opened.
 
     Args:
-        path, roots, strict, allow_leak: as in `read`.
+        path: `.csv` or `.json`, UTF-8.
+        roots: folders that scans may lie in, besides the manifest's own.
+        strict: a listed file that does not exist is a fault here; else it fails at its
+            turn.
+        allow_leak: accept a subject in two splits.
 
     Returns:
-        Collection.
+        Collection, records in the order of the manifest.
 
     Raises:
-        UserError: as `read`.
+        UserError: exit code 2 with all faults, one a line; its reason is that of the
+            first (`schema`, `id_invalid`, `id_duplicate`, `task_unknown`,
+            `path_escape`, `not_found`). Exit code 3 when no scan is listed.
     """
     path = Path(path)
-    records, faults = examine(path, roots=roots, strict=strict, allow_leak=allow_leak)
-    pairs = _pairs(_content(path)[1], faults)
-    if not faults:
-        _check_pairs(records, pairs, faults)
+    found, faults = examine(path, roots=roots, strict=strict, allow_leak=allow_leak)
     if faults:
         manifest.refuse(path.name, faults)
-    return Collection(records, pairs)
+    return found
 
 
 def check(
@@ -157,58 +160,28 @@ def check(
     return collection
 
 
-def read(
-    path: Path | str,
-    *,
-    roots: Sequence[Path | str] = (),
-    strict: bool = False,
-    allow_leak: bool = False,
-) -> list[Record]:
-    """Reads and checks a manifest before any scan is opened.
-
-    Args:
-        path: `.csv` or `.json`, UTF-8.
-        roots: folders that scans may lie in, besides the manifest's own.
-        strict: a listed file that does not exist is a fault here; else it fails at its
-            turn.
-        allow_leak: accept a subject in two splits.
-
-    Returns:
-        Records in the order of the manifest.
-
-    Raises:
-        UserError: exit code 2 with all faults, one a line; its reason is that of the
-            first (`schema`, `id_invalid`, `id_duplicate`, `task_unknown`,
-            `path_escape`, `not_found`). Exit code 3 when no scan is listed.
-    """
-    path = Path(path)
-    records, faults = examine(path, roots=roots, strict=strict, allow_leak=allow_leak)
-    if faults:
-        manifest.refuse(path.name, faults)
-    return records
-
-
 def examine(
     path: Path | str,
     *,
     roots: Sequence[Path | str] = (),
     strict: bool = False,
     allow_leak: bool = False,
-) -> tuple[list[Record], list[Fault]]:
-    """As `read`, but gives the faults of the entries beside the records that are good.
+) -> tuple[Collection, list[Fault]]:
+    """As `collect`, but gives the faults beside the records that are good.
 
     Args:
-        path, roots, strict, allow_leak: as in `read`.
+        path, roots, strict, allow_leak: as in `collect`.
 
     Returns:
-        Records in the order of the manifest, and (reason, message) of every fault.
+        Collection, its pairs only where nothing is at fault, and (reason, message) of
+        every fault.
 
     Raises:
         UserError: the file as a whole cannot be read (exit code 2) or lists no scan
             (3).
     """
     path = Path(path)
-    rows, _ = _content(path)
+    rows, listed = _content(path)
     if not rows:
         raise UserError(
             "empty", f"{path.name}: lists no scan; add at least one", NOTHING
@@ -225,14 +198,18 @@ def examine(
     if not allow_leak:
         _check_leaks(records, faults)
     _check_vocabulary(records, faults)
-    return [record for _, record in records], faults
+    good = [record for _, record in records]
+    pairs = _pairs(listed, faults)
+    if not faults:
+        _check_pairs(good, pairs, faults)
+    return Collection(good, () if faults else pairs), faults
 
 
 def vocabulary(records: Iterable[Record]) -> dict[str, tuple[str, ...]]:
     """Names every task's labels: the sorted union over its scans.
 
     Args:
-        records: from `read`.
+        records: from `collect`.
 
     Returns:
         task -> names; id i + 1 stands for the i-th. Tasks in the order of TASKS.

@@ -3,22 +3,25 @@
     FOLDER/dataset.json, imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz
     FOLDER/imagesTs/…, labelsTs/… where given; splits_final.json where given
 
-Names come from `labels` of dataset.json; regions ("tumour": [2, 3]) may overlap. Every
-case is taken for a subject of its own: where patients have several cases, or for tasks
-within one patient, write a manifest. imagesTs is test; imagesTr is split as fold 0 of
+`file_ending` of dataset.json is .nii.gz, .nii, or with the extra `itk` .nrrd or .mha.
+Names come from `labels`; regions ("tumour": [2, 3]) may overlap. Every case is taken
+for a subject of its own: where patients have several cases, or for tasks within one
+patient, write a manifest. imagesTs is test; imagesTr is split as fold 0 of
 splits_final.json says, else by a seed.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.datasets import folders
 from data_pipeline.datasets.manifest import Collection, Record
-from unireg_jax.manifest import decode, load_json
+from unireg_jax.imaging import itk_files
+from unireg_jax.manifest import decode, load_json, stem
 
 LabelMap = tuple[tuple[int, str], ...]
+_ITK = (".nrrd", ".mha")
 
 
 def read(folder: Path) -> Collection:
@@ -31,7 +34,8 @@ def read(folder: Path) -> Collection:
         Collection; records have no task yet.
 
     Raises:
-        UserError: exit code 2: another layout, several channels, another modality.
+        UserError: exit code 2: another layout, several channels, another modality,
+            files that are not read.
     """
     expected = "dataset.json beside imagesTr/ and labelsTr/"
     folder = folders.check_root(folder, expected, fits)
@@ -44,13 +48,14 @@ def read(folder: Path) -> Collection:
     if len(channels) != 1 or str(channels[0]).upper() not in ("CT", "RESCALE_TO_0_1"):
         got = f"{', '.join(map(str, channels))}; pass CT of one channel"
         raise folders.refuse(path, "the one channel CT", got)
-    return Collection(cases(folder, label_map(path, data), "", _folds(folder)))
+    table, endings = label_map(path, data), _endings(path, data)
+    return Collection(cases(folder, table, "", _folds(folder), endings=endings))
 
 
 def fits(folder: Path) -> bool:
     """Whether a folder has dataset.json beside scans."""
     return (folder / "dataset.json").is_file() and bool(
-        folders.scans(folder / "imagesTr")
+        folders.visible(folder / "imagesTr")
     )
 
 
@@ -61,6 +66,7 @@ def cases(
     splits: Mapping[str, str],
     *,
     sets: Mapping[str, str] | None = None,
+    endings: Sequence[str] = folders.NIFTI,
 ) -> list[Record]:
     """Lists the scans of the image folders.
 
@@ -70,16 +76,18 @@ def cases(
         task: of all records; "" leaves it open.
         splits: case -> split, for those of imagesTr; empty: by a seed.
         sets: ending of the folders -> split; None: Tr and Ts.
+        endings: of the files.
 
     Returns:
         Records, ids as the cases are called.
     """
     records = []
     for ending, split in (sets or {"Tr": "train", "Ts": "test"}).items():
-        images = {case_name(p): p for p in folders.scans(folder / f"images{ending}")}
+        found = folders.scans(folder / f"images{ending}", endings=endings)
+        images = {case_name(p): p for p in found}
         seeded = folders.split_subjects(images)
         for name, image in images.items():
-            label = folders.existing(folder / f"labels{ending}", name)
+            label = folders.existing(folder / f"labels{ending}", name, endings)
             if ending == "Tr":
                 split = splits.get(name, "train") if splits else seeded[name]
             records.append(
@@ -98,7 +106,25 @@ def cases(
 
 def case_name(path: Path) -> str:
     """Gives the case of an image: its name without the channel _0000."""
-    return folders.stem(path).removesuffix("_0000")
+    return stem(path).removesuffix("_0000")
+
+
+def _endings(path: Path, data: Mapping[str, Any]) -> Sequence[str]:
+    """Those of the files, by dataset.json; refuses files that are not read."""
+    told = data.get("file_ending", folders.NIFTI[0])
+    if told not in (*folders.NIFTI, *_ITK):
+        expected = f"file_ending {', '.join((*folders.NIFTI, *_ITK))}"
+        got = f"{str(told)[:60]}; convert images and labels to .nii.gz, and name that"
+        raise folders.refuse(path, expected, got)
+    endings = (told,) if told in _ITK else folders.NIFTI
+    images = folders.scans(path.parent / "imagesTr", endings=endings)
+    if not images:
+        name = folders.visible(path.parent / "imagesTr")[0].name
+        got = f"{name}; set file_ending to that of the files"
+        raise folders.refuse(path, f"imagesTr/*{told} as file_ending says", got)
+    if told in _ITK:
+        itk_files.check_installed(images[0])
+    return endings
 
 
 def label_map(path: Path, data: Mapping[str, Any]) -> LabelMap:

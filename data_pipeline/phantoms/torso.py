@@ -207,7 +207,7 @@ def _paint_belly_organs(canvas, draw, trunk, phase) -> None:
         texture_scale=16,
         limit=below,
     )
-    _paint_stomach(canvas, draw, below, phase)
+    _paint_stomach(canvas, draw, below)
     _paint_liver(canvas, draw, below, phase)
 
 
@@ -255,7 +255,7 @@ def _paint_kidney(canvas, center, radii, side, name, phase) -> None:
     canvas.paint(hilum, -75, bump=3, bump_scale=14, texture=30)
 
 
-def _paint_stomach(canvas, draw, limit, phase) -> None:
+def _paint_stomach(canvas, draw, limit) -> None:
     line = [
         draw.place(52, 16, -20),
         draw.place(66, -22, -56),

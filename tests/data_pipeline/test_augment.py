@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from data_pipeline import augment, loader, store
 from unireg_jax.errors import USAGE, UserError
@@ -59,6 +60,11 @@ def example():
 
 def apply(matrix, points):
     return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def in_mm(matrix):
+    """The linear part of a map of voxels, in mm."""
+    return matrix[:3, :3] * VOLUME_MM[:, None] / VOLUME_MM
 
 
 def equal(a, b):
@@ -230,18 +236,42 @@ def test_noise_is_normal():
     assert np.abs(np.mean(z[1:] * z[:-1])) < 0.01
 
 
+def affines(spec):
+    """Maps of 60 seeds, more than enough to come near every bound."""
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        yield augment.draw_affine(spec, SHAPE, VOLUME_MM, rng)
+
+
+def fills(found, low, high, slack=1e-9):
+    """Asserts that numbers [N, ...] stay within their bounds, and use all of it."""
+    margin = 0.08 * (high - low)
+    least, most = np.min(found, axis=0), np.max(found, axis=0)
+    assert (low - slack <= least).all() and (least < low + margin).all(), least
+    assert (high - margin < most).all() and (most <= high + slack).all(), most
+
+
 def test_affine_keeps_its_bounds_in_mm():
     """Rotation alone keeps mm distances; the centre moves by the shift alone."""
-    turn = augment.AugmentSpec(rotate_deg=20.0, shift_mm=7.0)
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        matrix = augment.draw_affine(turn, SHAPE, VOLUME_MM, rng)
-        in_mm = matrix[:3, :3] * VOLUME_MM[:, None] / VOLUME_MM
-        np.testing.assert_allclose(in_mm @ in_mm.T, np.eye(3), atol=1e-12)
-        assert np.linalg.det(in_mm) > 0
+    spec = augment.AugmentSpec(rotate_deg=10.0, shift_mm=7.0)
+    turns, shifts = [], []
+    for matrix in affines(spec):
+        turn = in_mm(matrix)
+        np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-12)
+        assert np.linalg.det(turn) > 0
+        turns.append(Rotation.from_matrix(turn).as_euler("xyz", degrees=True))
         center = (np.array(SHAPE) - 1) / 2
-        shift = (apply(matrix, center) - center) * VOLUME_MM
-        assert 0 < np.abs(shift).max() <= 7.0
+        shifts.append((apply(matrix, center) - center) * VOLUME_MM)
+    fills(turns, -10.0, 10.0)
+    fills(shifts, -7.0, 7.0)
+
+
+def test_affine_stretches_each_axis_by_itself():
+    linear = np.array([in_mm(m) for m in affines(augment.AugmentSpec(scale=0.2))])
+    np.testing.assert_array_equal(linear, linear * np.eye(3))
+    sizes = np.diagonal(linear, axis1=1, axis2=2)
+    fills(sizes, 0.8, 1.2)
+    assert np.ptp(sizes, axis=1).max() > 0.1
 
 
 def test_elastic_keeps_its_bound_and_never_folds():
@@ -275,6 +305,23 @@ def test_contrast_changes_within_its_bounds():
     assert 0.1 < np.std(noisy[seen].astype(float) - hu[seen]) < 10
     low = augment.change_contrast(np.full((9, 9), -1020, np.int16), CONTRAST, rng)
     assert low.min() >= -1024
+
+
+def test_contrast_has_the_size_of_every_option():
+    """out = gain hu + shift, about 0 HU."""
+    hu = ramp()
+    seen = hu != OUTSIDE_HU
+    lines, noise = [], []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        out = augment.change_contrast(hu, CONTRAST._replace(noise_hu=0.0), rng)
+        lines.append(np.polyfit(hu[seen], out[seen], 1))
+        spec = augment.AugmentSpec(noise_hu=30.0)
+        noise.append(augment.change_contrast(np.zeros_like(hu), spec, rng).std())
+    gain, shift = np.transpose(lines)
+    fills(gain, 0.9, 1.1, slack=1e-3)  # whole HU
+    fills(shift, -20.0, 20.0, slack=0.5)
+    fills(noise, 0.0, 30.0, slack=0.5)
 
 
 def test_cut_ends_a_scan_and_keeps_the_rest():

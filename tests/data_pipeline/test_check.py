@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import anatomy, check, examine, findings, preview, synthetic
+from data_pipeline.datasets import manifest
 from unireg_jax.errors import (
     FAILED,
     NOTHING,
@@ -78,8 +79,9 @@ def _write(folder, name, hu=None, labels=None, vox2world=None):
             nifti.write_volume(path, array, vox2world)
 
 
-def _check(folder, **options):
-    return check.check(folder / "m.json", **options)
+def _check(folder, *, roots=(), **options):
+    listed = manifest.examine(folder / "m.json", roots=roots)
+    return check.check_collection(*listed, **options)
 
 
 def _found(report, name):
@@ -693,7 +695,7 @@ def test_real_mirrored_labels_are_found(data_root, tmp_path):
         label_map=str(folder / "labels.json"),
     )
     (tmp_path / "m.json").write_text(json.dumps([row]))
-    report = check.check(tmp_path / "m.json", roots=[data_root])
+    report = _check(tmp_path, roots=[data_root])
     found = {f.reason: f for f in _found(report, "btcv")}
     assert "a label map" in found["hu_range"].got
     assert "the liver on the left" in found["mirrored"].got
@@ -715,7 +717,7 @@ def test_real_scans_of_training_have_no_error(data_root, tmp_path):
             )
         )
     (tmp_path / "m.json").write_text(json.dumps(rows))
-    report = check.check(tmp_path / "m.json", roots=[data_root])
+    report = _check(tmp_path, roots=[data_root])
     assert check.exit_code(report) == 0
     assert all(not scan["findings"] for scan in report["scans"])
 

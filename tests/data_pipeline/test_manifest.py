@@ -57,14 +57,14 @@ def _write_json(folder, value):
 
 def _refusal(path, **options):
     with pytest.raises(UserError) as caught:
-        manifest.read(path, **options)
+        manifest.collect(path, **options)
     return caught.value
 
 
 def test_csv_and_json_give_the_same_records(folder):
-    records = manifest.read(_write_csv(folder, GOOD), strict=True)
-    assert records == manifest.read(_write_json(folder, GOOD))
-    assert records == manifest.read(_write_json(folder, {"volumes": GOOD}))
+    records = manifest.collect(_write_csv(folder, GOOD), strict=True).records
+    assert records == manifest.collect(_write_json(folder, GOOD)).records
+    assert records == manifest.collect(_write_json(folder, {"volumes": GOOD})).records
     first, second = records
     assert first.image == str(folder.resolve() / "scans" / "a1.nii.gz")
     assert first.label_map == ((1, "aorta"), (3, "liver"), (10, "liver"))
@@ -74,7 +74,7 @@ def test_csv_and_json_give_the_same_records(folder):
 def test_vocabulary_is_the_sorted_union_per_task(folder):
     (folder / "other.json").write_text('{"7": "spleen", "2": "LeftParotid"}')
     other = dict(GOOD[0], id="a2", subject="p3", label_map="other.json")
-    records = manifest.read(_write_csv(folder, [*GOOD, other]))
+    records = manifest.collect(_write_csv(folder, [*GOOD, other])).records
     assert manifest.vocabulary(records) == {
         "abdomen": ("LeftParotid", "aorta", "liver", "spleen"),
         "liver": (),
@@ -84,7 +84,7 @@ def test_vocabulary_is_the_sorted_union_per_task(folder):
 def test_byte_order_mark_blank_lines_and_spaces_are_read(folder):
     text = "id, image ,task,subject,split\n\n a ,scans/a1.nii.gz,lung,p,test\n,,,,\n"
     (folder / "m.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    (record,) = manifest.read(folder / "m.csv")
+    (record,) = manifest.collect(folder / "m.csv").records
     assert (record.id, record.task, record.split) == ("a", "lung", "test")
 
 
@@ -158,13 +158,13 @@ def test_link_out_of_the_folder_is_refused_unless_declared(folder, tmp_path_fact
     ):
         path = _write_csv(folder, [dict(GOOD[0], image=image)])
         assert _refusal(path).reason == "path_escape"
-        (record,) = manifest.read(path, roots=[outside], strict=True)
+        (record,) = manifest.collect(path, roots=[outside], strict=True).records
         assert record.image == str(real.parent.resolve() / real.name)
 
 
 def test_absent_file_is_left_to_its_turn_unless_strict(folder):
     path = _write_csv(folder, [dict(GOOD[0], image="scans/later.nii.gz")])
-    assert len(manifest.read(path)) == 1
+    assert len(manifest.collect(path).records) == 1
     assert _refusal(path, strict=True).reason == "not_found"
 
 
@@ -213,7 +213,7 @@ def test_subject_in_two_splits_is_refused_unless_allowed(folder):
     path = _write_csv(folder, rows)
     fault = _refusal(path)
     assert fault.exit_code == USAGE and "--allow-leak" in str(fault)
-    assert len(manifest.read(path, allow_leak=True)) == 2
+    assert len(manifest.collect(path, allow_leak=True).records) == 2
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,6 @@ def test_long_lists_of_faults_are_cut(folder):
 
 def test_examine_gives_the_good_records_beside_the_faults(folder):
     rows = [GOOD[0], dict(GOOD[1], task="knee")]
-    records, faults = manifest.examine(_write_csv(folder, rows))
-    assert [record.id for record in records] == ["a1"]
+    found, faults = manifest.examine(_write_csv(folder, rows))
+    assert [record.id for record in found.records] == ["a1"]
     assert [reason for reason, _ in faults] == ["task_unknown"]

@@ -70,7 +70,11 @@ def _command(raw, rows, tmp_path, *more):
 def _prepare(manifest_path, out, **options):
     results = []
     index = prepare.prepare(
-        manifest.read(manifest_path), out, SPEC, report=results.append, **options
+        manifest.collect(manifest_path).records,
+        out,
+        SPEC,
+        report=results.append,
+        **options,
     )
     return index, [r["status"] for r in results]
 
@@ -203,10 +207,10 @@ def _older_code(out, rows):
 def test_what_changed_is_made_again(raw, scans, tmp_path, change, expected):
     out = tmp_path / "out"
     roots = [raw.parent]
-    records = manifest.read(_write(tmp_path, scans), roots=roots)
+    records = manifest.collect(_write(tmp_path, scans), roots=roots).records
     prepare.prepare(records, out, SPEC)
     spec = change(out, scans) or SPEC
-    records = manifest.read(_write(tmp_path, scans), roots=roots)
+    records = manifest.collect(_write(tmp_path, scans), roots=roots).records
     results = []
     index = prepare.prepare(records, out, spec, report=results.append)
     assert [r["status"] for r in results] == expected
@@ -379,7 +383,10 @@ class _Deadly(str):
 def test_killed_worker_is_named_and_the_others_done(raw, tmp_path):
     names = synthetic.CHEST_LABELS
     store.make_folders(tmp_path, "volumes", "records")
-    good = [prepare.Job(r, str(tmp_path), SPEC, names) for r in manifest.read(raw)]
+    good = [
+        prepare.Job(r, str(tmp_path), SPEC, names)
+        for r in manifest.collect(raw).records
+    ]
     bad = good[0]._replace(root=_Deadly(tmp_path))
     jobs = [good[0], bad, good[1]]
     results = list(parallel.run(prepare._guarded, jobs, 2, died=prepare._died))

@@ -98,7 +98,7 @@ def test_pictures_show_the_patient_from_feet_and_front(tmp_path, codes):
     row = dict(id="a", image="a.nii.gz", label="a_label.nii.gz", label_map="map.json")
     row |= dict(task="abdomen", subject="p", split="train")
     (tmp_path / "m.json").write_text(json.dumps([row]))
-    (job,) = preview.jobs_of_records(manifest.read(tmp_path / "m.json"))
+    (job,) = preview.jobs_of_records(manifest.collect(tmp_path / "m.json").records)
     drawing = preview.draw(job)
     assert drawing.problem == "" and drawing.shown == (0,)
     axial, coronal, sagittal = (t.astype(int) for t in drawing.tiles)
@@ -132,7 +132,7 @@ def test_hostile_names_stay_text(prepared, tmp_path):
 
 def test_scan_that_cannot_be_drawn_is_named_beside_the_others(raw, tmp_path, capsys):
     folder = shutil.copytree(raw.parent, tmp_path / "raw")
-    records = manifest.read(folder / raw.name)
+    records = manifest.collect(folder / raw.name).records
     (folder / records[0].image).write_bytes(b"<html>")
     options = ["--manifest", str(folder / raw.name), "--out", str(tmp_path / "out")]
     assert preview.main([*options, "--workers", "1"]) == PARTLY
@@ -258,7 +258,7 @@ def test_real_scan_is_drawn(data_root, tmp_path):
         split="train",
     )
     (tmp_path / "m.json").write_text(json.dumps([row]))
-    records = manifest.read(tmp_path / "m.json", roots=[data_root])
+    records = manifest.collect(tmp_path / "m.json", roots=[data_root]).records
     jobs = preview.jobs_of_records(records)
     drawings, names = preview.preview(jobs, tmp_path / "out")
     assert len(drawings[0].shown) > 60 and names == ["chest.png", "index.html"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import loader, prepare, sources, store
+from data_pipeline import check, loader, prepare, sources, store
 from data_pipeline.datasets import manifest
 from unireg_jax.errors import UserError
 from unireg_jax.imaging import nifti, points
@@ -85,7 +85,7 @@ def _layers(root, entry):
 def test_masks_overlap_without_loss(scans, tmp_path):
     masks = {"part": ["left.nii.gz", "right.nii.gz"], "whole": "whole.nii.gz"}
     path = _manifest(scans, [_row("a", "p", masks=masks, roi="left.nii.gz")])
-    index = prepare.prepare(manifest.read(path), tmp_path / "out", SPEC)
+    index = prepare.prepare(manifest.collect(path).records, tmp_path / "out", SPEC)
     (entry,) = index["volumes"]
     assert index["tasks"]["liver"]["labels"] == ["part", "whole"]
     layers = _layers(tmp_path / "out", entry)
@@ -100,12 +100,25 @@ def test_masks_overlap_without_loss(scans, tmp_path):
     np.testing.assert_array_equal(labels, layers[0])
 
 
+def test_digest_of_a_header_is_of_its_voxels_too(tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    path = str(tmp_path / "a.mhd")
+    sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(_body().T)), path)
+    record = manifest.Record("a", path, None, None, "liver", "p", "train")
+    np.testing.assert_array_equal(sources.read_scan(record).data, _body())
+    before = sources.digests(record)["image"]
+    content = bytearray((tmp_path / "a.raw").read_bytes())
+    content[0] ^= 1
+    (tmp_path / "a.raw").write_bytes(content)
+    assert sources.digests(record)["image"] != before
+
+
 def test_label_map_puts_an_id_into_several_structures(scans, tmp_path):
     raw_ids = _box(5, 10) * 3 + _box(10, 14) * 7
     _write(scans / "l.nii.gz", raw_ids)
     (scans / "map.json").write_text('{"3": ["inner", "outer"], "7": "outer"}')
     row = _row("a", "p", label="l.nii.gz", label_map="map.json")
-    records = manifest.read(_manifest(scans, [row]))
+    records = manifest.collect(_manifest(scans, [row])).records
     assert records[0].label_map == ((3, "inner"), (3, "outer"), (7, "outer"))
     index = prepare.prepare(records, tmp_path / "out", SPEC)
     layers = _layers(tmp_path / "out", index["volumes"][0])
@@ -118,7 +131,7 @@ def test_masks_come_after_the_label_map(scans):
     (scans / "map.json").write_text('{"1": "z"}')
     row = _row("a", "p", label="l.nii.gz", label_map="map.json")
     row["masks"] = {"a": "whole.nii.gz"}
-    (record,) = manifest.read(_manifest(scans, [row]))
+    (record,) = manifest.collect(_manifest(scans, [row])).records
     layers, _ = sources.read_layers(record, sources.read_scan(record), ("a", "z"))
     np.testing.assert_array_equal(layers[0] == 2, _box(5, 10) > 0)
     np.testing.assert_array_equal((layers == 1).any(axis=0), _box(4, 16) > 0)
@@ -130,7 +143,7 @@ def test_changed_mask_is_made_again(scans, tmp_path):
 
     def run():
         told = []
-        prepare.prepare(manifest.read(path), out, SPEC, report=told.append)
+        prepare.prepare(manifest.collect(path).records, out, SPEC, report=told.append)
         return told[0]["status"]
 
     assert [run(), run()] == ["done", "skipped"]
@@ -145,7 +158,7 @@ def test_changed_mask_is_made_again(scans, tmp_path):
 def test_mask_on_another_grid_is_refused(scans, tmp_path):
     nifti.write_volume(scans / "left.nii.gz", _box(5, 9), np.diag([8.0, 9, 11, 1]))
     path = _manifest(scans, [_row("a", "p", masks={"part": "left.nii.gz"})])
-    index = prepare.prepare(manifest.read(path), tmp_path / "out", SPEC)
+    index = prepare.prepare(manifest.collect(path).records, tmp_path / "out", SPEC)
     assert [f["reason"] for f in index["failed"]] == ["grid_mismatch"]
 
 
@@ -212,7 +225,7 @@ def test_landmarks_that_do_not_correspond_warn(scans, tmp_path):
 
 def test_index_of_the_first_version_is_read(scans, tmp_path):
     path = _manifest(scans, [_row(name, "p") for name in "abc"])
-    index = prepare.prepare(manifest.read(path), tmp_path / "out", SPEC)
+    index = prepare.prepare(manifest.collect(path).records, tmp_path / "out", SPEC)
     digest = store.index_digest(index)
     store.write_index(tmp_path / "out", {**index, "version": 1})
     old = loader.Dataset(tmp_path / "out")
@@ -244,13 +257,13 @@ def test_bad_pairs_are_refused(scans, pairs, says):
 )
 def test_bad_masks_are_refused(scans, masks):
     with pytest.raises(UserError, match='masks: {"name": "file" or .* expected'):
-        manifest.read(_manifest(scans, [_row("a", "p", masks=masks)]))
+        manifest.collect(_manifest(scans, [_row("a", "p", masks=masks)]))
 
 
 def test_a_mask_outside_the_declared_folders_is_refused(scans):
     masks = {"a": "../secret.nii.gz"}
     with pytest.raises(UserError, match="leads outside"):
-        manifest.read(_manifest(scans, [_row("a", "p", masks=masks)]))
+        manifest.collect(_manifest(scans, [_row("a", "p", masks=masks)]))
 
 
 def test_a_folder_of_dicom_is_an_image(scans, tmp_path):
@@ -261,15 +274,39 @@ def test_a_folder_of_dicom_is_an_image(scans, tmp_path):
     dicom_files.write_series(folder, _body(), spacing_mm=(8.0, 9.0, 10.0))
     path = _manifest(scans, [dict(_row("a", "p"), image="series"), _row("b", "p")])
     out = tmp_path / "out"
-    index = prepare.prepare(manifest.read(path), out, SPEC)
+    index = prepare.prepare(manifest.collect(path).records, out, SPEC)
     a, b = (store.read_array(out, v, "image") for v in index["volumes"])
     np.testing.assert_array_equal(a, b)
     told = []
-    prepare.prepare(manifest.read(path), out, SPEC, report=told.append)
+    prepare.prepare(manifest.collect(path).records, out, SPEC, report=told.append)
     assert [t["status"] for t in told] == ["skipped", "skipped"]
     next(folder.glob("*004.dcm")).unlink()
-    index = prepare.prepare(manifest.read(path), out, SPEC)
+    index = prepare.prepare(manifest.collect(path).records, out, SPEC)
     assert [f["reason"] for f in index["failed"]] == ["slices"]
+
+
+def test_damaged_slices_fail_their_scan_alone(scans, tmp_path):
+    pytest.importorskip("pydicom")
+    from tests import dicom_files
+
+    faults = {"number": "scaling", "cut": "truncated", "empty": "empty"}
+    for name in faults:
+        paths = dicom_files.write_series(
+            scans / name, _body(), spacing_mm=(8.0, 9.0, 10.0)
+        )
+        if name == "number":
+            dicom_files.respell(paths[2], "RescaleSlope", "abc")
+        else:
+            content = paths[-1].read_bytes()
+            paths[-1].write_bytes(content[:300] if name == "cut" else b"")
+    rows = [dict(_row(name, "p"), image=name) for name in faults]
+    path = _manifest(scans, [*rows, _row("a", "p")])
+    index = prepare.prepare(manifest.collect(path).records, tmp_path / "out", SPEC)
+    assert {f["id"]: f["reason"] for f in index["failed"]} == faults
+    assert [v["id"] for v in index["volumes"]] == ["a"]
+    report = check.check_collection(*manifest.examine(path), workers=1)
+    found = {f.id: f.reason for f in report["findings"] if f.id in faults}
+    assert found == faults
 
 
 @pytest.mark.parametrize(
@@ -280,7 +317,7 @@ def test_a_folder_of_slices_that_cannot_be_listed_is_told(
 ):
     (scans / "series").mkdir()
     rows = [dict(_row("a", "p"), image="series"), _row("b", "p")]
-    records = manifest.read(_manifest(scans, rows))
+    records = manifest.collect(_manifest(scans, rows)).records
     plain = Path.iterdir
 
     def refuse(folder):

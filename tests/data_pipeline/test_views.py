@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from data_pipeline import loader, synthetic, views
 from unireg_jax.errors import UserError
@@ -74,6 +75,36 @@ def test_contrast_changes_within_its_bounds():
     change = other.hu[0][same] - hu
     assert np.abs(change).max() > 5
     assert (np.abs(change) <= 0.1 * np.abs(hu) + 20 + 1).all()
+
+
+def test_views_turn_as_far_as_asked():
+    """About each axis: a view with another turn than asked would show its place too."""
+    turns = []
+    for seed in range(40):
+        matrices = drawn(SPEC._replace(rotate_deg=10.0), seed).vox2mm
+        for linear in matrices[:, :3, :3]:
+            turn = Rotation.from_matrix(linear / np.linalg.norm(linear[:, 0]))
+            turns.append(np.abs(turn.as_euler("XYZ", degrees=True)))
+    most = np.max(turns, axis=0)
+    assert (9.0 < most).all() and (most <= 10 + 1e-3).all()  # float32
+
+
+def test_contrast_has_the_size_of_every_option():
+    """view = gain hu + shift, about 0 HU, and noise."""
+    lines, noise = [], []
+    for seed in range(40):
+        plain, changed, noisy = (
+            drawn(SPEC._replace(**options), seed).hu[0].astype(float)
+            for options in ({}, {"gain": 0.1, "shift_hu": 20.0}, {"noise_hu": 30.0})
+        )
+        seen = plain != OUTSIDE_HU
+        lines.append(np.polyfit(plain[seen], changed[seen], 1))
+        noise.append((noisy - plain)[seen].std())
+    gain, shift = np.transpose(lines)
+    # Whole HU; of 40 draws some come near every bound.
+    assert 0.9 - 1e-3 < gain.min() < 0.92 and 1.08 < gain.max() < 1.1 + 1e-3
+    assert -20.5 < shift.min() < -17 and 17 < shift.max() < 20.5
+    assert noise[0] != noise[1] and 27 < max(noise) < 30.5
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,7 @@ def determinant(disp: jax.Array) -> jax.Array:
     Raises:
         ValueError: wrong shape or dtype, or fewer than 3 voxels along an axis.
     """
-    check_disp(disp)
-    _check_size(disp, 3)
+    check_disp(disp, least=3)
 
     def derivative(component, axis):
         others = tuple(other for other in _SPACE if other != axis)
@@ -114,8 +113,7 @@ def sdlogj_l2r(disp: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
     Raises:
         ValueError: wrong shape or dtype, or fewer than 5 voxels along an axis.
     """
-    check_disp(disp)
-    _check_size(disp, 5)
+    check_disp(disp, least=5)
     weight = _interior_mask(mask, disp, 2)
     # The determinant drops one voxel per side itself.
     detj = determinant(crop_interior(disp, _SPACE))
@@ -156,10 +154,3 @@ def _std(values, weight):
     # Two passes: the difference of moments cancels in float32 once |mean| >> std.
     centre = _mean(values, weight)[:, None, None, None]
     return jnp.sqrt(_mean(jnp.square(values - centre), weight))
-
-
-def _check_size(disp, least):
-    if min(disp.shape[1:4]) < least:
-        raise ValueError(
-            f"disp must have at least {least} voxels along each axis, got {disp.shape}"
-        )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from unireg_jax.ops.warp import check_disp
+from unireg_jax.ops.warp import check_disp, working_dtype
 
 
 def resize_volume(volume: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
@@ -31,7 +31,7 @@ def resize_volume(volume: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """
     _check_volume(volume)
     shape = _check_shape(shape)
-    out = _interpolate(volume.astype(_working_dtype(volume)), shape, False)
+    out = _interpolate(volume.astype(working_dtype(volume)), shape, False)
     return out.astype(volume.dtype)
 
 
@@ -140,7 +140,7 @@ def downsample_mean(volume: jax.Array, factor: int | tuple[int, int, int]) -> ja
             f"got {volume.shape[1:4]}; pad or crop it first"
         )
     blocks = volume.reshape(batch, x // fx, fx, y // fy, fy, z // fz, fz, channels)
-    mean = jnp.mean(blocks, axis=(2, 4, 6), dtype=_working_dtype(volume))
+    mean = jnp.mean(blocks, axis=(2, 4, 6), dtype=working_dtype(volume))
     return mean.astype(volume.dtype)
 
 
@@ -211,11 +211,6 @@ def _neighbours(size_in, size_out, blocks):
         position = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
     low = np.clip(np.floor(position).astype(np.int32), 0, max(size_in - 2, 0))
     return low, np.clip(position - low, 0.0, 1.0)
-
-
-def _working_dtype(volume):
-    """Halves are summed in float32."""
-    return jnp.float32 if volume.dtype.itemsize < 4 else volume.dtype
 
 
 def _check_volume(volume):

@@ -36,8 +36,7 @@ def diffusion(disp: jax.Array) -> jax.Array:
     Raises:
         ValueError: wrong shape or dtype, or fewer than 2 voxels along an axis.
     """
-    check_disp(disp)
-    _check_size(disp, 2)
+    check_disp(disp, least=2)
     means = [
         jnp.mean(jnp.square(forward_difference(disp, axis)), axis=(1, 2, 3, 4))
         for axis in _SPACE
@@ -62,8 +61,7 @@ def bending(disp: jax.Array) -> jax.Array:
     Raises:
         ValueError: wrong shape or dtype, or fewer than 3 voxels along an axis.
     """
-    check_disp(disp)
-    _check_size(disp, 3)
+    check_disp(disp, least=3)
 
     def pure(axis):
         others = tuple(other for other in _SPACE if other != axis)
@@ -77,13 +75,6 @@ def bending(disp: jax.Array) -> jax.Array:
     energy = pure(1) + pure(2) + pure(3)
     energy = energy + 2.0 * (mixed(1, 2) + mixed(1, 3) + mixed(2, 3))
     return jnp.mean(energy, axis=(1, 2, 3, 4))
-
-
-def _check_size(disp, least):
-    if min(disp.shape[1:4]) < least:
-        raise ValueError(
-            f"disp must have at least {least} voxels along each axis, got {disp.shape}"
-        )
 
 
 def box_mean(disp: jax.Array, edge: int) -> jax.Array:

@@ -29,13 +29,6 @@ def splits(*volumes: jax.Array) -> bool:
     return count > 1 and all(v.shape[1] % count == 0 for v in volumes)
 
 
-def keep_split(volume: jax.Array) -> jax.Array:
-    """Holds a volume [B, X, ...] as slabs from here on, if it splits."""
-    if not splits(volume):
-        return volume
-    return lax.with_sharding_constraint(volume, _spec(volume))
-
-
 def over_slabs(
     function: Callable, volumes: Sequence[Any], whole: Sequence[Any] = ()
 ) -> Any:
@@ -43,8 +36,7 @@ def over_slabs(
 
     Args:
         function: maps slabs [b, x, ...] and what is not split to slabs [b, x, ...]; it
-            may ask its neighbours through `with_halo`, all of them through `everything`
-            and for the `first_slice` of its slab.
+            may ask its neighbours through `with_halo`.
         volumes: pytrees of [B, X, ...] that split.
         whole: pytrees that every device holds.
 
@@ -62,40 +54,24 @@ def over_slabs(
     )(*volumes, *whole)
 
 
-def with_halo(slab: jax.Array, width: int, *, edge: bool = False) -> jax.Array:
-    """Adds the neighbours' slices to a slab.
+def with_halo(slab: jax.Array, width: int) -> jax.Array:
+    """Adds the neighbours' slices to a slab, beyond the volume zeros.
 
     Args:
         slab: [b, x, ...], x at least `width`.
         width: slices on either side.
-        edge: beyond the volume its edge slice is repeated, else there are zeros.
 
     Returns:
         [b, x + 2 width, ...].
     """
-    count, here = lax.axis_size(SPACE), lax.axis_index(SPACE)
+    count = lax.axis_size(SPACE)
     # Who has no neighbour receives zeros.
     up = [(i, i + 1) for i in range(count - 1)]
     down = [(i + 1, i) for i in range(count - 1)]
     size = slab.shape[1]
     low = lax.ppermute(lax.slice_in_dim(slab, size - width, size, axis=1), SPACE, up)
     high = lax.ppermute(lax.slice_in_dim(slab, 0, width, axis=1), SPACE, down)
-    if edge:
-        first = lax.slice_in_dim(slab, 0, 1, axis=1)
-        last = lax.slice_in_dim(slab, size - 1, size, axis=1)
-        low = jnp.where(here == 0, jnp.broadcast_to(first, low.shape), low)
-        high = jnp.where(here == count - 1, jnp.broadcast_to(last, high.shape), high)
     return jnp.concatenate([low, slab, high], axis=1)
-
-
-def everything(slab: jax.Array) -> jax.Array:
-    """The whole volume [b, X, ...] of which this device holds a slab."""
-    return lax.all_gather(slab, SPACE, axis=1, tiled=True)
-
-
-def first_slice(slab: jax.Array) -> jax.Array:
-    """Where in the volume this device's slab begins, [] int32."""
-    return lax.axis_index(SPACE) * slab.shape[1]
 
 
 def _spec(volume: Any) -> PartitionSpec:

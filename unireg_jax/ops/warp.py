@@ -260,7 +260,11 @@ def affine_disp(matrix: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 
 
 def check_disp(
-    disp: jax.Array, name: str = "disp", *, grid: tuple[int, ...] | None = None
+    disp: jax.Array,
+    name: str = "disp",
+    *,
+    grid: tuple[int, ...] | None = None,
+    least: int = 0,
 ) -> None:
     """Raises ValueError unless disp is [B, X, Y, Z, 3] float32, on (B, X, Y, Z)."""
     _check_float32(name, disp)
@@ -274,6 +278,16 @@ def check_disp(
             f"{name} must be {(*grid, 3)} in voxels, got {disp.shape}; "
             "resize it to the same grid first"
         )
+    if min(disp.shape[1:4]) < least:
+        raise ValueError(
+            f"{name} must have at least {least} voxels along each axis, got "
+            f"{disp.shape}"
+        )
+
+
+def working_dtype(volume: jax.Array) -> jax.typing.DTypeLike:
+    """Halves are blended and summed in float32."""
+    return jnp.float32 if volume.dtype.itemsize < 4 else volume.dtype
 
 
 def _sample(volume, vectors, order, *, from_voxel):
@@ -300,7 +314,7 @@ def _linear(volume, vectors, from_voxel):
     if volume.shape[3] > 1:
         return _blend(volume, vectors, from_voxel)
     index, offsets, (fraction, *others) = _cells(volume, _coords(vectors, from_voxel))
-    dtype = _working_dtype(volume)
+    dtype = working_dtype(volume)
     shape = (2, *index.shape)
     upper = lax.broadcasted_iota(jnp.int32, shape, 0)
     index = jnp.broadcast_to(index, shape) + upper * offsets[0][1]
@@ -339,7 +353,7 @@ def _blend(volume, vectors, from_voxel):
     index, offsets, fractions = _cells(volume, _coords(vectors, from_voxel))
     corners = _gather(volume, index, offsets)
     for fraction in fractions:
-        fraction = fraction[..., None].astype(_working_dtype(volume))
+        fraction = fraction[..., None].astype(working_dtype(volume))
         # Two products, not a + f (b - a): exact at f = 1, the far edge.
         corners = _along_axis(corners, 1.0 - fraction, fraction)
     return corners[0].astype(volume.dtype)
@@ -352,7 +366,7 @@ def _slopes(volume, vectors, from_voxel):
     """
     coords = _coords(vectors, from_voxel)
     index, offsets, fractions = _cells(volume, coords)
-    dtype = _working_dtype(volume)
+    dtype = working_dtype(volume)
     shape = (*index.shape, 3, 1)
     axes = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
     index = jnp.broadcast_to(index[..., None], shape[:-1])
@@ -389,7 +403,7 @@ def _cells(volume, coords):
 
 def _gather(volume, index, offsets):
     """The corners of every cell, each [*S, C] in working precision, X slowest."""
-    rows, dtype = volume.reshape(-1, volume.shape[3]), _working_dtype(volume)
+    rows, dtype = volume.reshape(-1, volume.shape[3]), working_dtype(volume)
     return [
         jnp.take(rows, index + sum(offset), axis=0, mode="clip").astype(dtype)
         for offset in itertools.product(*offsets)
@@ -401,11 +415,6 @@ def _along_axis(corners, low, high):
     half = len(corners) // 2
     pairs = zip(corners[:half], corners[half:], strict=True)
     return [a * low + b * high for a, b in pairs]
-
-
-def _working_dtype(volume):
-    """Halves are blended in float32."""
-    return jnp.float32 if volume.dtype.itemsize < 4 else volume.dtype
 
 
 def _nearest(volume, coords):
