@@ -54,10 +54,14 @@ def make_network(path: Path, *, key: int = 0) -> Path:
         key: tuple(value) if isinstance(value, list) else value
         for key, value in ARCHITECTURE.items()
     }
-    init = jax.jit(network.initializer(UniReg(**fields)))
+    params = jax.jit(network.initializer(UniReg(**fields)))(jax.random.key(key))
+    controller = params["head"]["controller"]
+    # As initialised it is 0, and results would not tell the pair types apart.
+    noise = jax.random.normal(jax.random.key(key + 1), controller["kernel"].shape)
+    controller["kernel"] = 5e-7 * noise
     preprocess = SPEC.to_json()
     spec = {"architecture": ARCHITECTURE, "features": "none", "preprocess": preprocess}
-    weights.save_weights(path, init(jax.random.key(key)), spec)
+    weights.save_weights(path, params, spec)
     return path
 
 

@@ -41,7 +41,7 @@ def test_real_manifest_of_no_part_holds_out_nobody(data_root, tmp_path):
 def test_real_manifest_is_read_by_the_pipeline(data_root, tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(real_scans.manifest(data_root, tmp_path)))
-    records = manifest.read(path, roots=[data_root])
+    records = manifest.collect(path, roots=[data_root]).records
     assert len(records) == 25
 
 

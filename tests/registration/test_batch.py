@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from unireg_jax.registration.batch import Outcome, Pair, register_many
 from unireg_jax.registration.network import Model, initializer
 from unireg_jax.registration.pipeline import register
 
+HU = np.zeros((4, 5, 6), np.int16)
 SPEC = PreprocessSpec(shape=(32, 16, 32), spacing_mm=(12.0, 18.0, 11.0))
 
 
@@ -32,6 +34,10 @@ def model():
         conv_impl="direct",
     )
     params = jax.jit(initializer(module))(jax.random.key(0))
+    controller = params["head"]["controller"]
+    # As initialised it is 0, and the condition has no say.
+    noise = jax.random.normal(jax.random.key(1), controller["kernel"].shape)
+    controller["kernel"] = 0.01 * noise
     return Model(module, params, SPEC, Extractor("none"), {})
 
 
@@ -139,6 +145,14 @@ def far():
     shift = np.zeros((4, 4))
     shift[2, 3] = 5000.0  # mm
     return shift
+
+
+@pytest.mark.parametrize("held", [np.zeros, lambda _: nib.Nifti1Image(HU, np.eye(4))])
+def test_register_many_says_how_to_pass_what_is_no_file(model, scans, held):
+    """An array has no place, and the axes of a result are those of a Volume."""
+    pairs = [Pair(scans[0], held((4, 5, 6)), "chest", affine="none")]
+    with pytest.raises(ValueError, match=r"path or Volume, got .*as_volume\(.*LPS mm"):
+        list(register_many(pairs, weights=model))
 
 
 def test_register_many_yields_in_order_whoever_ends_first(model, scans):

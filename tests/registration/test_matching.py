@@ -209,6 +209,12 @@ def test_plan_asks_about_every_16_mm(spacing, stride, start):
     assert plan.min_score == matching.MIN_SCORE["mind"]
 
 
+def test_network_points_are_the_middles_of_fine_voxels():
+    """A fine voxel spans two of the network's, 2 i and 2 i + 1."""
+    found = matching.network_points(np.array([[0, 1, 5]]))
+    np.testing.assert_array_equal(found, [[0.5, 2.5, 10.5]])
+
+
 # --- the displacement through points ------------------------------------------------
 
 

@@ -413,7 +413,7 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     def digest(task="lung", **given):
         asked = {"affine": "auto", "fov": "auto", "io_iterations": 50}
         asked |= {"io_features": None, "reg_weight": None, "io_finer": None}
-        asked |= {"passes": 1, "symmetric": False} | given
+        asked |= {"passes": 1, "symmetric": False, "write_inverse": False} | given
         case = Case("a", "f.nii", "m.nii", task)
         return verb.settings_sha256(argparse.Namespace(**asked), case)
 
@@ -421,13 +421,13 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
     assert digest(io_features="image", reg_weight=0.5, io_finer=1) == plain
     others = [digest(reg_weight=1.0), digest(io_features="mind"), digest(io_finer=2)]
     others += [digest(io_iterations=0), digest(io_iterations=49)]
-    others += [digest(passes=2), digest(symmetric=True)]
+    others += [digest(passes=2), digest(symmetric=True), digest(write_inverse=True)]
     assert digest("none", passes=2) == digest("none")  # no network, no passes
     with monkeypatch.context() as patch:
         patch.setattr(verb, "_FEATURES_ALGORITHM", "another")
         assert digest(io_features="mind") != others[1] and digest() == plain
     monkeypatch.setattr(verb, "_IO_ALGORITHM", "another")
-    assert len({plain, *others, digest()}) == 9
+    assert len({plain, *others, digest()}) == 10
     assert digest(io_iterations=0) == others[3]
 
 
@@ -435,6 +435,7 @@ def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
 def test_digest_of_settings_knows_the_search_where_there_is_one(monkeypatch, kind):
     asked = {"fov": "auto", "io_iterations": 0, "io_features": None, "passes": 1}
     asked |= {"io_finer": None, "symmetric": False, "reg_weight": None}
+    asked |= {"write_inverse": False}
     init = "a.txt" if kind == "given" else None
     asked["affine"] = "auto" if init else kind
     case = Case("a", "f.nii", "m.nii", "lung", init=init)
@@ -458,7 +459,7 @@ def test_digest_of_settings_knows_the_embedding(monkeypatch, tmp_path, given, ma
     """What describes the scans is named by the environment alone."""
     asked = {"affine": "auto", "fov": "auto", "io_iterations": 50, "passes": 1}
     asked |= {"io_finer": None, "symmetric": False, "reg_weight": None}
-    asked |= {"io_features": None} | given
+    asked |= {"io_features": None, "write_inverse": False} | given
     case = Case("a", "f.nii", "m.nii", "lung")
     found = set()
     for content in (None, b"one", b"two"):

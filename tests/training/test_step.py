@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
+from tests import oracles
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import backbone
 from unireg_jax.models.features import Extractor
@@ -16,6 +17,8 @@ from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import objective
 from unireg_jax.training import step as train_step
 from unireg_jax.training.state import TrainState
+
+SHAPE = (16, 16, 32)  # of every validation: compiled once
 
 
 def _batch(values):
@@ -36,6 +39,22 @@ def _batch(values):
         region=np.asarray(values, np.int32),
         pair_type=kind,
         pair=kind,
+    )
+
+
+def _scans(fixed, moving, fixed_labels=None, moving_labels=None):
+    """One pair [1, X, Y, Z, 1] that lies aligned; without labels unless given."""
+    shape = fixed.shape[1:4]
+    empty = np.zeros((1, *shape), np.uint8)
+    layers = np.zeros((1, 0, *shape), np.uint8)
+    return _batch([0])._replace(
+        fixed=fixed,
+        moving=moving,
+        fixed_labels=empty if fixed_labels is None else fixed_labels,
+        moving_labels=empty if moving_labels is None else moving_labels,
+        fixed_more=layers,
+        moving_more=layers,
+        align=np.eye(4, dtype=np.float32)[None],
     )
 
 
@@ -73,47 +92,57 @@ def test_running_mean_follows_its_formula():
     np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
 
 
-def test_validation_counts_labels_that_both_scans_have():
+@pytest.fixture(scope="module")
+def evaluate():
+    """Judges, in place of a network's, the field that it is given as parameters."""
+    step = train_step.make_eval_step(lambda disp, *_: disp, num_labels=5)
+    return lambda disp, batch: step(disp, batch, Extractor("none"))
+
+
+def test_validation_counts_labels_that_both_scans_have(evaluate):
     """One drawn in one scan alone is undefined, one that the field loses counts 0."""
-    shape = (16, 16, 16)
-    fixed = np.zeros((1, *shape), np.uint8)
+    fixed = np.zeros((1, *SHAPE), np.uint8)
     moving = fixed.copy()
     fixed[0, 4:8, 4:8, 4:8], moving[0, 4:8, 4:8, 4:8] = 1, 1
     fixed[0, 10:12], moving[0, 14:] = 2, 3
     moving[0, 0], fixed[0, 9] = 4, 4
-    layers = np.zeros((1, 0, *shape), np.uint8)
-    hu = np.random.default_rng(0).integers(-900, 300, (1, *shape, 1)).astype(np.int16)
-    batch = _batch([0])._replace(fixed=hu, moving=hu, align=np.eye(4, dtype="f4")[None])
-    batch = batch._replace(fixed_labels=fixed, moving_labels=moving)
-    batch = batch._replace(fixed_more=layers, moving_more=layers)
-    evaluate = train_step.make_eval_step(
-        lambda params, image, *rest: jnp.zeros((*image.shape[:4], 3)), num_labels=5
-    )
-    found = evaluate({}, batch, Extractor("none"))
+    hu = np.random.default_rng(0).integers(-900, 300, (1, *SHAPE, 1)).astype(np.int16)
+    found = evaluate(jnp.zeros((1, *SHAPE, 3)), _scans(hu, hu, fixed, moving))
     np.testing.assert_array_equal(found["dsc"], [[1.0, np.nan, np.nan, 0.0]])
     np.testing.assert_array_equal(found["dsc"], found["dsc_before"])
 
 
-def test_validation_compares_what_both_scans_show(key):
+def test_validation_compares_what_both_scans_show(evaluate, key):
     """The field brings into view what was cut, and leads out of it at the far end."""
-    shape = (1, 16, 16, 32, 1)
-    rough = np.asarray(jax.random.randint(key, shape, -900, 900))
+    rough = np.asarray(jax.random.randint(key, (1, *SHAPE, 1), -900, 900))
     moving = rough.astype("i2")
     fixed = np.roll(moving, -8, 3)  # fixed(z) = moving(z + 8), for z < 24
     moving[:, :, :, :8] = OUTSIDE_HU
-    batch = _batch([0])._replace(fixed=fixed, moving=moving)
-    batch = batch._replace(align=np.eye(4, dtype="f4")[None])
-    empty = np.zeros(shape[:4], "u1")
-    batch = batch._replace(fixed_labels=empty, moving_labels=empty)
-    layers = np.zeros((1, 0, *shape[1:4]), "u1")
-    batch = batch._replace(fixed_more=layers, moving_more=layers)
-
-    def shift(params, image, *rest):
-        return jnp.zeros((*image.shape[:4], 3)).at[..., 2].set(8.0)
-
-    found = train_step.make_eval_step(shift, num_labels=2)({}, batch, Extractor("none"))
+    shift = jnp.zeros((1, *SHAPE, 3)).at[..., 2].set(8.0)
+    found = evaluate(shift, _scans(fixed, moving))
     # Windows reach beyond what counts.
     assert found["ncc"] > 0.9 > 0.2 > found["ncc_before"]
+
+
+def test_validation_reports_each_regularity_under_its_own_name(evaluate):
+    """And over the fixed scan: what lies beyond it does not count."""
+    rng = np.random.default_rng(0)
+    moving = rng.integers(-900, 300, (1, *SHAPE, 1)).astype(np.int16)
+    fixed = moving.copy()
+    fixed[:, 10:] = OUTSIDE_HU
+    disp = rng.uniform(-1.5, 1.5, (1, *SHAPE, 3)).astype(np.float32)
+    found = evaluate(disp, _scans(fixed, moving))
+    inside = fixed[..., 0] != OUTSIDE_HU
+    folds = oracles.determinant(disp) <= 0
+    expected = {
+        "sdlogj": oracles.sdlogj(disp, inside)[0],
+        "sdlogj_l2r": oracles.sdlogj_l2r(disp, inside)[0],
+        "folding_fraction": folds[inside[:, 1:-1, 1:-1, 1:-1]].mean(),
+    }
+    assert len({round(value, 2) for value in expected.values()}) == 3
+    assert abs(folds.mean() - expected["folding_fraction"]) > 1e-3
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], [value], rtol=1e-4, err_msg=name)
 
 
 def test_without_running_mean_the_parameters_are_released():

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -27,7 +26,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.features import sam
 from unireg_jax.registration import embedding, load_model, weights
 from unireg_jax.tasks import PairType, Region
-from unireg_jax.training import checkpoint, evaluate, log, optimizer
+from unireg_jax.training import checkpoint, evaluate, log
 from unireg_jax.training import mesh as train_mesh
 from unireg_jax.training import state as train_state
 from unireg_jax.training import step as train_step
@@ -345,27 +344,6 @@ def test_misspelt_field_stops_the_run():
     config = unireg.get_config("demo")
     with pytest.raises((AttributeError, KeyError), match="optim_lr|optim.lrr|lrr"):
         config.optim.lrr = 1.0
-
-
-def test_optimizer_head_scale_touches_the_head_alone():
-    params = {"backbone": {"w": jnp.ones(3)}, "head": {"w": jnp.ones(3)}}
-    updates = []
-    for scale in (1.0, 0.1):
-        tx = optimizer.make_optimizer("adam", lr=0.5, head_scale=scale)
-        updates.append(tx.update(params, tx.init(params), params)[0])
-    np.testing.assert_allclose(updates[1]["head"]["w"], 0.1 * updates[0]["head"]["w"])
-    np.testing.assert_array_equal(
-        updates[1]["backbone"]["w"], updates[0]["backbone"]["w"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "lr", "match"),
-    [("rmsprop", 1.0, "must be one of"), ("sgd", 0.0, "lr must")],
-)
-def test_optimizer_rejects(name, lr, match):
-    with pytest.raises(ValueError, match=match):
-        optimizer.make_optimizer(name, lr=lr)
 
 
 def test_log_drops_lines_past_the_resume_step(tmp_path):
@@ -779,5 +757,5 @@ def test_learning_rate_of_a_step_is_that_of_the_schedule(config):
     """For the dump of a step that is not finite."""
     with config.unlocked():
         config.optim.update({"lr": 0.5, "warmup_steps": 5, "decay_steps": 0})
-    rate = train._rate(config.optim)
+    rate = loop.rate(config.optim)
     np.testing.assert_allclose([rate(n) for n in (1, 2, 6, 9)], [0.0, 0.1, 0.5, 0.5])
