@@ -9,8 +9,8 @@ head-neck patients that training never saw (DSC of 7 organs; of other weights, t
 --split), the arterial onto the portal-venous liver phase and the follow-up onto the
 baseline lung scan (landmark error; both pairs were in training, without landmarks).
 Writes results.json, a picture per pair of the first weights, and prints the table of
-the README. --passes, which may be given several times, and --symmetric are those of the
-command; by default one pass one way.
+docs/training.md. --passes, which may be given several times, and --symmetric are those
+of the command; by default one pass one way.
 """
 
 import itertools
