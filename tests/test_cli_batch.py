@@ -353,7 +353,7 @@ def test_fault_in_one_pair_leaves_its_mates_as_they_are(
     clean = {p.name: p.read_bytes() for p in (done / "out").glob("a?/*1Warp*")}
     shutil.rmtree(done / "out")
 
-    def fail(folder, inputs, *args):
+    def fail(folder, inputs, *args, **options):
         if inputs.case.id == "a2":
             raise error
 
@@ -747,7 +747,7 @@ def test_tables_of_a_run_that_ends_early_count_no_results_of_others(
         assert "a1" in case and "a3" not in case  # a2 may have been begun
 
 
-def stop_at_first(folder, inputs, *args):
+def stop_at_first(folder, inputs, *args, **options):
     if inputs.case.id == "a1":
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)  # the main thread sees it; a3 is not begun yet
