@@ -240,6 +240,15 @@ def test_warp_refuses_labels_warped_as_an_image_unasked(run, tmp_path, crop):
     assert code == 0 and json.loads(stdout)["interp"] == "linear"
 
 
+def test_warp_takes_an_image_of_few_values_for_one(run, tmp_path):
+    x, y, z = np.ogrid[: MOVING.shape[0], : MOVING.shape[1], : MOVING.shape[2]]
+    values = ((x + 2 * y + 3 * z) % 81).astype(np.uint8)  # a window of 0 to 80
+    save(tmp_path / "m.nii", values, MOVING.vox2world)
+    words = ("-m", tmp_path / "m.nii", "-f", "fixed.nii.gz", "-t", "c.h5", "-o")
+    code, _, stderr = run("warp", *words, tmp_path / "o.nii")
+    assert code == 0, stderr
+
+
 @pytest.mark.parametrize(
     ("values", "fields", "fill", "dtype", "outside"),
     [

@@ -109,7 +109,9 @@ def test_labels_may_be_called_segmentations(tmp_path):
         assert case.fixed_label == str(tmp_path.resolve() / "f.nii")
         assert case.moving_label == str(tmp_path.resolve() / "m.nii")
         both = refusal(write(tmp_path, [row | {"fixed_label": "g.nii"}]))
-        assert both.exit_code == USAGE and "fixed_label" in str(both)
+        assert both.exit_code == USAGE
+        assert "fixed_segmentation, fixed_label" in str(both)
+        assert "moving" not in str(both)
     (tmp_path / "p.csv").write_text(",".join(row) + "\n")
     assert refusal(tmp_path / "p.csv").exit_code == NOTHING
 

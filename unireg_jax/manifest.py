@@ -427,16 +427,15 @@ def csv_rows(name: str, text: str, check_header) -> list[Row]:
     ragged = []
     try:
         header = [column.strip() for column in next(reader)]
-        header = [_COLUMNS.get(column, column) for column in header]
         for sign, found in ((";", "semicolons"), ("\t", "tabs")):
             if len(header) == 1 and sign in header[0]:
                 line = f"{name}: line 1: commas between columns expected, got {found}"
                 raise UserError("schema", f"{line}; save it as CSV with commas", USAGE)
-        twice = sorted({c for c in header if header.count(c) > 1})
-        if twice:
+        if twice := _doubled(header):
             raise UserError(
                 "schema", f"{name}: line 1: columns twice: {', '.join(twice)}", USAGE
             )
+        header = [_COLUMNS.get(column, column) for column in header]
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
@@ -458,6 +457,14 @@ def csv_rows(name: str, text: str, check_header) -> list[Row]:
         if faults:
             refuse(name, faults)
     return rows
+
+
+def _doubled(given: Iterable[str]) -> list[str]:
+    """Names of columns of which there are two, under one name or two."""
+    given = list(given)
+    known = [_COLUMNS.get(column, column) for column in given]
+    both = (c for c, k in zip(given, known, strict=True) if known.count(k) > 1)
+    return list(dict.fromkeys(both))
 
 
 def json_rows(name: str, value: Any, expected: str) -> list[Row]:
@@ -489,9 +496,9 @@ def json_rows(name: str, value: Any, expected: str) -> list[Row]:
         for i, row in enumerate(value, 1)
     ]
     twice = [
-        ("schema", f"{where}: a column under two names: {', '.join(given)}")
-        for (where, row), given in zip(rows, value, strict=True)
-        if len(row) < len(given)
+        ("schema", f"{where}: a column under two names: {', '.join(_doubled(given))}")
+        for (where, _), given in zip(rows, value, strict=True)
+        if _doubled(given)
     ]
     if twice:
         refuse(name, twice)

@@ -273,6 +273,7 @@ def test_other_objects_beside_a_series_are_passed_over(tmp_path, hu, kind):
     dicom_files.write_series(tmp_path, hu[..., :1], prefix="sr-", edit=other)
     dicom_files.write_series(tmp_path, hu)
     (tmp_path / "mask.raw").write_bytes(bytes(999))
+    (tmp_path / "log.txt").write_text("")
     np.testing.assert_array_equal(dicom.read_series(tmp_path).data, hu)
     (found,) = dicom.find_series(tmp_path)
     assert len(found.paths) == hu.shape[2]

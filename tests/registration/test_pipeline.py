@@ -1063,6 +1063,8 @@ def test_register_refuses_what_memory_cannot_hold(calm, monkeypatch):
     # What `register` was measured to take beyond the scans: docs/control.md.
     with pytest.raises(UserError, match="about 7525 MiB are needed"):
         memory.check_memory((512, 512, 700), (512, 512, 700))
+    with pytest.raises(UserError, match="about 7500 MiB are needed"):
+        memory.check_memory((10, 10, 10), (512, 512, 1000), inverse=True)
     monkeypatch.setattr(memory, "_LEAST_BYTES", 0)
     with pytest.raises(UserError, match="too_large|crop or resample"):
         run(*pair(), task="chest", weights=calm)

@@ -410,14 +410,17 @@ def test_choices_are_those_of_refine_and_of_the_search():
 
 
 def test_digest_of_settings_names_the_plan_that_is_used(monkeypatch):
-    def digest(task="lung", **given):
+    def digest(task="lung", case=None, **given):
         asked = {"affine": "auto", "fov": "auto", "io_iterations": 50}
         asked |= {"io_features": None, "reg_weight": None, "io_finer": None}
         asked |= {"passes": 1, "symmetric": False, "write_inverse": False} | given
-        case = Case("a", "f.nii", "m.nii", task)
+        case = case or Case("a", "f.nii", "m.nii", task)
         return verb.settings_sha256(argparse.Namespace(**asked), case)
 
     plain = digest()
+    # Points whose tables had no header were in mm once.
+    pointed = Case("a", "f.nii", "m.nii", "lung", fixed_points="f.csv")
+    assert digest(case=pointed) != plain
     assert digest(io_features="image", reg_weight=0.5, io_finer=1) == plain
     others = [digest(reg_weight=1.0), digest(io_features="mind"), digest(io_finer=2)]
     others += [digest(io_iterations=0), digest(io_iterations=49)]

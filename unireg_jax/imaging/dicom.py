@@ -280,6 +280,8 @@ def _header(path: str) -> Any | None:
 
     try:
         if os.path.getsize(path) == 0:
+            if not any(_named_as_slice(path)):
+                return None
             remedy = "copy it again, or remove it"
             raise _fault("empty", path, "a file with content", "0 bytes", remedy)
         with warnings.catch_warnings():
@@ -329,9 +331,8 @@ def _check_stranger(path: str) -> None:
     """Refuses a file that is not DICOM and was: by its name, or a preamble of zeros."""
     with open(path, "rb") as file:
         head = file.read(132)
-    ending = Path(path).suffix.lower()
-    bare = not ending or ending[1:].isdecimal()  # as that of a UID
-    if ending in (".dcm", ".dicom", ".ima") or bare and not any(head[:128]):
+    surely, perhaps = _named_as_slice(path)
+    if surely or perhaps and not any(head[:128]):
         raise _fault(
             "truncated",
             path,
@@ -339,6 +340,13 @@ def _check_stranger(path: str) -> None:
             nifti.looks_like(head),
             "copy or export it again, or remove it",
         )
+
+
+def _named_as_slice(path: str) -> tuple[bool, bool]:
+    """Whether a file has the name of a slice; and one that a slice may have."""
+    ending = Path(path).suffix.lower()
+    bare = not ending or ending[1:].isdecimal()  # as that of a UID
+    return ending in (".dcm", ".dicom", ".ima"), bare
 
 
 def _short(error: Exception) -> str:

@@ -21,6 +21,7 @@ _HOME = {
     "Registration": "pipeline",
     "Session": "pipeline",
     "Clock": "pipeline",
+    "check_memory": "memory",
     "check_settings": "pipeline",
     "register": "pipeline",
     "as_volume": "pipeline",

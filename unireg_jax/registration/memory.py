@@ -17,6 +17,9 @@ from unireg_jax.registration.devices import default_device
 _FIXED_BYTES = 12 + 2 + 2 + 4
 _MOVING_BYTES = 2 + 4 + 2 + 4
 _WRITING_BYTES = 12 + 12 + 2 + 2 * 8.5
+# While the map back is made: field, residual and warped scan; of the moving scan's
+# voxels the inverse, what it is off by, and both as one field.
+_INVERSE_BYTES = (12 + 12 + 2, 12 + 4 + 14)
 _LEAST_BYTES = 2**30  # less is not worth a refusal: the system finds it
 _CGROUP = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -26,12 +29,18 @@ _V2 = ("memory.max", "memory.current", "inactive_file ")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
 
 
-def check_memory(fixed_shape: tuple[int, ...], moving_shape: tuple[int, ...]) -> None:
+def check_memory(
+    fixed_shape: tuple[int, ...],
+    moving_shape: tuple[int, ...],
+    *,
+    inverse: bool = False,
+) -> None:
     """Refuses a pair whose native grids are larger than what is free.
 
     Args:
         fixed_shape: (X, Y, Z) voxels of the fixed scan.
         moving_shape: of the moving scan.
+        inverse: whether the map back is to be written, too.
 
     Raises:
         UserError: `too_large`, exit code 7, with the need in MiB.
@@ -41,6 +50,8 @@ def check_memory(fixed_shape: tuple[int, ...], moving_shape: tuple[int, ...]) ->
     )
     making = fixed * _FIXED_BYTES + moving * _MOVING_BYTES
     need = max(making, fixed * _WRITING_BYTES)
+    if inverse:
+        need = max(need, fixed * _INVERSE_BYTES[0] + moving * _INVERSE_BYTES[1])
     shapes = ["x".join(map(str, shape)) for shape in (fixed_shape, moving_shape)]
     _check(
         need,

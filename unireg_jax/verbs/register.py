@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         say("reading")
         # Before JAX is imported: a wrong file is refused within a second.
         inputs = results.Files().read(case)
+        results.check_inverse_fits(args, inputs)
         read = time.perf_counter() - started
         options.use_device(args)
         if registration.use_compilation_cache() is None:

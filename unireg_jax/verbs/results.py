@@ -205,6 +205,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["fov"] = args.fov
     if case.points_frame:
         asked["points_frame"] = case.points_frame
+    elif case.fixed_points:
+        asked["points_frame"] = 2  # before, tables without a header were in mm
     if args.write_inverse:
         asked["inverse"] = True
     if args.affine in _SEARCHED and not case.init:
@@ -353,6 +355,21 @@ def _state(path: str) -> tuple:
 # --- results out --------------------------------------------------------------------
 
 
+def check_inverse_fits(args: argparse.Namespace, inputs: Inputs) -> None:
+    """Refuses --write-inverse of scans larger than what is free, before the work.
+
+    Args:
+        args: parsed.
+        inputs: of the case.
+
+    Raises:
+        UserError: `too_large`, exit code 7.
+    """
+    if args.write_inverse:
+        shapes = inputs.fixed.data.shape, inputs.moving.data.shape
+        registration.check_memory(*shapes, inverse=True)
+
+
 def write(
     folder: Path,
     inputs: Inputs,
@@ -455,12 +472,16 @@ def _write_transforms(prefix: Path, result, fixed) -> list[str]:
 def _write_inverse(prefix: Path, result, moving) -> dict[str, float]:
     """The map back, found of the parts, as one field; how well it leads back."""
     residual = registration.residual_mm(result, copy=False)
-    field, affine = mapping.field(residual, result.vox2world), result.affine
-    whole = mapping.compose([field, mapping.affine(affine)])
-    found = invert(whole, mapping.grid_of(moving))
-    del residual, field, whole  # as large as the inverse
-    mapping.write(f"{prefix}_1InverseWarp.nii.gz", found.mapping, fixed=moving)
-    return found.stats
+    parts = [mapping.field(residual, result.vox2world)]
+    if not np.array_equal(result.affine, np.eye(4)):
+        parts.append(mapping.affine(result.affine))
+    grid = mapping.grid_of(moving)
+    found = invert(mapping.compose(parts), grid)
+    stats, flat = found.stats, mapping.flatten(found.mapping, grid)
+    del residual, parts, found  # each as large as the inverse
+    back = mapping.field(flat, grid.vox2world)
+    mapping.write(f"{prefix}_1InverseWarp.nii.gz", back, fixed=moving)
+    return stats
 
 
 def _score(prefix: Path, result, labels, fixed) -> dict[str, Any]:

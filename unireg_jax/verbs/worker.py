@@ -120,6 +120,7 @@ class Worker:
             self._out, case.id, replace, tag=tag(args), claim=claim
         ) as folder:
             inputs = self._files.read(case)
+            results.check_inverse_fits(args, inputs)
             self.begun.add(case.id)
             session = self._sessions.get(0, self._load)
             clock = registration.Clock()
