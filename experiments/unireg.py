@@ -27,7 +27,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
     config.data.shape = (192, 192, 160)  # section 4.1
     config.data.spacing_mm = 2.0  # section 4.1
     config.data.hu_window = (-800.0, 400.0)  # section 4.3
-    # Pairs of one step over all devices: 1 in supplement C, which names no devices.
+    # Pairs of one step over all devices: 1 in supplement C, of devices unsaid.
     config.data.batch_size = 1
     config.data.on_fault = "fail"  # a volume gone bad; or skip, up to 1 in 100
     # A volume that takes longer to read ends the run: its disk does not answer.

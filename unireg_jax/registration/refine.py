@@ -4,7 +4,7 @@ The greedy algorithm (Yushkevich et al., greedy; the optimiser of ANTs' "greedy 
 of its like): in every step the gradient of the similarity is smoothed, scaled to a
 fixed length and composed with the displacement, which is smoothed in turn, on a
 pyramid of grids. The network's parameters are not touched. Not the paper's "UniReg +
-IO" (Table 3), which takes 50 steps of Adam on SAM features.
+IO" (Table 3): docs/paper.md.
 """
 
 import dataclasses
