@@ -174,8 +174,7 @@ def judge(
     found = {}
     for task, values in means.items():
         mine = [row for row in rows if row["task"] == task]
-        better = sum(row["mean_dsc"] > row["mean_dsc_before"] for row in mine)
-        found[task] = {"pairs": len(mine), "better": better, **_defined(values)}
+        found[task] = {"pairs": len(mine), **_better(mine), **_defined(values)}
         found[task]["dsc"] = _defined(labels[task])
     for condition in CONDITIONS if conditions else ():
         others = [task for task in found if TASKS[task] != condition]
@@ -185,6 +184,13 @@ def judge(
             here = found[task].setdefault("conditions", {})
             here[_named(condition)] = _defined(values)
     return found
+
+
+def _better(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many pairs have an overlap, and of how many the network's is the larger."""
+    judged = [row for row in rows if math.isfinite(row["mean_dsc"])]
+    better = sum(row["mean_dsc"] > row["mean_dsc_before"] for row in judged)
+    return {"judged": len(judged), "better": better}
 
 
 def _ask(batch: PairBatch, condition: Task | None) -> PairBatch:
@@ -218,7 +224,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for name, result in results.items():
             here = result["tasks"][task]
             labels = sum(value is not None for value in here["dsc"].values())
-            better = f"{here['better']} of {here['pairs']}" if labels else "–"
+            better = f"{here['better']} of {here['judged']}" if labels else "–"
             dsc, *regular = _told(here)
             cells = [
                 *(task, here["pairs"], labels, name),
@@ -267,8 +273,9 @@ def table_of_conditions(tasks: dict[str, dict[str, Any]]) -> str:
 
 def _told(means: dict[str, Any]) -> tuple[str, str, str]:
     """DSC in %, SDlogJ and folds in %."""
-    folds = 100 * means["folding_fraction"]
-    return _percent(means["mean_dsc"]), f"{means['sdlogj']:.2f}", f"{folds:.2f}"
+    sdlogj = means["sdlogj"]
+    regular = "–" if sdlogj is None else f"{sdlogj:.2f}"
+    return _percent(means["mean_dsc"]), regular, _percent(means["folding_fraction"])
 
 
 def _percent(value: float | None) -> str:

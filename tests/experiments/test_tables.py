@@ -123,6 +123,16 @@ def test_figures_are_those_of_validation(trained, results):
     assert here["sdlogj"] > 0.01 and 0 <= here["better"] <= 2
 
 
+def test_pairs_without_overlap_are_not_counted_as_no_better():
+    rows = [
+        {"mean_dsc": after, "mean_dsc_before": before}
+        for after, before in ((0.6, 0.5), (0.4, 0.5), (math.nan, math.nan))
+    ]
+    assert tables._better(rows) == {"judged": 2, "better": 1}
+    lost = dict.fromkeys(("mean_dsc", "sdlogj", "folding_fraction"))
+    assert tables._told(lost) == ("–", "–", "–")
+
+
 def test_condition_is_that_which_the_pairs_are_asked_under(prepared, trained, results):
     path, *_ = trained["dynamic"]
     model = registration.load_model(path)
