@@ -148,10 +148,11 @@ def judge(
         split, pairs_per_task, conditions: see `measure`.
 
     Returns:
-        By task: pairs, how many; better, of how many the network raises DSC; the means
-        of `evaluate.summarize`; dsc, mean by label. With conditions also "conditions",
-        the same means by "region, pair type". None where undefined, as DSC without
-        labels. DSC and folding_fraction in [0, 1], sdlogj of voxel units.
+        By task: pairs, how many; judged, of how many there is a DSC; better, of how
+        many of these the network raises it; the means of `evaluate.summarize`; dsc,
+        mean by label. With conditions also "conditions", the same means by "region,
+        pair type". None where undefined, as DSC without labels. DSC and
+        folding_fraction in [0, 1], sdlogj of voxel units.
     """
     vocabularies = [task["labels"] for task in dataset.index["tasks"].values()]
     module = model.module.clone(conv_impl=build.conv_impl())

@@ -131,8 +131,9 @@ def test_by_coordinates_refuses_a_tool_that_read_nothing(pair):
         conventional.by_coordinates(folder, warp)
 
 
-def test_whole_map_is_that_of_registration(tmp_path):
-    """The judge composes as the library itself does."""
+def test_whole_map_is_that_of_registration(tmp_path, monkeypatch):
+    """The judge composes as the library itself does, slab by slab."""
+    monkeypatch.setattr(grids, "SLAB_POINTS", 2**12)
     hu, _ = made()
     model = registration.load_model(test_pipeline.saved(tmp_path))
     matrix = np.eye(4)
