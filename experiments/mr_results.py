@@ -6,8 +6,9 @@ Registers the two T1 brains of the collection onto each other, both ways, throug
 same function as `unireg register`, and prints mean DSC of all labels as Markdown: as
 the scans lie, after the pre-alignment, after the network, and after instance
 optimisation from either. Once with the intensities as they are (`hu_range` is warned
-of), once stretched by hand so that background is air and the brightest tissue 200 HU.
-The scans take no part in any training.
+of), once stretched by hand so that background is air and the brightest tissue 200 HU,
+and once with the contrast of the moving scan turned around inside the head, as if it
+were of another sequence. The scans take no part in any training.
 """
 
 import itertools
@@ -26,7 +27,10 @@ SUBJECTS = ("subject_a", "subject_b")
 METHODS = {  # task, instance optimisation
     "network, `--task headneck --io-iterations 0`": ("headneck", None),
     "`--task none --io-iterations 50`": ("none", Plan(50)),
-    "the same with `--io-features mind`": ("none", Plan(50, features="mind")),
+    "`--task none --io-iterations 50 --io-features mind`": (
+        "none",
+        Plan(50, features="mind"),
+    ),
     "network, then 50 iterations of `mind`": ("headneck", Plan(50, features="mind")),
 }
 
@@ -38,7 +42,18 @@ def stretched(volume: Volume) -> Volume:
     return volume._replace(data=np.rint(hu).astype(np.int16), warnings=())
 
 
-INTENSITIES = {"as they are": lambda volume: volume, "stretched": stretched}
+def turned(volume: Volume) -> Volume:
+    """Dark tissue bright and bright tissue dark, as T2 beside T1; background stays."""
+    high = np.percentile(volume.data, 99.9)
+    data = np.where(volume.data > 0, np.clip(high - volume.data, 1, None), 0)
+    return volume._replace(data=data.astype(np.int16))
+
+
+INTENSITIES = {  # of the fixed and of the moving scan
+    "as they are": (None, None),
+    "stretched": (stretched, stretched),
+    "moving scan's contrast turned around": (None, turned),
+}
 
 
 def measure(data: Path, model) -> list[dict]:
@@ -48,8 +63,11 @@ def measure(data: Path, model) -> list[dict]:
     for pair in itertools.permutations(SUBJECTS):
         scans = [nifti.read_image(folder / f"{s}.nii.gz") for s in pair]
         truth = tuple(nifti.read_labels(folder / f"{s}_seg.nii.gz") for s in pair)
-        for kind, prepare in INTENSITIES.items():
-            images = [prepare(scan) for scan in scans]
+        for kind, both in INTENSITIES.items():
+            images = [
+                prepare(scan) if prepare else scan
+                for scan, prepare in zip(scans, both, strict=True)
+            ]
             for method, (task, plan) in METHODS.items():
                 result = registration.register(
                     *images, task=task, weights=model, refine=plan

@@ -18,17 +18,18 @@ import numpy as np
 
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
-from unireg_jax.ops import intensity, ncc, resample, smoothness, warp
+from unireg_jax.ops import intensity, mind, ncc, resample, smoothness, warp
 from unireg_jax.registration.compiled import Described, check_shape
 from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.memory import check_program
 from unireg_jax.registration.network import Model
 
 # Where each similarity is measured: voxels of the network's grid per voxel of its own.
-LEVELS = {"mind": 2, "sam": 2, "image": 1}
-# HU that "image" compares, each range by itself. The network's -800 HU as the lowest
-# would leave the vessels of a lung out; and where a window holds bone or air, they
-# alone decide about its correlation, unless soft tissue is looked at apart.
+LEVELS = {"mind": 1, "sam": 2, "image": 1}
+# HU that "image" compares, each range by itself, and of which "mind" describes the
+# first. The network's -800 HU as the lowest would leave the vessels of a lung out; and
+# where a window holds bone or air, they alone decide about its correlation, unless soft
+# tissue is looked at apart.
 HU_RANGES = ((-1000.0, 1500.0), (-150.0, 250.0))
 # A grid coarser than a quarter is added while it has so many voxels along each axis: on
 # the grids of 384 mm, voxels of 16 mm, where one vertebra is not taken for the next.
@@ -48,11 +49,12 @@ class Plan(NamedTuple):
 
     Attributes:
         iterations: steps on the second of three or more grids; twice as many before on
-            the coarsest, a fifth after on the full one, which "mind" and "sam" do not
-            reach, see `steps`. 0 leaves the displacement as it is.
+            the coarsest, a fifth after on the full one, which "sam" does not reach,
+            see `steps`. 0 leaves the displacement as it is.
         features: "image", squared local correlation of HU, the mean over `HU_RANGES`;
-            "mind" or "sam", squared difference of unit feature vectors, down to half
-            resolution, the fine map of models/features.
+            "mind", squared difference of unit self-similarities, for scans of unlike
+            contrasts; "sam" the same of the embedding, down to half resolution, the
+            fine map of models/features.
         smoothness: how often the displacement becomes the mean of its 3^3 neighbours in
             every step; a fraction counts in part. 1 is a Gaussian of 0.8 voxels.
         step: greatest length of a step, voxels of its grid.
@@ -171,8 +173,8 @@ def steps(plan: Plan, shape: Sequence[int]) -> list[tuple[float, int]]:
     Returns:
         Voxels of that grid per voxel of the level, along an axis, and steps there: 2,
         1, 0.4 for all between, and 0.2 times `plan.iterations`. 100, 50 and 10 at
-        96x96x80, 100, 50, 20 and 10 at 192x192x160 or with `plan.finer` 2; of "mind"
-        and "sam" not the last.
+        96x96x80, 100, 50, 20 and 10 at 192x192x160 or with `plan.finer` 2; of "sam"
+        not the last.
     """
     fine = tuple(plan.finer * n for n in shape)
     return [(factor / plan.finer, count) for factor, count in _pyramid(plan, fine)]
@@ -203,8 +205,7 @@ def view(
 
     Args:
         scan: B volumes on the finest grid of the plan.
-        extractor: of the features that the plan compares; "image" needs none of its
-            own.
+        extractor: of the embedding that "sam" compares; the others read none.
         plan: static.
         described: the scan's own features are of this extractor, and serve again.
 
@@ -221,6 +222,12 @@ def view(
             intensity.window(scan.hu, low=low, high=high) for low, high in HU_RANGES
         ]
         return View(jnp.concatenate(parts, axis=-1), valid)
+    if plan.features == "mind":
+        low, high = HU_RANGES[0]
+        image = intensity.window(scan.hu, low=low, high=high)
+        # Neighbours two voxels away tell less: of a grid of 4 mm they are 8 mm apart.
+        found = mind.mind_ssc(image, radius=1, dilation=1)
+        return View(features.normalize(found), valid)
     if extractor.backend != plan.features:
         raise ValueError(
             f"extractor must be of {plan.features!r}, got {extractor.backend!r}; see "
@@ -319,8 +326,8 @@ def compile_refine(
             model's grid.
 
     Returns:
-        Refiner. Features are described by the model's extractor where plan.features
-        are its own, else by the default one of that name, see `load_extractor`.
+        Refiner. "sam" is the model's own embedding where it has one, else the default
+        one, see `load_extractor`.
 
     Raises:
         ValueError: shape or plan are not as above.
@@ -330,10 +337,10 @@ def compile_refine(
     check_plan(plan)
     shape = check_shape(model.preprocess.shape if shape is None else shape)
     own = extractor = model.extractor
-    if plan.features not in ("image", own.backend):
-        extractor = load_extractor(plan.features, window=own.window)
+    if plan.features == "sam" and own.backend != "sam":
+        extractor = load_extractor("sam", window=own.window)
     # The network's own features serve again where they are those that are compared.
-    described = extractor is own and plan.finer == 1 and plan.features != "image"
+    described = plan.features == "sam" and extractor is own and plan.finer == 1
     of = jax.ShapeDtypeStruct
     fine = tuple(plan.finer * n for n in shape)
     hu = of((1, *fine, 1), np.int16)

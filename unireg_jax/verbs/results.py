@@ -40,7 +40,7 @@ _SEARCHED = ("auto", "rigid", "affine", "features", "coarse")
 SEARCH_ALGORITHM = 2
 _COARSE_ALGORITHM = 2
 _IO_ALGORITHM = "greedy 3"
-_FEATURES_ALGORITHM = 2  # of the former, where it compares features
+_FEATURES_ALGORITHM = 3  # of the former, where it compares features
 _MASKED_ALGORITHM = 2  # of pre-alignment with a mask
 FOVS = ("auto", "crop", "tiles", "whole")
 _UNUSED = ("moving_mask",)  # columns of a case that registration does not look at
@@ -110,8 +110,9 @@ def add_settings(parser: argparse.ArgumentParser, *, required: bool) -> None:
     add(
         "--io-features",
         choices=IO_FEATURES,
-        help="what it compares, default image; sam: the anatomical embedding of "
-        "$UNIREG_SAM, then the package's",
+        help="what it compares, default image; mind: self-similarity, for scans of "
+        "unlike contrasts; sam: the anatomical embedding of $UNIREG_SAM, then the "
+        "package's",
     )
     add(
         *("--reg-weight", "--io-smoothness"),

@@ -74,7 +74,7 @@ def _of_image(extract: Callable) -> Callable:
     def describe(hu, extractor):
         low, high = extractor.window
         fine, coarse = extract(intensity.window(hu, low=low, high=high))
-        return _normalize(fine), coarse
+        return normalize(fine), coarse
 
     return describe
 
@@ -158,9 +158,17 @@ def joined(maps: Maps) -> jax.Array:
         that half the product of two voxels is the mean of two cosines.
     """
     coarse = resample.resize_volume(maps.coarse, maps.fine.shape[1:4])
-    return jnp.concatenate([maps.fine, _normalize(coarse)], axis=-1)
+    return jnp.concatenate([maps.fine, normalize(coarse)], axis=-1)
 
 
-def _normalize(features: jax.Array) -> jax.Array:
+def normalize(features: jax.Array) -> jax.Array:
+    """Scales features to unit length at every voxel; 0 stays 0.
+
+    Args:
+        features: [..., C] float.
+
+    Returns:
+        As features.
+    """
     norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
     return features / jnp.broadcast_to(jnp.maximum(norm, 1e-6), features.shape)
