@@ -24,14 +24,13 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.registration.refine import Plan
 
 SUBJECTS = ("subject_a", "subject_b")
-METHODS = {  # task, instance optimisation
-    "network, `--task headneck --io-iterations 0`": ("headneck", None),
-    "`--task none --io-iterations 50`": ("none", Plan(50)),
-    "`--task none --io-iterations 50 --io-features mind`": (
-        "none",
-        Plan(50, features="mind"),
-    ),
-    "network, then 50 iterations of `mind`": ("headneck", Plan(50, features="mind")),
+_MIND = Plan(50, features="mind")
+METHODS = {  # task, pre-alignment, instance optimisation
+    "network, `--task headneck --io-iterations 0`": ("headneck", "auto", None),
+    "`--task none --io-iterations 50`": ("none", "auto", Plan(50)),
+    "the same with `--io-features mind`": ("none", "auto", _MIND),
+    "the same with `--affine none`, too": ("none", "none", _MIND),
+    "network, then 50 iterations of `mind`": ("headneck", "auto", _MIND),
 }
 
 
@@ -68,9 +67,9 @@ def measure(data: Path, model) -> list[dict]:
                 prepare(scan) if prepare else scan
                 for scan, prepare in zip(scans, both, strict=True)
             ]
-            for method, (task, plan) in METHODS.items():
+            for method, (task, affine, plan) in METHODS.items():
                 result = registration.register(
-                    *images, task=task, weights=model, refine=plan
+                    *images, task=task, weights=model, affine=affine, refine=plan
                 )
                 row = {"pair": pair, "intensities": kind, "method": method}
                 row["folds"] = result.qc["fold_percent_network"]

@@ -248,6 +248,17 @@ def test_what_does_not_fit_is_refused(prepared, trained, tmp_path):
         with pytest.raises(UserError, match=match) as error:
             tables.measure(given.pop("root"), given.pop("names"), **given)
         assert error.value.exit_code == code, options
+    # As many voxels, of another size.
+    spec = trained["static"][2].spec
+    preprocess = spec["preprocess"] | {"spacing_mm": [12.0, 12.0, 10.0]}
+    params = registration.load_model(path).params
+    other = tmp_path / "other.safetensors"
+    released.save_weights(other, params, spec | {"preprocess": preprocess})
+    with pytest.raises(
+        UserError, match=r"\(12.0, 12.0, 10.0\) mm expected by"
+    ) as error:
+        tables.measure(prepared, [other], split="val")
+    assert error.value.reason == "grid_mismatch"
 
 
 def test_command_tells_a_mistake_in_one_line(prepared):
