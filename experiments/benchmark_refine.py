@@ -64,7 +64,7 @@ RUNS = (
     Run("auto", True, Plan(0)),
     *(Run("auto", True, Plan(50, k)) for k in ("image", "sam", "mind")),
     Run("auto", False, Plan(0)),
-    *(Run("auto", False, Plan(50, k)) for k in ("image", "sam")),
+    *(Run("auto", False, Plan(50, k)) for k in ("image", "sam", "mind")),
     Run("coarse", False, Plan(0)),
     Run("coarse", True, Plan(0)),
     *(Run("coarse", network, Plan(50)) for network in (False, True)),
