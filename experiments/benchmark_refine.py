@@ -36,14 +36,10 @@ from experiments import cli, figures, real_pairs, timing
 from experiments.real_pairs import LANDMARKS
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError, on_terminal
-from unireg_jax.models import features
-from unireg_jax.models.features import Extractor
 from unireg_jax.registration import pipeline, refine
 from unireg_jax.registration.compiled import Described
 from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.refine import Plan
-
-MIND = Extractor("mind")
 
 
 class Run(NamedTuple):
@@ -127,7 +123,7 @@ def _difference(times, name) -> tuple[float, float]:
 
 
 def _inputs(shape):
-    """Two textured volumes described, the second one displaced, and a start."""
+    """Two textured volumes, the second one displaced, and a start."""
     rng = np.random.default_rng(0)
     # Coarse noise enlarged: a filter over the full grid would take minutes.
     coarse = rng.normal(size=tuple(n // 4 for n in shape))
@@ -135,20 +131,15 @@ def _inputs(shape):
     volume = -200 + 300 * volume / volume.std()
     moved = np.roll(volume, (2, -1, 1), axis=(0, 1, 2))
     scans = [
-        _described(jnp.asarray(np.rint(v).astype(np.int16)[None, ..., None]))
+        Described(jnp.asarray(np.rint(v).astype(np.int16)[None, ..., None]), None)
         for v in (volume, moved)
     ]
     # Off the voxel centres, where the slope of the interpolation is not one number.
     return scans, jnp.full((1, *shape, 3), 0.3, jnp.float32)
 
 
-@jax.jit
-def _described(hu):
-    return Described(hu, features.describe(hu, MIND))
-
-
 def _view(scan, plan):
-    extractor = load_extractor("sam") if plan.features == "sam" else MIND
+    extractor = load_extractor("sam" if plan.features == "sam" else "none")
     view = functools.partial(refine.view, plan=plan)
     return jax.block_until_ready(jax.jit(view)(scan, extractor))
 

@@ -7,8 +7,8 @@ same function as `unireg register`, and prints mean DSC of all labels as Markdow
 the scans lie, after the pre-alignment, after the network, and after instance
 optimisation from either. Once with the intensities as they are (`hu_range` is warned
 of), once stretched by hand so that background is air and the brightest tissue 200 HU,
-and once with the contrast of the moving scan turned around inside the head, as if it
-were of another sequence. The scans take no part in any training.
+and once with another contrast made up for the moving scan, as of another sequence. The
+scans take no part in any training.
 """
 
 import itertools
@@ -28,7 +28,8 @@ _MIND = Plan(50, features="mind")
 METHODS = {  # task, pre-alignment, instance optimisation
     "network, `--task headneck --io-iterations 0`": ("headneck", "auto", None),
     "`--task none --io-iterations 50`": ("none", "auto", Plan(50)),
-    "the same with `--io-features mind`": ("none", "auto", _MIND),
+    "the same with `--affine none`": ("none", "none", Plan(50)),
+    "`--task none --io-iterations 50 --io-features mind`": ("none", "auto", _MIND),
     "the same with `--affine none`, too": ("none", "none", _MIND),
     "network, then 50 iterations of `mind`": ("headneck", "auto", _MIND),
 }
@@ -41,17 +42,21 @@ def stretched(volume: Volume) -> Volume:
     return volume._replace(data=np.rint(hu).astype(np.int16), warnings=())
 
 
-def turned(volume: Volume) -> Volume:
-    """Dark tissue bright and bright tissue dark, as T2 beside T1; background stays."""
+def bent(volume: Volume) -> Volume:
+    """Tissue between dark and bright becomes the brightest; background stays.
+
+    No line leads from one contrast to the other, not even where they are turned around.
+    """
     high = np.percentile(volume.data, 99.9)
-    data = np.where(volume.data > 0, np.clip(high - volume.data, 1, None), 0)
-    return volume._replace(data=data.astype(np.int16))
+    share = np.clip(volume.data / high, 0, 1)
+    data = np.where(volume.data > 0, 1 + 4 * share * (1 - share) * high, 0)
+    return volume._replace(data=np.rint(data).astype(np.int16))
 
 
 INTENSITIES = {  # of the fixed and of the moving scan
     "as they are": (None, None),
     "stretched": (stretched, stretched),
-    "moving scan's contrast turned around": (None, turned),
+    "moving scan of another contrast": (None, bent),
 }
 
 

@@ -106,6 +106,13 @@ def test_mr_is_stretched_to_air_and_tissue():
     assert hu.data.min() == -1000 and 195 < hu.data.max() < 210
 
 
+def test_mr_of_another_contrast_is_no_line_of_the_first():
+    data = np.arange(0, 201, dtype=np.uint8).reshape(3, 67, 1)
+    bent = mr_results.bent(Volume(data, np.eye(4))).data.ravel()
+    assert bent[0] == 0 and bent[1:].min() >= 1  # background stays background
+    assert 80 < bent.argmax() < 120 and bent[20] < 0.5 * bent.max() > bent[190]
+
+
 def test_table_of_scans_onto_themselves_has_a_line_per_way_of_asking():
     rows = [
         {"patient": "a", "asked": name, "max_mm": 5.0 / n, "p99_mm": 2.0}

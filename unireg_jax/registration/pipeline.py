@@ -335,7 +335,7 @@ class Session:
         if self.refiner:
             plan = self.refiner.plan
             settings = settings | {"refine": plan._asdict()}
-            if plan.features != "image":
+            if plan.features == "sam":
                 settings |= {"refined_by": self.refiner.extractor.label}
                 known = self.refiner.extractor.spacing_mm
                 own = tuple(s / plan.finer for s in self.model.preprocess.spacing_mm)

@@ -26,11 +26,12 @@ from unireg_jax.registration.network import Model
 
 # Where each similarity is measured: voxels of the network's grid per voxel of its own.
 LEVELS = {"mind": 1, "sam": 2, "image": 1}
-# HU that "image" compares, each range by itself, and of which "mind" describes the
-# first. The network's -800 HU as the lowest would leave the vessels of a lung out; and
-# where a window holds bone or air, they alone decide about its correlation, unless soft
-# tissue is looked at apart.
+# HU that "image" compares, each range by itself. The network's -800 HU as the lowest
+# would leave the vessels of a lung out; and where a window holds bone or air, they
+# alone decide about its correlation, unless soft tissue is looked at apart.
 HU_RANGES = ((-1000.0, 1500.0), (-150.0, 250.0))
+# Of "mind", which is for other scans, too: no upper end but that of int16.
+_MIND_RANGE = (-1000.0, 32767.0)
 # A grid coarser than a quarter is added while it has so many voxels along each axis: on
 # the grids of 384 mm, voxels of 16 mm, where one vertebra is not taken for the next.
 _LEAST_VOXELS = 20
@@ -213,7 +214,7 @@ def view(
         View on the cost's grid.
 
     Raises:
-        ValueError: see `check_plan`; or the extractor is not of the plan's features.
+        ValueError: see `check_plan`; or for "sam" the extractor is of others.
     """
     check_plan(plan)
     valid = intensity.valid(scan.hu).astype(jnp.float32)
@@ -223,7 +224,7 @@ def view(
         ]
         return View(jnp.concatenate(parts, axis=-1), valid)
     if plan.features == "mind":
-        low, high = HU_RANGES[0]
+        low, high = _MIND_RANGE
         image = intensity.window(scan.hu, low=low, high=high)
         # Neighbours two voxels away tell less: of a grid of 4 mm they are 8 mm apart.
         found = mind.mind_ssc(image, radius=1, dilation=1)
@@ -274,7 +275,7 @@ class Refiner:
     Attributes:
         plan: as compiled.
         shape: (X, Y, Z) voxels of the grid where scans are compared.
-        extractor: of the features that are compared.
+        extractor: of the embedding that "sam" compares; the others read none.
         described: whether it compares those of `Compiled.describe`.
     """
 
@@ -290,8 +291,8 @@ class Refiner:
         """Optimises the displacement of one pair.
 
         Args:
-            fixed: on `shape`; from `Compiled.describe`, or without features where the
-                plan's grid is finer or its features are others.
+            fixed: on `shape`; from `Compiled.describe`, or without features where
+                `described` is False.
             moving: the same, pre-aligned on the fixed grid.
             body: [X, Y, Z] bool, where to compare.
             disp: [1, x, y, z, 3] float32, voxels, from a call of `Compiled`.
