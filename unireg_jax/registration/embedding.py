@@ -95,20 +95,16 @@ def load_matcher(own: Extractor) -> Extractor:
         own: of the registration network.
 
     Returns:
-        own if it is an embedding; else the one in $UNIREG_SAM, else the package's, else
-        own.
+        The embedding in $UNIREG_SAM; else own if it is one; else the package's, if it
+        is there; else own.
 
     Raises:
         UserError: exit code 9, see `load_extractor`: $UNIREG_SAM cannot be used.
     """
-    if own.backend == "sam":
-        return own
-    if (
-        VARIABLE not in os.environ
-        and not (released.PACKAGE / released.EMBEDDING).is_file()
-    ):
-        return own
-    return load_extractor("sam", window=own.window)
+    packaged = (released.PACKAGE / released.EMBEDDING).is_file()
+    if os.environ.get(VARIABLE) or (own.backend != "sam" and packaged):
+        return load_extractor("sam", window=own.window)
+    return own
 
 
 def find_embedding(path: str | os.PathLike | None = None) -> Path:
