@@ -9,6 +9,7 @@ it is trained on, if any, lies there from the start, as embedding.safetensors.
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 
 from data_pipeline import loader, store
 from experiments import build, cli, launch, loop, recent, signals
+from unireg_jax.errors import tell
 from unireg_jax.registration import weights as released
 from unireg_jax.tasks import TASKS
 from unireg_jax.training import checkpoint, evaluate, images, log
@@ -82,7 +84,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
         if continued := checkpoints.latest() is not None:
             origin = checkpoint.started_from(workdir)
         else:
-            state, origin = _init_from(config.train.init_from, state)
+            state, origin = _init_from(config.train.init_from, state, experiment.spec)
         state = train_mesh.put_same(state, train_mesh.replicated(mesh))
         if continued:
             state = checkpoints.restore(state, stream, changes=changes)
@@ -139,7 +141,7 @@ def train(config, workdir: Path, *, stop: signals.Stop | None = None) -> Path:
     return path
 
 
-def _init_from(name: str, state: train_state.TrainState):
+def _init_from(name: str, state: train_state.TrainState, card: dict[str, Any]):
     """The state at released weights, and their name and digest; as it is without."""
     if not name:
         return state, None
@@ -154,8 +156,20 @@ def _init_from(name: str, state: train_state.TrainState):
         network="the network that is to start from them",
         remedy="set config.model as it was for them, or config.train.init_from",
     )
+    theirs, ours = map(_features, (spec, card))
+    if theirs != ours:  # may be meant
+        tell(
+            f"warning: {path.name}: these weights joined features {theirs}, this run "
+            f"has {ours}: see config.model.features"
+        )
     origin = {"name": path.name, "sha256": spec["sha256"]}
     return state.start_from(params), origin
+
+
+def _features(card: dict[str, Any]) -> str:
+    """What a card says of them: "mind", "sam 16ca37baeaed18f6"."""
+    digest = (card.get("embedding") or {}).get("sha256", "")
+    return f"{card['features']} {digest[:16]}".strip()
 
 
 def _step(config, experiment: build.Experiment, mesh):

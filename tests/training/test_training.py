@@ -53,6 +53,7 @@ def config(phantoms):
     config = unireg.get_config("demo")
     with config.unlocked():
         config.train.init_from = ""
+        config.model.features = "mind"  # no embedding to compile
         config.data.root = str(phantoms)
         config.data.weights.headneck = 1.0
         config.data.shape = SHAPE
@@ -517,6 +518,17 @@ def test_scans_without_any_label_are_trained_without_dice(config, phantoms, tmp_
     assert judged and all(line["val/mean_dsc/lung"] is None for line in judged)
 
 
+def test_init_from_weights_with_other_features_is_told(config, tmp_path, capsys):
+    first = train.train(config, tmp_path / "first")
+    for name, features in (("same", "mind"), ("other", "none")):
+        with config.unlocked():
+            config.train.update({"init_from": str(first), "steps": 0})
+            config.model.features = features
+        train.train(config, tmp_path / name)
+        told = "features mind, this run has none" in capsys.readouterr().err
+        assert told == (name == "other")
+
+
 def test_init_from_package_is_what_was_shipped(monkeypatch):
     """Whatever the user's own default is: perhaps the run that is to be repeated."""
     monkeypatch.setenv(weights.VARIABLE, "mine.safetensors")
@@ -528,7 +540,7 @@ def test_init_from_package_is_what_was_shipped(monkeypatch):
 
     monkeypatch.setattr(weights, "load_weights", load)
     with pytest.raises(UserError, match="enough"):
-        train._init_from("package", None)
+        train._init_from("package", None, {})
     assert asked == [weights.PACKAGE / "unireg.safetensors"]
 
 
