@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from unireg_jax.errors import CHECKPOINT, UserError
 from unireg_jax.registration import weights
 
 TARGET = Path(__file__).resolve().parents[1] / "unireg_jax" / "weights"
@@ -36,12 +37,32 @@ def main(argv) -> None:
         params = jax.tree.map(_half, params)
     for name in ("sha256", "format"):
         spec.pop(name)
+    if "embedding" in spec:
+        spec["embedding"]["name"] = packaged(spec["embedding"]["sha256"])
     sources = json.loads(Path(flags.FLAGS.sources).read_text())
     spec = complete(spec | {"licence": LICENCE}, sources)
     TARGET.mkdir(exist_ok=True)
     path = TARGET / f"{flags.FLAGS.name}.safetensors"
     weights.save_weights(path, params, spec)
     print(path)
+
+
+def packaged(sha256: str) -> str:
+    """The name of the embedding in the package that a network was trained on.
+
+    Raises:
+        UserError: exit code 9, it is not there.
+    """
+    for path in sorted(TARGET.glob("*.json")):
+        card = json.loads(path.read_text())
+        if card.get("kind") == "sam" and card["sha256"] == sha256:
+            return path.with_suffix(".safetensors").name
+    raise UserError(
+        "checkpoint_other",
+        f"{TARGET.name}/: an embedding of SHA-256 {sha256[:16]}... expected, that of "
+        "the features the network was trained on, none found; release it first",
+        CHECKPOINT,
+    )
 
 
 def complete(card: dict[str, Any], sources: dict[str, Any]) -> dict[str, Any]:
