@@ -735,6 +735,16 @@ def test_load_model_refuses_weights_of_another_network(tmp_path, change, reason,
     assert "\n" not in str(caught.value)
 
 
+def test_load_model_computes_with_float32_whatever_is_stored(tmp_path):
+    params, spec = network(scale=3e3)
+    half = jax.tree.map(lambda x: np.asarray(x, np.float16), params)
+    weights.save_weights(tmp_path / "half.safetensors", half, spec)
+    loaded = load_model(tmp_path / "half.safetensors").params
+    for exact, got in zip(*map(jax.tree.leaves, (params, loaded)), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, exact, rtol=1e-3, atol=1e-6)
+
+
 def test_load_model_refuses_missing_tensors(tmp_path):
     params, spec = network()
     del params["head"]["controller"]["bias"]

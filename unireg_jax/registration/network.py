@@ -93,7 +93,8 @@ def load_model(path: str | os.PathLike | None = None) -> Model:
             f"got {grid.codes} and {grid.shape}; train with such a grid",
             CHECKPOINT,
         )
-    params = jax.tree.map(jnp.asarray, params)
+    # Kernels may be stored in half precision; all of float32 is computed with.
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     return Model(module, params, grid, _extractor(spec, path, grid), spec)
 
 
