@@ -44,6 +44,9 @@ def _about(name: str, card: dict[str, Any]) -> list[str]:
     training = ", ".join(f"{k} {v}" for k, v in training.items())
     if start:
         training += f", from {start['name']} (SHA-256 {start['sha256'][:16]}…)"
+    features = card["features"]
+    if embedding := card.get("embedding"):
+        features += f" of `{embedding['name']}`"
     held_out = card.get("held_out", "nothing")
     lines = [
         f"### `{name}`",
@@ -51,7 +54,7 @@ def _about(name: str, card: dict[str, Any]) -> list[str]:
         card.get("description", ""),
         "",
         f"- Licence: {card.get('licence', 'not stated')}.",
-        f"- Architecture: {architecture}; features {card['features']}.",
+        f"- Architecture: {architecture}; features {features}.",
         f"- Sees: {shape} voxels of {spacing} mm, {grid['hu_low']:g} … "
         f"{grid['hu_high']:g} HU.",
         f"- Training: {training}. Held out of it: {held_out}.",

@@ -36,6 +36,8 @@ def test_facts_follow_the_files(monkeypatch, tmp_path):
         "licence": "CC BY 4.0",
         "held_out": "patient 7",
         "sources": [{"scans": "two scans", "licence": "CC0"}],
+        "features": "sam",
+        "embedding": {"name": "eyes.safetensors", "sha256": "0" * 64},
     }
     weights.save_weights(path, {"a": np.ones((2, 3), np.float32)}, spec)
     monkeypatch.setattr(weights, "PACKAGE", tmp_path)
@@ -45,6 +47,7 @@ def test_facts_follow_the_files(monkeypatch, tmp_path):
     assert f"| `tiny.safetensors` | unireg | 6 | {size} | `{digest}` |" in text
     assert "- Licence: CC BY 4.0." in text and "Held out of it: patient 7." in text
     assert "- Data: two scans: CC0." in text
+    assert "features sam of `eyes.safetensors`." in text
 
 
 @pytest.mark.parametrize("name", SOURCES)
