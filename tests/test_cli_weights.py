@@ -171,25 +171,6 @@ def test_list_says_which_are_used(saved, capsys, monkeypatch):
     assert [line.split()[0] for line in marked] == [matcher.name, network.name]
 
 
-def test_list_says_that_the_network_uses_the_packages_embedding(
-    saved, tmp_path, capsys, monkeypatch
-):
-    params, spec = weights.load_weights(saved)
-    spec = {k: v for k, v in spec.items() if k not in ("sha256", "format")}
-    card = {"embedding": {"name": "sam_lite.safetensors", "sha256": "0" * 64}}
-    joined = tmp_path / "joined.safetensors"
-    weights.save_weights(joined, params, spec | card)
-    monkeypatch.setenv(embedding.VARIABLE, str(saved))
-    for named, expected in ((saved, False), (joined, True)):
-        monkeypatch.setenv(weights.VARIABLE, str(named))
-        _, out, _ = run(capsys, "list", "--json")
-        found = {(row["source"], row["name"]): row for row in json.loads(out)}
-        assert found["package", "sam_lite.safetensors"]["used"] is expected
-        assert ("embedding" in found["$UNIREG_WEIGHTS", named.name]) is expected
-    _, out, _ = run(capsys, "list", joined)
-    assert "with sam_lite.safetensors" in out.splitlines()[-1]
-
-
 def test_list_and_verify_know_what_they_list(capsys, monkeypatch):
     monkeypatch.setenv(weights.VARIABLE, "unireg_heldout")
     monkeypatch.setenv(embedding.VARIABLE, "sam_lite")

@@ -107,9 +107,6 @@ def _list(args: argparse.Namespace) -> int:
         except UserError as error:
             row["fault"] = one_line(with_reason(error))
         rows.append(row)
-    joined = {row.get("embedding") for row in rows if row["used"]}
-    for row in rows:
-        row["used"] |= row["source"] == "package" and row["name"] in joined
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
@@ -136,11 +133,8 @@ def _row(path: Path) -> dict[str, Any]:
     def count(tree):
         return sum(map(count, tree.values())) if isinstance(tree, dict) else tree.size
 
-    # Of a network that joins one, found beside it.
-    embedding = (spec.get("embedding") or {}).get("name")
     return {
         "kind": spec.get("kind", "unireg"),
-        **({"embedding": embedding} if embedding else {}),
         # Of an embedding, its running statistics are none.
         "parameters": count(tensors.get("params", tensors)),
         "licence": spec.get("licence", "not stated"),
@@ -152,8 +146,6 @@ def _line(row: dict[str, Any]) -> str:
     """The row for people."""
     count = f"{row['parameters']:,} parameters"
     words = [row["name"], row["kind"], count, row["sha256"][:16], row["licence"]]
-    if "embedding" in row:
-        words.append(f"with {row['embedding']}")
     if row.get("used"):
         words.append("used where no others are named")
     return "  ".join(shown(one_line(word)) for word in words)
