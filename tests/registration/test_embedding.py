@@ -6,7 +6,7 @@ import pytest
 
 from unireg_jax.errors import CHECKPOINT, UserError
 from unireg_jax.imaging.preprocess import PreprocessSpec
-from unireg_jax.models.features import Extractor, sam
+from unireg_jax.models.features import sam
 from unireg_jax.registration import embedding, weights
 from unireg_jax.registration.network import load_model
 
@@ -97,22 +97,3 @@ def test_network_weights_and_embedding_are_told_apart(saved):
     with pytest.raises(UserError, match="UNIREG_SAM") as caught:
         load_model(saved)
     assert caught.value.reason == "checkpoint_other"
-
-
-def test_matches_are_found_by_the_named_embedding_then_the_networks_own(
-    saved, tmp_path, monkeypatch
-):
-    monkeypatch.delenv(embedding.VARIABLE, raising=False)
-    monkeypatch.setattr(weights, "PACKAGE", tmp_path / "none")
-    by_image, own = Extractor("mind"), embedding.load_extractor(saved)
-    assert embedding.load_matcher(by_image) is by_image
-    assert embedding.load_matcher(own) is own
-    monkeypatch.setattr(weights, "PACKAGE", saved.parent)
-    monkeypatch.setattr(weights, "EMBEDDING", saved.name)
-    assert embedding.load_matcher(by_image).digest == own.digest
-    assert embedding.load_matcher(own) is own
-    monkeypatch.setattr(weights, "EMBEDDING", "none.safetensors")
-    monkeypatch.setenv(embedding.VARIABLE, str(saved))
-    for network_features in (by_image, own):
-        found = embedding.load_matcher(network_features)
-        assert found is not own and found.digest == own.digest

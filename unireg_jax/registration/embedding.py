@@ -95,16 +95,20 @@ def load_matcher(own: Extractor) -> Extractor:
         own: of the registration network.
 
     Returns:
-        The embedding in $UNIREG_SAM; else own if it is one; else the package's, if it
-        is there; else own.
+        own if it is an embedding; else the one in $UNIREG_SAM, else the package's, else
+        own.
 
     Raises:
         UserError: exit code 9, see `load_extractor`: $UNIREG_SAM cannot be used.
     """
-    packaged = (released.PACKAGE / released.EMBEDDING).is_file()
-    if os.environ.get(VARIABLE) or (own.backend != "sam" and packaged):
-        return load_extractor("sam", window=own.window)
-    return own
+    if own.backend == "sam":
+        return own
+    if (
+        VARIABLE not in os.environ
+        and not (released.PACKAGE / released.EMBEDDING).is_file()
+    ):
+        return own
+    return load_extractor("sam", window=own.window)
 
 
 def find_embedding(path: str | os.PathLike | None = None) -> Path:
