@@ -525,8 +525,9 @@ def test_init_from_weights_with_other_features_is_told(config, tmp_path, capsys)
             config.train.update({"init_from": str(first), "steps": 0})
             config.model.features = features
         train.train(config, tmp_path / name)
-        told = "features mind, this run has none" in capsys.readouterr().err
-        assert told == (name == "other")
+        said = capsys.readouterr().err
+        assert ("these weights joined features" in said) == (name == "other")
+    assert "joined features mind, this run has none" in said
 
 
 def test_init_from_package_is_what_was_shipped(monkeypatch):
