@@ -53,7 +53,6 @@ def config(phantoms):
     config = unireg.get_config("demo")
     with config.unlocked():
         config.train.init_from = ""
-        config.model.features = "mind"  # no embedding to compile
         config.data.root = str(phantoms)
         config.data.weights.headneck = 1.0
         config.data.shape = SHAPE
