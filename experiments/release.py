@@ -31,36 +31,53 @@ LICENCE = "Apache-2.0 (these parameters); see `sources` for the training scans"
 
 def main(argv) -> None:
     del argv
-    run = Path(flags.FLAGS.workdir)
+    options = flags.FLAGS
+    sources = json.loads(Path(options.sources).read_text(encoding="utf-8"))
+    run = Path(options.workdir)
+    print(release(run, sources, TARGET / f"{options.name}.safetensors", options.half))
+
+
+def release(
+    run: Path, sources: dict[str, Any], target: Path, half: bool = False
+) -> Path:
+    """Writes the weights of a run with a complete card.
+
+    Args:
+        run: folder of the run.
+        sources: what the card says besides, see `complete`.
+        target: `.safetensors` file; an embedding that the network was trained on lies
+            beside it.
+        half: store kernels in float16.
+
+    Returns:
+        target.
+
+    Raises:
+        UserError: exit code 9, the weights cannot be read, or their embedding is not
+            there.
+    """
     params, spec = weights.load_weights(run / "weights.safetensors")
-    if flags.FLAGS.half:
+    if half:
         params = jax.tree.map(_half, params)
     for name in ("sha256", "format"):
         spec.pop(name)
     if "embedding" in spec:
-        spec["embedding"]["name"] = packaged(spec["embedding"]["sha256"])
-    sources = json.loads(Path(flags.FLAGS.sources).read_text())
+        spec["embedding"]["name"] = _beside(target, spec["embedding"]["sha256"])
     spec = complete(spec | {"licence": LICENCE}, sources)
-    TARGET.mkdir(exist_ok=True)
-    path = TARGET / f"{flags.FLAGS.name}.safetensors"
-    weights.save_weights(path, params, spec)
-    print(path)
+    target.parent.mkdir(exist_ok=True)
+    weights.save_weights(target, params, spec)
+    return target
 
 
-def packaged(sha256: str) -> str:
-    """The name of the embedding in the package that a network was trained on.
-
-    Raises:
-        UserError: exit code 9, it is not there.
-    """
-    for path in sorted(TARGET.glob("*.json")):
-        card = json.loads(path.read_text())
-        if card.get("kind") == "sam" and card["sha256"] == sha256:
-            return path.with_suffix(".safetensors").name
+def _beside(target: Path, sha256: str) -> str:
+    """The name that the file of a digest has there."""
+    there = sorted(target.parent.glob("*.safetensors"))
+    if path := weights.find_digest(sha256, there):
+        return path.name
     raise UserError(
-        "checkpoint_other",
-        f"{TARGET.name}/: an embedding of SHA-256 {sha256[:16]}... expected, that of "
-        "the features the network was trained on, none found; release it first",
+        "checkpoint_missing",
+        f"{target.parent.name}/: the embedding it was trained on, SHA-256 "
+        f"{sha256[:16]}..., expected, none found; release that first",
         CHECKPOINT,
     )
 

@@ -112,9 +112,10 @@ def describe(model: Model) -> dict[str, Any]:
         model: from `load_model`.
 
     Returns:
-        sha256; head, row of HEADS; steps, of its last training, if told; parameters;
-        macs, multiply-adds of one pair on `shape`, voxels (the paper's "FLOPs" count
-        these; features are not in them, there and here).
+        sha256; features, what the network joined; head, row of HEADS; steps, of its
+        last training, if told; parameters; macs, multiply-adds of one pair on `shape`,
+        voxels (the paper's "FLOPs" count these; features are not in them, there and
+        here).
     """
     shape = model.preprocess.shape
     of = jax.ShapeDtypeStruct
@@ -124,6 +125,7 @@ def describe(model: Model) -> dict[str, Any]:
     traced = jax.make_jaxpr(apply)(model.params, image, image, corr, code, code)
     return {
         "sha256": model.spec.get("sha256"),
+        "features": model.extractor.label,
         "head": model.module.conditioner,
         "steps": model.spec.get("training", {}).get("steps"),
         "parameters": sum(p.size for p in jax.tree.leaves(model.params)),
@@ -238,15 +240,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def table_of_networks(results: dict[str, dict[str, Any]]) -> str:
     """Markdown of the last columns of Table 2 and the first of Table 6."""
     lines = [
-        "| weights | head | steps of its last training | parameters, M | GMACs |",
-        "|---|---|---|---|---|",
+        "| weights | features | head | steps of its last training | parameters, M | "
+        "GMACs |",
+        "|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         shape = "×".join(map(str, result["shape"]))
         size, cost = result["parameters"] / 1e6, result["macs"] / 1e9
         lines.append(
-            f"| {name} | {result['head']} | {result['steps'] or '–'} | {size:.2f} | "
-            f"{cost:.1f} at {shape} |"
+            f"| {name} | {result['features']} | {result['head']} | "
+            f"{result['steps'] or '–'} | {size:.2f} | {cost:.1f} at {shape} |"
         )
     return "\n".join(lines)
 

@@ -160,16 +160,17 @@ def _init_from(name: str, state: train_state.TrainState, card: dict[str, Any]):
     if theirs != ours:  # may be meant
         tell(
             f"warning: {path.name}: these weights joined features {theirs}, this run "
-            f"has {ours}: see config.model.features"
+            f"has {ours}: see config.model.features, .combine and .embedding"
         )
     origin = {"name": path.name, "sha256": spec["sha256"]}
     return state.start_from(params), origin
 
 
 def _features(card: dict[str, Any]) -> str:
-    """What a card says of them: "mind", "sam 16ca37baeaed18f6"."""
-    digest = (card.get("embedding") or {}).get("sha256", "")
-    return f"{card['features']} {digest[:16]}".strip()
+    """What a card says of them: "mind concat", "sam concat 16ca37baeaed18f6"."""
+    digest = card.get("embedding", {}).get("sha256", "")
+    words = [card["features"], card.get("combine", "concat"), digest[:16]]
+    return " ".join(words).strip()
 
 
 def _step(config, experiment: build.Experiment, mesh):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import model_card, release
+from unireg_jax.errors import UserError
 from unireg_jax.registration import weights
 
 ROOT = model_card.PAGE.parents[1]
@@ -69,6 +70,46 @@ def test_every_card_says_what_it_is_for_and_where_it_fails():
         for figure in re.findall(r"\d+\.\d+", " ".join(card["known_failures"])):
             whole = rf"(?<![\d.]){re.escape(figure)}(?!\d)"  # 2.7 is no part of 12.7
             assert re.search(whole, page), (path.name, figure)
+
+
+@pytest.fixture
+def run_on_the_packages_embedding(tmp_path):
+    """A finished run whose network was trained on it, under another name."""
+    _, spec = weights.load_weights(weights.PACKAGE / weights.DEFAULT)
+    _, card = weights.load_weights(weights.PACKAGE / weights.EMBEDDING)
+    named = {"name": "embedding.safetensors", "sha256": card["sha256"]}
+    spec = {key: spec[key] for key in ("architecture", "preprocess")}
+    spec |= {"features": "sam", "embedding": named, "training": {"steps": 7}}
+    kernel, bias = np.full((2, 2), 1 / 3, np.float32), np.full(2, 1e-6, np.float32)
+    params = {"kernel": kernel, "bias": bias}
+    run = tmp_path / "run"
+    run.mkdir()
+    weights.save_weights(run / "weights.safetensors", params, spec)
+    return run
+
+
+def test_release_names_the_embedding_that_lies_beside_it(
+    run_on_the_packages_embedding, tmp_path
+):
+    run, target = run_on_the_packages_embedding, tmp_path / "new" / "mine.safetensors"
+    sources = {"held_out": "patient 7", "training": {"cores": 2}}
+    with pytest.raises(UserError, match="release that first") as caught:
+        release.release(run, sources, target)
+    assert caught.value.reason == "checkpoint_missing"
+    assert not target.exists()
+    packaged = weights.PACKAGE / weights.EMBEDDING
+    digest = weights.load_weights(packaged)[1]["sha256"]
+    target.parent.mkdir(exist_ok=True)
+    weights.copy_weights(packaged, target.with_name("eyes.safetensors"), sha256=digest)
+    for half in (False, True):
+        assert release.release(run, sources, target, half) == target
+        params, card = weights.load_weights(target)
+        assert card["embedding"] == {"name": "eyes.safetensors", "sha256": digest}
+        assert card["training"] == {"steps": 7, "cores": 2}
+        assert card["licence"] == release.LICENCE
+        kernel = np.float32(1 / 3).astype(np.float16 if half else np.float32)
+        assert (params["kernel"] == np.float32(kernel)).all()
+        assert (params["bias"] == np.float32(1e-6)).all()  # none in half
 
 
 def test_complete_merges_dicts_within_dicts():

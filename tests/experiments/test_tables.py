@@ -186,7 +186,7 @@ def test_tables_have_a_row_per_task_and_weights(results):
     ]
     assert cells[3][4:7] == ["–", "–", "–"]  # no labels, no overlap
     _, _, *networks = tables.table_of_networks(results).splitlines()
-    assert networks[0].startswith("| dynamic | dynamic | 7 | 0.0")
+    assert networks[0].startswith("| dynamic | mind | dynamic | 7 | 0.0")
     assert networks[1].endswith("at 32×16×32 |")
 
 

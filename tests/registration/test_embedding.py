@@ -88,11 +88,6 @@ def test_other_files_are_refused(changes, match, tmp_path):
     assert caught.value.reason == "checkpoint_other"
 
 
-def test_another_digest_is_refused(saved):
-    with pytest.raises(UserError, match="SHA-256 0000"):
-        embedding.load_extractor(saved, sha256="0" * 64)
-
-
 def test_network_weights_and_embedding_are_told_apart(saved):
     with pytest.raises(UserError, match="UNIREG_SAM") as caught:
         load_model(saved)

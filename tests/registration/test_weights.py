@@ -84,6 +84,69 @@ def test_weights_round_trip_keeps_scalars_and_order(tmp_path):
     np.testing.assert_array_equal(loaded["turned"], tree["turned"])
 
 
+def test_load_weights_gives_float32_of_any_float(saved):
+    tensors = safetensors.numpy.load_file(saved)
+    for dtype in (np.float16, np.float64):
+        stored = {name: x.astype(dtype) for name, x in tensors.items()}
+        replace(saved, safetensors.numpy.save(stored))
+        loaded, _ = weights.load_weights(saved)
+        assert loaded["head"]["kernel"].dtype == np.float32
+        np.testing.assert_array_equal(loaded["head"]["kernel"], tensors["head/kernel"])
+
+
+def test_load_weights_refuses_what_float32_cannot_hold(saved):
+    tensors = safetensors.numpy.load_file(saved)
+    large = tensors["backbone/down/bias"].astype(np.float64) * 1e300
+    replace(saved, safetensors.numpy.save({**tensors, "backbone/down/bias": large}))
+    assert "backbone/down/bias" in refusal(saved, reason="checkpoint_nonfinite")
+    whole = tensors["head/kernel"].astype(np.int32)
+    replace(saved, safetensors.numpy.save({**tensors, "head/kernel": whole}))
+    assert "int32 in head/kernel" in refusal(saved, reason="checkpoint_other")
+
+
+@pytest.mark.parametrize(
+    "named", [None, "sam.safetensors", {"name": "sam.safetensors"}, {"sha256": 7}]
+)
+def test_load_weights_refuses_an_embedding_without_name_and_digest(saved, named):
+    edit(saved, lambda spec: spec.update(embedding=named))
+    assert "name and sha256" in refusal(saved, reason="checkpoint_torn")
+
+
+def test_find_own_takes_the_file_of_the_digest_wherever_it_is(
+    saved, tmp_path, monkeypatch
+):
+    """Beside the network, then in the package, then by the variable."""
+    digest = weights.load_weights(saved)[1]["sha256"]
+    network = tmp_path / "run" / "weights.safetensors"
+    beside = network.with_name("eyes.safetensors")
+    packaged = tmp_path / "package" / "own.safetensors"
+    wanted = {"name": beside.name, "sha256": digest}
+    monkeypatch.setattr(weights, "PACKAGE", packaged.parent)
+    monkeypatch.delenv(weights.EMBEDDING_VARIABLE, raising=False)
+
+    def refused():
+        with pytest.raises(UserError, match="copy eyes.safetensors") as caught:
+            weights.find_own(wanted, network)
+        assert caught.value.reason == "checkpoint_missing"
+        assert caught.value.exit_code == errors.CHECKPOINT
+        return digest[:16] in str(caught.value)
+
+    assert refused()
+    monkeypatch.setenv(weights.EMBEDDING_VARIABLE, str(saved))
+    assert weights.find_own(wanted, network) == saved
+    for there in (packaged, beside):
+        there.parent.mkdir()
+        weights.copy_weights(saved, there, sha256=digest)
+        assert weights.find_own(wanted, network) == there
+    # A file of the name that is another, or whose description is torn, is passed over.
+    edit(beside, lambda spec: spec.update(sha256="0" * 64))
+    assert weights.find_own(wanted, network) == packaged
+    packaged.with_suffix(".json").write_text("{")
+    assert weights.find_own(wanted, network) == saved
+    monkeypatch.setenv(weights.EMBEDDING_VARIABLE, "a" * 300)
+    assert refused()
+
+
 def test_save_weights_leaves_two_files_and_takes_tuples(tmp_path):
     path = tmp_path / "a.safetensors"
     spec = {**SPEC, "architecture": {"encoder": (4, 8)}}

@@ -519,14 +519,19 @@ def test_scans_without_any_label_are_trained_without_dice(config, phantoms, tmp_
 
 def test_init_from_weights_with_other_features_is_told(config, tmp_path, capsys):
     first = train.train(config, tmp_path / "first")
-    for name, features in (("same", "mind"), ("other", "none")):
+    for name, features, combine in (
+        ("same", "mind", "concat"),
+        ("less", "none", "concat"),
+        ("sum", "mind", "sum"),
+    ):
         with config.unlocked():
             config.train.update({"init_from": str(first), "steps": 0})
-            config.model.features = features
+            config.model.update({"features": features, "combine": combine})
         train.train(config, tmp_path / name)
         said = capsys.readouterr().err
-        assert ("these weights joined features" in said) == (name == "other")
-    assert "joined features mind, this run has none" in said
+        told = f"joined features mind concat, this run has {features} {combine}:"
+        assert (told in said) == (name != "same")
+        assert ("warning: " + first.name in said) == (name != "same")
 
 
 def test_init_from_package_is_what_was_shipped(monkeypatch):
@@ -592,10 +597,16 @@ def test_run_on_an_embedding_keeps_the_two_together(config, tmp_path, monkeypatc
     assert model.extractor.digest == digest
     # Alone it says which embedding belongs to it, and takes no other.
     (trained.parent / "embedding.safetensors").unlink()
-    with pytest.raises(UserError, match="anatomical embedding expected"):
+    with pytest.raises(UserError, match="the embedding it was trained on") as caught:
         load_model(trained)
-    monkeypatch.delenv(embedding.VARIABLE)
-    with pytest.raises(UserError, match="that of the features the network was trained"):
+    assert caught.value.reason == "checkpoint_missing"
+    monkeypatch.setenv(embedding.VARIABLE, str(path))
+    assert load_model(trained).extractor.digest == digest
+    card = trained.with_suffix(".json")
+    spec = json.loads(card.read_text())
+    del spec["embedding"]
+    card.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="name and digest of the embedding"):
         load_model(trained)
 
 

@@ -12,7 +12,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.models.features import FEATURES, Extractor, sam
 from unireg_jax.registration import weights as released
 
-VARIABLE = "UNIREG_SAM"
+VARIABLE = released.EMBEDDING_VARIABLE
 _REMEDY = (
     "convert a public checkpoint (`unireg weights convert --from SAM.pth --to "
     "sam.safetensors`) or train one (`python -m experiments.train_sam`), and pass the "
@@ -25,7 +25,6 @@ def load_extractor(
     *,
     window: tuple[float, float] = (-800.0, 400.0),
     combine: str = "concat",
-    sha256: str | None = None,
     dtype: str = "float32",
     conv_impl: str = "auto",
 ) -> Extractor:
@@ -36,7 +35,6 @@ def load_extractor(
             own; or a `.safetensors` file with its description beside it.
         window: lowest and highest HU, for "mind" and "none".
         combine: see features.Extractor.
-        sha256: digest that the file must have, or None for any.
         dtype: of the embedding's convolutions.
         conv_impl: formulation of the embedding's convolutions, see ops/conv.py.
 
@@ -45,8 +43,7 @@ def load_extractor(
 
     Raises:
         UserError: exit code 9: `checkpoint_missing`, `checkpoint_other` when the file
-            holds no embedding or another one than asked for, and see
-            registration/weights.py.
+            holds no embedding, and see registration/weights.py.
     """
     name = os.fspath(source)
     if name in FEATURES and name != "sam":
@@ -54,12 +51,6 @@ def load_extractor(
     path = find_embedding(None if name == "sam" else name)
     variables, spec = released.load_weights(path)
     shown = nifti.shown(path)
-    if sha256 is not None and spec["sha256"] != sha256:
-        raise _other(
-            f"{shown}: SHA-256 {sha256[:16]}... expected, that of the features the "
-            f"network was trained on, got {spec['sha256'][:16]}...; pass the file that "
-            "belongs to it"
-        )
     if spec.get("kind") != "sam":
         raise _other(
             f"{shown}: an anatomical embedding (kind 'sam') expected, got "
@@ -80,8 +71,6 @@ def load_extractor(
         ) from error
     released.check_tensors(variables, expected, path)
     network = sam.Sam(**fields, dtype=dtype, conv_impl=conv_impl)
-    # Kernels may be stored in half precision; folding is in single.
-    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
     params = sam.fold(variables)
     spacing = PreprocessSpec.from_json(spec["preprocess"]).spacing_mm
     digest = spec["sha256"]
@@ -123,17 +112,15 @@ def find_embedding(path: str | os.PathLike | None = None) -> Path:
     Raises:
         UserError: `checkpoint_missing`, exit code 9, with both remedies.
     """
-    named = path or os.environ.get(VARIABLE)
-    found = (
-        released.named_file(named) if named else released.PACKAGE / released.EMBEDDING
-    )
+    found = released.named_file(path) if path else released.default_embedding()
     try:
         exists = found.is_file() and found.suffix == ".safetensors"
     except (OSError, ValueError):  # a name that cannot be one
         exists = False
     if exists:
         return found
-    what = nifti.shown(found) if named else "the package"
+    packaged = found == released.PACKAGE / released.EMBEDDING
+    what = "the package" if packaged else nifti.shown(found)
     raise UserError(
         "checkpoint_missing",
         f"{what}: a .safetensors file of an anatomical embedding expected, none found; "

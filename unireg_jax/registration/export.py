@@ -46,6 +46,7 @@ _CARRIED = (
     "sources",
     "held_out",
     "training",
+    "embedding",
 )
 
 

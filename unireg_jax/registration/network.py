@@ -93,8 +93,7 @@ def load_model(path: str | os.PathLike | None = None) -> Model:
             f"got {grid.codes} and {grid.shape}; train with such a grid",
             CHECKPOINT,
         )
-    # Kernels may be stored in half precision; all of float32 is computed with.
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    params = jax.tree.map(jnp.asarray, params)
     return Model(module, params, grid, _extractor(spec, path, grid), spec)
 
 
@@ -106,11 +105,15 @@ def _extractor(spec: dict[str, Any], path: Path, grid: PreprocessSpec) -> Extrac
     }
     if spec["features"] != "sam":
         return load_extractor(spec["features"], **options)
-    # Beside the network's own file, else where embeddings are looked for.
-    wanted = spec.get("embedding") or {}
-    beside = path.with_name(Path(str(wanted.get("name", ""))).name or "none")
-    source = beside if beside.is_file() and beside != path else "sam"
-    return load_extractor(source, sha256=wanted.get("sha256"), **options)
+    if "embedding" not in spec:
+        raise UserError(
+            "checkpoint_torn",
+            f"{nifti.shown(path)}: the name and digest of the embedding it was trained "
+            "on expected in its description, got none; use the two files of one "
+            "training run",
+            CHECKPOINT,
+        )
+    return load_extractor(released.find_own(spec["embedding"], path), **options)
 
 
 def initializer(module: UniReg) -> Callable[[jax.Array], Any]:

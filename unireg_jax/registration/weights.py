@@ -9,7 +9,7 @@ so that a list of what is installed is instant.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 FORMAT = 1
 VARIABLE = "UNIREG_WEIGHTS"
 DEFAULT = "unireg.safetensors"  # preferred when the package holds several
+EMBEDDING_VARIABLE = "UNIREG_SAM"
 EMBEDDING = "sam_lite.safetensors"  # the package's anatomical embedding
 _REQUIRED = {"format": int, "architecture": dict, "features": str, "preprocess": dict}
 _LARGEST = {".json": 1 << 20, ".safetensors": 1 << 32}  # bytes
@@ -82,6 +83,11 @@ def named_file(name: str | os.PathLike) -> Path:
     return Path(name)
 
 
+def default_embedding() -> Path:
+    """$UNIREG_SAM, else the package's; whether it is there is not looked at."""
+    return named_file(os.environ.get(EMBEDDING_VARIABLE) or PACKAGE / EMBEDDING)
+
+
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loads parameters and their description, both verified.
 
@@ -91,9 +97,10 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
         path: `.safetensors` file, its description beside it as `.json`.
 
     Returns:
-        params, nested dict of float arrays; spec: format, architecture (arguments of
-        UniReg), features (row of FEATURES), preprocess (PreprocessSpec), sha256 (of the
-        tensors' file), and what else the description says.
+        params, nested dict of float32 arrays, whatever precision they are stored in;
+        spec: format, architecture (arguments of UniReg), features (row of FEATURES),
+        preprocess (PreprocessSpec), sha256 (of the tensors' file), and what else the
+        description says.
 
     Raises:
         UserError: exit code 9; reason `checkpoint_missing`, `checkpoint_torn`,
@@ -122,17 +129,78 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise _fault(
             "torn",
-            f"{shown(path)}: safetensors with float32 tensors expected, got "
+            f"{shown(path)}: safetensors of float32 or float16 expected, got "
             f"{_one_line(error)}; download or copy it again",
         ) from error
+    single = {}
     for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
+        if not np.issubdtype(tensor.dtype, np.floating):
+            raise _fault(
+                "other",
+                f"{shown(path)}: tensors of float32 or float16 expected, got "
+                f"{tensor.dtype} in {shown(name)}; use weights for this package",
+            )
+        with np.errstate(over="ignore"):
+            single[name] = tensor.astype(np.float32)
+        if not np.isfinite(single[name]).all():
             raise _fault(
                 "nonfinite",
                 f"{shown(path)}: finite numbers expected, got NaN or infinity in "
                 f"{shown(name)}; use an earlier checkpoint of the run",
             )
-    return _nest(tensors), spec
+    return _nest(single), spec
+
+
+def find_digest(sha256: str, files: Iterable[Path]) -> Path | None:
+    """The first of some weights files whose description names a digest.
+
+    The tensors are not read: `load_weights` verifies them.
+
+    Args:
+        sha256: of the tensors' file.
+        files: `.safetensors`; those that are not there, or not whole, are passed over.
+
+    Returns:
+        Path, or None.
+    """
+    for path in files:
+        card = path.with_suffix(".json")
+        try:
+            if path.is_file() and _parse(_read(card), card)["sha256"] == sha256:
+                return path
+        except (UserError, OSError, ValueError):  # or a name that cannot be one
+            continue
+    return None
+
+
+def find_own(wanted: Mapping[str, str], network: str | os.PathLike) -> Path:
+    """Finds the embedding that a network was trained on, and takes no other.
+
+    Args:
+        wanted: its name and sha256, as in the network's description.
+        network: the network's `.safetensors` file.
+
+    Returns:
+        Path of the file beside the network, in the package or in $UNIREG_SAM, the first
+        whose description has the digest.
+
+    Raises:
+        UserError: `checkpoint_missing`, exit code 9, none of these has it.
+    """
+    name = Path(wanted["name"]).name or "embedding.safetensors"
+    places = [Path(network).with_name(name), *sorted(PACKAGE.glob("*.safetensors"))]
+    if EMBEDDING_VARIABLE in os.environ:
+        places.append(named_file(os.environ[EMBEDDING_VARIABLE]))
+    found = find_digest(wanted["sha256"], places)
+    if found is None:
+        raise _fault(
+            "missing",
+            f"{shown(network)}: the embedding it was trained on, SHA-256 "
+            f"{shown(wanted['sha256'][:16])}..., expected beside it, in the package or "
+            f"by ${EMBEDDING_VARIABLE}, none found; copy {shown(name)} and its .json "
+            f"there, or set ${EMBEDDING_VARIABLE} to that file",
+        )
+    return found
 
 
 def save_weights(
@@ -327,6 +395,15 @@ def _parse(data: bytes, card: Path) -> dict[str, Any]:
                 f"{shown(card)}: {name} of type {kind.__name__} expected, got "
                 f"{shown(repr(spec.get(name))[:40])}; copy both files again",
             )
+    named = spec.get("embedding", {"name": "", "sha256": ""})
+    if not isinstance(named, dict) or not all(
+        isinstance(named.get(key), str) for key in ("name", "sha256")
+    ):
+        raise _fault(
+            "torn",
+            f"{shown(card)}: embedding with the texts name and sha256 expected, got "
+            f"{shown(repr(named)[:40])}; copy both files again",
+        )
     try:
         PreprocessSpec.from_json(spec["preprocess"])
     except (ValueError, TypeError) as error:

@@ -33,10 +33,8 @@ class TrainState(NamedTuple):
         return self.params if self.ema is None else self.ema
 
     def start_from(self, params: Any) -> "TrainState":
-        """The same state at other parameters, which may be stored in half precision."""
-        params = jax.tree.map(
-            lambda new, old: jnp.asarray(new, old.dtype), params, self.params
-        )
+        """The same state at other parameters."""
+        params = jax.tree.map(jnp.asarray, params)
         return self._replace(params=params, ema=_mean_of(params, self.ema is not None))
 
 

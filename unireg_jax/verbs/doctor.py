@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     checks = [
         _versions(),
         _file("weights", lambda: weights.find_weights(args.weights)),
-        _file("embedding", _embedding),
+        *_features(args.weights),
+        _file("embedding", weights.default_embedding),
         _memory(),
         *_extras(),
     ]
@@ -118,9 +119,16 @@ def _file(name: str, find: Callable[[], Path]) -> dict[str, Any]:
     return _check(name, OK, told, file=path.name, sha256=spec["sha256"])
 
 
-def _embedding() -> Path:
-    named = os.environ.get("UNIREG_SAM")
-    return weights.named_file(named or "sam_lite")
+def _features(named: str | None) -> list[dict[str, Any]]:
+    """Of the embedding that the network itself was trained on, if it was on one."""
+    try:
+        path = weights.find_weights(named)
+        _, spec = weights.load_weights(path)
+    except UserError:  # told of already
+        return []
+    if "embedding" not in spec:
+        return []
+    return [_file("features", lambda: weights.find_own(spec["embedding"], path))]
 
 
 def _memory() -> dict[str, Any]:

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         licence = card.get("licence", "not stated")
         used: dict[str, Any] = {"name": found.name, "licence": licence}
         used |= outputs.digest(found)
+        used |= {key: card[key] for key in ("features", "embedding") if key in card}
     except UserError as error:
         used = {"missing": str(error)}
     info = {

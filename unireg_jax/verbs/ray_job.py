@@ -54,9 +54,7 @@ def anywhere(args: argparse.Namespace) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """Variables of the actors: the embedding is ours, whatever a machine's own says."""
-    named = os.environ.get("UNIREG_SAM")
-    found = weights.PACKAGE / weights.EMBEDDING
-    return {"UNIREG_SAM": _called(weights.named_file(named) if named else found)}
+    return {weights.EMBEDDING_VARIABLE: _called(weights.default_embedding())}
 
 
 def _called(file: Path) -> str:

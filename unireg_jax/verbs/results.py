@@ -218,8 +218,7 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["coarse"] = _COARSE_ALGORITHM
     if args.affine in ("features", "coarse") or args.io_features == "sam":
         # What describes the scans then is chosen by the environment.
-        named = os.environ.get("UNIREG_SAM")
-        found = weights.named_file(named or "sam_lite")
+        found = weights.default_embedding()
         asked["embedding"] = _sha256(found) if found.is_file() else None
     text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -552,7 +551,13 @@ def _record(inputs: Inputs, result, model, warnings: list[str]) -> dict[str, Any
             "inputs": described,
             "weights": {
                 key: model.spec.get(key)
-                for key in ("sha256", "architecture", "features", "preprocess")
+                for key in (
+                    "sha256",
+                    "architecture",
+                    "features",
+                    "embedding",
+                    "preprocess",
+                )
             },
             "affine": result.affine.tolist(),
             "qc": result.qc,

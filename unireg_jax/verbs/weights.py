@@ -13,7 +13,10 @@ from unireg_jax.verbs.messages import complain, one_line, progress, with_reason
 
 HELP = "convert, list and verify weights"
 # Variables that name weights, and those of the package that are used without them.
-VARIABLES = {"UNIREG_WEIGHTS": weights.DEFAULT, "UNIREG_SAM": weights.EMBEDDING}
+VARIABLES = {
+    weights.VARIABLE: weights.DEFAULT,
+    weights.EMBEDDING_VARIABLE: weights.EMBEDDING,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
