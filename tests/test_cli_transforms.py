@@ -240,6 +240,24 @@ def test_warp_refuses_labels_warped_as_an_image_unasked(run, tmp_path, crop):
     assert code == 0 and json.loads(stdout)["interp"] == "linear"
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_warp_refuses_labels_that_are_thin_along_an_axis(run, tmp_path, axis):
+    """As organs of a voxel or two in plane, which go on from slice to slice."""
+    place = np.indices(MOVING.shape)
+    others = [place[other] % 4 for other in range(3) if other != axis]
+    ids = 1 + (place.sum(axis=0) - place[axis]) // 4 % 7  # thin across, long along
+    labels = np.where((others[0] == 0) & (others[1] == 0), ids, 0).astype(np.uint8)
+    for other in range(3):
+        same = np.diff(labels, axis=other) == 0
+        most = np.moveaxis(labels, other, 0)
+        some = (most[1:] != 0) | (most[:-1] != 0)
+        assert (np.moveaxis(same, other, 0)[some].mean() > 0.5) == (other == axis)
+    save(tmp_path / "m.nii", labels, MOVING.vox2world)
+    words = ("-m", tmp_path / "m.nii", "-f", "fixed.nii.gz", "-t", "c.h5", "-o")
+    code, _, stderr = run("warp", *words, tmp_path / "o.nii")
+    assert code == errors.USAGE and "label_value" in stderr
+
+
 def test_warp_takes_an_image_of_few_values_for_one(run, tmp_path):
     x, y, z = np.ogrid[: MOVING.shape[0], : MOVING.shape[1], : MOVING.shape[2]]
     values = ((x + 2 * y + 3 * z) % 81).astype(np.uint8)  # a window of 0 to 80

@@ -156,6 +156,14 @@ def test_list_names_package_variables_and_files(saved, capsys, monkeypatch):
         assert word in last
 
 
+def test_list_says_by_which_variable_a_file_is_named(capsys, monkeypatch):
+    monkeypatch.setenv(embedding.VARIABLE, "nonsense")
+    code, out, (line,) = run(capsys, "list")
+    assert code == errors.CHECKPOINT and out.count("\n") == 3
+    assert "$UNIREG_SAM: checkpoint_missing: weights nonsense: " in line
+    assert "train" not in line
+
+
 def test_list_says_which_are_used(saved, capsys, monkeypatch):
     def used():
         _, out, _ = run(capsys, "list", saved, "--json")

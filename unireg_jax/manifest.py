@@ -562,11 +562,12 @@ def refuse(name: str, faults: Sequence[Fault]) -> None:
     Raises:
         UserError: always.
     """
+    # With separators, too: a message is also shown in one line.
     lines = [f"  {message}" for _, message in faults[:_MAX_FAULTS]]
     if len(faults) > _MAX_FAULTS:
         lines.append(f"  … and {len(faults) - _MAX_FAULTS} more")
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    raise UserError(faults[0][0], "\n".join([f"{name}: {count}", *lines]), USAGE)
+    raise UserError(faults[0][0], f"{name}: {count}:\n" + ";\n".join(lines), USAGE)
 
 
 def check_columns(

@@ -122,7 +122,7 @@ def test_one_bad_field_is_named(folder, change, reason, says):
     fault = _refusal(_write_json(folder, rows), strict=True)
     assert (fault.exit_code, fault.reason) == (USAGE, reason)
     assert says in str(fault)
-    assert "m.json: 1 fault\n  entry 1: " in str(fault)
+    assert "m.json: 1 fault:\n  entry 1: " in str(fault)
     if "\x00" not in str(change):
         fault = _refusal(_write_csv(folder, rows), strict=True)
         assert (fault.reason, says in str(fault)) == (reason, True)
@@ -199,7 +199,7 @@ def test_all_faults_are_listed_at_once(folder):
     ):
         assert says in text
     assert "entry 5: subject 'p1' is in train, and in test at entry 4" in text
-    assert text.startswith("m.json: 8 faults\n")
+    assert text.startswith("m.json: 8 faults:\n")
 
 
 def test_unicode_forms_of_one_id_collide(folder):
@@ -294,7 +294,7 @@ def test_bad_label_map_is_refused_once(folder, table, says):
     fault = _refusal(_write_csv(folder, [GOOD[0], other]))
     assert fault.exit_code == USAGE
     assert says in str(fault)
-    assert "m.csv: 1 fault\n" in str(fault)
+    assert "m.csv: 1 fault:\n" in str(fault)
 
 
 def test_label_map_may_name_background(folder):

@@ -68,8 +68,15 @@ def test_missing_embedding_names_both_remedies(monkeypatch, tmp_path):
         embedding.load_extractor("sam")
     assert caught.value.reason == "checkpoint_missing"
     assert caught.value.exit_code == CHECKPOINT
-    for part in ("absent.safetensors", "weights convert", "train_sam"):
-        assert part in str(caught.value)
+    told = str(caught.value)
+    for part in ("absent.safetensors", "none found", "weights convert", "train_sam"):
+        assert part in told
+    assert told.startswith(f"${embedding.VARIABLE} ")
+    other = tmp_path / "scan.nii"
+    other.touch()
+    monkeypatch.setenv(embedding.VARIABLE, str(other))
+    with pytest.raises(UserError, match="scan.nii: .* got another file"):
+        embedding.load_extractor("sam")
 
 
 @pytest.mark.parametrize(

@@ -114,16 +114,18 @@ def find_embedding(path: str | os.PathLike | None = None) -> Path:
     """
     found = released.named_file(path) if path else released.default_embedding()
     try:
-        exists = found.is_file() and found.suffix == ".safetensors"
+        there = found.is_file()
     except (OSError, ValueError):  # a name that cannot be one
-        exists = False
-    if exists:
+        there = False
+    if there and found.suffix == ".safetensors":
         return found
-    packaged = found == released.PACKAGE / released.EMBEDDING
-    what = "the package" if packaged else nifti.shown(found)
+    got = "got another file" if there else "none found"
+    what = nifti.shown(found)
+    if not path:
+        what = f"${VARIABLE} {what}" if os.environ.get(VARIABLE) else "the package"
     raise UserError(
         "checkpoint_missing",
-        f"{what}: a .safetensors file of an anatomical embedding expected, none found; "
+        f"{what}: a .safetensors file of an anatomical embedding expected, {got}; "
         + _REMEDY,
         CHECKPOINT,
     )

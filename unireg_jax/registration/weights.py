@@ -106,7 +106,7 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
         UserError: exit code 9; reason `checkpoint_missing`, `checkpoint_torn`,
             `checkpoint_changed`, `checkpoint_format` or `checkpoint_nonfinite`.
     """
-    path = _existing(Path(path), "weights")
+    path = _existing(Path(path), "weights", "check the name")
     card = path.with_suffix(".json")
     if not card.is_file():
         raise _fault(
@@ -317,7 +317,7 @@ def _fault(kind: str, message: str) -> UserError:
     return UserError(f"checkpoint_{kind}", message, CHECKPOINT)
 
 
-def _existing(path: Path, source: str) -> Path:
+def _existing(path: Path, source: str, remedy: str = _REMEDY) -> Path:
     """The path, if it is a file with the right name."""
     # A name too long or with NUL is no file either.
     try:
@@ -328,7 +328,7 @@ def _existing(path: Path, source: str) -> Path:
         got = f"{shown(path.name)} is none" if found else "no such file"
         raise _fault(
             "missing",
-            f"{source} {shown(path)}: a .safetensors file expected, {got}; {_REMEDY}",
+            f"{source} {shown(path)}: a .safetensors file expected, {got}; {remedy}",
         )
     return path
 

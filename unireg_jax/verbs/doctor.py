@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         _versions(),
         _file("weights", lambda: weights.find_weights(args.weights)),
         *_features(args.weights),
-        _file("embedding", weights.default_embedding),
+        _file("embedding", weights.default_embedding, weights.EMBEDDING_VARIABLE),
         _memory(),
         *_extras(),
     ]
@@ -108,13 +108,14 @@ def _versions() -> dict[str, Any]:
     return _check("versions", status, told, python=python, packages=found)
 
 
-def _file(name: str, find: Callable[[], Path]) -> dict[str, Any]:
+def _file(name: str, find: Callable[[], Path], variable: str = "") -> dict[str, Any]:
     """A file of parameters: there, and its digest the one it came with."""
     try:
         path = find()
         _, spec = weights.load_weights(path)
     except UserError as error:
-        return _check(name, FAIL, str(error), reason=error.reason)
+        named = f"${variable}: " if os.environ.get(variable) else ""
+        return _check(name, FAIL, f"{named}{error}", reason=error.reason)
     told = f"{path.name}, sha256 {spec['sha256'][:16]}..., verified"
     return _check(name, OK, told, file=path.name, sha256=spec["sha256"])
 

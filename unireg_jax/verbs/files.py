@@ -33,7 +33,7 @@ def add_transforms(
         metavar="FILE",
         help=once
         if one
-        else f"{once}; several: the first acts first on points of the "
+        else f"{once}; several, each after a -t: the first acts first on points of the "
         "fixed scan, as antsApplyTransforms lists them",
     )
 

@@ -126,14 +126,18 @@ def run(args: argparse.Namespace) -> int:
             back = _back(args, inputs, model, result.settings, say)
         say("writing")
         settings = results.settings_sha256(args, case)
+        write = time.perf_counter()
         record = results.write(
             *(folder, inputs, result, model, settings),
             inverse=args.write_inverse,
             back_mm=back,
         )
+        judge = time.perf_counter()
         judging.finish(args, folder, record, inputs, result)
-        total = time.perf_counter() - started
-        record["timings"] |= {"read": round(read, 3), "total": round(total, 3)}
+        end = time.perf_counter()
+        laps = {"read": read, "write": judge - write, "judge": end - judge}
+        laps["total"] = end - started
+        record["timings"] |= {lap: round(seconds, 3) for lap, seconds in laps.items()}
         text = results.seal(folder, record)
         judging.hold_back(args, folder, record)
     _summarize(say, record, Path(args.out) / name)

@@ -121,11 +121,18 @@ def _check_image(moving: Volume) -> None:
 
 
 def _patched(data: np.ndarray) -> bool:
-    """Whether most voxels equal their neighbour, as in labels; an image has slopes."""
-    here, there = data[1:], data[:-1]
-    some = (here != 0) | (there != 0)
-    few = np.unique(data[::4, ::4, ::4]).size <= 3  # a mask may be thin
-    return few or bool((here == there)[some].mean() > 0.5)
+    """Whether most voxels equal a neighbour, as in labels; an image has slopes."""
+    if np.unique(data[::4, ::4, ::4]).size <= 3:  # a mask may be thin
+        return True
+    for here, there in (
+        (data[1:], data[:-1]),  # organs of a few voxels go on along some axis
+        (data[:, 1:], data[:, :-1]),
+        (data[..., 1:], data[..., :-1]),
+    ):
+        some = (here != 0) | (there != 0)
+        if (here == there)[some].mean() > 0.5:
+            return True
+    return False
 
 
 def _like_ids(data: np.ndarray) -> bool:

@@ -108,7 +108,8 @@ def _list(args: argparse.Namespace) -> int:
         try:
             row |= _row(path)
         except UserError as error:
-            row["fault"] = one_line(with_reason(error))
+            named = f"{source}: " if source[0] == "$" else ""
+            row["fault"] = one_line(named + with_reason(error))
         rows.append(row)
     if args.json:
         print(json.dumps(rows, indent=2))
