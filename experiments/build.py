@@ -257,11 +257,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
             config.train.passes in range(1, prediction.MOST_PASSES + 1),
             f"1 to {prediction.MOST_PASSES}",
         ),
-        "optim.decay_steps": (
-            not config.optim.decay_steps
-            or config.optim.decay_steps > config.optim.warmup_steps >= 0,
-            f"0, or more than optim.warmup_steps, {config.optim.warmup_steps}",
-        ),
         "train.ema": (0 <= config.train.ema < 1, "from 0 to less than 1"),
         "data.hu_window": (len(window) == 2 and window[0] < window[1], "(low, high)"),
         "loss.ncc_scales": (config.loss.ncc_scales in range(1, 5), "1 to 4"),

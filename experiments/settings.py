@@ -35,8 +35,13 @@ def shared_rules(fields: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
     Returns:
         For `refuse_faults`.
     """
-    least = ("optim.clip_norm", "optim.warmup_steps", "optim.decay_steps")
+    least = ("optim.clip_norm", "optim.warmup_steps")
     rules = {f: (fields[f] >= 0, "0 or more") for f in least}
+    decay, warmup = fields["optim.decay_steps"], fields["optim.warmup_steps"]
+    rules["optim.decay_steps"] = (
+        decay == 0 or decay > max(warmup, 0),
+        f"0, or more than optim.warmup_steps, {warmup}",
+    )
     momentum = fields["optim.momentum"]
     rules["optim.momentum"] = (0 <= momentum < 1, "from 0 to less than 1")
     for field, value in fields.items():

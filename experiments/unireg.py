@@ -182,17 +182,18 @@ PRESETS = {
     # 50.5 % and 7.2 %; ncc_window=9 48.8 % and 1.9 %; ncc_scales=3 50.7 % and 2.2 %;
     # the lower rate with the higher smoothness 51.3 % and 0.12 %. With the abdomens
     # aligned aright 49.7 % and 0.6 %; loss.dice=0 50.1 % and 1.3 %, 2 48.4 % and 0.1 %;
-    # augmented as below 47.9 % and 0 %. Part 0: 48.0 % and 1.6 %; model.features=sam
-    # 51.4 % and 1.3 %, 30 minutes of a core.
+    # augmented as below 47.9 % and 0 %. Seeds 3, 13, 23: 49.7, 51.6 and 50.1 %;
+    # model.conditioner=static, 3 and 23: 50.1 and 51.2 %. Part 0: 48.0 % and 1.6 %;
+    # model.features=sam 51.4 % and 1.3 %, 30 minutes of a core.
     # --config=experiments/unireg.py:real_small --config.data.root=PREPARED
     "real_small": _REAL_SMALL,
     # Not in paper: the second stage of `unireg_heldout`, started from the first
     # (--config.train.init_from=…/weights.safetensors): three times the smoothness,
     # because the first stage left about 2 % of the voxels of unseen pairs folded. 700
     # steps, 11 to 12 minutes of a core: head-neck 42.9 (affine) -> 50.2 % DSC, liver
-    # 1.99 -> 1.70, lung 6.3 -> 4.6 mm, 0.53 % folds; model.features=sam in both stages
-    # 52.9 %, 1.40 and 3.5 mm, 0.16 %. At 3 mm (300 steps after the first stage) 52.0 %
-    # against 51.3 at 4 mm, 2.4 and 1.1 % folds, 1.7 times the seconds of a step.
+    # 1.99 -> 1.70, lung 6.3 -> 4.6 mm, 0.53 % folds; with the abdomens aligned aright
+    # 49.6 %, 1.75 and 5.4 mm, 0.38 %; model.features=sam in both stages 52.9 %, 1.40
+    # and 3.5 mm, 0.16 %.
     # The command, as above and with init_from:
     # --config=experiments/unireg.py:real_small_finish --config.data.root=PREPARED
     "real_small_finish": {

@@ -238,11 +238,13 @@ def test_doctor_tells_a_whole_installation_from_a_broken_one(
     alone = tmp_path / "alone.safetensors"
     save_network(alone)
     card = json.loads(alone.with_suffix(".json").read_text())
-    card["embedding"] = {"name": "eyes.safetensors", "sha256": "0" * 64}
-    alone.with_suffix(".json").write_text(json.dumps(card))
     broken = ["doctor", "--quick", "--weights", str(alone)]
-    assert cli.main(broken) == errors.PARTLY
-    assert "broken: features" in capsys.readouterr().err
+    monkeypatch.setenv("UNIREG_SAM", "")
+    for named in ({}, {"embedding": {"name": "eyes.safetensors", "sha256": "0" * 64}}):
+        sam = card | {"features": "sam"} | named
+        alone.with_suffix(".json").write_text(json.dumps(sam))
+        assert cli.main(broken) == errors.PARTLY
+        assert "broken: features" in capsys.readouterr().err
     spoiled = tmp_path / "spoiled.safetensors"
     save_network(spoiled)
     spoiled.write_bytes(spoiled.read_bytes()[:-9])

@@ -130,7 +130,7 @@ def test_all_faults_are_listed_at_once(tmp_path):
     ]
     error = refusal(write_json(tmp_path, rows))
     text = str(error)
-    assert text.splitlines()[0] == "p.json: 4 faults"
+    assert text.splitlines()[0] == "p.json: 4 faults:"
     for says in (
         "entry 1: unknown column 'taks'; did you mean 'task'?",
         "entry 2: moving '../2.nii': leads outside",

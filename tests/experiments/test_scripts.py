@@ -9,13 +9,12 @@ import pytest
 
 from data_pipeline import loader, store, synthetic
 from data_pipeline.datasets import manifest
-from experiments import demo, figures, prealign, real_pairs, real_scans, release
+from experiments import demo, figures, prealign, real_pairs, real_scans
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
 from unireg_jax.models.unireg import UniReg
-from unireg_jax.registration import weights
 from unireg_jax.tasks import OUTSIDE_HU
 
 
@@ -209,11 +208,3 @@ def test_weights_improve_an_affine(data_root, name):
         }
         assert dsc["network"] > dsc["affine"] + 0.03
         assert result.qc["fold_percent_network"] < 3
-
-
-def test_release_names_the_embedding_that_is_shipped():
-    _, card = weights.load_weights(weights.PACKAGE / weights.EMBEDDING)
-    assert release.packaged(card["sha256"]) == weights.EMBEDDING
-    with pytest.raises(UserError, match="0000.*expected.*release it first") as error:
-        release.packaged("0" * 64)
-    assert error.value.reason == "checkpoint_other"

@@ -143,8 +143,12 @@ def test_find_own_takes_the_file_of_the_digest_wherever_it_is(
     assert weights.find_own(wanted, network) == packaged
     packaged.with_suffix(".json").write_text("{")
     assert weights.find_own(wanted, network) == saved
-    monkeypatch.setenv(weights.EMBEDDING_VARIABLE, "a" * 300)
-    assert refused()
+    # Never another one, whatever the variable names.
+    other = tmp_path / "other.safetensors"
+    weights.save_weights(other, {"a": np.ones(2, np.float32)}, SPEC)
+    for named in (str(other), "a" * 300, "", ".", "/"):
+        monkeypatch.setenv(weights.EMBEDDING_VARIABLE, named)
+        assert refused()
 
 
 def test_save_weights_leaves_two_files_and_takes_tuples(tmp_path):

@@ -104,7 +104,8 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
 
     Raises:
         UserError: exit code 9; reason `checkpoint_missing`, `checkpoint_torn`,
-            `checkpoint_changed`, `checkpoint_format` or `checkpoint_nonfinite`.
+            `checkpoint_changed`, `checkpoint_format`, `checkpoint_other` (tensors that
+            are not floating) or `checkpoint_nonfinite`.
     """
     path = _existing(Path(path), "weights", "check the name")
     card = path.with_suffix(".json")
@@ -164,8 +165,8 @@ def find_digest(sha256: str, files: Iterable[Path]) -> Path | None:
         Path, or None.
     """
     for path in files:
-        card = path.with_suffix(".json")
         try:
+            card = path.with_suffix(".json")
             if path.is_file() and _parse(_read(card), card)["sha256"] == sha256:
                 return path
         except (UserError, OSError, ValueError):  # or a name that cannot be one
@@ -181,16 +182,15 @@ def find_own(wanted: Mapping[str, str], network: str | os.PathLike) -> Path:
         network: the network's `.safetensors` file.
 
     Returns:
-        Path of the file beside the network, in the package or in $UNIREG_SAM, the first
-        whose description has the digest.
+        Path of the file of that name beside the network, of any in the package or of
+        $UNIREG_SAM, the first whose description has the digest.
 
     Raises:
         UserError: `checkpoint_missing`, exit code 9, none of these has it.
     """
     name = Path(wanted["name"]).name or "embedding.safetensors"
     places = [Path(network).with_name(name), *sorted(PACKAGE.glob("*.safetensors"))]
-    if EMBEDDING_VARIABLE in os.environ:
-        places.append(named_file(os.environ[EMBEDDING_VARIABLE]))
+    places.append(default_embedding())  # the variable's, if it is set
     found = find_digest(wanted["sha256"], places)
     if found is None:
         raise _fault(

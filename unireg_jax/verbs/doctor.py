@@ -127,9 +127,10 @@ def _features(named: str | None) -> list[dict[str, Any]]:
         _, spec = weights.load_weights(path)
     except UserError:  # told of already
         return []
-    if "embedding" not in spec:
+    if spec["features"] != "sam":
         return []
-    return [_file("features", lambda: weights.find_own(spec["embedding"], path))]
+    wanted = spec.get("embedding", {"name": "", "sha256": ""})
+    return [_file("features", lambda: weights.find_own(wanted, path))]
 
 
 def _memory() -> dict[str, Any]:
