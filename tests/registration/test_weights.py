@@ -120,29 +120,29 @@ def test_find_own_takes_the_file_of_the_digest_wherever_it_is(
     network = tmp_path / "run" / "weights.safetensors"
     beside = network.with_name("eyes.safetensors")
     packaged = tmp_path / "package" / "own.safetensors"
-    wanted = {"name": beside.name, "sha256": digest}
+    spec = {"embedding": {"name": beside.name, "sha256": digest}}
     monkeypatch.setattr(weights, "PACKAGE", packaged.parent)
     monkeypatch.delenv(weights.EMBEDDING_VARIABLE, raising=False)
 
     def refused():
         with pytest.raises(UserError, match="copy eyes.safetensors") as caught:
-            weights.find_own(wanted, network)
+            weights.find_own(spec, network)
         assert caught.value.reason == "checkpoint_missing"
         assert caught.value.exit_code == errors.CHECKPOINT
         return digest[:16] in str(caught.value)
 
     assert refused()
     monkeypatch.setenv(weights.EMBEDDING_VARIABLE, str(saved))
-    assert weights.find_own(wanted, network) == saved
+    assert weights.find_own(spec, network) == saved
     for there in (packaged, beside):
         there.parent.mkdir()
         weights.copy_weights(saved, there, sha256=digest)
-        assert weights.find_own(wanted, network) == there
+        assert weights.find_own(spec, network) == there
     # A file of the name that is another, or whose description is torn, is passed over.
     edit(beside, lambda spec: spec.update(sha256="0" * 64))
-    assert weights.find_own(wanted, network) == packaged
+    assert weights.find_own(spec, network) == packaged
     packaged.with_suffix(".json").write_text("{")
-    assert weights.find_own(wanted, network) == saved
+    assert weights.find_own(spec, network) == saved
     # Never another one, whatever the variable names.
     other = tmp_path / "other.safetensors"
     weights.save_weights(other, {"a": np.ones(2, np.float32)}, SPEC)

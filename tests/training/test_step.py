@@ -154,6 +154,7 @@ def test_without_running_mean_the_parameters_are_released():
 def test_new_start_moves_the_running_mean_too():
     stored = {"w": np.array(3.0, np.float32)}
     state = _state(optax.sgd(0.5), 8.0, True).start_from(stored)
+    assert state.params["w"].dtype == state.ema["w"].dtype == jnp.float32
     assert float(state.ema["w"]) == 3.0 and state.ema["w"] is not state.params["w"]
 
 

@@ -105,15 +105,7 @@ def _extractor(spec: dict[str, Any], path: Path, grid: PreprocessSpec) -> Extrac
     }
     if spec["features"] != "sam":
         return load_extractor(spec["features"], **options)
-    if "embedding" not in spec:
-        raise UserError(
-            "checkpoint_torn",
-            f"{nifti.shown(path)}: the name and digest of the embedding it was trained "
-            "on expected in its description, got none; use the two files of one "
-            "training run",
-            CHECKPOINT,
-        )
-    return load_extractor(released.find_own(spec["embedding"], path), **options)
+    return load_extractor(released.find_own(spec, path), **options)
 
 
 def initializer(module: UniReg) -> Callable[[jax.Array], Any]:

@@ -174,20 +174,29 @@ def find_digest(sha256: str, files: Iterable[Path]) -> Path | None:
     return None
 
 
-def find_own(wanted: Mapping[str, str], network: str | os.PathLike) -> Path:
+def find_own(spec: Mapping[str, Any], network: str | os.PathLike) -> Path:
     """Finds the embedding that a network was trained on, and takes no other.
 
     Args:
-        wanted: its name and sha256, as in the network's description.
-        network: the network's `.safetensors` file.
+        spec: of a network on features of one, from `load_weights`.
+        network: its `.safetensors` file.
 
     Returns:
         Path of the file of that name beside the network, of any in the package or of
         $UNIREG_SAM, the first whose description has the digest.
 
     Raises:
-        UserError: `checkpoint_missing`, exit code 9, none of these has it.
+        UserError: exit code 9: `checkpoint_missing`, none of these has it;
+            `checkpoint_torn`, the description does not name one.
     """
+    if "embedding" not in spec:
+        raise _fault(
+            "torn",
+            f"{shown(network)}: the name and digest of the embedding it was trained on "
+            "expected in its description, got none; use the two files of one training "
+            "run",
+        )
+    wanted = spec["embedding"]
     name = Path(wanted["name"]).name or "embedding.safetensors"
     places = [Path(network).with_name(name), *sorted(PACKAGE.glob("*.safetensors"))]
     places.append(default_embedding())  # the variable's, if it is set
@@ -395,20 +404,23 @@ def _parse(data: bytes, card: Path) -> dict[str, Any]:
                 f"{shown(card)}: {name} of type {kind.__name__} expected, got "
                 f"{shown(repr(spec.get(name))[:40])}; copy both files again",
             )
-    named = spec.get("embedding", {"name": "", "sha256": ""})
-    if not isinstance(named, dict) or not all(
-        isinstance(named.get(key), str) for key in ("name", "sha256")
-    ):
+    if "embedding" in spec and not _names_a_file(spec["embedding"]):
         raise _fault(
             "torn",
             f"{shown(card)}: embedding with the texts name and sha256 expected, got "
-            f"{shown(repr(named)[:40])}; copy both files again",
+            f"{shown(repr(spec['embedding'])[:40])}; copy both files again",
         )
     try:
         PreprocessSpec.from_json(spec["preprocess"])
     except (ValueError, TypeError) as error:
         raise _fault("format", f"{shown(card)}: {_one_line(error)}") from error
     return spec
+
+
+def _names_a_file(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), str) for key in ("name", "sha256")
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -64,9 +64,8 @@ def run(args: argparse.Namespace) -> int:
     say("versions, weights, memory")
     checks = [
         _versions(),
-        _file("weights", lambda: weights.find_weights(args.weights)),
-        *_features(args.weights),
-        _file("embedding", weights.default_embedding, weights.EMBEDDING_VARIABLE),
+        *_network(args.weights),
+        _file("embedding", weights.default_embedding, weights.EMBEDDING_VARIABLE)[0],
         _memory(),
         *_extras(),
     ]
@@ -108,29 +107,31 @@ def _versions() -> dict[str, Any]:
     return _check("versions", status, told, python=python, packages=found)
 
 
-def _file(name: str, find: Callable[[], Path], variable: str = "") -> dict[str, Any]:
-    """A file of parameters: there, and its digest the one it came with."""
+def _network(named: str | None) -> list[dict[str, Any]]:
+    """Of the network's file, and of the embedding it was trained on, if on one."""
+    check, spec = _file("weights", lambda: weights.find_weights(named))
+    if spec.get("features") != "sam" or spec.get("kind", "unireg") != "unireg":
+        return [check]
+    path = weights.find_weights(named)
+    return [check, _file("features", lambda: weights.find_own(spec, path))[0]]
+
+
+def _file(
+    name: str, find: Callable[[], Path], variable: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file of parameters: there, and its digest the one it came with.
+
+    Returns:
+        The check; the file's description, empty when it is broken.
+    """
     try:
         path = find()
         _, spec = weights.load_weights(path)
     except UserError as error:
         named = f"${variable}: " if os.environ.get(variable) else ""
-        return _check(name, FAIL, f"{named}{error}", reason=error.reason)
+        return _check(name, FAIL, f"{named}{error}", reason=error.reason), {}
     told = f"{path.name}, sha256 {spec['sha256'][:16]}..., verified"
-    return _check(name, OK, told, file=path.name, sha256=spec["sha256"])
-
-
-def _features(named: str | None) -> list[dict[str, Any]]:
-    """Of the embedding that the network itself was trained on, if it was on one."""
-    try:
-        path = weights.find_weights(named)
-        _, spec = weights.load_weights(path)
-    except UserError:  # told of already
-        return []
-    if spec["features"] != "sam":
-        return []
-    wanted = spec.get("embedding", {"name": "", "sha256": ""})
-    return [_file("features", lambda: weights.find_own(wanted, path))]
+    return _check(name, OK, told, file=path.name, sha256=spec["sha256"]), spec
 
 
 def _memory() -> dict[str, Any]:
