@@ -6,6 +6,7 @@ view meet in one frame.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -219,16 +220,19 @@ def resample(
             data = data.astype(np.float32)
             for axis, ratio in enumerate(np.linalg.norm(turn, axis=1)):
                 data = _smooth(data, ratio, axis)
-        # A diagonal turn, as a vector, is several times faster.
-        out = ndimage.affine_transform(
-            data,
-            np.diag(turn) if straight and (np.diag(turn) > 0).all() else turn,
-            to_voxel[:3, 3],
-            grid.shape,
-            output=dtype,
-            order=order,
-            mode="nearest",
-        )
+        with warnings.catch_warnings():
+            # SciPy before 1.16 warns of what it changed in 2016.
+            warnings.filterwarnings("ignore", "The behavior of affine_transform")
+            # A diagonal turn, as a vector, is several times faster.
+            out = ndimage.affine_transform(
+                data,
+                np.diag(turn) if straight and (np.diag(turn) > 0).all() else turn,
+                to_voxel[:3, 3],
+                grid.shape,
+                output=dtype,
+                order=order,
+                mode="nearest",
+            )
     out[~inside] = fill
     return out
 
