@@ -323,8 +323,32 @@ def test_prepare_image_clips_and_marks_the_outside():
     grid = Grid((7, 6, 7), straight(SPACING, (-3.0, 0.0, 0.0)))
     out = preprocess.prepare_image(volume, grid, PreprocessSpec())
     assert out.dtype == np.int16
-    expected = [OUTSIDE_HU, -1000, 0, 0, 0, 3071, OUTSIDE_HU]
+    expected = [OUTSIDE_HU, OUTSIDE_HU, 0, 0, 0, 3071, OUTSIDE_HU]
     np.testing.assert_array_equal(out[:, 2, 3], expected)
+
+
+def test_prepare_image_takes_padding_for_no_air():
+    """A round field of view, filled around: neither air nor a mixture with it."""
+    fine, coarse = (1.0, 1.0, 2.0), (4.0, 4.0, 4.0)
+    x, y, _ = np.indices((64, 64, 12))
+    radius = np.hypot(x - 31.5, y - 31.5)
+    data = np.full(radius.shape, 40, np.int16)
+    data[radius > 26] = -2000
+    data[32, 32, 6] = -1800  # noise of one voxel, in streaks of metal
+    turned = straight(coarse, (1.5, 1.5, 1.0))
+    turned[:2, :2] = 4 * np.array([[0.8, -0.6], [0.6, 0.8]])
+    for place in (straight(coarse, (1.5, 1.5, 1.0)), turned):
+        grid = Grid((16, 16, 6), place)
+        volume = Volume(data, straight(fine))
+        out = preprocess.prepare_image(volume, grid, PreprocessSpec())
+        points = np.indices(grid.shape).reshape(3, -1)
+        at = (place[:3, :3] @ points + place[:3, 3:])[:2]
+        distance = np.hypot(*(at - 31.5)).reshape(grid.shape)
+        assert (out[distance > 27] == OUTSIDE_HU).all()
+        inside = out[distance < 22]
+        assert inside.size and (inside != OUTSIDE_HU).all()
+        # A tenth of air from -1000 HU on is the most that mixes in.
+        assert (out[out != OUTSIDE_HU] > -1000 * 0.1 + 40 * 0.9 - 25).all()
 
 
 @pytest.mark.parametrize("codes", ["RAI", "SLP", "AIR", "LAS"])

@@ -19,6 +19,10 @@ from unireg_jax.imaging.nifti import Volume
 from unireg_jax.tasks import OUTSIDE_HU
 
 _HU_MAX = 3071  # upper end of 12-bit CT: metal would bleed into its surroundings
+# Below are no tissue and no noise, but what scanners and tools fill a volume with where
+# they saw nothing: around a round field of view, beside a tilted one.
+_PADDING_HU = -1500
+_LEAST_PADDING = 0.1  # of a voxel of the grid; one dark voxel of noise is less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,17 +253,23 @@ def prepare_image(
     Args:
         volume: CT in HU, data [X, Y, Z].
         grid: from `network_grid`.
-        spec: air_hu is the lowest value kept; padding of scanners lies below.
+        spec: air_hu is the lowest value kept.
         matrix: [4, 4] float, grid's world -> volume's world, LPS mm; None is identity.
 
     Returns:
-        [grid.shape] int16 HU in air_hu ... 3071; OUTSIDE_HU beyond the scan.
+        [grid.shape] int16 HU in air_hu ... 3071; OUTSIDE_HU beyond the scan, and where
+        it is padded with values below -1500.
 
     Raises:
         ValueError: see `resample`.
     """
     clipped = volume._replace(data=np.clip(volume.data, spec.air_hu, _HU_MAX))
     hu = resample(clipped, grid, fill=OUTSIDE_HU, matrix=matrix)
+    padding = volume.data < _PADDING_HU
+    if padding.any():
+        padding = volume._replace(data=padding.astype(np.float32))
+        share = resample(padding, grid, fill=0.0, matrix=matrix)
+        hu[share > _LEAST_PADDING] = OUTSIDE_HU
     return np.rint(hu, out=hu).astype(np.int16)
 
 

@@ -37,7 +37,7 @@ PASSES, MOST_PASSES, SYMMETRIC = 1, 8, False
 # Of pre-alignments and instance optimisation: what another left is not what was asked
 # for. That of matches, too, is held against plain starts by the search's similarity.
 _SEARCHED = ("auto", "rigid", "affine", "features", "coarse")
-SEARCH_ALGORITHM = 2
+SEARCH_ALGORITHM = 3
 _COARSE_ALGORITHM = 2
 _IO_ALGORITHM = "greedy 3"
 _FEATURES_ALGORITHM = 3  # of the former, where it compares features
