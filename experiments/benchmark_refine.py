@@ -169,6 +169,10 @@ def _torch_loop(disp, fixed, moving, plan):
         found = (mask * cross**2 / (var_a * var_b + floor)).sum() / mask.sum()
         return found / a.shape[1]
 
+    def all_over(part, edge):
+        """Where a window is 1 all over, whatever lies beyond the grid."""
+        return functional.max_pool3d(1 - part, edge, 1, edge // 2) < 1e-3
+
     def sampler(shape):
         """Reads volumes at x + disp, the edge held; and where that is inside."""
         still = functional.affine_grid(
@@ -203,9 +207,11 @@ def _torch_loop(disp, fixed, moving, plan):
 
         def cost(disp):
             warped, inside = sample(scanned, disp)
-            mask = weight * warped[:, -1:].detach() * inside
+            reached = warped[:, -1:].detach() * inside
             if plan.features == "image":
+                mask = weight * all_over(weight * reached, plan.window)
                 return 1 - correlation(one, warped[:, :-1], mask)
+            mask = weight * all_over(reached, 1)
             distance = (warped[:, :-1] - one).square().sum(1, keepdim=True) / 2
             return 1 - (mask * (1 - distance)).sum() / mask.sum()
 

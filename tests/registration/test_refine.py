@@ -270,24 +270,41 @@ def test_refine_sees_neither_outside_the_scans_nor_the_mask(kind, scans, program
     assert float(out.cost_before[0]) == 1.0  # nothing in common
 
 
-def test_features_end_at_no_wall():
-    """Half a voxel over the moving scan's edge equal features still agree."""
-    shape = (1, 32, 8, 8)
-    plan = Plan(1, features="sam")
-    values = np.zeros((*shape, 12), np.float32)
-    values[..., 0] = 1.0
-    valid = np.ones((*shape, 1), np.float32)
-    ends = valid.copy()
-    ends[:, 16:] = 0.0
-    costs = refine._costs_at(
-        4, 2, refine.View(values, valid), refine.View(values, ends), None, plan
-    )
-    disp = jnp.zeros((1, 16, 4, 4, 3))
-    moved = disp.at[:, 7, ..., 0].set(0.5)  # the last voxel inside, half out of it
-    assert float(costs(disp)[0]) == pytest.approx(0, abs=1e-6)
-    assert 0 < float(costs(moved)[0]) < 0.01
-    slope = jnp.abs(jax.grad(lambda d: costs(d).sum())(moved))
-    assert float(slope.max()) < 0.01
+@pytest.mark.parametrize("kind", sorted(PLANS))
+def test_refine_is_not_pulled_where_the_moving_scan_ends(kind, scans, programs):
+    """Half of the scan itself, moved a little; nothing tells where the rest went."""
+    hu = np.stack([scans[1], np.roll(scans[1], 1, axis=1)])
+    truth = np.broadcast_to(np.float32([0, 1, 0]), STILL.shape)
+    hu[1, :, :, 24:] = OUTSIDE_HU
+    out = np.asarray(programs[kind][1](hu, STILL, EVERYWHERE).disp)
+    gap = np.linalg.norm(out - truth, axis=-1)[:, 4:-4, 4:-4]
+    # What has a partner finds it; on half the resolution not all windows fit.
+    near, last = {"sam": (0.7, 1.2)}.get(kind, (0.2, 0.8))
+    assert gap[..., 4:20].mean() < near
+    assert gap[..., 20:24].max() < last
+    # What has none follows, or stays: it is not torn along the body.
+    assert np.abs(out[:, 4:-4, 4:-4, 24:, 2]).max() < 0.5
+
+
+def test_windows_count_only_inside_both_scans():
+    """What lies beyond either end, whatever it is, changes neither cost nor slope."""
+    shape, plan = (1, 32, 8, 8), Plan(1)
+    rng = np.random.default_rng(0)
+    fixed, moving = rng.normal(size=(2, *shape, 2)).astype(np.float32)
+    valid = np.ones((2, *shape, 1), np.float32)
+    valid[0, :, :4] = valid[1, :, 24:] = 0.0
+    disp = jnp.full((*shape, 3), 0.25)
+
+    def found(a, b):
+        views = (refine.View(a, valid[0]), refine.View(b, valid[1]))
+        costs = refine._costs_at(1, 1, *views, None, plan)
+        return jax.value_and_grad(lambda d: costs(d).sum())(disp)
+
+    usual = found(fixed, moving)
+    assert float(jnp.abs(usual[1]).max()) > 0
+    fixed[:, :4] = moving[:, 24:] = -1.0
+    for one, other in zip(usual, found(fixed, moving), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("kind", sorted(PLANS))

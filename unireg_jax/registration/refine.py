@@ -18,7 +18,7 @@ import numpy as np
 
 from unireg_jax.models import features
 from unireg_jax.models.features import Extractor
-from unireg_jax.ops import intensity, mind, ncc, resample, smoothness, warp
+from unireg_jax.ops import intensity, mind, ncc, resample, smoothness, stencil, warp
 from unireg_jax.registration.compiled import Described, check_shape
 from unireg_jax.registration.embedding import load_extractor
 from unireg_jax.registration.memory import check_program
@@ -41,6 +41,10 @@ FINER = (1, 2, 4)  # voxels of the grid of `refine` per voxel of the network's
 # Edges of the boxes that smooth a step, one after another: a Gaussian of 1.6 voxels.
 _STEP_BOXES = (5, 3)
 _FIELD_BOX = 3
+# Edge of the cube about a descriptor, voxels of its own grid, that must be in the scan:
+# air beyond an end describes nothing. It is all that "mind" is made of, a patch and
+# those beside it; "sam" sees further, but what is near decides.
+_REACH = 5
 
 
 class Plan(NamedTuple):
@@ -78,7 +82,8 @@ class View(NamedTuple):
     Attributes:
         values: [B, X', Y', Z', C] float32; intensities in [-1, 1], of each range of
             `HU_RANGES`, or unit features.
-        valid: [B, X', Y', Z', 1] float32, share of the voxel inside the scan.
+        valid: [B, X', Y', Z', 1] float32, share of the voxel inside the scan; of
+            features 0 or 1, whether all that decides about them is.
     """
 
     values: jax.Array
@@ -117,7 +122,9 @@ def refine(
     them. The result is compared with the start on the finest grid, and the start kept
     unless the result is better.
 
-    cost = 1 - similarity
+    cost = 1 - similarity, its mean where the whole window or descriptor lies in both
+    scans. Beyond an end there is no air to be matched: nothing pulls there, and what
+    lies there follows by smoothing alone.
 
     Args:
         disp: [B, X, Y, Z, 3] float32, voxels; a network's, or zeros. X, Y, Z multiples
@@ -228,14 +235,15 @@ def view(
         image = intensity.window(scan.hu, low=low, high=high)
         # Neighbours two voxels away tell less: of a grid of 4 mm they are 8 mm apart.
         found = mind.mind_ssc(image, radius=1, dilation=1)
-        return View(features.normalize(found), valid)
+        return View(features.normalize(found), _described(valid))
     if extractor.backend != plan.features:
         raise ValueError(
             f"extractor must be of {plan.features!r}, got {extractor.backend!r}; see "
             "registration.load_extractor"
         )
     maps = scan.features if described else features.describe(scan.hu, extractor)
-    return View(maps.fine, resample.downsample_mean(valid, LEVELS[plan.features]))
+    valid = resample.downsample_mean(valid, LEVELS[plan.features])
+    return View(maps.fine, _described(valid))
 
 
 def check_plan(plan: Plan) -> None:
@@ -379,35 +387,27 @@ def _refine_described(fixed, moving, extractor, body, disp, *, plan, described):
 
 def _costs_at(factor, finest, fixed, moving, weight, plan):
     """Cost of displacements on the grid of one level, as a function: [B]."""
-    fixed, moving = (
-        _coarser(scan, factor // finest, plan.features) for scan in (fixed, moving)
-    )
+    fixed, moving = (_coarser(scan, factor // finest) for scan in (fixed, moving))
     share = fixed.valid[..., 0]
     if weight is not None:
         share = share * resample.downsample_mean(weight, factor)[..., 0]
     scanned = jnp.concatenate([moving.values, moving.valid], axis=-1)
 
     def costs(disp):
-        return 1.0 - _likeness(fixed.values, moving, scanned, share, disp, plan)
+        return 1.0 - _likeness(fixed, moving, scanned, share, disp, plan)
 
     return costs
 
 
-def _coarser(scan: View, factor: int, features: str) -> View:
-    """Means over blocks of what lies inside the scan.
-
-    Where nothing does, air of an image; of features 0, which beside a unit vector is no
-    wall: what is read between the two counts by its share of the latter.
-    """
+def _coarser(scan: View, factor: int) -> View:
+    """Means over blocks of what lies inside the scan, 0 where nothing does."""
     if factor == 1:
         return scan
-    empty = -1.0 if features == "image" else 0.0
     valid = resample.downsample_mean(scan.valid, factor)
     inside = scan.values * jnp.broadcast_to(scan.valid, scan.values.shape)
     total = resample.downsample_mean(inside, factor)
     share = jnp.broadcast_to(valid, total.shape)
-    values = jnp.where(share > 0.0, total / jnp.where(share > 0.0, share, 1.0), empty)
-    return View(values, valid)
+    return View(total / jnp.where(share > 0.0, share, 1.0), valid)
 
 
 def _stepper(costs, plan):
@@ -432,12 +432,19 @@ def _stepper(costs, plan):
 
 
 def _likeness(fixed, moving, scanned, weight, disp, plan):
-    """Similarity of the warped moving view, [B], at most 1, 0 without common voxels."""
+    """Similarity of the warped moving view, [B], at most 1, 0 without common voxels.
+
+    Windows that hold the end of a scan would match the end itself: the longest step is
+    of one length, however little pulls.
+    """
     if plan.features == "image":
-        reached = jax.lax.stop_gradient(warp.warp(moving.valid, disp))[..., 0]
-        share = weight * reached * warp.inside(disp)
+        reached = jax.lax.stop_gradient(warp.warp(moving.valid, disp))
+        both = (reached * fixed.valid)[..., 0] * warp.inside(disp)
+        share = weight * _whole(both, plan.window)
         # Each range warped by itself: 0.9 of the time of both at once on two cores.
-        ranges = (jnp.split(v, v.shape[-1], axis=-1) for v in (fixed, moving.values))
+        ranges = (
+            jnp.split(v, v.shape[-1], axis=-1) for v in (fixed.values, moving.values)
+        )
         found = [
             ncc.local_ncc(one, warp.warp(other, disp), window=plan.window, mask=share)
             for one, other in zip(*ranges, strict=True)
@@ -447,11 +454,27 @@ def _likeness(fixed, moving, scanned, weight, disp, plan):
     warped = warp.warp(scanned, disp)
     reached = jax.lax.stop_gradient(warped[..., -1]) * warp.inside(disp)
     # Half the squared difference of unit vectors is 1 - cosine.
-    distance = 0.5 * jnp.sum(jnp.square(warped[..., :-1] - fixed), axis=-1)
-    share = weight * reached
+    distance = 0.5 * jnp.sum(jnp.square(warped[..., :-1] - fixed.values), axis=-1)
+    share = weight * _whole(reached, 1)
     total = jnp.sum(share, axis=(1, 2, 3))
     summed = jnp.sum(share * (1.0 - distance), axis=(1, 2, 3))
     return summed / jnp.where(total > 0.0, total, 1.0)
+
+
+def _described(valid):
+    """`View.valid` of features, from the share of each voxel inside the scan."""
+    return _whole(valid[..., 0], _REACH)[..., None].astype(jnp.float32)
+
+
+def _whole(inside, edge):
+    """Whether the window about a voxel, cut at the grid's border, is 1 all over.
+
+    [B, X, Y, Z] float in [0, 1] -> bool.
+    """
+    outside = 1.0 - inside
+    for axis in (1, 2, 3):
+        outside = stencil.box_sum(outside, edge, axis)
+    return outside < 1e-3
 
 
 def _check(disp, fixed, moving, mask, finest, finer):
