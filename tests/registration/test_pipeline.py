@@ -669,6 +669,8 @@ def test_register_refuses_unknown_tasks(calm, change, match):
         ({"fixed_mask": np.ones((2, 2, 2), bool)}, "fixed_mask must be"),
         ({"fixed": np.zeros((2, 3, 4, 5))}, r"fixed must be \(X, Y, Z\)"),
         ({"moving": np.full((4, 5, 6), np.nan)}, "moving must be finite"),
+        ({"moving": np.ones((4, 5, 6), bool)}, "moving must be real numbers.*got bool"),
+        ({"fixed": np.ones((4, 5, 6), complex)}, "fixed must be real .*complex128"),
         (
             {"fixed": nib.MGHImage(np.zeros((4, 5, 6), np.int16), np.eye(4))},
             "fixed must be a path, Volume, image .*, got MGHImage; .* LPS mm .*affine",

@@ -768,8 +768,8 @@ def as_volume(scan, vox2world, name) -> Volume:
         Volume; that of an array has a copy of its grid.
 
     Raises:
-        ValueError: none of these, an array without grid, not 3-D or not finite; a grid
-            that is singular, or with a file or image.
+        ValueError: none of these, an array without grid, not 3-D, not of real numbers
+            or not finite; a grid that is singular, or with a file or image.
         UserError: the file or image cannot be read.
     """
     if isinstance(scan, _ARRAYS):
@@ -783,6 +783,11 @@ def as_volume(scan, vox2world, name) -> Volume:
             raise ValueError(
                 f"{name} must be (X, Y, Z) in HU, got {scan.shape}; drop batch and "
                 "channel"
+            )
+        if scan.dtype.kind not in "iuf":
+            raise ValueError(
+                f"{name} must be real numbers, HU, got {scan.dtype}; "
+                "pass the scan itself"
             )
         if not np.isfinite(scan).all():
             raise ValueError(
