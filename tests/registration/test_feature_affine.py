@@ -188,6 +188,16 @@ def test_feature_align_is_never_worse_than_a_plain_start(monkeypatch):
     assert np.abs(found.matrix[:3, 3] - shift[:3, 3]).max() < 20.0
 
 
+def test_feature_align_does_not_warn_of_a_tie(monkeypatch):
+    phantom, moving = scans(np.eye(4))
+    near = np.eye(4)
+    near[:3, 3] = 0.01
+    fit = feature_affine.Fit(near, "translation", 70, 60, 1.0, "")
+    monkeypatch.setattr(feature_affine, "fit_map", lambda *_, **__: fit)
+    found = align(phantom, moving)
+    assert found.kind == "none" and found.warning == ""
+
+
 def test_coarse_align_follows_what_the_affine_leaves_without_the_outliers():
     shape, vox2world = (48, 40, 64), np.diag([4.0, 5.0, 3.0, 1.0])
     vox2world[:3, 3] = -90.0, 400.0, 20.0

@@ -25,6 +25,7 @@ _WIDE_MM, _NARROW_MM, _SHRINK = 200.0, 12.0, 0.8
 _AFFINE_BELOW_MM = 30.0
 _POINTS_STEP = 256
 _COARSE_FEWEST = 50
+_TIE = 5e-4  # of similarities, which are told to three digits
 
 
 class Fit(NamedTuple):
@@ -182,7 +183,7 @@ def feature_align(
     if kind == "features" and fit.kind == "identity":
         kind = "none"
         warning = f"features: no map of {fit.points} matches; {fit.reason}"
-    elif kind != "features":
+    elif kind != "features" and scores["features"] < scores[kind] - _TIE:
         warning = (
             f"features: the map of {fit.points} matches ({fit.kind}, {fit.close} close "
             f"to it) is less similar than {kind!r}, {scores['features']:.3f} against "
