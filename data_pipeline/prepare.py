@@ -44,7 +44,7 @@ from unireg_jax.imaging.preprocess import PreprocessSpec
 from unireg_jax.tasks import TASKS, PairType
 
 # Raise it when the same source would now give other arrays: everything is made again.
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 _Result = dict[str, Any]
 

@@ -7,8 +7,8 @@ import enum
 from typing import Any, NamedTuple
 
 # Value of int16 HU volumes where the network grid lies outside the scan's own field of
-# view. Below every HU a scanner stores (-1024 after clipping), so one array carries
-# both the intensities and the validity mask.
+# view, or where that is padded. Below every HU a scanner stores (-1024 after clipping),
+# so one array carries both the intensities and the validity mask.
 OUTSIDE_HU = -32768
 
 

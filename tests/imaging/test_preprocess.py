@@ -327,6 +327,13 @@ def test_prepare_image_clips_and_marks_the_outside():
     np.testing.assert_array_equal(out[:, 2, 3], expected)
 
 
+def test_prepare_image_of_nothing_but_padding_is_air():
+    volume = Volume(np.full(SHAPE, -2000, np.int16), straight())
+    grid = Grid(SHAPE, straight())
+    out = preprocess.prepare_image(volume, grid, PreprocessSpec())
+    np.testing.assert_array_equal(out, -1000)
+
+
 def test_prepare_image_takes_padding_for_no_air():
     """A round field of view, filled around: neither air nor a mixture with it."""
     fine, coarse = (1.0, 1.0, 2.0), (4.0, 4.0, 4.0)

@@ -22,7 +22,7 @@ _HU_MAX = 3071  # upper end of 12-bit CT: metal would bleed into its surrounding
 # Below are no tissue and no noise, but what scanners and tools fill a volume with where
 # they saw nothing: around a round field of view, beside a tilted one.
 _PADDING_HU = -1500
-_LEAST_PADDING = 0.1  # of a voxel of the grid; one dark voxel of noise is less
+_LEAST_PADDING = 0.1  # of a voxel of the grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PreprocessSpec:
         spacing_mm: voxel edge lengths along these axes, mm.
         hu_low: HU that becomes -1.
         hu_high: HU that becomes 1.
-        air_hu: HU of air; values below are padding and are raised to it.
+        air_hu: HU of air; values below are raised to it, see `prepare_image`.
         codes: direction in which the axes increase.
         version: of this description.
     """
@@ -258,18 +258,20 @@ def prepare_image(
 
     Returns:
         [grid.shape] int16 HU in air_hu ... 3071; OUTSIDE_HU beyond the scan, and where
-        it is padded with values below -1500.
+        it is padded with values below -1500, unless all of it is.
 
     Raises:
         ValueError: see `resample`.
     """
     clipped = volume._replace(data=np.clip(volume.data, spec.air_hu, _HU_MAX))
     hu = resample(clipped, grid, fill=OUTSIDE_HU, matrix=matrix)
+    del clipped  # of a large scan as much memory again
     padding = volume.data < _PADDING_HU
     if padding.any():
-        padding = volume._replace(data=padding.astype(np.float32))
-        share = resample(padding, grid, fill=0.0, matrix=matrix)
-        hu[share > _LEAST_PADDING] = OUTSIDE_HU
+        padding = volume._replace(data=padding)
+        padded = resample(padding, grid, fill=0.0, matrix=matrix) > _LEAST_PADDING
+        if (hu[~padded] != OUTSIDE_HU).any():
+            hu[padded] = OUTSIDE_HU
     return np.rint(hu, out=hu).astype(np.int16)
 
 

@@ -27,8 +27,7 @@ from unireg_jax.ops import warp
 from unireg_jax.tasks import OUTSIDE_HU, PairType, Region
 
 KINDS = ("none", "com", "rigid", "affine")
-# One more with every change of what is found; not for scans of two slices, of which
-# nothing was found before.
+# One more with every change of what is found.
 ALGORITHM = 3
 _FAR_MM = 30.0  # centres of two scans of one patient on one table are nearer
 _SHARED = 0.3  # least share of the smaller scan that two such scans have in common

@@ -33,9 +33,10 @@ FORMAT = 1
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda")
 _SCAN = (
-    "HU cut to air_hu ... 3071 and rounded, outside_hu beyond the scan, interpolated "
-    "linearly (blurred first where voxels grow); hu_low ... hu_high is applied inside; "
-    "on the grid of `preprocess`, about the middle of"
+    "HU cut to air_hu ... 3071 and rounded, outside_hu beyond the scan and where it "
+    "is padded below -1500 HU, interpolated linearly (blurred first where voxels "
+    "grow); hu_low ... hu_high is applied inside; on the grid of `preprocess`, about "
+    "the middle of"
 )
 _VERSIONED = ("unireg-jax", "jax", "jaxlib", "flax")
 _CARRIED = (

@@ -82,8 +82,7 @@ class View(NamedTuple):
     Attributes:
         values: [B, X', Y', Z', C] float32; intensities in [-1, 1], of each range of
             `HU_RANGES`, or unit features.
-        valid: [B, X', Y', Z', 1] float32, share of the voxel inside the scan; of
-            features 0 or 1, whether all that decides about them is.
+        valid: [B, X', Y', Z', 1] float32, share of the voxel inside the scan.
     """
 
     values: jax.Array
@@ -123,8 +122,9 @@ def refine(
     unless the result is better.
 
     cost = 1 - similarity, its mean where the whole window or descriptor lies in both
-    scans. Beyond an end there is no air to be matched: nothing pulls there, and what
-    lies there follows by smoothing alone.
+    scans: air beyond an end is not matched, and what lies there follows by smoothing
+    alone. On grids where the fixed scan is too thin for any, all windows count. Where
+    nothing counts, as in a moving scan of 3 voxels or less, nothing moves.
 
     Args:
         disp: [B, X, Y, Z, 3] float32, voxels; a network's, or zeros. X, Y, Z multiples
@@ -145,6 +145,8 @@ def refine(
     disp = resample.upsample_disp(disp, plan.finer)
     _check(disp, fixed, moving, mask, finest, plan.finer)
     disp, fixed, moving = jax.lax.stop_gradient((disp, fixed, moving))
+    if plan.features != "image":
+        fixed, moving = _described(fixed, moving)
     weight = None
     if mask is not None:
         weight = mask[..., None].astype(jnp.float32)
@@ -235,15 +237,14 @@ def view(
         image = intensity.window(scan.hu, low=low, high=high)
         # Neighbours two voxels away tell less: of a grid of 4 mm they are 8 mm apart.
         found = mind.mind_ssc(image, radius=1, dilation=1)
-        return View(features.normalize(found), _described(valid))
+        return View(features.normalize(found), valid)
     if extractor.backend != plan.features:
         raise ValueError(
             f"extractor must be of {plan.features!r}, got {extractor.backend!r}; see "
             "registration.load_extractor"
         )
     maps = scan.features if described else features.describe(scan.hu, extractor)
-    valid = resample.downsample_mean(valid, LEVELS[plan.features])
-    return View(maps.fine, _described(valid))
+    return View(maps.fine, resample.downsample_mean(valid, LEVELS[plan.features]))
 
 
 def check_plan(plan: Plan) -> None:
@@ -389,12 +390,17 @@ def _costs_at(factor, finest, fixed, moving, weight, plan):
     """Cost of displacements on the grid of one level, as a function: [B]."""
     fixed, moving = (_coarser(scan, factor // finest) for scan in (fixed, moving))
     share = fixed.valid[..., 0]
+    edge = plan.window if plan.features == "image" else 1
+    thin = ~jnp.any(_whole(share, edge), axis=(1, 2, 3), keepdims=True)
     if weight is not None:
         share = share * resample.downsample_mean(weight, factor)[..., 0]
     scanned = jnp.concatenate([moving.values, moving.valid], axis=-1)
 
+    def counted(both):
+        return share * jnp.where(thin, both, _whole(both, edge).astype(both.dtype))
+
     def costs(disp):
-        return 1.0 - _likeness(fixed, moving, scanned, share, disp, plan)
+        return 1.0 - _likeness(fixed, moving, scanned, counted, disp, plan)
 
     return costs
 
@@ -423,24 +429,27 @@ def _stepper(costs, plan):
         longest = jnp.sqrt(jnp.max(jnp.sum(downhill**2, axis=-1), axis=(1, 2, 3)))
         scale = plan.step / jnp.where(longest > 0.0, longest, jnp.inf)
         scale = jnp.expand_dims(scale, (1, 2, 3, 4))
-        disp = warp.compose(downhill * jnp.broadcast_to(scale, downhill.shape), disp)
+        moved = warp.compose(downhill * jnp.broadcast_to(scale, downhill.shape), disp)
         for _ in range(passes):
-            disp = disp + part * (smoothness.box_mean(disp, _FIELD_BOX) - disp)
-        return disp
+            moved = moved + part * (smoothness.box_mean(moved, _FIELD_BOX) - moved)
+        # Where nothing pulls, smoothing alone would wear the start away.
+        pulled = jnp.expand_dims(longest > 0.0, (1, 2, 3, 4))
+        return jnp.where(pulled, moved, disp)
 
     return step
 
 
-def _likeness(fixed, moving, scanned, weight, disp, plan):
+def _likeness(fixed, moving, scanned, counted, disp, plan):
     """Similarity of the warped moving view, [B], at most 1, 0 without common voxels.
 
     Windows that hold the end of a scan would match the end itself: the longest step is
-    of one length, however little pulls.
+    of one length, however little pulls. `counted` says what counts, from the share of
+    each voxel inside both.
     """
     if plan.features == "image":
         reached = jax.lax.stop_gradient(warp.warp(moving.valid, disp))
         both = (reached * fixed.valid)[..., 0] * warp.inside(disp)
-        share = weight * _whole(both, plan.window)
+        share = counted(both)
         # Each range warped by itself: 0.9 of the time of both at once on two cores.
         ranges = (
             jnp.split(v, v.shape[-1], axis=-1) for v in (fixed.values, moving.values)
@@ -455,15 +464,23 @@ def _likeness(fixed, moving, scanned, weight, disp, plan):
     reached = jax.lax.stop_gradient(warped[..., -1]) * warp.inside(disp)
     # Half the squared difference of unit vectors is 1 - cosine.
     distance = 0.5 * jnp.sum(jnp.square(warped[..., :-1] - fixed.values), axis=-1)
-    share = weight * _whole(reached, 1)
+    share = counted(reached)
     total = jnp.sum(share, axis=(1, 2, 3))
     summed = jnp.sum(share * (1.0 - distance), axis=(1, 2, 3))
     return summed / jnp.where(total > 0.0, total, 1.0)
 
 
-def _described(valid):
-    """`View.valid` of features, from the share of each voxel inside the scan."""
-    return _whole(valid[..., 0], _REACH)[..., None].astype(jnp.float32)
+def _described(fixed, moving):
+    """Both views, valid where all that decides about a feature lies in its scan.
+
+    Unchanged where the fixed scan is too thin for any.
+    """
+    whole = [_whole(scan.valid[..., 0], _REACH)[..., None] for scan in (fixed, moving)]
+    thin = ~jnp.any(whole[0], axis=(1, 2, 3), keepdims=True)
+    return [
+        scan._replace(valid=jnp.where(thin, scan.valid, inside.astype(jnp.float32)))
+        for scan, inside in zip((fixed, moving), whole, strict=True)
+    ]
 
 
 def _whole(inside, edge):
