@@ -107,7 +107,7 @@ def test_prealign_by_features_says_how_each_pair_was_found(tmp_path):
     stored = loader.Dataset(root).alignments
     assert all(np.isfinite(m).all() for m in stored.values())
     notes = json.loads((root / store.ALIGN_NOTES_NAME).read_text())
-    assert notes["kind"] == "features (mind), search 2" and set(notes["pairs"]) == set(
+    assert notes["kind"] == "features (mind), search 3" and set(notes["pairs"]) == set(
         stored
     )
     found = {key.split("_")[0]: how for key, how in notes["pairs"].items()}
@@ -115,7 +115,7 @@ def test_prealign_by_features_says_how_each_pair_was_found(tmp_path):
     assert found["lung"] == "none"
     again = prealign.prealign(root, kind="features", extractor=mind)
     assert again.total() == 0
-    with pytest.raises(UserError, match=r"features \(mind\), search 2 expected"):
+    with pytest.raises(UserError, match=r"features \(mind\), search 3 expected"):
         prealign.prealign(root)
     with pytest.raises(ValueError, match="an extractor belongs to 'features' alone"):
         prealign.prealign(root, kind="features")
