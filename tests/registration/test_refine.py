@@ -141,20 +141,24 @@ def test_refine_by_mind_sees_lungs_and_what_no_ct_has(mean, scale, scans, progra
 def test_refine_sees_soft_tissue_beside_bone(monkeypatch):
     """Rods of bone along z, in every window, hide how the tissue moves along them."""
     disp = known_disp() * (0.0, 0.0, 1.0)
-    tissue = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=SHAPE), 1.5)
-    moving = 40 + 60 * tissue / tissue.std()
     coords = np.moveaxis(disp[0], -1, 0) + np.indices(SHAPE)
-    fixed = ndimage.map_coordinates(moving, coords, order=3, mode="nearest")
     x, y, _ = np.indices(SHAPE)
     bone = (x % 4 < 2) & (y % 4 < 2)
-    hu = np.where(bone, 1200, np.stack([fixed, moving])).astype(np.int16)
+    pairs = []
+    for seed in range(3):  # one pair alone ends here or there, as sums are rounded
+        noise = np.random.default_rng(seed).normal(size=SHAPE)
+        tissue = ndimage.gaussian_filter(noise, 1.5)
+        moving = 40 + 60 * tissue / tissue.std()
+        fixed = ndimage.map_coordinates(moving, coords, order=3, mode="nearest")
+        pairs.append(np.where(bone, 1200, np.stack([fixed, moving])).astype(np.int16))
     left = []
     for ranges in (refine.HU_RANGES, refine.HU_RANGES[:1]):
         monkeypatch.setattr(refine, "HU_RANGES", ranges)
-        out = compiled(Plan(20))[1](hu, STILL, EVERYWHERE)
-        gap = np.linalg.norm(np.asarray(out.disp) - disp, axis=-1)
-        left.append(gap[:, 4:-4, 4:-4, 4:-4].mean())
-    assert left[0] < 0.8 * left[1]  # 0.5 to 0.7, as sums are rounded
+        _, program = compiled(Plan(20))
+        outs = (program(hu, STILL, EVERYWHERE).disp for hu in pairs)
+        gaps = [np.linalg.norm(np.asarray(out) - disp, axis=-1) for out in outs]
+        left.append(np.mean([gap[:, 4:-4, 4:-4, 4:-4] for gap in gaps]))
+    assert left[0] < 0.6 * left[1]
 
 
 def test_refine_unfolds_a_folded_start(scans):
