@@ -391,13 +391,13 @@ def _costs_at(factor, finest, fixed, moving, weight, plan):
     fixed, moving = (_coarser(scan, factor // finest) for scan in (fixed, moving))
     share = fixed.valid[..., 0]
     edge = plan.window if plan.features == "image" else 1
-    thin = ~jnp.any(_whole(share, edge), axis=(1, 2, 3), keepdims=True)
+    thin = _too_thin(share, edge)
     if weight is not None:
         share = share * resample.downsample_mean(weight, factor)[..., 0]
     scanned = jnp.concatenate([moving.values, moving.valid], axis=-1)
 
     def counted(both):
-        return share * jnp.where(thin, both, _whole(both, edge).astype(both.dtype))
+        return share * _whole(both, edge, thin)
 
     def costs(disp):
         return 1.0 - _likeness(fixed, moving, scanned, counted, disp, plan)
@@ -475,23 +475,27 @@ def _described(fixed, moving):
 
     Unchanged where the fixed scan is too thin for any.
     """
-    whole = [_whole(scan.valid[..., 0], _REACH)[..., None] for scan in (fixed, moving)]
-    thin = ~jnp.any(whole[0], axis=(1, 2, 3), keepdims=True)
+    thin = _too_thin(fixed.valid[..., 0], _REACH)
     return [
-        scan._replace(valid=jnp.where(thin, scan.valid, inside.astype(jnp.float32)))
-        for scan, inside in zip((fixed, moving), whole, strict=True)
+        scan._replace(valid=_whole(scan.valid[..., 0], _REACH, thin)[..., None])
+        for scan in (fixed, moving)
     ]
 
 
-def _whole(inside, edge):
-    """Whether the window about a voxel, cut at the grid's border, is 1 all over.
+def _too_thin(inside, edge):
+    """Whether no window fits into a scan: [B, X, Y, Z] -> [B, 1, 1, 1] bool."""
+    return jnp.max(_whole(inside, edge), axis=(1, 2, 3), keepdims=True) == 0.0
 
-    [B, X, Y, Z] float in [0, 1] -> bool.
+
+def _whole(inside, edge, thin=False):
+    """1 where the window about a voxel, cut at the border, is 1 all over, else 0.
+
+    [B, X, Y, Z] float32 in [0, 1] -> the same shape; unchanged in `thin` examples.
     """
     outside = 1.0 - inside
     for axis in (1, 2, 3):
         outside = stencil.box_sum(outside, edge, axis)
-    return outside < 1e-3
+    return jnp.where(thin, inside, jnp.where(outside < 1e-3, 1.0, 0.0))
 
 
 def _check(disp, fixed, moving, mask, finest, finer):
