@@ -12,13 +12,14 @@ beyond its end.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
 
 from experiments import cli, real_pairs
 from unireg_jax import registration
-from unireg_jax.imaging import mapping, nifti, preprocess
+from unireg_jax.imaging import grids, mapping, nifti, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.registration import Plan
 
@@ -66,23 +67,42 @@ def cases(whole: Volume) -> Iterator[tuple[str, Volume, np.ndarray]]:
     yield "rim", whole._replace(data=np.where(held, whole.data, _PADDING_HU)), held
 
 
-def row(fixed: Volume, held: np.ndarray, disp_mm: np.ndarray) -> str:
+class Points(NamedTuple):
+    """Where the map is looked at, in the fixed body.
+
+    Attributes:
+        index: [3, N] voxels of the fixed scan.
+        disp_mm: [3, N] LPS mm, of the true map.
+        partner: [3, N] nearest voxels of the whole moving scan, or beyond it.
+    """
+
+    index: np.ndarray
+    disp_mm: np.ndarray
+    partner: np.ndarray
+
+
+def points(fixed: Volume) -> Points:
+    """Every third voxel of the body along each axis."""
+    some = (slice(None, None, _STEP),) * 3
+    index = np.argwhere(preprocess.body_mask(fixed)[some]).T * _STEP
+    world = grids.apply(fixed.vox2world, index)
+    true = grids.apply(truth(fixed), world)
+    partner = np.rint(grids.apply(np.linalg.inv(fixed.vox2world), true)).astype(int)
+    return Points(index, true - world, partner)
+
+
+def row(at: Points, held: np.ndarray, disp_mm: np.ndarray) -> str:
     """Distances of a whole map from the true one, mm.
 
     Args:
-        fixed: on the grid of the map.
+        at: on the grid of the map.
         held: [X, Y, Z] bool, voxels of the whole moving scan that were there.
         disp_mm: [X, Y, Z, 3] LPS mm.
     """
-    some = (slice(None, None, _STEP),) * 3
-    index = np.argwhere(preprocess.body_mask(fixed)[some]) * _STEP
-    world = index @ fixed.vox2world[:3, :3].T + fixed.vox2world[:3, 3]
-    true = world @ truth(fixed)[:3, :3].T + truth(fixed)[:3, 3]
-    error = np.linalg.norm(world + disp_mm[tuple(index.T)] - true, axis=-1)
-    back = np.linalg.inv(fixed.vox2world)
-    at = np.rint(true @ back[:3, :3].T + back[:3, 3]).astype(int)
-    there = ((at >= 0) & (at < held.shape)).all(axis=-1)
-    there[there] = held[tuple(at[there].T)]
+    error = np.linalg.norm(disp_mm[tuple(at.index)].T - at.disp_mm, axis=0)
+    size = np.array(held.shape)[:, None]
+    there = ((at.partner >= 0) & (at.partner < size)).all(axis=0)
+    there[there] = held[tuple(at.partner[:, there])]
     near, far = error[there], error[~there]
     return (
         f"{near.mean():.2f} | {np.percentile(near, 95):.2f} | {near.max():.1f} | "
@@ -98,6 +118,7 @@ def main(argv) -> None:
     plans = {"affine": None, "network": None}
     plans |= {f"`{kind}`": Plan(features=kind) for kind in ("image", "mind", "sam")}
     print(_HEAD + "\n" + "|---" * (_HEAD.count("|") - 1) + "|")
+    at = points(fixed)
     for name, moving, held in cases(moved(fixed)):
         for what, plan in plans.items():
             result = registration.register(
@@ -108,7 +129,7 @@ def main(argv) -> None:
                 weights=model,
                 refine=plan,
             )
-            print(f"| {name} | {what} | {row(fixed, held, result.disp_mm)}", flush=True)
+            print(f"| {name} | {what} | {row(at, held, result.disp_mm)}", flush=True)
 
 
 if __name__ == "__main__":
