@@ -91,7 +91,7 @@ def index_page(name: str, entries: Sequence[Entry]) -> str:
         '<th class=n data-sort="number">rank</th>'
         f"{'<th>overlay</th>' if pictures else ''}"
         '<th data-sort="text">case</th><th data-sort="text">status</th>'
-        f'<th class=n data-sort="number">badness</th>{heads}<th>why</th></tr></thead>'
+        f'<th>why</th><th class=n data-sort="number">badness</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></main><script>{script}</script>"
     )
     return document(f"{name}: registrations", body, style, script)
@@ -108,9 +108,10 @@ def _row(rank: int, entry: Entry, used: Sequence[str], pictures: bool) -> str:
         )
         cells.append(f'<td><div class="thumbs">{images}</div></td>')
     cells.append(f"<td class=name>{label}</td><td>{chip(entry.status)}</td>")
+    # Before the numbers, which a narrow window may cut off.
+    cells.append(f"<td class=why>{'<br>'.join(text(r) for r in entry.reasons)}</td>")
     cells.append(_number(entry.badness))
     cells += [_number(entry.numbers.get(key)) for key in used]
-    cells.append(f"<td class=why>{'<br>'.join(text(r) for r in entry.reasons)}</td>")
     return f"<tr>{''.join(cells)}</tr>"
 
 
