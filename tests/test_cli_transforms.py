@@ -583,6 +583,26 @@ def test_compose_keeps_parts_or_samples_them(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("field", "affine", "told"),
+    [
+        ("x_1Warp.nii.gz", "x_0GenericAffine.txt", True),
+        ("x_1Warp.nii.gz", "y_0GenericAffine.txt", False),  # of another case
+        ("w.nii.gz", "x_0GenericAffine.txt", False),
+        ("x_1Warp.nii.gz", "x_0GenericAffine.tfm", False),
+    ],
+)
+def test_an_affine_beside_the_map_that_holds_it_is_told(
+    run, folder, tmp_path, field, affine, told
+):
+    shutil.copy(folder / "w.nii.gz", tmp_path / field)
+    shutil.copy(folder / "a.txt", tmp_path / affine)
+    words = ("compose", "-t", tmp_path / field, "-t", tmp_path / affine)
+    code, _, stderr = run(*words, "-o", tmp_path / "c.h5")
+    assert code == 0
+    assert ("hold their affine already" in stderr) is told
+
+
+@pytest.mark.parametrize(
     ("to", "name"),
     [
         ("itk", "a.h5"),

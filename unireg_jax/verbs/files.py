@@ -185,9 +185,28 @@ def read_chain(
             f"{shown(paths[0])} does not tell its unit: read as a Learn2Reg "
             "field, in voxels"
         )
+    for path in _twice(paths):
+        warn(
+            f"{shown(path)}: the maps of `unireg register` hold their affine already, "
+            "here it acts twice; leave it out"
+        )
     return mapping.compose(
         [mapping.read(path, fixed=fixed, moving=moving) for path in paths]
     )
+
+
+def _twice(paths: Sequence[str]) -> list[str]:
+    """Affines listed beside a map of the same case; ANTs, whose are not in its, has
+    other endings."""
+    names = {os.path.basename(path) for path in paths}
+    affine = "_0GenericAffine.txt"
+    maps = ("_1Warp.nii.gz", "_Composite.h5", "_1InverseWarp.nii.gz")
+    return [
+        path
+        for path in paths
+        if path.endswith(affine)
+        and any(os.path.basename(path).replace(affine, m) in names for m in maps)
+    ]
 
 
 def check_results(folder: str) -> None:
