@@ -898,6 +898,27 @@ def test_register_tiles_refine_every_window(calm):
     assert (moved[20:172] > 0.1).all()
 
 
+def test_refinement_without_anything_to_compare_is_told(calm):
+    """Two slices of the grid in a thick fixed scan hold no whole window."""
+    images, grids = pair()
+    thin = images[0][:, :, 12:14], grids[0].copy()
+    thin[1][:3, 3] += grids[0][:3, :3] @ (0, 0, 12)
+    common = dict(task="chest", weights=calm, affine="none")
+
+    def refined(moving):
+        both = (images[0], moving[0]), (grids[0], moving[1])
+        plain = run(*both, **common)
+        found = run(*both, refine=Plan(iterations=2), **common)
+        moved = np.abs(found.network_disp - plain.network_disp).max()
+        told = [line for line in found.warnings if "nothing to compare" in line]
+        return moved, told
+
+    moved, told = refined(thin)
+    assert moved == 0.0 and len(told) == 1
+    moved, told = refined((images[1], grids[1]))
+    assert moved > 0.0 and told == []
+
+
 def test_symmetric_leaves_equal_scans_nearly_where_they_are(model):
     images, grids = pair()
 

@@ -359,6 +359,11 @@ class Session:
                     disp, costs = self._refined(fine, programs, refiner, disp)
                 else:
                     disp, costs = self._refined_windows(pair, fine, disp, say)
+            if costs and min(costs.values()) == 1.0:
+                warnings.append(
+                    "refinement: nothing to compare, no window with an image in it "
+                    "lies whole in both scans; the displacement is as before it"
+                )
             clock.lap("refine")
         with self._device:
             disp, scores = jax.device_get((disp, self._judge(programs, fine, disp)))
