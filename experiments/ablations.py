@@ -457,10 +457,11 @@ def main(argv) -> None:
     cli.setup()
     data, out = Path(flags.FLAGS.data), Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    model = registration.load_model(flags.FLAGS.weights)
+    split = flags.FLAGS.split
+    model = registration.load_model(flags.FLAGS.weights or real_pairs.weights_of(split))
     for part in flags.FLAGS.parts:
         measure, table = PARTS[part]
-        found = measure(data, model, flags.FLAGS.split)
+        found = measure(data, model, split)
         kept = {"weights_sha256": model.spec.get("sha256"), part: found}
         (out / f"{part}.json").write_text(json.dumps(kept, indent=1))
         print(f"{table(found)}\n", flush=True)
@@ -470,7 +471,7 @@ if __name__ == "__main__":
     # Here, so that one script can import another.
     flags.DEFINE_string("data", None, "Folder of the collection.")
     flags.DEFINE_string("out", "runs/ablations", "Where a .json per part goes.")
-    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
+    flags.DEFINE_string("weights", None, "File, or name in the package; by --split.")
     flags.DEFINE_multi_enum("parts", [*PARTS], [*PARTS], "What to measure.")
     flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_multi_string("join", None, "Instead: an --out; may repeat.")

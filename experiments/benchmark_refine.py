@@ -406,7 +406,9 @@ def main(argv) -> None:
     if options.plot and not options.sweep:
         raise UserError("schema", "--plot: a --sweep to draw expected, got none", USAGE)
     if options.data:
-        model = registration.load_model(options.weights)
+        model = registration.load_model(
+            options.weights or real_pairs.weights_of(options.split)
+        )
         sweeps = merged(options.sweep)
         # The defaults are in each.
         runs = tuple(dict.fromkeys(run for part in sweeps.values() for run in part))
@@ -436,5 +438,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_multi_string("sweep", [], "FIELD=A,B,C of Plan, no network.")
     flags.DEFINE_string("plot", None, "PNG of the sweeps.")
-    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
+    flags.DEFINE_string("weights", None, "File, or name in the package; by --split.")
     app.run(main)

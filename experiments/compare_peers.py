@@ -421,7 +421,6 @@ def methods(
     """
     own = {row.name: row for row in own_rows()}
     theirs, plain = (digest(own=flag) for flag in (False, True))
-    learned = digest(find_weights(weights), own=True)
     names = [*own, *conventional.PEERS]
     wanted = {n for one in only for n in names if n.lower().startswith(one.lower())}
     for one in only:
@@ -453,7 +452,7 @@ def methods(
             if spacing == 4 or (alone and row.plan in (None, Plan())):
                 settings = row._replace(plan=plan)._asdict()
                 del settings["name"]
-                source = plain if alone else learned
+                source = plain if alone else digest(find_weights(weights), own=True)
                 found.append(Method(name, settings, _version(), source, row))
             continue
         peer = conventional.PEERS[name]
@@ -716,8 +715,9 @@ def main(argv) -> None:
                 USAGE,
             )
         todo = [named[name] for name in options.pairs]
+    weights = options.weights or real_pairs.weights_of(options.split)
     found, missing = methods(
-        options.only, options.spacing, options.weights, leave_out=options.leave_out
+        options.only, options.spacing, weights, leave_out=options.leave_out
     )
     if options.accuracy:
         found = [method for method in found if method.own]
@@ -738,7 +738,7 @@ def main(argv) -> None:
         found,
         out,
         {
-            "weights": options.weights,
+            "weights": weights,
             "spacing": options.spacing,
             "threads": options.threads or len(os.sched_getaffinity(0)),
             "cache": out.resolve() / "cache",
@@ -772,6 +772,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("redo", False, "Measure again what is there.")
     flags.DEFINE_bool("accuracy", False, "Our rows, untimed, in this process: faster.")
     flags.DEFINE_bool("pictures", False, "A picture of every result measured now.")
-    flags.DEFINE_string("weights", real_pairs.WEIGHTS, "File, or name in the package.")
+    flags.DEFINE_string("weights", None, "File, or name in the package; by --split.")
     flags.DEFINE_string("job", None, "Folder of one of our runs, which this starts.")
     cli.run(main)

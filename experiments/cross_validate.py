@@ -1,10 +1,9 @@
 """Results over all head-neck patients: each is held out once, in four parts.
 
-    python -m experiments.real_scans --data=FOLDER --out=runs/fold1 --fold=1
-    ... prepared, pre-aligned and trained, see docs/training.md; the part 0 is that of
-    the packaged weights `unireg_heldout` ...
+    python -m experiments.compare_peers --data=FOLDER --out=runs/peers
     python -m experiments.compare_peers --data=FOLDER --split=fold1 \
-        --weights=runs/fold1/varied/weights.safetensors --out=runs/fold1/peers
+        --out=runs/fold1/peers
+    ... fold2, fold3: each with the weights that never saw its patients ...
     python -m experiments.cross_validate --part=runs/peers --part=runs/fold1/peers \
         --part=runs/fold2/peers --part=runs/fold3/peers
 

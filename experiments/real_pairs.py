@@ -3,8 +3,9 @@
 Of the collection of real_scans: the 12 ordered pairs of the 4 head-neck patients that
 training never saw (split `val`), 4 pairs of others, on which defaults are chosen
 (`train`), or the 12 of another part that weights of their own leave out (`fold1` and so
-on), with organs; in all splits the arterial onto the portal-venous liver phase and the
-follow-up onto the baseline lung scan, with landmarks: there is no other such pair.
+on; `weights_of`), with organs; in all splits the arterial onto the portal-venous liver
+phase and the follow-up onto the baseline lung scan, with landmarks: there is no other
+such pair.
 
 The mean landmark error hides what a method does where marks are off for all of them.
 Two of the lung's 17 are (`DOUBTFUL`): the eighth is moved 47.5 mm along the body, the
@@ -56,6 +57,8 @@ DOUBTFUL = {"lung": (7, 11)}
 # In the package: trained without the patients of `val`. The default, `unireg`, is not.
 # Scripts take these unless --weights says otherwise, whatever $UNIREG_WEIGHTS says.
 WEIGHTS = "unireg_heldout"
+# Of the other parts; in half precision, and not in the package.
+PARTS = Path(__file__).with_name("weights")
 _DRAWS = 10_000
 Truth = tuple[Volume, Volume] | PointPairs
 
@@ -119,6 +122,18 @@ def pairs(
             scans, labels = zip(*cases, strict=True)
             found.append(Pair(task, patients, *scans, labels))
     return found
+
+
+def weights_of(split: str) -> str:
+    """Those that never saw the head-neck patients of a split; of `train`, as of `val`.
+
+    Args:
+        split: of SPLITS.
+
+    Returns:
+        File, or name in the package.
+    """
+    return str(PARTS / f"{split}.safetensors") if "fold" in split else WEIGHTS
 
 
 def settings(pair: Pair, affine: str, *, network: bool = True) -> dict[str, str]:

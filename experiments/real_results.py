@@ -144,7 +144,8 @@ def main(argv) -> None:
     data, out = Path(options.data), Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     results, picture = {}, out
-    for path, passes in itertools.product(options.weights, options.passes):
+    files = options.weights or [real_pairs.weights_of(options.split)]
+    for path, passes in itertools.product(files, options.passes):
         model = registration.load_model(path)
         name = path
         if passes > 1 or options.symmetric:
@@ -166,7 +167,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/results", "Where results and pictures go.")
     flags.DEFINE_enum("split", "val", [*real_pairs.SPLITS], "Head-neck patients.")
     flags.DEFINE_multi_string(
-        "weights", [real_pairs.WEIGHTS], "Files, or names in the package."
+        "weights", [], "Files, or names in the package; none: by --split."
     )
     flags.DEFINE_multi_integer(
         "passes", [1], "Of the network.", lower_bound=1, upper_bound=MOST_PASSES

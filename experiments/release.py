@@ -6,11 +6,15 @@
         --sources=experiments/heldout_sources.json
     python -m experiments.release --workdir=runs/sam_lite --half --name=sam_lite \
         --sources=experiments/sam_lite_sources.json
+    python -m experiments.release --workdir=runs/fold1/s5 --half --fold=1 \
+        --sources=experiments/part_sources.json
 
 Copies the run's weights into unireg_jax/weights/, completes their card: intended use,
 known failures, licence, data with their licences, and the measured results. Two things
 depend on the weights and are then made anew: docs/weights.md by experiments.model_card,
-and the reference field of tests/registration/test_golden.py by that file.
+and the reference field of tests/registration/test_golden.py by that file. Weights of a
+part of the cross-validation (--fold) stay beside the scripts, and nothing depends on
+them but the figures of docs/peers.md.
 """
 
 import json
@@ -21,7 +25,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments import cli, real_pairs
+from experiments.real_scans import FOLDS
 from unireg_jax.errors import CHECKPOINT, UserError
 from unireg_jax.registration import weights
 
@@ -33,8 +38,16 @@ def main(argv) -> None:
     del argv
     options = flags.FLAGS
     sources = json.loads(Path(options.sources).read_text(encoding="utf-8"))
-    run = Path(options.workdir)
-    print(release(run, sources, TARGET / f"{options.name}.safetensors", options.half))
+    target = TARGET / f"{options.name}.safetensors"
+    if options.fold:
+        target = Path(real_pairs.weights_of(f"fold{options.fold}"))
+        sources["held_out"] = patients(options.fold)
+    print(release(Path(options.workdir), sources, target, options.half))
+
+
+def patients(fold: int) -> str:
+    """Those that a part leaves out, as cards name them."""
+    return "OpenKBP patients " + ", ".join(FOLDS[fold])
 
 
 def release(
@@ -100,6 +113,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The finished run.")
     flags.DEFINE_string("sources", None, "JSON merged into the card.")
     flags.DEFINE_string("name", "unireg", "File stem.")
+    flags.DEFINE_integer("fold", 0, "Of FOLDS, instead.", 0, len(FOLDS) - 1)
     flags.DEFINE_bool("half", False, "Kernels in float16: half the size.")
     flags.mark_flags_as_required(["workdir", "sources"])
     cli.run(main)

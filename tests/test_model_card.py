@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments import model_card, release
+from experiments import model_card, real_pairs, release
 from unireg_jax.errors import UserError
 from unireg_jax.registration import weights
 
@@ -110,6 +110,24 @@ def test_release_names_the_embedding_that_lies_beside_it(
         kernel = np.float32(1 / 3).astype(np.float16 if half else np.float32)
         assert (params["kernel"] == np.float32(kernel)).all()
         assert (params["bias"] == np.float32(1e-6)).all()  # none in half
+
+
+@pytest.mark.parametrize("path", sorted(real_pairs.PARTS.glob("*.safetensors")))
+def test_weights_of_a_part_leave_its_patients_out(path):
+    fold = int(path.stem.removeprefix("fold"))
+    assert real_pairs.weights_of(path.stem) == str(path)
+    _, card = weights.load_weights(path)
+    named = set(card["held_out"].removeprefix("OpenKBP patients ").split(", "))
+    assert named == {p for pair in real_pairs.SPLITS[path.stem] for p in pair}
+    assert card["held_out"] == release.patients(fold)
+    assert path.stat().st_size < 7e5  # bytes, half precision
+    sources = json.loads((ROOT / "experiments" / "part_sources.json").read_text())
+    assert release.complete(card, sources) == card
+
+
+def test_weights_of_the_other_splits_are_the_packages():
+    for split in set(real_pairs.SPLITS) - {"fold1", "fold2", "fold3"}:
+        assert real_pairs.weights_of(split) == "unireg_heldout"
 
 
 def test_complete_merges_dicts_within_dicts():
