@@ -96,7 +96,7 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
 PRESETS = {
     "paper": {},
-    # Not in paper: two CPU cores train it within the hour. A quarter of the width; the
+    # Not in paper: two CPU cores train it in little over an hour. A quarter of the width; the
     # coarse map at 1/8 in plane, because a cell of 16 voxels of 4 mm is no place in a
     # body. Distances follow the voxel; rotations and contrast make up for few scans.
     "lite": {
