@@ -582,6 +582,57 @@ def test_compose_keeps_parts_or_samples_them(run, tmp_path):
     np.testing.assert_allclose(twice, matrix() @ matrix(), atol=1e-9)
 
 
+@pytest.mark.parametrize("verb", ["compose", "convert", "jacobian"])
+def test_a_field_that_covers_nothing_of_the_fixed_scan_is_refused(run, tmp_path, verb):
+    """It would be sampled as zeros, and applied as a registration."""
+    far = FIXED.vox2world.copy()
+    far[:3, 3] += 4000.0
+    save(tmp_path / "far.nii.gz", np.zeros(FIXED.shape, np.int16), far)
+    words = (verb, "-t", "w.nii.gz", "-f", tmp_path / "far.nii.gz")
+    words += ("--to", "nifti1007") if verb == "convert" else ()
+    code, _, stderr = run(*words, "-o", tmp_path / "out.nii.gz")
+    assert code == 4 and "grid_mismatch" in stderr
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+def test_json_of_a_chain_holds_its_warnings(run, folder, tmp_path):
+    shutil.copy(folder / "w.nii.gz", tmp_path / "x_1Warp.nii.gz")
+    shutil.copy(folder / "a.txt", tmp_path / "x_0GenericAffine.txt")
+    chain = [
+        word
+        for name in ("x_1Warp.nii.gz", "x_0GenericAffine.txt")
+        for word in ("-t", tmp_path / name)
+    ]
+    fixed, moving = ("-f", "fixed.nii.gz"), ("-m", "moving.nii.gz")
+    for verb, *more in (
+        ("warp", *fixed, *moving, "-o", tmp_path / "w.nii"),
+        ("warp-points", "-p", "p.csv", "--space", "lps", "-o", tmp_path / "q.csv"),
+        ("convert", *fixed, "--to", "itk", "-o", tmp_path / "c.h5"),
+        ("compose", *fixed, "-o", tmp_path / "d.h5"),
+        ("invert", *moving, "-o", tmp_path / "i.h5"),
+        ("jacobian", *fixed),
+    ):
+        code, stdout, stderr = run(verb, *chain, *more, "--json")
+        assert code == 0, verb
+        told = json.loads(stdout)["warnings"]
+        assert any("acts twice" in line for line in told), verb
+        assert "acts twice" in stderr
+
+
+def test_points_without_a_place_are_told_when_a_table_is_made(run, tmp_path):
+    placed = {"label": "a", "position": [8, -160, 710], "positionStatus": "defined"}
+    lost = {"label": "b", "position": [0, 0, 0], "positionStatus": "undefined"}
+    markup = {"type": "Fiducial", "coordinateSystem": "LPS"}
+    markup["controlPoints"] = [placed, lost]
+    (tmp_path / "p.mrk.json").write_text(json.dumps({"markups": [markup]}))
+    words = ("warp-points", "-p", tmp_path / "p.mrk.json", "-t", "c.h5", "--json")
+    code, stdout, stderr = run(*words, "-o", tmp_path / "q.csv")
+    assert code == 0 and "left out" in stderr
+    told = json.loads(stdout)
+    assert told["count"] == 1 and told["space"] == "lps"
+    assert any("no place in" in line and ": b;" in line for line in told["warnings"])
+
+
 @pytest.mark.parametrize(
     ("field", "affine", "told"),
     [

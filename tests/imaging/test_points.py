@@ -335,6 +335,19 @@ def test_read_table_takes_files_of_slicer(tmp_path):
         np.testing.assert_allclose(found, LPS, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["p.fcsv", "p.mrk.json"])
+def test_a_table_made_of_a_file_of_slicer_is_in_lps(tmp_path, name):
+    """It cannot tell its space, and readers of x_mm take LPS."""
+    given = points.PointFile(LPS, ["a", "b"], "csv", "lps", None)
+    assert points.write_file(tmp_path / name, given, "ras") == "ras"
+    given = points.read_file(tmp_path / name)
+    assert given.space == "ras"
+    assert points.write_file(tmp_path / f"again_{name}", given) == "ras"
+    assert points.write_file(tmp_path / "p.csv", given) == "lps"
+    found = points.read_table(tmp_path / "p.csv", None, None)
+    np.testing.assert_allclose(found, LPS, atol=1e-6)
+
+
 def test_write_file_refuses(tmp_path):
     given = points.PointFile(LPS, ["a", "b"], "csv", "lps", None)
     with pytest.raises(UserError, match="in a file of Slicer, got voxel"):

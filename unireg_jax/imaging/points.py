@@ -106,9 +106,11 @@ def read_table(
         raise ValueError(f"frame must be one of {FRAMES}, got {frame!r}")
     if not _is_table(path):
         found = read_file(path)
-        if found.kind == "json" and (lost := _unplaced(found.content)):
+        if lost := unplaced(found):
             raise point_tables.fault(
-                path, "a place of every point, as line by line it has a partner", lost
+                path,
+                "a place of every point, as line by line it has a partner",
+                f"none of {lost}",
             )
         return found.xyz
     table = point_tables.parse(path, point_tables.read_text(path))
@@ -249,22 +251,28 @@ def write_file(
     points: PointFile,
     space: str | None = None,
     volume: Volume | None = None,
-) -> None:
+) -> str:
     """Writes points of one scan.
 
     Args:
         path: `.csv`, `.fcsv` or `.mrk.json`. Written as the kind they were read as,
             all else in the file stays as it was.
         points: xyz in LPS mm.
-        space: one of SPACES; None for that of `points`.
+        space: one of SPACES; None for that of `points`, and LPS in a CSV made of a file
+            of Slicer: its own cannot be told there.
         volume: the scan, for "voxel", which only a CSV can hold.
+
+    Returns:
+        The space.
 
     Raises:
         ValueError: unknown space, or names and xyz of other lengths.
         UserError: `storage`; `schema`, exit code 2, for "voxel" without the scan or in
             a file of Slicer.
     """
-    space = space or points.space
+    kind = _kind(path)
+    if space is None:
+        space = "lps" if kind == "csv" != points.kind else points.space
     if space not in SPACES:
         raise ValueError(f"space must be one of {SPACES}, got {space!r}")
     if points.xyz.shape != (len(points.names), 3):
@@ -272,7 +280,6 @@ def write_file(
             f"xyz must be ({len(points.names)}, 3), got {points.xyz.shape}; one row "
             "per name"
         )
-    kind = _kind(path)
     if kind != "csv" and space == "voxel":
         raise _usage(path, "lps or ras in a file of Slicer", "voxel", "write a .csv")
     matrix = np.linalg.inv(_to_lps(space, volume, path))
@@ -297,6 +304,24 @@ def write_file(
                     file.write(line + "\n")
                 else:
                     writer.writerow(line)
+    return space
+
+
+def unplaced(points: PointFile) -> str:
+    """Names the control points of Slicer's markups that have no place.
+
+    Args:
+        points: from `read_file`.
+
+    Returns:
+        Their labels, with commas between; "" for none.
+    """
+    if points.kind != "json":
+        return ""
+    listed = [p for m in points.content["markups"] for p in m.get("controlPoints", [])]
+    placed = {id(p) for m in points.content["markups"] for p in _defined(m)}
+    names = [str(p.get("label", "?")) for p in listed if id(p) not in placed]
+    return ", ".join(names)[:80]
 
 
 def _is_table(path: str | os.PathLike) -> bool:
@@ -415,14 +440,6 @@ def _defined(markup: dict) -> list[dict]:
     """Control points that have a place."""
     points = markup.get("controlPoints", [])
     return [p for p in points if p.get("positionStatus", "defined") == "defined"]
-
-
-def _unplaced(content: dict) -> str:
-    """Labels of control points without a place; "" for none."""
-    points = [p for m in content["markups"] for p in m.get("controlPoints", [])]
-    placed = {id(p) for m in content["markups"] for p in _defined(m)}
-    names = [str(p.get("label", "?")) for p in points if id(p) not in placed]
-    return f"none of {', '.join(names)[:80]}" if names else ""
 
 
 def _csv_rows(table, names, space, content):

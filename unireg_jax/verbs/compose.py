@@ -5,7 +5,7 @@ import argparse
 from unireg_jax.errors import shown
 from unireg_jax.imaging import mapping
 from unireg_jax.verbs import files, options
-from unireg_jax.verbs.messages import progress
+from unireg_jax.verbs.messages import progress, warn
 
 HELP = "several transforms as one"
 
@@ -44,10 +44,12 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    whole, warnings = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    for line in warnings:
+        warn(line)
     say("writing")
     mapping.write(args.file, whole, fixed=fixed)
     kinds = [mapping.kind_of(part) for part in whole.parts]
     say(f"done: {shown(args.file)}, of {', then '.join(kinds) or 'nothing'}")
-    files.report(args, "compose", parts=kinds)
+    files.report(args, "compose", parts=kinds, warnings=warnings)
     return 0

@@ -93,8 +93,7 @@ def _one(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
-    warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
+    whole, warnings = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     if args.to == "l2r" and moving is None:
         warnings.append(
             "no --moving: the field holds only if the moving scan lies on the "
@@ -231,8 +230,7 @@ def _is_there(
 def _write(target: str, case: Case, path: str) -> list[str]:
     """The field of one pair; gives warnings."""
     fixed, moving = files.read_grid(case.fixed), files.read_grid(case.moving)
-    whole = files.read_chain([path], fixed=fixed, moving=moving)
-    warnings = files.check_pair(path, whole, fixed, moving)
+    whole, warnings = files.read_chain([path], fixed=fixed, moving=moving)
     mapping.write(target, whole, "l2r", fixed=fixed, moving=moving)
     return warnings
 

@@ -14,7 +14,6 @@ from unireg_jax.imaging import belonging, mapping, scans, transforms
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
-from unireg_jax.verbs.messages import warn
 
 # Results of a case in a folder.
 _RESULTS = ("{0}/{0}_Composite.h5", "{0}/{0}_1Warp.nii.gz", "{0}.nii.gz", "{0}.h5")
@@ -167,10 +166,15 @@ def read_chain(
     *,
     fixed: Volume | None = None,
     moving: Volume | None = None,
-) -> Mapping:
-    """One or several transforms as one map, every part kept.
+) -> tuple[Mapping, list[str]]:
+    """One or several transforms as one map, every part kept, and what to warn of.
 
-    Learn2Reg fields, which need the scans, can only stand alone.
+    Held against the scans that are known. Learn2Reg fields, which need them, can only
+    stand alone.
+
+    Raises:
+        UserError: a transform that cannot be read; exit code 4 for one that cannot be
+            of these scans, see `belonging.check`.
     """
     if len(paths) > 1 and any(is_l2r(path) for path in paths):
         raise UserError(
@@ -180,19 +184,29 @@ def read_chain(
             USAGE,
         )
     check_scans(paths[0], fixed, moving)
+    warnings = []
     if fixed and is_l2r(paths[0]):
-        warn(
+        warnings.append(
             f"{shown(paths[0])} does not tell its unit: read as a Learn2Reg "
             "field, in voxels"
         )
-    for path in _twice(paths):
-        warn(
-            f"{shown(path)}: the maps of `unireg register` hold their affine already, "
-            "here it acts twice; leave it out"
-        )
-    return mapping.compose(
+    warnings += [
+        f"{shown(path)}: the maps of `unireg register` hold their affine already, "
+        "here it acts twice; leave it out"
+        for path in _twice(paths)
+    ]
+    whole = mapping.compose(
         [mapping.read(path, fixed=fixed, moving=moving) for path in paths]
     )
+    if fixed is not None:
+        grids = (
+            mapping.grid_of(fixed),
+            None if moving is None else mapping.grid_of(moving),
+        )
+        found = belonging.fit(whole, *grids)
+        belonging.check(found, paths[0])
+        warnings += found.warnings
+    return whole, warnings
 
 
 def _twice(paths: Sequence[str]) -> list[str]:
@@ -249,21 +263,6 @@ def check_scans(path: str, fixed: Volume | None, moving: Volume | None) -> None:
             "none; name it",
             USAGE,
         )
-
-
-def check_pair(
-    transform: str, whole: Mapping, fixed: Volume | None, moving: Volume | None
-) -> list[str]:
-    """Holds a transform against its scans, where both are known; gives warnings.
-
-    Raises:
-        UserError: exit code 4, see `belonging.check`.
-    """
-    if fixed is None or moving is None:
-        return []
-    found = belonging.fit(whole, mapping.grid_of(fixed), mapping.grid_of(moving))
-    belonging.check(found, transform)
-    return found.warnings
 
 
 def is_l2r(path: str | os.PathLike) -> bool:

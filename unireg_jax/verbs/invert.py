@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    whole, warnings = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     if moving is None and (whole.fields or args.residual_out):
         raise UserError(
             "schema",
@@ -91,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
             "it: its grid is that of the inverse and of its residual",
             USAGE,
         )
-    warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
     if whole.fields:
         _check_spelling(args.file, moving)
     say("inverting")

@@ -10,7 +10,7 @@ from unireg_jax.errors import USAGE, UserError, shown
 from unireg_jax.imaging import mapping, nifti, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
-from unireg_jax.verbs.messages import number, progress
+from unireg_jax.verbs.messages import number, progress, warn
 
 HELP = "map and statistics of local volume change"
 
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     say = progress(args.quiet)
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
-    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    whole, warnings = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    for line in warnings:
+        warn(line)
     target = fixed or _own_grid(whole)
     shape = target.data.shape
     if min(shape) < 2:
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         nifti.write_like(args.file, out, target)
         say(f"done: {shown(args.file)}")
     if args.json:
-        files.report(args, "jacobian", **files.plain(stats))
+        files.report(args, "jacobian", **files.plain(stats), warnings=warnings)
         return 0
     lines = [f"{name.ljust(19)} {number(value)}\n" for name, value in stats.items()]
     sys.stdout.write("".join(lines))

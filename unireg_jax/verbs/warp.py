@@ -79,9 +79,8 @@ def run(args: argparse.Namespace) -> int:
     if args.interp is None:
         _check_image(moving)
     interp = args.interp or "linear"
-    whole = files.read_chain(args.transforms, fixed=fixed, moving=moving)
+    whole, warnings = files.read_chain(args.transforms, fixed=fixed, moving=moving)
     grid = mapping.grid_of(fixed)
-    warnings = files.check_pair(args.transforms[0], whole, fixed, moving)
     if not label:
         warnings += belonging.similarity_warnings(whole, fixed, moving)
     for line in warnings:

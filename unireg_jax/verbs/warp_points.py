@@ -12,6 +12,7 @@ from unireg_jax.verbs.messages import number, progress, warn
 HELP = "points through a transform"
 
 _ENDINGS = (".csv", ".fcsv", ".json")
+_OF_THE_PAIR = ("grid_mismatch", "no_overlap")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out-space",
         type=_space,
         choices=points.SPACES,
-        help="of the result, default the same",
+        help="of the result, default the same; lps in a .csv made of a file of Slicer, "
+        "which cannot tell",
     )
     add(
         *("-f", "--fixed"),
@@ -78,14 +80,21 @@ def run(args: argparse.Namespace) -> int:
     # The transform back starts from the moving scan: that is its fixed one.
     start, end = (fixed, moving) if args.of == "fixed" else (moving, fixed)
     given = points.read_file(args.points, args.space, start, scan=args.of)
-    whole = files.read_chain(args.transforms, fixed=start, moving=end)
-    warnings = files.check_pair(args.transforms[0], whole, start, end)
+    whole, warnings = files.read_chain(args.transforms, fixed=start, moving=end)
     if args.of == "moving":
         note = "(--of moving: the fixed scan is that of --moving here)"
-        warnings = [f"{line} {note}" for line in warnings]
+        warnings = [
+            f"{line} {note}" if line.startswith(_OF_THE_PAIR) else line
+            for line in warnings
+        ]
+    if lost := points.unplaced(given):
+        warnings.append(
+            f"no place in {shown(args.points)}: {lost}; left out, so that rows of a "
+            "table stand elsewhere"
+        )
     moved = mapping.points(whole, given.xyz)
     found = given._replace(xyz=moved)
-    points.write_file(args.file, found, args.out_space or given.space, end)
+    space = points.write_file(args.file, found, args.out_space, end)
     way = np.linalg.norm(moved - given.xyz, axis=1)
     beyond = int((~mapping.within(whole, given.xyz)).sum())
     if beyond:
@@ -97,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         warn(line)
     say(
         f"done: {shown(args.file)}, {len(way)} points moved by {number(way.mean())} "
-        f"mm in the mean, {number(way.max())} mm at most"
+        f"mm in the mean, {number(way.max())} mm at most; {space}"
     )
     files.report(
         args,
@@ -106,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         beyond=beyond,
         mean_mm=float(way.mean()),
         max_mm=float(way.max()),
+        space=space,
         warnings=warnings,
     )
     return 0
