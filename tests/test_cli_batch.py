@@ -930,6 +930,15 @@ def test_whole_run_sweeps_what_any_killed_run_left(done, network):
     assert times(done) == before
 
 
+def test_a_sweep_leaves_the_only_copy_of_earlier_results(done, network, capsys):
+    temp = done / "out" / f".unireg-batch-{'0' * 32}.tmp"
+    (temp / "earlier").mkdir(parents=True)
+    (temp / "earlier" / "a1_warped.nii.gz").write_bytes(b"the only one")
+    assert run(done, network) == 0
+    assert (temp / "earlier" / "a1_warped.nii.gz").read_bytes() == b"the only one"
+    assert "could not put back" in capsys.readouterr().err
+
+
 def test_part_sweeps_its_own_alone(done, network):
     held = done / "out" / outputs.REJECTED
     others = {f".unireg-batch-{i}-of-2-{'0' * 32}.tmp" for i in (0, 1)}

@@ -13,6 +13,7 @@ from typing import Any
 
 from unireg_jax.errors import STORAGE, USAGE, Note, UserError, shown
 from unireg_jax.manifest import stem
+from unireg_jax.verbs.messages import warn
 
 OUTPUTS = (  # the record comes last: it says that a case is whole
     "warped.nii.gz",
@@ -135,6 +136,8 @@ def case_folder(
 def sweep(out: Path, tag: str, whole: bool = False) -> None:
     """Removes what killed runs left, in OUT and among its rejected cases.
 
+    Not what holds the only copy of earlier results: of that it warns.
+
     Args:
         out: folder; its lock is held, so no other run of `tag` is at work.
         tag: of temporary folders, as in `case_folder`.
@@ -150,7 +153,13 @@ def sweep(out: Path, tag: str, whole: bool = False) -> None:
         if whole:
             found |= {p for p in folder.glob(f".unireg-{name}") if _is_old(p)}
         for temp in found:
-            _remove(temp)
+            if not _left(temp):
+                _remove(temp)
+                continue
+            warn(
+                f"{shown(temp / 'earlier')}: earlier results that an interrupted run "
+                "could not put back; move them where you want them, then remove it"
+            )
 
 
 def _is_old(path: Path) -> bool:
