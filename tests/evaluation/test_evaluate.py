@@ -222,6 +222,27 @@ def test_evaluate_tells_of_a_transform_of_another_pair(folder, capsys):
     assert "grid_mismatch" in err[0] and "covers none" in err[0]
 
 
+def test_labels_that_come_into_view_are_no_loss():
+    """Organs that the fixed map lacks count 0 once the transform shows them."""
+    fixed = np.zeros(SHAPE, np.uint8)
+    moving = np.zeros((SHAPE[0] + 2, *SHAPE[1:]), np.uint8)
+    fixed[2:6, 2:6, 2:6] = moving[4:8, 2:6, 2:6] = 1
+    moving[-2:, 0, 0], moving[-1:, 1, 0] = 2, 3
+    volumes = {
+        "fixed_labels": Volume(fixed, PLACE),
+        "moving_labels": Volume(moving, PLACE),
+    }
+    step = PLACE[:3, :3] @ (2, 0, 0)
+    disp_mm = np.broadcast_to(step.astype(np.float32), (*SHAPE, 3))
+    report = cases.score(mapping.field(disp_mm, PLACE), **volumes, surface=False)
+    rows = {int(label): row for label, row in report["labels"].items()}
+    assert rows[1]["dsc"] == 1.0 and rows[1]["dsc_before"] == 0.5
+    assert rows[2]["dsc"] == 0.0 and rows[2]["dsc_before"] is None
+    assert metrics.shared_means(rows, ("dsc_before", "dsc")) == [0.5, 1.0]
+    assert not any("overlap less" in line for line in report["warnings"])
+    assert metrics.shared_means({1: {"dsc": None}}, ("dsc",)) is None
+
+
 def test_score_tells_of_exchanged_scans():
     """By the grids, and by landmarks, which have none."""
     aside = PLACE.copy()

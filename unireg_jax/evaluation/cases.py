@@ -135,7 +135,7 @@ def score(
             transform, fixed_labels, moving_labels, surface, tolerance_mm
         )
         report["warnings"] += _label_sets(fixed_labels, moving_labels)
-        report["warnings"] += _worse_labels(report["mean"])
+        report["warnings"] += _worse_labels(report["labels"])
     if pairs is not None:
         errors = metrics.target_errors(transform, pairs.fixed, pairs.moving)
         report["landmarks"] = metrics.summarize_errors(*errors)
@@ -502,11 +502,12 @@ def _beyond(transform: mapping.Mapping, pairs: PointPairs) -> list[str]:
     return [line] if count else []
 
 
-def _worse_labels(mean: Mapping[str, float | None]) -> list[str]:
+def _worse_labels(labels: Mapping[int, Mapping[str, float | None]]) -> list[str]:
     """Warns of labels that the transform takes apart."""
-    before, after = mean["dsc_before"], mean["dsc"]
-    if before is None or after is None or before <= after + 0.01:
+    means = metrics.shared_means(labels, ("dsc_before", "dsc"))
+    if means is None or means[0] <= means[1] + 0.01:
         return []
+    before, after = means
     return [
         f"similarity: the labels overlap less with the transform (DSC {after:.3f}) "
         f"than without it ({before:.3f}): of another pair, or scans exchanged?"

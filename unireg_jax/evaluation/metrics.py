@@ -5,7 +5,7 @@ regularity.py; whole pairs from their files: cases.py.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -246,6 +246,26 @@ def overlap(
     n = {name: sum(v == v for v in values) for name, values in columns.items()}
     mean = {name: _mean(values) for name, values in columns.items()}
     return as_json({"labels": rows, "mean": mean, "n": n, "undefined": undefined})
+
+
+def shared_means(
+    labels: Mapping[int, Mapping[str, float | None]], names: Sequence[str]
+) -> list[float] | None:
+    """Means of several scores over the same labels, so that they can be compared.
+
+    A label that comes into view counts after and not before: `overlap`'s own means
+    fall by it.
+
+    Args:
+        labels: of `overlap`.
+        names: of scores.
+
+    Returns:
+        One mean per name, over the labels that have all of them; None without any.
+    """
+    rows = [[row.get(name) for name in names] for row in labels.values()]
+    rows = [row for row in rows if None not in row]
+    return np.mean(rows, axis=0).tolist() if rows else None
 
 
 def summarize_errors(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
