@@ -187,6 +187,21 @@ def test_dicom_series_is_a_scan_like_any_other(tmp_path, image):
     assert [p.suffix for p in scans.files_of(tmp_path / "series")] == [".dcm"] * 9
 
 
+def test_files_of_a_series_are_its_slices(tmp_path, image):
+    """Notes and thumbnails that come and go make it no other scan."""
+    folder = tmp_path / "series"
+    dicom_files.write_series(folder, image[1])
+    before = scans.files_of(folder)
+    (folder / "complete.txt").write_bytes(b"")
+    (folder / "Thumbs.db").write_bytes(b"x" * 300)
+    before[0].rename(folder / "1.2.840.7")  # a bare UID
+    named = {p.name for p in scans.files_of(folder)}
+    assert named == {p.name for p in before[1:]} | {"1.2.840.7"}
+    scans.read_scan(folder)
+    (folder / "cut.dcm").write_bytes(b"")  # named as a slice: reading says what it is
+    assert (folder / "cut.dcm") in scans.files_of(folder)
+
+
 def test_files_of_a_header_include_its_voxels(tmp_path, image):
     path = save(image[0], tmp_path / "scan.mhd")
     assert [p.name for p in scans.files_of(path)] == ["scan.mhd", "scan.raw"]

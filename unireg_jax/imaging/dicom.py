@@ -342,6 +342,24 @@ def _check_stranger(path: str) -> None:
         )
 
 
+def may_be_slice(path: str | os.PathLike) -> bool:
+    """Says whether a file of a series counts, which notes and thumbnails do not.
+
+    Args:
+        path: of a file.
+
+    Returns:
+        Whether it begins as DICOM does, or is named as a slice, whatever is in it.
+    """
+    if _named_as_slice(os.fspath(path))[0]:
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return True  # reading it says what is wrong
+
+
 def _named_as_slice(path: str) -> tuple[bool, bool]:
     """Whether a file has the name of a slice; and one that a slice may have."""
     ending = Path(path).suffix.lower()

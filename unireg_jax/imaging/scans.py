@@ -192,13 +192,15 @@ def files_of(path: str | os.PathLike) -> list[Path]:
 
     Returns:
         The file itself; with a `.mhd` or `.nhdr` also the data file of its stem that
-        lies beside it; of a folder, its files that are not hidden, by name.
+        lies beside it; of a folder, its DICOM files that are not hidden, by name, or
+        all where none is DICOM.
     """
     path = Path(path)
     if os.path.isdir(path):
-        return sorted(
+        files = sorted(
             p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")
         )
+        return [p for p in files if dicom.may_be_slice(p)] or files
     return [path, *itk_files.data_files(path)]
 
 
