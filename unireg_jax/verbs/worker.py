@@ -22,8 +22,8 @@ from unireg_jax.verbs.messages import one_line, warn
 SCHEMA = 1  # of a line of the journal
 KEEP = 4  # scans remembered
 # Before the inputs are read these say nothing of them: a scan that is away may come
-# back, and a fault of ours is none of theirs.
-_AWAY = ("not_found", "permission", "storage", "internal")
+# back, and neither a fault of ours nor a lack of memory is one of theirs.
+_AWAY = ("not_found", "permission", "storage", "internal", "out_of_memory")
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -114,7 +114,7 @@ class Worker:
             return record, True
         if why is not None and not (args.skip_existing or args.overwrite):
             raise in_the_way(why)
-        started = time.perf_counter()
+        clock = registration.Clock()
         replace = args.skip_existing or args.overwrite
         with outputs.case_folder(
             self._out, case.id, replace, tag=tag(args), claim=claim
@@ -122,8 +122,9 @@ class Worker:
             inputs = self._files.read(case)
             results.check_inverse_fits(args, inputs)
             self.begun.add(case.id)
+            clock.lap("read")
             session = self._sessions.get(0, self._load)
-            clock = registration.Clock()
+            clock.lap("load")  # of the first pair alone
             affine = args.affine if inputs.init is None else inputs.init
             asked = registration.check_settings(case.task, case.type, affine)
             result = session.run(
@@ -138,9 +139,10 @@ class Worker:
                 *(folder, inputs, result, session.model, settings),
                 inverse=args.write_inverse,
             )
-            total = time.perf_counter() - started
-            record["timings"]["total"] = round(total, 3)
+            clock.lap("write")
             judging.finish(args, folder, record, inputs, result)
+            clock.lap("judge")
+            record["timings"] = clock.seconds()
             results.seal(folder, record)
             judging.hold_back(args, folder, record, tag=tag(args), claim=claim)
         return record, False
