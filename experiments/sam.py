@@ -96,9 +96,10 @@ def get_config(preset: str = "paper") -> ml_collections.ConfigDict:
 
 PRESETS = {
     "paper": {},
-    # Not in paper: two CPU cores train it in little over an hour. A quarter of the width; the
-    # coarse map at 1/8 in plane, because a cell of 16 voxels of 4 mm is no place in a
-    # body. Distances follow the voxel; rotations and contrast make up for few scans.
+    # Not in paper: two CPU cores train it in little over an hour. A quarter of the
+    # width; the coarse map at 1/8 in plane, because a cell of 16 voxels of 4 mm is no
+    # place in a body. Distances follow the voxel; rotations and contrast make up for
+    # few scans.
     "lite": {
         "data": {
             "batch_size": 2,
