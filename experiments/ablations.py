@@ -308,7 +308,7 @@ def itself(data: Path, model, split: str) -> list[dict]:
         found = registration.register(
             scan, scan, task="headneck", weights=model, affine="none", **how
         )
-        keys = ("max_mm", "p99_mm", "fold_percent_network")
+        keys = ("max_mm_network", "p99_mm_network", "fold_percent_network")
         rows.append(
             {"patient": case, "asked": name} | {key: found.qc[key] for key in keys}
         )
@@ -322,8 +322,8 @@ def table_of_itself(rows: list[dict]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['patient']} | {row['asked']} | {row['max_mm']:.1f} | "
-        f"{row['p99_mm']:.1f} | {row['fold_percent_network']:.2f} |"
+        f"| {row['patient']} | {row['asked']} | {row['max_mm_network']:.1f} | "
+        f"{row['p99_mm_network']:.1f} | {row['fold_percent_network']:.2f} |"
         for row in rows
     ]
     return "\n".join(lines)

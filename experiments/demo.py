@@ -78,7 +78,7 @@ def _judge(result, labels) -> dict:
     keys = (
         "fold_percent_network",
         "sdlogj_network",
-        "max_mm",
+        "max_mm_network",
         "ncc_before",
         "ncc_after",
     )

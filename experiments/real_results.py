@@ -105,7 +105,7 @@ def landmarks(
 
 
 def _regularity(result) -> dict:
-    keys = ("sdlogj_network", "fold_percent_network", "max_mm")
+    keys = ("sdlogj_network", "fold_percent_network", "max_mm_network")
     return {k: result.qc[k] for k in keys} | {"seconds": result.timings}
 
 

@@ -183,7 +183,7 @@ def test_register_files_mean_the_same_to_simpleitk(grid, tmp_path, network, caps
     assert warped.get_data_dtype() == np.int16
     ours = sitk.ReadImage(str(case / f"{name}warped.nii.gz"), sitk.sitkFloat32)
     ours = sitk.GetArrayFromImage(ours)
-    assert record["qc"]["max_mm"] > 1.0
+    assert record["qc"]["max_mm_network"] > 1.0
 
     composite = sitk.ReadTransform(str(case / f"{name}Composite.h5"))
     field = sitk.ReadImage(str(case / f"{name}1Warp.nii.gz"), sitk.sitkVectorFloat64)
@@ -278,7 +278,13 @@ def test_register_record_is_complete_and_names_no_folder(
     assert record["inputs"]["moving"]["axes"] == "ASR"
     assert record["weights"]["sha256"]
     assert set(record["qc"]) == {
-        *("finite", "max_mm", "p99_mm", "fold_percent_network", "sdlogj_network"),
+        *(
+            "finite",
+            "max_mm_network",
+            "p99_mm_network",
+            "fold_percent_network",
+            "sdlogj_network",
+        ),
         *("ncc_before", "ncc_after"),
     }
     scores = record["scores"]

@@ -87,7 +87,7 @@ def test_sweep_rows_are_what_register_finds(scans, network, tmp_path, capsys):
     assert rows[0]["region"] is None and rows[0]["ncc_after"] == rows[0]["ncc_before"]
     assert {row["task"] for row in rows} == {*results.TASKS, None}
     # Every condition has a field of its own, so that none can stand for another.
-    assert len({round(row["max_mm"], 1) for row in rows[1:]}) == 8
+    assert len({round(row["max_mm_network"], 1) for row in rows[1:]}) == 8
     fixed, moving = (nifti.read_image(scans[n]) for n in ("fixed", "moving"))
     for row in (rows[2], rows[7]):
         task = {"headneck": "headneck", "liver": "liver"}[row["region"]]
@@ -104,7 +104,7 @@ def test_sweep_rows_are_what_register_finds(scans, network, tmp_path, capsys):
             "ncc_after",
             "fold_percent_network",
             "sdlogj_network",
-            "max_mm",
+            "max_mm_network",
         ):
             # The heads of a sweep run side by side: another order of sums.
             assert row[name] == pytest.approx(one.qc[name], rel=1e-3, abs=1e-4), name
@@ -373,7 +373,7 @@ def test_register_takes_passes_of_the_network(scans, tmp_path, network, capsys):
         record = json.loads(captured.out)
         settings = record["settings"]
         asked = settings["passes"], settings["symmetric"]
-        found[name] = asked, record["qc"]["max_mm"], record["settings_sha256"]
+        found[name] = asked, record["qc"]["max_mm_network"], record["settings_sha256"]
         assert ("2 passes, both ways" in captured.err) == (name == "two")
     assert found["one"][0] == (1, False) and found["two"][0] == (2, True)
     assert len({row[1] for row in found.values()}) == 2

@@ -115,7 +115,12 @@ def test_mr_of_another_contrast_is_no_line_of_the_first():
 
 def test_table_of_scans_onto_themselves_has_a_line_per_way_of_asking():
     rows = [
-        {"patient": "a", "asked": name, "max_mm": 5.0 / n, "p99_mm": 2.0}
+        {
+            "patient": "a",
+            "asked": name,
+            "max_mm_network": 5.0 / n,
+            "p99_mm_network": 2.0,
+        }
         | {"fold_percent_network": 0.25}
         for n, name in enumerate(ablations.ASKED, 1)
     ]

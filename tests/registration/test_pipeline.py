@@ -1006,7 +1006,7 @@ def test_register_one_larger_window_holds_the_whole_body(model):
     assert crop.settings["body_covered"] < 0.6
     assert crop.network_grid.shape == SPEC.shape
     # Millimetres stay millimetres in the larger window.
-    ratio = result.qc["p99_mm"] / crop.qc["p99_mm"]
+    ratio = result.qc["p99_mm_network"] / crop.qc["p99_mm_network"]
     assert 0.5 < ratio < 1.5
 
 

@@ -967,8 +967,8 @@ def _quality(disp, scalars, spacing) -> dict[str, Any]:
         )
     qc = {
         "finite": True,
-        "max_mm": longest,
-        "p99_mm": float(np.percentile(length, 99)),
+        "max_mm_network": longest,
+        "p99_mm_network": float(np.percentile(length, 99)),
         **scalars,
     }
     return {k: None if v != v else v for k, v in qc.items()}

@@ -31,8 +31,8 @@ class Sweep(NamedTuple):
     Attributes:
         rows: one per condition: region, type, task (its name in tasks.TASKS, or None),
             ncc_before, ncc_after, fold_percent_network, sdlogj_network (see
-            Registration.qc), max_mm, p99_mm, and with labels dsc, mean over the labels
-            on the network's grid.
+            Registration.qc), max_mm_network, p99_mm_network, and with labels dsc, mean
+            over the labels on the network's grid.
             The first row has region None: pre-alignment alone.
         settings: affine asked and used, fov_used, body_covered, and seen, the body
             region that each scan shows.
@@ -156,7 +156,7 @@ def _rows(conditions, disp, scores, spacing) -> list[dict[str, Any]]:
     rows = [
         still
         | {"ncc_before": before, "ncc_after": before}
-        | dict.fromkeys((*_REGULARITY, "max_mm", "p99_mm"), 0.0)
+        | dict.fromkeys((*_REGULARITY, "max_mm_network", "p99_mm_network"), 0.0)
     ]
     names = {task: name for name, task in TASKS.items()}
     for i, (region, pair_type) in enumerate(conditions):
@@ -171,8 +171,8 @@ def _rows(conditions, disp, scores, spacing) -> list[dict[str, Any]]:
             for name in ("ncc_before", "ncc_after", *_REGULARITY)
         }
         lengths = {
-            "max_mm": _number(length.max()),
-            "p99_mm": _number(np.percentile(length, 99)),
+            "max_mm_network": _number(length.max()),
+            "p99_mm_network": _number(np.percentile(length, 99)),
         }
         rows.append(names_of | measured | lengths)
     return rows

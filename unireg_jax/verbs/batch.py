@@ -55,7 +55,7 @@ DONE = ("ok", "warn")
 # Not done: failed, or refused because other results lie in the way, untouched.
 NOT_DONE = ("failed", "refused")
 _QC = (
-    *("max_mm", "p99_mm", "fold_percent_network", "sdlogj_network"),
+    *("max_mm_network", "p99_mm_network", "fold_percent_network", "sdlogj_network"),
     *("ncc_before", "ncc_after"),
     *judging.COLUMNS,
     *("dsc_before", "dsc_affine", "dsc", "tre_mm_before", "tre_mm"),

@@ -12,6 +12,7 @@ import numpy as np
 
 from unireg_jax import registration
 from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.evaluation import metrics
 from unireg_jax.manifest import NO_TASK, Case
 from unireg_jax.verbs import judging, options, outputs, results
 from unireg_jax.verbs.messages import number, progress, warn
@@ -167,12 +168,12 @@ def _summarize(say: Callable[[str], None], record: dict[str, Any], where: Path) 
     qc, scores = record["qc"], record["scores"]
     line = (
         f"NCC {number(qc['ncc_before'])} -> {number(qc['ncc_after'])}, longest "
-        f"vector after pre-alignment {number(qc['max_mm'])} mm, the map folds in "
-        f"{number(record['quality']['fold_percent_body'])} % of the body"
+        f"vector after pre-alignment {number(qc['max_mm_network'])} mm, the map folds "
+        f"in {number(record['quality']['fold_percent_body'])} % of the body"
     )
     if scores:
-        mean = scores["mean"]
-        steps = (mean[k] for k in ("dsc_before", "dsc_affine", "dsc") if k in mean)
+        names = [n for n in ("dsc_before", "dsc_affine", "dsc") if n in scores["mean"]]
+        steps = metrics.shared_means(scores["labels"], names) or [None] * len(names)
         line += f", mean DSC {' -> '.join(map(number, steps))}"
     say(line)
     for warning in record["warnings"]:

@@ -21,13 +21,20 @@ HELP = "one pair under every task and pair type: similarity against folding"
 SCHEMA = 1
 COLUMNS = (
     *("region", "type", "task", "ncc_before", "ncc_after"),
-    *("fold_percent_network", "sdlogj_network", "max_mm", "p99_mm", "dsc"),
+    *(
+        "fold_percent_network",
+        "sdlogj_network",
+        "max_mm_network",
+        "p99_mm_network",
+        "dsc",
+    ),
 )
 EXAMPLES = """example:
   unireg sweep -f fixed.nii.gz -m moving.nii.gz --plot sweep.png > sweep.csv
 
 One pass of the backbone serves all conditions. The first line is the pre-alignment
-alone. All is measured over the fixed body on the network's grid.
+alone. All is measured over the fixed body on the network's grid, lengths anywhere on
+it.
 """
 
 
