@@ -334,6 +334,35 @@ def test_prepare_image_of_nothing_but_padding_is_air():
     np.testing.assert_array_equal(out, -1000)
 
 
+def test_prepare_image_beyond_all_but_padding_is_outside():
+    """What lies there is no air, even where the grid meets nothing else."""
+    data = np.full(SHAPE, -3024, np.int16)
+    data[:2] = 40
+    grid = Grid((SHAPE[0] - 4, *SHAPE[1:]), straight(origin=(4 * SPACING[0], 0, 0)))
+    out = preprocess.prepare_image(Volume(data, straight()), grid, PreprocessSpec())
+    np.testing.assert_array_equal(out, OUTSIDE_HU)
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        ((0, 1), "32 grey levels or more"),
+        ((-1000, 1500), None),
+        ((0, 255), None),
+        ((0, 20_000), "are above"),
+    ],
+)
+def test_contrast_fault_of_images_that_are_not_in_hu(ends, told):
+    rng = np.random.default_rng(0)
+    image = rng.uniform(*ends, (16, 16, 16)).astype(np.float32)
+    grid = Grid(image.shape, straight())
+    hu = preprocess.prepare_image(Volume(image, straight()), grid, PreprocessSpec())
+    why = preprocess.contrast_fault(hu)
+    assert (why is None) if told is None else told in why
+    hu[:, :, 1:] = OUTSIDE_HU  # too little to tell
+    assert preprocess.contrast_fault(hu) is None
+
+
 def test_prepare_image_takes_padding_for_no_air():
     """A round field of view, filled around: neither air nor a mixture with it."""
     fine, coarse = (1.0, 1.0, 2.0), (4.0, 4.0, 4.0)

@@ -393,8 +393,12 @@ def test_register_warns_where_features_do_not_match(matcher, own_features):
     result = run(
         (air, air), (place, place), task="headneck", weights=matcher, affine="features"
     )
-    (line,) = result.warnings
+    line, *flat = result.warnings
     assert line.startswith("pre-alignment: features: ")
+    assert [w.partition(", got")[0] for w in flat] == [
+        f"contrast: {name}: 32 grey levels or more expected"
+        for name in ("fixed", "moving")
+    ]
     assert np.isfinite(result.affine).all()
 
 
@@ -917,6 +921,59 @@ def test_refinement_without_anything_to_compare_is_told(calm):
     assert moved == 0.0 and len(told) == 1
     moved, told = refined((images[1], grids[1]))
     assert moved > 0.0 and told == []
+
+
+def test_costs_are_of_the_windows_that_compared_anything():
+    found = [(1.0, 1.0, 5.0), (0.5, 0.2, 1.0), (0.3, 0.1, 3.0)]
+    costs, doubts = pipeline._costs(found)
+    np.testing.assert_allclose([*costs.values()], (0.35, 0.125))
+    assert len(doubts) == 1 and "1 of 3 windows: nothing to compare" in doubts[0]
+    assert pipeline._costs(found[1:])[1] == []
+    assert pipeline._costs([]) == ({}, [])
+
+
+def test_a_mask_that_the_moving_scan_does_not_reach_is_told(calm):
+    images, grids = pair()
+    fixed, half = images[0], images[0][:, :, :14]
+
+    def judged(slices):
+        mask = np.zeros(fixed.shape, bool)
+        mask[:, :, slices] = True
+        common = dict(task="chest", weights=calm, affine="none", fixed_mask=mask)
+        result = run((fixed, half), (grids[0], grids[0]), **common)
+        return result.qc["ncc_after"], [w for w in result.warnings if "overlap:" in w]
+
+    assert judged(slice(5, 9)) == (pytest.approx(1.0, abs=0.1), [])
+    correlation, told = judged(slice(20, 24))
+    assert correlation is None
+    assert told == ["overlap: nothing of the fixed mask is in the moving scan"]
+
+
+def test_volumes_that_are_none_are_refused_as_files_are(calm):
+    images, grids = pair()
+    thin = images[0][:, :, :1]
+    for scan in (thin, Volume(thin, grids[0])):
+        own = grids[0] if scan is thin else None
+        with pytest.raises(UserError, match="2 slices or more") as caught:
+            register(
+                *(scan, images[1]),
+                fixed_vox2world=own,
+                moving_vox2world=grids[1],
+                task="chest",
+                weights=calm,
+            )
+        assert caught.value.reason == "fov"
+    # Of a file, with its voxels replaced.
+    broken = images[0].astype(np.float32)
+    broken[3, 3, 3] = np.nan
+    scan = Volume(broken, grids[0], path="scan.nii.gz")
+    with pytest.raises(UserError, match="NaN") as caught:
+        register(
+            *(scan, images[1]), moving_vox2world=grids[1], task="chest", weights=calm
+        )
+    assert caught.value.reason == "nonfinite"
+    with pytest.raises(ValueError, match="keep must be at least 1"):
+        pipeline.Session(calm, keep=0)
 
 
 def test_symmetric_leaves_equal_scans_nearly_where_they_are(model):

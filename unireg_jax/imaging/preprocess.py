@@ -23,6 +23,9 @@ _HU_MAX = 3071  # upper end of 12-bit CT: metal would bleed into its surrounding
 # they saw nothing: around a round field of view, beside a tilted one.
 _PADDING_HU = -1500
 _LEAST_PADDING = 0.1  # of a voxel of the grid
+_ENOUGH = 1000  # voxels, to tell what an image is
+_FEW_LEVELS = 32  # a CT has hundreds
+_MOST_CLIPPED = 0.03  # of the voxels: more than any metal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,12 +270,38 @@ def prepare_image(
     hu = resample(clipped, grid, fill=OUTSIDE_HU, matrix=matrix)
     del clipped  # of a large scan as much memory again
     padding = volume.data < _PADDING_HU
-    if padding.any():
+    if padding.any() and not padding.all():
         padding = volume._replace(data=padding)
         padded = resample(padding, grid, fill=0.0, matrix=matrix) > _LEAST_PADDING
-        if (hu[~padded] != OUTSIDE_HU).any():
-            hu[padded] = OUTSIDE_HU
+        hu[padded] = OUTSIDE_HU
     return np.rint(hu, out=hu).astype(np.int16)
+
+
+def contrast_fault(hu: np.ndarray) -> str | None:
+    """Says where clipping and rounding left little of an image that is none in HU.
+
+    Args:
+        hu: [X, Y, Z] int16, from `prepare_image`.
+
+    Returns:
+        One line, or None.
+    """
+    inside = hu[hu != OUTSIDE_HU]
+    if inside.size < _ENOUGH:
+        return None
+    levels = np.count_nonzero(np.bincount(inside.astype(np.int32) - OUTSIDE_HU))
+    if levels < _FEW_LEVELS:
+        return (
+            f"{_FEW_LEVELS} grey levels or more expected, got {levels} once rounded to "
+            "whole numbers; scale the image, such as to 0 to 1000"
+        )
+    high = float((inside == _HU_MAX).mean())
+    if high > _MOST_CLIPPED:
+        return (
+            f"values up to {_HU_MAX} expected, {100 * high:.0f} % are above and were "
+            "clipped; scale the image, such as to 0 to 1000"
+        )
+    return None
 
 
 def prepare_labels(

@@ -127,7 +127,7 @@ class Compiled:
         Returns:
             [N] float32 each, on the device: fold_percent_network and sdlogj_network
             (ops/jacobian.py), ncc_before and ncc_after (global, signed, of windowed
-            intensities).
+            intensities; NaN where nothing of the body has a partner).
 
         Raises:
             ValueError: body has another shape or dtype.
@@ -306,11 +306,16 @@ def _predict(
     return jax.vmap(decode)(region, pair_type)
 
 
+def _correlation(fixed, moving, mask):
+    found = ncc.global_ncc(fixed, moving, mask=mask)
+    return jnp.where(mask.any(axis=(1, 2, 3)), found, jnp.nan)
+
+
 def _judge(fixed_hu, moving_hu, body, disp, *, window):
     """Scalars of N displacements of one pair, [N] each."""
     fixed, moving = _window(fixed_hu, window), _window(moving_hu, window)
     valid = intensity.valid(moving_hu)
-    before = ncc.global_ncc(fixed, moving, mask=body & valid[..., 0])
+    before = _correlation(fixed, moving, body & valid[..., 0])
 
     def measure(disp):
         disp = disp[None]
@@ -321,7 +326,7 @@ def _judge(fixed_hu, moving_hu, body, disp, *, window):
             "fold_percent_network": 100 * jacobian.folding_fraction(disp, mask=body),
             "sdlogj_network": jacobian.sdlogj(disp, mask=body),
             "ncc_before": before,
-            "ncc_after": ncc.global_ncc(fixed, warp.warp(moving, disp), mask=after),
+            "ncc_after": _correlation(fixed, warp.warp(moving, disp), after),
         }
         return {name: value[0] for name, value in values.items()}
 

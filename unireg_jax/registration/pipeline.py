@@ -80,11 +80,11 @@ class Registration(NamedTuple):
             windows, body_covered, the share of the fixed body on network_grid, and
             seen, the body region that each scan shows; with the network, passes and
             symmetric; with `refine`, its plan.
-        qc: of network_disp, on its grid: finite; max_mm and p99_mm, length;
-            fold_percent_network, sdlogj_network (see ops/jacobian.py); and ncc_before,
-            ncc_after (global, signed, windowed intensities, after the pre-alignment and
-            after network_disp); over the fixed body; with `refine` also refine_before,
-            refine_after, its cost. None where undefined.
+        qc: of network_disp, on its grid: finite; max_mm_network, p99_mm_network, length
+            anywhere; over the fixed body fold_percent_network, sdlogj_network (see
+            ops/jacobian.py), ncc_before, ncc_after (global, signed, windowed
+            intensities, after the pre-alignment and after network_disp); with `refine`
+            also refine_before, refine_after, its cost. None where undefined.
         timings: seconds per stage. compile is that of the network; other stages compile
             in the first pair of a shape.
         warnings: what a person should know of how it came about, one line each.
@@ -242,6 +242,8 @@ class Session:
             ValueError: see `refine.check_plan` and `register`; an unknown fov.
         """
         passes = prediction.check(passes)
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
         if refine is not None:
             check_plan(refine)
         if fov not in tiles.FOVS:
@@ -356,14 +358,11 @@ class Session:
         if refiner:
             with self._device:
                 if len(layout.starts) == 1:
-                    disp, costs = self._refined(fine, programs, refiner, disp)
+                    disp, found = self._refined(fine, programs, refiner, disp)
                 else:
-                    disp, costs = self._refined_windows(pair, fine, disp, say)
-            if costs and min(costs.values()) == 1.0:
-                warnings.append(
-                    "refinement: nothing to compare, no window with an image in it "
-                    "lies whole in both scans; the displacement is as before it"
-                )
+                    disp, found = self._refined_windows(pair, fine, disp, say)
+            costs, doubts = _costs(found)
+            warnings += doubts
             clock.lap("refine")
         with self._device:
             disp, scores = jax.device_get((disp, self._judge(programs, fine, disp)))
@@ -468,12 +467,21 @@ class Session:
 
         moving_hu = preprocess.prepare_image(source, grid, spec, matrix=matrix)
         clock.lap("preprocess")
-        if not ((moving_hu != OUTSIDE_HU) & (fixed_hu != OUTSIDE_HU)).any():
+        reached = moving_hu != OUTSIDE_HU
+        if not (reached & (fixed_hu != OUTSIDE_HU)).any():
             raise UserError(
                 "no_overlap",
                 "fixed and moving: scans that share some space expected, none shared "
                 f"after pre-alignment {used!r}; use --affine com or affine",
             )
+        if not (reached & body).any():
+            what = "body" if mask is None else "mask"
+            warnings.append(
+                f"overlap: nothing of the fixed {what} is in the moving scan"
+            )
+        for name, hu in (("fixed", fixed_hu), ("moving", moving_hu)):
+            if why_not := preprocess.contrast_fault(hu):
+                warnings.append(f"contrast: {name}: {why_not}")
         return Prepared(
             target,
             layout,
@@ -629,17 +637,20 @@ class Session:
         return programs.describe(pair.fixed_hu)
 
     def _refined(self, fine, programs, refiner, disp):
-        """Displacement on the grid of `fine`, [1, X, Y, Z, 3], and its costs."""
+        """Displacement on the grid of `fine`, [1, X, Y, Z, 3], and its cost."""
         if refiner.described:
             fixed = self._described_fixed(fine, programs)
             scans = fixed, programs.describe(fine.moving_hu)
         else:
             scans = _undescribed(fine.fixed_hu, fine.moving_hu)
-        disp, *costs = jax.block_until_ready(refiner(*scans, fine.body, disp))
-        return disp, {k: float(c[0]) for k, c in zip(_COSTS, costs, strict=True)}
+        disp, *cost = jax.block_until_ready(refiner(*scans, fine.body, disp))
+        return disp, [(*(float(c[0]) for c in cost), 1.0)]
 
     def _refined_windows(self, pair, fine, disp, say):
-        """The same, blended from overlapping windows of the usual size."""
+        """The same, blended from overlapping windows of the usual size.
+
+        And of each that holds body the cost before and after, and how much.
+        """
         programs, refiner, disp = self.programs, self.refiner, np.asarray(disp)
         blend, costs = tiles.Blend(fine.layout), []
         windows = zip(pair.layout.starts, fine.layout.starts, strict=True)
@@ -655,16 +666,11 @@ class Session:
                 else:
                     scans = _undescribed(*scans)
                 found, *cost = refiner(*scans, body, found)
-                costs.append([float(c[0]) for c in cost] + [float(body.sum())])
+                costs.append((*(float(c[0]) for c in cost), float(body.sum())))
             else:
                 found = resample.upsample_disp(found, refiner.plan.finer)
             blend.add(fine_start, np.asarray(found[0]))
-        if not costs:
-            return blend.disp[None], {}
-        # Mean over the windows, by how much body each holds.
-        *both, weight = np.array(costs).T
-        means = (float((c * weight).sum() / weight.sum()) for c in both)
-        return blend.disp[None], dict(zip(_COSTS, means, strict=True))
+        return blend.disp[None], costs
 
     def _judge(self, programs, pair, disp) -> dict[str, jax.Array]:
         """Scores of a displacement on the pair's grid, [1] each."""
@@ -704,6 +710,25 @@ class Prepared(NamedTuple):
     coarse: Any
     settings: dict[str, Any]
     warnings: tuple[str, ...]
+
+
+def _costs(found) -> tuple[dict[str, float], list[str]]:
+    """Mean cost over the windows, by how much body each holds, and what to warn of."""
+    # Without anything in common the similarity is 0.
+    compared = [one for one in found if one[:2] != (1.0, 1.0)]
+    doubts = []
+    if len(compared) < len(found):
+        some = f"{len(found) - len(compared)} of {len(found)} windows: "
+        doubts.append(
+            f"refinement: {some if len(found) > 1 else ''}nothing to compare: in the "
+            "fixed body no piece of the moving scan is large enough, or nothing has "
+            "contrast; the displacement is as before there"
+        )
+    if not found:
+        return {}, doubts
+    *both, weight = np.array(compared or found).T
+    means = (float((cost * weight).sum() / weight.sum()) for cost in both)
+    return dict(zip(_COSTS, means, strict=True)), doubts
 
 
 def _undescribed(*images: np.ndarray) -> tuple[Described, ...]:
@@ -775,7 +800,8 @@ def as_volume(scan, vox2world, name) -> Volume:
     Raises:
         ValueError: none of these, an array without grid, not 3-D, not of real numbers
             or not finite; a grid that is singular, or with a file or image.
-        UserError: the file or image cannot be read.
+        UserError: the file or image cannot be read; `fov`, `spacing`: no volume of a
+            body.
     """
     if isinstance(scan, _ARRAYS):
         scan = np.asarray(scan)
@@ -800,6 +826,7 @@ def as_volume(scan, vox2world, name) -> Volume:
             )
         vox2world = transforms.check_affine(vox2world, f"{name}_vox2world").copy()
         data, turned = orientation.reorient(scan, vox2world)
+        _check_extent(name, data, turned)
         return Volume(data, turned, native=nifti.Native(scan.shape, vox2world))
     held = scans.is_image(scan)
     if not held and not isinstance(scan, (Volume, str, os.PathLike)):
@@ -814,8 +841,16 @@ def as_volume(scan, vox2world, name) -> Volume:
         return scans.take_image(scan, name)
     if isinstance(scan, Volume):
         transforms.check_affine(scan.vox2world, f"vox2world of {name}")
+        _check_extent(scan.path or name, scan.data, scan.vox2world)
         return scan
     return scans.read_scan(scan)
+
+
+def _check_extent(name, data, vox2world) -> None:
+    """As readers of files do: no grid has a voxel in a slice thinner than its own."""
+    if data.ndim == 3:
+        spacing = np.array(orientation.spacing_mm(vox2world))
+        nifti.check_extent(name, data.shape, spacing)
 
 
 def check_settings(
@@ -897,8 +932,7 @@ def _check_finite(**volumes) -> None:
     """Refuses NaN and infinity, which would pass for water on the network's grid."""
     for name, volume in volumes.items():
         data = volume.data
-        # Readers of files have looked.
-        if volume.path or not np.issubdtype(data.dtype, np.inexact):
+        if not np.issubdtype(data.dtype, np.inexact):
             continue
         if not np.isfinite((data.min(), data.max())).all():  # no mask of a large scan
             raise bad_file(

@@ -30,7 +30,7 @@ LEVELS = {"mind": 1, "sam": 2, "image": 1}
 # would leave the vessels of a lung out; and where a window holds bone or air, they
 # alone decide about its correlation, unless soft tissue is looked at apart.
 HU_RANGES = ((-1000.0, 1500.0), (-150.0, 250.0))
-# Of "mind", which is for other scans, too: no upper end but that of int16.
+# Of "mind", which is for other scans, too: no upper end but that of their grid.
 _MIND_RANGE = (-1000.0, 32767.0)
 # A grid coarser than a quarter is added while it has so many voxels along each axis: on
 # the grids of 384 mm, voxels of 16 mm, where one vertebra is not taken for the next.

@@ -97,9 +97,8 @@ def estimate_region(volume: Volume, *, model: Model | None = None) -> Seen:
         ValueError: data is not 3-D.
     """
     rows, _, step_mm = slice_features(volume)
-    odd = volume.warnings
-    if volume.path is None:  # an array: no reader has looked at it
-        odd = (*odd, *nifti.intensity_warnings(volume.data))
+    # No reader has looked at an array, nor at what took the place of a file's voxels.
+    odd = (*volume.warnings, *nifti.intensity_warnings(volume.data))
     if any(line.startswith("constant") for line in odd):
         return Seen(None, {}, "every voxel is the same")
     if any(line.startswith("hu_range") for line in odd):

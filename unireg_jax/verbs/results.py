@@ -212,6 +212,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["inverse"] = True
     if args.affine in _SEARCHED and not case.init:
         asked["search"] = SEARCH_ALGORITHM
+    elif not args.io_iterations:
+        asked["prepared"] = 2  # before, padding was air; the others know of it
     if args.affine != "none" and case.fixed_mask and not case.init:
         asked["masked"] = _MASKED_ALGORITHM
     if args.affine == "coarse" and not case.init:
