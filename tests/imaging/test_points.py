@@ -126,6 +126,10 @@ def test_read_table_refuses_markups_without_a_place(tmp_path):
     assert len(points.read_file(path).xyz) == 1
     with pytest.raises(UserError, match="got none of b"):
         points.read_table(path, "lps_mm", None)
+    points_of[1]["label"] = ""
+    path.write_text(json.dumps({"markups": markups}))
+    with pytest.raises(UserError, match=r"got none of \?"):
+        points.read_table(path, "lps_mm", None)
 
 
 # --- point files --------------------------------------------------------------------

@@ -110,7 +110,7 @@ def read_table(
             raise point_tables.fault(
                 path,
                 "a place of every point, as line by line it has a partner",
-                f"none of {lost}",
+                f"none of {', '.join(lost)}",
             )
         return found.xyz
     table = point_tables.parse(path, point_tables.read_text(path))
@@ -307,21 +307,21 @@ def write_file(
     return space
 
 
-def unplaced(points: PointFile) -> str:
+def unplaced(points: PointFile) -> list[str]:
     """Names the control points of Slicer's markups that have no place.
 
     Args:
         points: from `read_file`.
 
     Returns:
-        Their labels, with commas between; "" for none.
+        Their labels, "?" for none, of eight at most.
     """
     if points.kind != "json":
-        return ""
+        return []
     listed = [p for m in points.content["markups"] for p in m.get("controlPoints", [])]
     placed = {id(p) for m in points.content["markups"] for p in _defined(m)}
-    names = [str(p.get("label", "?")) for p in listed if id(p) not in placed]
-    return ", ".join(names)[:80]
+    names = [str(p.get("label") or "?") for p in listed if id(p) not in placed]
+    return names[:8]
 
 
 def _is_table(path: str | os.PathLike) -> bool:

@@ -87,10 +87,11 @@ def run(args: argparse.Namespace) -> int:
             f"{line} {note}" if line.startswith(_OF_THE_PAIR) else line
             for line in warnings
         ]
-    if lost := points.unplaced(given):
+    lost = points.unplaced(given)
+    if lost and not args.file.lower().endswith(".json"):  # markups keep them
         warnings.append(
-            f"no place in {shown(args.points)}: {lost}; left out, so that rows of a "
-            "table stand elsewhere"
+            f"no place in {shown(args.points)}: {', '.join(lost)}; left out, so that "
+            "rows of a table stand elsewhere"
         )
     moved = mapping.points(whole, given.xyz)
     found = given._replace(xyz=moved)
