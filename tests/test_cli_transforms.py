@@ -593,6 +593,9 @@ def test_a_field_that_covers_nothing_of_the_fixed_scan_is_refused(run, tmp_path,
     code, _, stderr = run(*words, "-o", tmp_path / "out.nii.gz")
     assert code == 4 and "grid_mismatch" in stderr
     assert not (tmp_path / "out.nii.gz").exists()
+    # Of several it is not said which.
+    code, _, stderr = run(*words, "-t", "a.txt", "-o", tmp_path / "out.nii.gz")
+    assert code == 4 and "error: the transforms: grid_mismatch" in stderr
 
 
 def test_json_of_a_chain_holds_its_warnings(run, folder, tmp_path):
@@ -615,8 +618,8 @@ def test_json_of_a_chain_holds_its_warnings(run, folder, tmp_path):
         code, stdout, stderr = run(verb, *chain, *more, "--json")
         assert code == 0, verb
         told = json.loads(stdout)["warnings"]
-        assert any("acts twice" in line for line in told), verb
-        assert "acts twice" in stderr
+        assert any("acts once more" in line for line in told), verb
+        assert "acts once more" in stderr
 
 
 def test_points_without_a_place_are_told_when_a_table_is_made(run, tmp_path):
@@ -631,26 +634,35 @@ def test_points_without_a_place_are_told_when_a_table_is_made(run, tmp_path):
     told = json.loads(stdout)
     assert told["count"] == 1 and told["space"] == "lps"
     assert any("no place in" in line and ": b;" in line for line in told["warnings"])
+    # Markups keep such a point, in its place of the list.
+    code, stdout, _ = run(*words, "-o", tmp_path / "q.mrk.json")
+    assert code == 0 and json.loads(stdout)["warnings"] == []
+    (made,) = json.loads((tmp_path / "q.mrk.json").read_text())["markups"]
+    assert [p["label"] for p in made["controlPoints"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
-    ("field", "affine", "told"),
+    ("field", "part", "told"),
     [
         ("x_1Warp.nii.gz", "x_0GenericAffine.txt", True),
+        ("x_Composite.h5", "x_0GenericAffine.txt", True),
+        ("x_Composite.h5", "x_1Warp.nii.gz", True),
+        ("x_Composite.h5", "y_1Warp.nii.gz", False),
         ("x_1Warp.nii.gz", "y_0GenericAffine.txt", False),  # of another case
         ("w.nii.gz", "x_0GenericAffine.txt", False),
         ("x_1Warp.nii.gz", "x_0GenericAffine.tfm", False),
     ],
 )
-def test_an_affine_beside_the_map_that_holds_it_is_told(
-    run, folder, tmp_path, field, affine, told
+def test_a_part_beside_the_map_that_holds_it_is_told(
+    run, folder, tmp_path, field, part, told
 ):
-    shutil.copy(folder / "w.nii.gz", tmp_path / field)
-    shutil.copy(folder / "a.txt", tmp_path / affine)
-    words = ("compose", "-t", tmp_path / field, "-t", tmp_path / affine)
+    for name in (field, part):
+        kind = {".gz": "w.nii.gz", ".h5": "c.h5"}.get(Path(name).suffix, "a.txt")
+        shutil.copy(folder / kind, tmp_path / name)
+    words = ("compose", "-t", tmp_path / field, "-t", tmp_path / part)
     code, _, stderr = run(*words, "-o", tmp_path / "c.h5")
     assert code == 0
-    assert ("hold their affine already" in stderr) is told
+    assert (f"{part}: a map of `unireg register` beside it" in stderr) is told
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,8 @@ def read_chain(
             "field, in voxels"
         )
     warnings += [
-        f"{shown(path)}: the maps of `unireg register` hold their affine already, "
-        "here it acts twice; leave it out"
+        f"{shown(path)}: a map of `unireg register` beside it holds it already, here "
+        "it acts once more; leave it out"
         for path in _twice(paths)
     ]
     whole = mapping.compose(
@@ -204,22 +204,23 @@ def read_chain(
             None if moving is None else mapping.grid_of(moving),
         )
         found = belonging.fit(whole, *grids)
-        belonging.check(found, paths[0])
+        belonging.check(found, paths[0] if len(paths) == 1 else "the transforms")
         warnings += found.warnings
     return whole, warnings
 
 
 def _twice(paths: Sequence[str]) -> list[str]:
-    """Affines listed beside a map of the same case; ANTs, whose are not in its, has
-    other endings."""
+    """What is listed beside a map of the same case that holds it; the affines of ANTs,
+    which are not in its fields, have another ending."""
     names = {os.path.basename(path) for path in paths}
-    affine = "_0GenericAffine.txt"
-    maps = ("_1Warp.nii.gz", "_Composite.h5", "_1InverseWarp.nii.gz")
+    whole = {"_1Warp.nii.gz": ("_Composite.h5",)}
+    whole["_0GenericAffine.txt"] = (*whole, "_Composite.h5", "_1InverseWarp.nii.gz")
     return [
         path
         for path in paths
-        if path.endswith(affine)
-        and any(os.path.basename(path).replace(affine, m) in names for m in maps)
+        for ending, maps in whole.items()
+        if path.endswith(ending)
+        and any(os.path.basename(path).replace(ending, m) in names for m in maps)
     ]
 
 
