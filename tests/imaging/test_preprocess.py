@@ -349,7 +349,8 @@ def test_prepare_image_beyond_all_but_padding_is_outside():
         ((0, 1), "32 grey levels or more"),
         ((-1000, 1500), None),
         ((0, 255), None),
-        ((0, 20_000), "are above"),
+        ((0, 20_000), "were clipped"),
+        ((40.2, 40.4), "got 40 HU alone"),
     ],
 )
 def test_contrast_fault_of_images_that_are_not_in_hu(ends, told):

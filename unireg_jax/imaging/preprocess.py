@@ -290,6 +290,8 @@ def contrast_fault(hu: np.ndarray) -> str | None:
     if inside.size < _ENOUGH:
         return None
     levels = np.count_nonzero(np.bincount(inside.astype(np.int32) - OUTSIDE_HU))
+    if levels == 1:  # of which no scale makes more, such as air beside a body
+        return f"{_FEW_LEVELS} grey levels or more expected, got {inside[0]} HU alone"
     if levels < _FEW_LEVELS:
         return (
             f"{_FEW_LEVELS} grey levels or more expected, got {levels} once rounded to "
@@ -298,8 +300,8 @@ def contrast_fault(hu: np.ndarray) -> str | None:
     high = float((inside == _HU_MAX).mean())
     if high > _MOST_CLIPPED:
         return (
-            f"values up to {_HU_MAX} expected, {100 * high:.0f} % are above and were "
-            "clipped; scale the image, such as to 0 to 1000"
+            f"values below {_HU_MAX} expected, {100 * high:.0f} % reach it or were "
+            "clipped to it; scale the image, such as to 0 to 1000"
         )
     return None
 
