@@ -147,6 +147,15 @@ def far():
     return shift
 
 
+def test_register_many_refuses_a_volume_of_one_slice(model, scans):
+    volume = nifti.read_image(scans[0])
+    thin = volume._replace(data=volume.data[..., :1])
+    (outcome,) = register_many(
+        [Pair(thin, scans[1], name="thin", task="chest")], weights=model
+    )
+    assert outcome.error.reason == "fov"
+
+
 @pytest.mark.parametrize("held", [np.zeros, lambda _: nib.Nifti1Image(HU, np.eye(4))])
 def test_register_many_says_how_to_pass_what_is_no_file(model, scans, held):
     """An array has no place, and the axes of a result are those of a Volume."""

@@ -416,6 +416,8 @@ class Session:
         """
         if mask is not None:
             _check_mask(mask, target.data.shape)
+        for name, scan in (("fixed", target), ("moving", source)):
+            _check_extent(scan.path or name, scan.data, scan.vox2world)
         _check_finite(fixed=target, moving=source)
         spec = self.model.preprocess
         settings, warnings = self._resolve(target, source, settings, say)
@@ -841,7 +843,6 @@ def as_volume(scan, vox2world, name) -> Volume:
         return scans.take_image(scan, name)
     if isinstance(scan, Volume):
         transforms.check_affine(scan.vox2world, f"vox2world of {name}")
-        _check_extent(scan.path or name, scan.data, scan.vox2world)
         return scan
     return scans.read_scan(scan)
 
