@@ -25,7 +25,7 @@ from unireg_jax.models.unireg import UniReg
 from unireg_jax.registration import matcher, pipeline, weights
 from unireg_jax.registration.compiled import compile_register
 from unireg_jax.registration.network import initializer, load_model
-from unireg_jax.verbs import files, outputs, results
+from unireg_jax.verbs import files, outputs, register, results
 
 REPO = Path(__file__).resolve().parents[1]
 SPEC = PreprocessSpec(shape=(48, 32, 48), spacing_mm=(8.0, 9.0, 8.0))
@@ -294,6 +294,21 @@ def test_register_record_is_complete_and_names_no_folder(
     assert scores["mean"]["dsc_affine"] == scores["mean"]["dsc_before"]
 
 
+def test_printed_overlaps_are_of_the_same_labels():
+    """One that comes into view would lower what follows."""
+    labels = {1: {"dsc_before": 0.5, "dsc": 0.8}, 2: {"dsc_before": None, "dsc": 0.2}}
+    record = {
+        "qc": {"ncc_before": 0.1, "ncc_after": 0.2, "max_mm_network": 3.0},
+        "quality": {"fold_percent_body": 0.0},
+        "scores": {"labels": labels, "mean": {"dsc_before": 0.5, "dsc": 0.5}},
+        "warnings": [],
+        "timings": {"total": 1.0},
+    }
+    lines = []
+    register._summarize(lines.append, record, Path("out"))
+    assert lines[0].endswith("mean DSC 0.5 -> 0.8")
+
+
 def test_register_same_scan_stays_where_it_is(scans, tmp_path, capsys):
     calm = save_network(tmp_path / "calm.safetensors", scale=1.0)
     scans = {**scans, "moving": scans["fixed"]}
@@ -419,6 +434,24 @@ def test_register_that_fails_keeps_earlier_results_and_says_so(
     # What has no record is no whole result.
     (earlier / f"{earlier.name}_run.json").unlink()
     assert "earlier" not in refused(capsys, arguments, code)
+
+
+def test_a_run_killed_once_all_is_replaced_leaves_no_only_copy(earlier, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    with pytest.raises(Killed):
+        with outputs.case_folder(earlier.parent, earlier.name, True) as temp:
+            for ending in outputs.OUTPUTS:
+                (temp / f"{earlier.name}_{ending}").write_text("new")
+            monkeypatch.setattr(outputs.shutil, "rmtree", die)
+    monkeypatch.undo()
+    assert temp.is_dir() and not outputs._left(temp)
+    after = contents(earlier)
+    assert after.pop("notes.txt") == b"mine" and set(after.values()) == {b"new"}
 
 
 def test_replacing_results_is_done_or_undone(earlier, monkeypatch):

@@ -207,13 +207,18 @@ def _replace(temp: Path, final: Path, names: Sequence[str]) -> None:
                 elif name not in there:
                     (final / name).unlink(missing_ok=True)
         raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(earlier, temp / "replaced")  # in one go: no longer the only copy
 
 
 def _left(temp: Path) -> bool:
     """Whether earlier results could not be put back, and lie there alone."""
-    earlier = temp / "earlier"
-    return earlier.is_dir() and any(earlier.iterdir())
+    try:
+        return any((temp / "earlier").iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # perhaps
 
 
 def _names(case: str) -> tuple[str, ...]:
