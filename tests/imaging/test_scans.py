@@ -194,6 +194,7 @@ def test_files_of_a_series_are_its_slices(tmp_path, image):
     before = scans.files_of(folder)
     (folder / "complete.txt").write_bytes(b"")
     (folder / "Thumbs.db").write_bytes(b"x" * 300)
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")  # nor the index of a disc
     before[0].rename(folder / "1.2.840.7")  # a bare UID
     named = {p.name for p in scans.files_of(folder)}
     assert named == {p.name for p in before[1:]} | {"1.2.840.7"}

@@ -268,7 +268,7 @@ def _files(folder: str | os.PathLike, *, deep: bool) -> Iterable[str]:
         os.listdir(folder)  # glob finds nothing where it may not look
         for path in sorted(Path(folder).glob(pattern)):
             hidden = any(p.startswith(".") for p in path.relative_to(folder).parts)
-            if not hidden and path.name.upper() != "DICOMDIR" and path.is_file():
+            if not hidden and not _is_index(path) and path.is_file():
                 yield os.fspath(path)
     except PermissionError as error:
         raise nifti.permission_error(folder) from error
@@ -351,6 +351,8 @@ def may_be_slice(path: str | os.PathLike) -> bool:
     Returns:
         Whether it begins as DICOM does, or is named as a slice, whatever is in it.
     """
+    if _is_index(path):
+        return False
     if _named_as_slice(os.fspath(path))[0]:
         return True
     try:
@@ -358,6 +360,11 @@ def may_be_slice(path: str | os.PathLike) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return True  # reading it says what is wrong
+
+
+def _is_index(path: str | os.PathLike) -> bool:
+    """Whether a file lists those of a disc."""
+    return os.path.basename(path).upper() == "DICOMDIR"
 
 
 def _named_as_slice(path: str) -> tuple[bool, bool]:
