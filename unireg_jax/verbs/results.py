@@ -28,7 +28,7 @@ from unireg_jax.registration.kept import Kept
 from unireg_jax.tasks import TASKS
 from unireg_jax.verbs import judging, options, outputs, versions
 
-SCHEMA = 1  # of <case>_run.json
+SCHEMA = 2  # of <case>_run.json
 # Spelled here so that --help imports no JAX; a test compares them.
 AFFINES = ("auto", "none", "com", "rigid", "affine", "features", "coarse")
 IO_FEATURES = ("image", "mind", "sam")
@@ -213,7 +213,7 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
     if args.affine in _SEARCHED and not case.init:
         asked["search"] = SEARCH_ALGORITHM
     elif not args.io_iterations:
-        asked["prepared"] = 2  # before, padding was air; the others know of it
+        asked["prepared"] = 2  # before, padding was air; the others' rose with it
     if args.affine != "none" and case.fixed_mask and not case.init:
         asked["masked"] = _MASKED_ALGORITHM
     if args.affine == "coarse" and not case.init:

@@ -18,7 +18,7 @@ from unireg_jax.verbs.messages import progress, warn
 
 HELP = "one pair under every task and pair type: similarity against folding"
 
-SCHEMA = 1
+SCHEMA = 2
 COLUMNS = (
     *("region", "type", "task", "ncc_before", "ncc_after"),
     *(
