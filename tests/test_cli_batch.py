@@ -671,6 +671,19 @@ def test_results_of_a_scan_that_cannot_be_read_now_stay(how, done, network):
     assert summary["this_run"]["skipped"] == 1
 
 
+def test_results_stay_where_memory_ends_as_a_scan_is_read(done, network, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    put(done, rows()[1:2])
+    wraps(monkeypatch, results.Files, "read", fail)
+    assert run(done, network, "--overwrite") == errors.FAILED
+    line = told(done)[0]["a2"]
+    assert line["reason"] == "out_of_memory"
+    assert "earlier results stay" in line["message"]
+    assert (done / "out" / "a2" / "a2_run.json").is_file()
+
+
 def test_results_of_a_folder_that_cannot_be_listed_now_stay(done, network, monkeypatch):
     """Which is no empty one."""
     pytest.importorskip("pydicom")
