@@ -29,14 +29,17 @@ class SurfaceDistances(NamedTuple):
 
 
 def surface_distances(
-    mask_a: np.ndarray, mask_b: np.ndarray, spacing_mm: tuple[float, float, float]
+    mask_a: np.ndarray,
+    mask_b: np.ndarray,
+    spacing_mm: tuple[float, float, float] | np.ndarray,
 ) -> SurfaceDistances:
     """Measures the distances between two surfaces, once for all metrics of them.
 
     Args:
         mask_a: [X, Y, Z] bool.
         mask_b: the same, on the same grid.
-        spacing_mm: (x, y, z) mm, positive.
+        spacing_mm: (x, y, z) mm, positive; or [3, 3], voxel -> mm, of axes that are
+            not perpendicular.
 
     Returns:
         SurfaceDistances; infinite where the other mask is empty.
@@ -44,14 +47,16 @@ def surface_distances(
     Raises:
         ValueError: shapes differ or are not 3-D, spacing_mm is not three positive mm.
     """
-    _check(mask_a, mask_b, spacing_mm)
+    steps = np.asarray(spacing_mm, np.float64)
+    lengths = np.linalg.norm(steps, axis=0) if steps.ndim == 2 else steps
+    _check(mask_a, mask_b, tuple(lengths.tolist()))
     surface_a, surface_b = _surface(mask_a), _surface(mask_b)
     if not (surface_a.any() and surface_b.any()):
         empty = [np.full(np.count_nonzero(s), np.inf) for s in (surface_a, surface_b)]
         return SurfaceDistances(*empty)
     return SurfaceDistances(
-        _distances(surface_a, surface_b, spacing_mm),
-        _distances(surface_b, surface_a, spacing_mm),
+        _distances(surface_a, surface_b, steps),
+        _distances(surface_b, surface_a, steps),
     )
 
 
@@ -125,17 +130,20 @@ def _surface(mask: np.ndarray) -> np.ndarray:
     return mask & ~inner
 
 
-def _distances(origin: np.ndarray, target: np.ndarray, spacing_mm: tuple) -> np.ndarray:
+def _distances(origin: np.ndarray, target: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """From every True voxel of `origin` to the nearest of `target`, mm.
 
     A tree of the surface's points, not a distance transform of the box around it: 0.08
     against 0.97 s per direction of a liver of 90 000 surface voxels, one CPU core.
     """
-    spacing = np.array(spacing_mm, np.float64)
+
+    def place(index: np.ndarray) -> np.ndarray:
+        return index * steps if steps.ndim == 1 else index @ steps.T
+
     points = np.argwhere(origin)
     out = np.zeros(len(points))
     apart = ~target[origin]  # the others lie on both: distance 0
     if apart.any():
-        tree = cKDTree(np.argwhere(target) * spacing)
-        out[apart] = tree.query(points[apart] * spacing)[0]
+        tree = cKDTree(place(np.argwhere(target)))
+        out[apart] = tree.query(place(points[apart]))[0]
     return out
