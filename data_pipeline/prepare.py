@@ -226,6 +226,10 @@ def _write_points(out: Path, index: dict[str, Any]) -> None:
             index.setdefault("warnings", []).append(f"points: {got} do not correspond")
             continue
         name = f"{fixed['id']}__{moving['id']}.csv"
+        if name in written:  # of ids that hold two underscores themselves
+            line = f"points: {name} is of another pair already: rename an id"
+            index.setdefault("warnings", []).append(line)
+            continue
         names = [str(i) for i in range(1, len(a) + 1)]
         table = points.PointPairs(names, a, b)
         points.write_points(folder / name, table)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,19 @@ def test_landmarks_that_do_not_correspond_warn(scans, tmp_path):
     found = manifest.collect(path)
     index = prepare.prepare(found.records, tmp_path / "out", SPEC, pairs=found.pairs)
     assert index["warnings"] == ["points: 2 and 1 points of a and b do not correspond"]
+
+
+def test_landmarks_of_two_pairs_are_not_one_file(scans, tmp_path):
+    """Which ids with underscores can make of them; a table tells no ids."""
+    ids = ("a", "b__c", "a__b", "c")
+    for name in set(ids) - {"a", "c"}:
+        shutil.copy(scans / "a.nii.gz", scans / f"{name}.nii.gz")
+        shutil.copy(scans / "a.csv", scans / f"{name}.csv")
+    rows = [_row(name, "p", points=f"{name}.csv") for name in ids]
+    found = manifest.collect(_manifest(scans, rows, [["a", "b__c"], ["a__b", "c"]]))
+    index = prepare.prepare(found.records, tmp_path / "out", SPEC, pairs=found.pairs)
+    (line,) = index["warnings"]
+    assert line == "points: a__b__c.csv is of another pair already: rename an id"
 
 
 def test_index_of_the_first_version_is_read(scans, tmp_path):
