@@ -100,6 +100,8 @@ def test_read_scores_takes_what_is_a_number(tmp_path):
         ("id,dsc\na,1\na,2\n", "every case once"),
         ("id,dsc\na,x\n", "a column of numbers"),
         ("id,dsc\na,inf\n", "a column of numbers"),
+        ("id,hd95_mm,dsc\na,9,1\nb,inf,1\n", "in column hd95_mm, got inf in line 3"),
+        ("id,hd95_mm,dsc\na,lost,1\nb,9,1\n", "in column hd95_mm, got lost in line 2"),
     ],
 )
 def test_read_scores_refuses(text, match, tmp_path):

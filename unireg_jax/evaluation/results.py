@@ -1,7 +1,8 @@
 """Tables of results: written for people and papers, read again to compare methods.
 
 A table of results is any CSV with a column `id`, and `label` if it has a line per
-label; every other column whose cells are numbers, or empty where undefined, is a score.
+label; every other column whose cells are finite numbers, or empty where undefined, is a
+score.
 """
 
 import collections
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from unireg_jax.errors import USAGE, UserError, bad_file
-from unireg_jax.evaluation import comparison, tables
+from unireg_jax.evaluation import comparison, learn2reg, metrics, tables
 from unireg_jax.evaluation.aggregate import better, summarize
 from unireg_jax.imaging import nifti
 
@@ -45,7 +46,8 @@ def read_scores(path: str | os.PathLike) -> Scores:
 
     Raises:
         UserError: `not_found`, `not_a_file`, `permission`, `empty`; `schema` for no
-            column id, lines of other lengths or no score; `id_duplicate`.
+            column id, lines of other lengths, no score, or a score with a cell that is
+            no number; `id_duplicate`.
     """
     nifti.check_file(path)
     try:
@@ -74,8 +76,15 @@ def read_scores(path: str | os.PathLike) -> Scores:
     for name in head:
         values = [_number(row[name]) for row in rows]
         some = any(value is not None and value == value for value in values)
-        if name not in _NO_SCORE and some and None not in values:
+        if name in _NO_SCORE or not some:
+            continue
+        if None not in values:
             columns[name] = dict(zip(keys, values, strict=True))
+        elif name in metrics.DEFINITIONS or name in learn2reg.DEFINITIONS:
+            at = values.index(None)  # to leave the column out would go unseen
+            expected = f"a finite number, or nothing, in column {name}"
+            got = f"{rows[at][name]} in line {at + 2}"
+            raise _fault("schema", path, expected, got)
     if not columns:
         raise _fault("schema", path, "a column of numbers", f"only {', '.join(head)}")
     return Scores(columns, tuple(dict.fromkeys(label for _, label in keys)))
