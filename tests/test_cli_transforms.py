@@ -1144,6 +1144,19 @@ def test_warp_tells_of_a_field_of_another_pair(run, tmp_path, away_mm, code, wor
         assert (tmp_path / name).exists() == (code == 0)
 
 
+def test_warp_tells_what_readers_do(run, folder, tmp_path):
+    odd = nib.load(folder / "fixed.nii.gz")
+    place = odd.affine.copy()
+    place[:3, 3] += 15
+    odd.set_qform(place, 1)
+    nib.save(odd, tmp_path / "odd.nii.gz")
+    words = ("-f", tmp_path / "odd.nii.gz", "-m", "moving.nii.gz", "-t", "c.h5")
+    code, stdout, stderr = run("warp", *words, "-o", tmp_path / "o.nii.gz", "--json")
+    told = [line for line in json.loads(stdout)["warnings"] if "sform" in line]
+    assert code == 0 and len(told) == 1 and told[0].startswith("fixed: ")
+    assert told[0] in stderr
+
+
 def test_warp_tells_when_scans_agree_better_without(run, tmp_path):
     """As the map of another pair in the same frame does; grids cannot show it."""
     there = matrix()

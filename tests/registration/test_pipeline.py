@@ -13,7 +13,7 @@ from data_pipeline import synthetic
 from unireg_jax import errors
 from unireg_jax.errors import UserError
 from unireg_jax.evaluation import metrics
-from unireg_jax.imaging import orientation, preprocess
+from unireg_jax.imaging import nifti, orientation, preprocess
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.preprocess import Grid, PreprocessSpec
 from unireg_jax.models import features
@@ -1134,6 +1134,16 @@ def test_register_warns_of_arrays_that_are_no_hu(calm, bodies):
     assert line.startswith("task: fixed: a CT in Hounsfield units expected")
     result = run((mr, mr), places, task="none", weights=calm, affine="none")
     assert not result.warnings
+
+
+def test_register_tells_what_readers_do(calm, bodies, tmp_path):
+    (chest, _), (place, _) = scans_of(bodies, "chest", "chest")
+    paths = [tmp_path / f"{name}.nii" for name in ("hu", "stored")]
+    for path, array in zip(paths, (chest, chest + 1024), strict=True):
+        nifti.write_volume(path, array.astype(np.int16), place)
+    result = register(*paths, task="none", weights=calm, affine="none")
+    (line,) = result.warnings
+    assert line.startswith("moving: hu_range: not Hounsfield units?")
 
 
 def test_register_rejects_an_unknown_fov(calm):

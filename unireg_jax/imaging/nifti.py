@@ -14,7 +14,7 @@ import stat
 import struct
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -107,6 +107,26 @@ class Volume(NamedTuple):
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel edge lengths along the array axes, mm."""
         return orientation.spacing_mm(self.vox2world)
+
+
+def told_of(
+    volumes: Mapping[str, Volume | None], *, intensities: bool = True
+) -> list[str]:
+    """Collects what readers warned of.
+
+    Args:
+        volumes: name -> Volume, or None.
+        intensities: also of values that are no Hounsfield units.
+
+    Returns:
+        `name: reason: what was seen`, one line each.
+    """
+    return [
+        f"{name}: {line}"
+        for name, volume in volumes.items()
+        for line in (() if volume is None else volume.warnings)
+        if intensities or not line.startswith(_OF_INTENSITIES)
+    ]
 
 
 class _Stored(NamedTuple):
@@ -923,6 +943,9 @@ def _rescale(stored: _Stored, path: str | os.PathLike) -> np.ndarray:
         for k in range(array.shape[-1]):  # slice by slice: float64 for one only
             out[..., k] = array[..., k].astype(np.float64) * slope + inter
     return out
+
+
+_OF_INTENSITIES = ("constant:", "hu_range:", "padding:")
 
 
 def intensity_warnings(array: np.ndarray) -> list[str]:

@@ -87,7 +87,8 @@ class Registration(NamedTuple):
             also refine_before, refine_after, its cost. None where undefined.
         timings: seconds per stage. compile is that of the network; other stages compile
             in the first pair of a shape.
-        warnings: what a person should know of how it came about, one line each.
+        warnings: what a person should know of the files and of how it came about, one
+            line each.
     """
 
     disp_mm: np.ndarray
@@ -420,7 +421,8 @@ class Session:
             _check_extent(scan.path or name, scan.data, scan.vox2world)
         _check_finite(fixed=target, moving=source)
         spec = self.model.preprocess
-        settings, warnings = self._resolve(target, source, settings, say)
+        settings, lines = self._resolve(target, source, settings, say)
+        warnings = nifti.told_of({"fixed": target, "moving": source}) + lines
         clock.lap("region")
         layout, fixed_hu = self._on_own_grid(target)
         grid = layout.grid

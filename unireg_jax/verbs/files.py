@@ -10,7 +10,7 @@ from typing import Any
 
 from unireg_jax import manifest
 from unireg_jax.errors import STORAGE, USAGE, UserError, shown
-from unireg_jax.imaging import belonging, mapping, scans, transforms
+from unireg_jax.imaging import belonging, mapping, nifti, scans, transforms
 from unireg_jax.imaging.mapping import Mapping
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import options, outputs
@@ -184,7 +184,8 @@ def read_chain(
             USAGE,
         )
     check_scans(paths[0], fixed, moving)
-    warnings = []
+    known = {"fixed": fixed, "moving": moving}
+    warnings = nifti.told_of(known, intensities=False)  # any scan may be warped
     if fixed and is_l2r(paths[0]):
         warnings.append(
             f"{shown(paths[0])} does not tell its unit: read as a Learn2Reg "
