@@ -17,7 +17,7 @@ from scipy import ndimage
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
 from unireg_jax.errors import UserError
-from unireg_jax.evaluation import cases, metrics
+from unireg_jax.evaluation import cases, learn2reg, metrics
 from unireg_jax.evaluation.cases import Case, Files
 from unireg_jax.imaging import mapping, nifti, transforms
 from unireg_jax.imaging.nifti import Volume
@@ -198,6 +198,66 @@ def test_score_tells_of_landmarks_beyond_the_field():
         "fov: 1 of 2 fixed landmarks lie beyond the field, which is zero there; are "
         "they in LPS mm?"
     ]
+
+
+def test_the_end_of_a_later_field_is_no_fold():
+    """There a chain jumps; `jacobian`, too, leaves it out."""
+    shift = np.eye(4)
+    shift[:3, 3] = [-8.0, 0, 0]
+    disp_mm = np.full((*SHAPE, 3), [9.0, 0, 0], np.float32)
+    inner = mapping.field(disp_mm, PLACE)
+    labels = Volume(box(), PLACE)
+    chain = mapping.compose([mapping.affine(shift), inner])
+    report = cases.score(chain, fixed_labels=labels, moving_labels=labels)
+    field = report["field"]
+    assert field["sdlogj_whole"] == pytest.approx(0, abs=1e-5)
+    assert field["fold_percent_whole"] == field["nd_percent_whole"] == 0
+    assert any("where a field of the chain ends" in line for line in report["warnings"])
+    # A field that acts first ends where its grid does.
+    chain = mapping.compose([inner, mapping.affine(shift)])
+    report = cases.score(chain, fixed_labels=labels, moving_labels=labels)
+    assert not any("chain" in line for line in report["warnings"])
+
+
+def test_evaluate_tells_what_readers_do(tmp_path):
+    for name in ("fixed", "moving"):
+        write_labels(tmp_path / f"{name}.nii.gz", box())
+    image = nib.load(tmp_path / "fixed.nii.gz")
+    turned = image.affine.copy()
+    turned[:3, 3] += 15
+    image.set_qform(turned, 1)
+    image.set_sform(image.affine, 1)
+    nib.save(image, tmp_path / "odd.nii.gz")
+    write_field(tmp_path / "u.nii.gz", (0, 0, 0))
+    files = Files(
+        tmp_path / "u.nii.gz",
+        fixed_label=tmp_path / "odd.nii.gz",
+        moving_label=tmp_path / "moving.nii.gz",
+    )
+    (line,) = cases.score_files(files)["warnings"]
+    assert line.startswith("fixed_label: ") and "sform" in line
+
+
+def test_mask_of_another_grid_counts_for_learn2reg(monkeypatch):
+    """On the labels' grid, where the challenge's scores are taken."""
+    rng = np.random.default_rng(0)
+    disp_mm = rng.normal(0, 1, (*SHAPE, 3)).astype(np.float32)
+    disp_mm[:7] = 0
+    field = mapping.field(disp_mm, PLACE)
+    still = np.zeros(SHAPE, np.uint8)
+    still[:5] = 1
+    half = PLACE.copy()
+    half[:3, :3] /= 2
+    fine = np.repeat(np.repeat(np.repeat(box(), 2, 0), 2, 1), 2, 2)
+    labels = Volume(fine, half)
+    monkeypatch.setattr(learn2reg, "check_installed", lambda: None)
+    monkeypatch.setattr(learn2reg, "_hd95", lambda *masks: 0.0)
+    given = dict(fixed_labels=labels, moving_labels=labels, l2r=True)
+    report = cases.score(field, mask=Volume(still, PLACE), **given)
+    assert report["learn2reg"]["mean"]["sdlogj_l2r"] == pytest.approx(0, abs=1e-6)
+    assert any("mask of Learn2Reg's scores" in line for line in report["warnings"])
+    report = cases.score(field, **given)
+    assert report["learn2reg"]["mean"]["sdlogj_l2r"] > 0.05
 
 
 def test_evaluate_tells_of_a_transform_of_another_pair(folder, capsys):

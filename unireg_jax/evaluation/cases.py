@@ -118,7 +118,7 @@ def score(
     report: dict[str, Any] = {"undefined": {}, "warnings": []}
     if fixed_labels is not None and moving_labels is not None:
         grids = mapping.grid_of(fixed_labels), mapping.grid_of(moving_labels)
-    field = _field(transform, mask, grids)
+    field, known = _field(transform, mask, grids)
     if field is None and (pairs is None or l2r):
         raise UserError(
             "schema",
@@ -139,8 +139,8 @@ def score(
     if pairs is not None:
         errors = metrics.target_errors(transform, pairs.fixed, pairs.moving)
         report["landmarks"] = metrics.summarize_errors(*errors)
-        report["warnings"] += _beyond(transform, pairs)
-        report["warnings"] += _worse_landmarks(transform, pairs, *errors)
+        both = pairs.fixed, pairs.moving
+        report["warnings"] += metrics.landmark_warnings(transform, *both, *errors)
         for name in ("tre_mm_before_std", "tre_mm_std"):
             if math.isnan(report["landmarks"][name]):
                 report["undefined"][name] = "one point has no spread"
@@ -151,11 +151,15 @@ def score(
             "mask give one"
         )
     else:
-        report["field"] = _regularity(field, fixed_labels, mask, report)
+        report["field"] = _regularity(field, known, fixed_labels, mask, report)
     if l2r:
         given = (fixed_labels, moving_labels)
+        where = None if mask is None else mask.data > 0
+        if mask is not None and grids is not None:
+            what = "the mask of Learn2Reg's scores was brought onto the fixed grid"
+            where = _brought(mask, grids[0], what, report)
         report["learn2reg"] = _learn2reg(
-            transform, field, given, grids, mask=mask, pairs=pairs
+            transform, field, given, grids, mask=where, pairs=pairs
         )
     return as_json(report)
 
@@ -199,7 +203,9 @@ def score_files(
             USAGE,
         )
     transform = mapping.read(files.transform, fixed=both[0] or mask, moving=both[1])
-    return score(
+    read = {"fixed_label": fixed, "moving_label": moving, "fixed_mask": mask}
+    read |= {"fixed": stored[0], "moving": stored[1]}
+    report = score(
         transform,
         fixed_labels=fixed,
         moving_labels=moving,
@@ -210,6 +216,8 @@ def score_files(
         tolerance_mm=tolerance_mm,
         l2r=l2r,
     )
+    report["warnings"] = [*nifti.told_of(read), *report["warnings"]]
+    return report
 
 
 def score_case(
@@ -421,11 +429,13 @@ def _landmarks(
 
 def _field(
     transform: mapping.Mapping, mask: Volume | None, grids: tuple[Grid, Grid] | None
-) -> mapping.Field | None:
-    """The whole map, on the grid of a field that acts first, else of mask or scan.
+) -> tuple[mapping.Field | None, np.ndarray | None]:
+    """The whole map, on the grid of a field that acts first, else of mask or scan; and
+    where it can be differentiated, None for everywhere.
 
-    A field behind an affine does not lie where the map starts. None without a grid.
+    A field behind an affine does not lie where the map starts. No map without a grid.
     """
+    known = None
     if len(transform.parts) == 1 and transform.fields:
         field = transform.fields[0]
     else:
@@ -434,18 +444,22 @@ def _field(
         found += [] if mask is None else [mapping.grid_of(mask)]
         found += [] if grids is None else [grids[0]]
         if not found:
-            return None
+            return None, None
         whole = mapping.flatten(transform, found[0])
         field = mapping.Field(whole, found[0].vox2world)
+        own = bool(first) and isinstance(first[0], mapping.Field)  # which ends nowhere
+        if mapping.Mapping(transform.parts[own:]).fields:
+            known = regularity.measurable(transform, found[0])
     if mask is not None:
         # Of the field, its first component stands for the grid.
         stand_in = Volume(field.disp_mm[..., 0], field.vox2world)
         nifti.check_same_grid(stand_in, mask)
-    return field
+    return field, known
 
 
 def _regularity(
     field: mapping.Field,
+    known: np.ndarray | None,
     labels: Volume | None,
     mask: Volume | None,
     report: dict[str, Any],
@@ -453,12 +467,19 @@ def _regularity(
     """Scores of the field; adds to the report's undefined and warnings."""
     foreground = None if mask is None else mask.data > 0
     if mask is None and labels is not None:
-        foreground = _foreground(labels, field, report["warnings"])
+        what = "the foreground, labels above 0, was brought onto the field's grid"
+        foreground = _brought(labels, field.grid, what, report)
+    if known is not None and not known.all():
+        report["warnings"].append(
+            f"fov: {100 * (1 - known.mean()):.3g} % of the grid lie where a field of "
+            "the chain ends or beyond: left out of the regularity"
+        )
     found = regularity.field_scores(
         field.disp_mm,
         field.vox2world,
         mask=foreground,
         l2r_mask=None if mask is None else foreground,
+        known=known,
     )
     for name, value in found.items():
         if math.isnan(value):
@@ -486,22 +507,6 @@ def _overlap(
     )
 
 
-def _beyond(transform: mapping.Mapping, pairs: PointPairs) -> list[str]:
-    """Warns of landmarks beyond the field that acts first, which does not move them."""
-    if not (transform.parts and isinstance(transform.parts[0], mapping.Field)):
-        return []
-    grid = transform.parts[0].grid
-    to_voxel = np.linalg.inv(grid.vox2world)
-    voxels = pairs.fixed @ to_voxel[:3, :3].T + to_voxel[:3, 3]
-    within = (voxels >= -0.5) & (voxels < np.array(grid.shape) - 0.5)
-    count = int(np.count_nonzero(~within.all(axis=1)))
-    line = (
-        f"fov: {count} of {len(voxels)} fixed landmarks lie beyond the field, which is "
-        "zero there; are they in LPS mm?"
-    )
-    return [line] if count else []
-
-
 def _worse_labels(labels: Mapping[int, Mapping[str, float | None]]) -> list[str]:
     """Warns of labels that the transform takes apart."""
     means = metrics.shared_means(labels, ("dsc_before", "dsc"))
@@ -511,25 +516,6 @@ def _worse_labels(labels: Mapping[int, Mapping[str, float | None]]) -> list[str]
     return [
         f"similarity: the labels overlap less with the transform (DSC {after:.3f}) "
         f"than without it ({before:.3f}): of another pair, or scans exchanged?"
-    ]
-
-
-def _worse_landmarks(
-    transform: mapping.Mapping,
-    pairs: PointPairs,
-    before: np.ndarray,
-    after: np.ndarray,
-) -> list[str]:
-    """Warns of landmarks that the transform takes apart."""
-    if not after.mean() > before.mean() + 0.5:  # mm: not for a hair
-        return []
-    _, swapped = metrics.target_errors(transform, pairs.moving, pairs.fixed)
-    why = "of another pair?"
-    if swapped.mean() < before.mean():
-        why = f"scans exchanged? The other way round it is {swapped.mean():.3g} mm"
-    return [
-        f"similarity: the landmarks lie further apart with the transform "
-        f"({after.mean():.3g} mm) than without it ({before.mean():.3g} mm): {why}"
     ]
 
 
@@ -550,20 +536,17 @@ def _label_sets(fixed: Volume, moving: Volume) -> list[str]:
     ]
 
 
-def _foreground(
-    labels: Volume, field: mapping.Field, warnings: list[str]
+def _brought(
+    volume: Volume, grid: Grid, what: str, report: dict[str, Any]
 ) -> np.ndarray:
-    """Labels above 0 on the field's grid."""
-    data = (labels.data > 0).astype(np.uint8)
-    if _on_grid(labels, field.grid):
-        return data > 0
-    warnings.append(
-        "grid_mismatch: the foreground, labels above 0, was brought onto the field's "
-        "grid"
-    )
-    volume = labels._replace(data=data)
+    """Where a mask or labels are above 0, on a grid; from another one that is told."""
+    above = volume.data > 0
+    if _on_grid(volume, grid):
+        return above
+    report["warnings"].append(f"grid_mismatch: {what}")
+    volume = volume._replace(data=above.astype(np.uint8))
     still = mapping.Mapping(())
-    return mapping.resample(still, volume, field.grid, interp="nearest") > 0
+    return mapping.resample(still, volume, grid, interp="nearest") > 0
 
 
 def _learn2reg(
@@ -572,7 +555,7 @@ def _learn2reg(
     labels: tuple[Volume | None, Volume | None],
     grids: tuple[Grid, Grid] | None,
     *,
-    mask: Volume | None,
+    mask: np.ndarray | None,
     pairs: PointPairs | None,
 ) -> dict[str, Any]:
     """On the grid of the fixed scan, or, unknown, of the field for both scans."""
@@ -589,12 +572,11 @@ def _learn2reg(
             np.round((p - m[:3, 3]) @ np.linalg.inv(m[:3, :3]).T, 6)
             for p, m in zip((pairs.fixed, pairs.moving), places, strict=True)
         ]
-    fits = mask is not None and mask.data.shape == disp_mm.shape[:3]
     return learn2reg.scores(
         learn2reg.voxel_displacement(disp_mm, *places),
         fixed_labels=None if fixed is None else fixed.data,
         moving_labels=None if moving is None else moving.data,
-        mask=mask.data > 0 if fits else None,
+        mask=mask,
         fixed_points=indices[0],
         moving_points=indices[1],
         moving_spacing_mm=tuple(np.linalg.norm(places[1][:3, :3], axis=0)),

@@ -1,7 +1,7 @@
 """Regularity of a map: determinants of its Jacobian, folds, non-diffeomorphic volume.
 
-Only voxels count whose neighbours all lie on the field's grid: beyond it there is
-nothing to differentiate.
+Only voxels count whose neighbours all lie on the field's grid, and within every field
+of a chain: beyond there is nothing to differentiate.
 
 Central differences leap over the voxel itself: a voxel thrown anywhere can have a
 determinant of 1. The digital criteria of Liu et al., "On finite difference Jacobian
@@ -17,8 +17,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy import ndimage
 
-from unireg_jax.imaging import grids
+from unireg_jax.imaging import grids, mapping
+from unireg_jax.imaging.grids import Grid
 
 LEAST_VOXELS = 3  # along each axis, for a determinant
 LEAST_VOXELS_L2R = 5
@@ -32,6 +34,7 @@ def field_scores(
     *,
     mask: np.ndarray | None = None,
     l2r_mask: np.ndarray | None = None,
+    known: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Measures the regularity of a map.
 
@@ -40,6 +43,7 @@ def field_scores(
         vox2world: [4, 4], voxel -> LPS mm, of its grid.
         mask: [X, Y, Z] bool, the foreground; None leaves out its four metrics.
         l2r_mask: [X, Y, Z] bool, where sdlogj_l2r is taken; None: on the whole grid.
+        known: [X, Y, Z] bool, of `measurable`: nothing else counts; None: all.
 
     Returns:
         max_mm, and sdlogj, fold_percent, nd_percent and ndv_percent of the foreground,
@@ -53,19 +57,23 @@ def field_scores(
         raise ValueError(
             f"disp_mm must be (X, Y, Z, 3) in mm, got {disp_mm.shape}; channels last"
         )
-    masks = {"mask": mask, "l2r_mask": l2r_mask}
+    masks = {"mask": mask, "l2r_mask": l2r_mask, "known": known}
     for name, given in masks.items():
         if given is not None and given.shape != disp_mm.shape[:3]:
             raise ValueError(
                 f"{name} must be {disp_mm.shape[:3]} on the field's grid, got "
                 f"{given.shape}; resample it"
             )
+    if known is not None:
+        mask = None if mask is None else mask & known
+        l2r_mask = known if l2r_mask is None else l2r_mask & known
     longest = max(float(np.square(plane).sum(axis=-1).max()) for plane in disp_mm)
     scores = {"max_mm": math.sqrt(longest)}
     detj = jacobian_determinant(disp_mm, vox2world)
     folded, volume = digital_folds(disp_mm, vox2world)
     inner = (slice(1, -1),) * 3
-    places = {"_whole": None} | ({} if mask is None else {"": mask[inner]})
+    whole = None if known is None else known[inner]
+    places = {"_whole": whole} | ({} if mask is None else {"": mask[inner]})
     for ending, place in places.items():
         values = [a if place is None else a[place] for a in (detj, folded, volume)]
         scores |= _statistics(*values, ending)
@@ -73,6 +81,20 @@ def field_scores(
     rim = rim if l2r_mask is None else rim[l2r_mask[2:-2, 2:-2, 2:-2]]
     scores["sdlogj_l2r"] = _std_log(np.clip(rim + 3, _FLOOR, 1e9))
     return scores
+
+
+def measurable(transform: mapping.Mapping, grid: Grid) -> np.ndarray:
+    """Says where a map can be differentiated: where a field ends it jumps.
+
+    Args:
+        transform: fixed -> moving.
+        grid: where to measure.
+
+    Returns:
+        [X, Y, Z] bool, whether a voxel and its neighbours lie within all fields.
+    """
+    within = mapping.coverage(transform, grid)
+    return ndimage.binary_erosion(within, np.ones((3, 3, 3)), border_value=1)
 
 
 def field_reason(name: str, shape: tuple[int, int, int]) -> str:

@@ -25,7 +25,7 @@ from unireg_jax.verbs.messages import kinds, number, progress, warn
 
 HELP = "metrics of any transform"
 
-SCHEMA = 3  # of the JSON
+SCHEMA = 4  # of the JSON
 EXAMPLES = """examples:
   unireg evaluate -t case_1Warp.nii.gz --fixed-label f.nii.gz --moving-label m.nii.gz
   unireg evaluate --manifest cases.csv --transforms results --out scores

@@ -4,9 +4,9 @@ import argparse
 import sys
 
 import numpy as np
-from scipy import ndimage
 
 from unireg_jax.errors import USAGE, UserError, shown
+from unireg_jax.evaluation.regularity import measurable
 from unireg_jax.imaging import mapping, nifti, scans
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.verbs import files, options
@@ -73,11 +73,7 @@ def run(args: argparse.Namespace) -> int:
         mask = volume.data > 0
     say("measuring")
     detj = mapping.jacobian(whole, mapping.grid_of(target))
-    known = ndimage.binary_erosion(
-        mapping.coverage(whole, mapping.grid_of(target)),
-        np.ones((3, 3, 3)),
-        border_value=1,
-    )
+    known = measurable(whole, mapping.grid_of(target))
     beyond = 100 * float(1 - known.mean())
     known = known if mask is None else known & mask
     ending = "_whole" if mask is None else ""
