@@ -29,6 +29,7 @@ from experiments.faults import batch as proof
 from experiments.faults import scans
 from unireg_jax import __main__ as cli
 from unireg_jax import errors
+from unireg_jax.evaluation import metrics
 from unireg_jax.imaging import dicom, mapping, transforms
 from unireg_jax.locks import lock
 from unireg_jax.registration import pipeline
@@ -223,6 +224,33 @@ def test_labels_points_masks_and_a_start_of_the_list_are_used(folder, network):
         *("fixed", "moving", "fixed_label", "moving_label", "fixed_mask"),
         *("fixed_points", "moving_points", "init"),
     }
+
+
+def test_points_beyond_the_fixed_scan_go_on_with_the_affine(folder, network):
+    """As the .h5 that is written leads them; that they lie there is told."""
+    shift = np.eye(4)
+    shift[:3, 3] = SHIFTS[1]
+    transforms.write_affine_txt(folder / "init.txt", shift)
+    points = np.array([[0.0, 10.0, 4000.0], [20.0, -5.0, 4200.0]])
+    head = {"delimiter": ",", "header": "x_mm,y_mm,z_mm", "comments": ""}
+    for name, table in (("pf", points), ("pm", points + SHIFTS[1])):
+        np.savetxt(folder / f"{name}.csv", table, **head)
+    odd = nib.load(folder / "l0.nii")  # the place of its voxels told twice
+    place = odd.affine.copy()
+    place[:3, 3] += 15
+    odd.set_qform(place, 1)
+    nib.save(odd, folder / "odd.nii")
+    tables = {"fixed_points": "pf.csv", "moving_points": "pm.csv", "init": "init.txt"}
+    put(folder, [rows()[0] | tables | {"fixed_mask": "odd.nii"}])
+    assert run(folder, network) == 0
+    line = told(folder)[0]["a1"]
+    assert line["qc"]["tre_mm"] == pytest.approx(0, abs=1e-3)
+    whole = mapping.read(folder / "out" / "a1" / "a1_Composite.h5")
+    _, errors_mm = metrics.target_errors(whole, points, points + SHIFTS[1])
+    assert line["qc"]["tre_mm"] == pytest.approx(errors_mm.mean(), abs=1e-3)
+    first, last = line["warnings"]
+    assert first.startswith("fixed_mask: ") and "sform" in first
+    assert last.startswith("fov: 2 of 2 fixed landmarks lie beyond the field")
 
 
 @pytest.mark.parametrize(

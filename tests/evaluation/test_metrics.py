@@ -187,6 +187,38 @@ def test_landmark_errors_stop_where_the_field_does():
     np.testing.assert_allclose(after, [2.0, np.sqrt(11)])
 
 
+def test_landmark_errors_go_on_with_the_affine():
+    """As a file of both parts does, where the field ends."""
+    disp_mm = np.full((4, 4, 4, 3), [1.0, 0.0, 0.0], np.float32)
+    shift = np.eye(4)
+    shift[:3, 3] = [0, 2, 0]
+    points = np.array([[1.0, 1, 1], [9, 9, 9]])
+    place = disp_mm, np.eye(4), points, points
+    assert metrics.landmark_errors(*place)[1].tolist() == [1.0, 0.0]
+    assert metrics.landmark_errors(*place, shift)[1].tolist() == [1.0, 2.0]
+
+
+def test_surface_distances_of_a_sheared_grid():
+    """A tilted gantry: planes lie 2 mm apart, each shifted by 1.5 along y."""
+    steps = np.array([[1.0, 0, 0], [0, 1.0, 1.5], [0, 0, 2.0]])
+    labels = np.zeros((2, 5, 5, 5), np.uint8)
+    labels[0, 2, 2, 1] = labels[1, 2, 3, 3] = 1
+    scores = metrics.label_scores(*labels, steps)
+    assert scores[1]["hd95_mm"] == pytest.approx(np.hypot(1 + 3.0, 4.0))
+    place = np.eye(4)
+    place[:3, :3] = steps
+    fixed, moving = (Volume(a, place) for a in labels)
+    found = metrics.overlap(fixed, moving, {"": moving.data})
+    assert found["mean"]["hd95_mm"] == pytest.approx(np.hypot(4.0, 4.0))
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [-1], [65536]])
+def test_label_scores_reject_ids_that_are_none(ids):
+    a = np.zeros((3, 3, 3), np.uint8)
+    with pytest.raises(ValueError, match="ids must be from 1 to 65535"):
+        metrics.label_scores(a, a, (1, 1, 1), ids=ids)
+
+
 def test_target_errors_of_an_affine_reach_everywhere():
     shift = np.eye(4)
     shift[:3, 3] = 1.0

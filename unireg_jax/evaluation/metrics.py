@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from unireg_jax.evaluation.tables import as_json
-from unireg_jax.imaging import mapping
+from unireg_jax.imaging import mapping, transforms
 from unireg_jax.imaging.nifti import Volume
 from unireg_jax.imaging.surface import hd95, nsd, surface_distances
 
@@ -77,14 +77,17 @@ def landmark_errors(
     vox2world: np.ndarray,
     fixed_points: np.ndarray,
     moving_points: np.ndarray,
+    affine: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `target_errors`, of a displacement field.
 
     Args:
-        disp_mm: [X, Y, Z, 3] float32, LPS mm; 0 beyond its grid.
+        disp_mm: [X, Y, Z, 3] float32, LPS mm.
         vox2world: [4, 4], voxel -> LPS mm, of its grid.
         fixed_points: [N, 3] LPS mm.
         moving_points: [N, 3] LPS mm, the same spots in the moving scan.
+        affine: [4, 4], LPS mm -> LPS mm, which acts beyond the grid, where alone a
+            transform of both parts goes on; None: nothing does.
 
     Returns:
         before and after, each [N] float64, mm.
@@ -93,7 +96,47 @@ def landmark_errors(
         ValueError: not two equal [N, 3].
     """
     transform = mapping.field(disp_mm, vox2world)
-    return target_errors(transform, fixed_points, moving_points)
+    before, after = target_errors(transform, fixed_points, moving_points)
+    if affine is not None:
+        beyond = ~mapping.within(transform, fixed_points)
+        given = mapping.affine(affine), fixed_points[beyond], moving_points[beyond]
+        after[beyond] = target_errors(*given)[1]
+    return before, after
+
+
+def landmark_warnings(
+    transform: mapping.Mapping,
+    fixed_points: np.ndarray,
+    moving_points: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+) -> list[str]:
+    """Warns of landmarks that a transform does not reach, or takes apart.
+
+    Args:
+        transform: fixed -> moving.
+        fixed_points, moving_points: [N, 3] LPS mm.
+        before, after: [N] mm, their errors without and with it.
+
+    Returns:
+        One line each.
+    """
+    lines = []
+    if count := np.count_nonzero(~mapping.within(transform, fixed_points)):
+        lines.append(
+            f"fov: {count} of {len(before)} fixed landmarks lie beyond the field, "
+            "which is zero there; are they in LPS mm?"
+        )
+    if after.mean() > before.mean() + 0.5:  # mm: not for a hair
+        _, swapped = target_errors(transform, moving_points, fixed_points)
+        why = "of another pair?"
+        if swapped.mean() < before.mean():
+            why = f"scans exchanged? The other way round it is {swapped.mean():.3g} mm"
+        lines.append(
+            f"similarity: the landmarks lie further apart with the transform "
+            f"({after.mean():.3g} mm) than without it ({before.mean():.3g} mm): {why}"
+        )
+    return lines
 
 
 def warp_labels(
@@ -141,7 +184,7 @@ def warp_stages(
 def label_scores(
     fixed_labels: np.ndarray,
     warped_labels: np.ndarray,
-    spacing_mm: tuple[float, float, float],
+    spacing_mm: tuple[float, float, float] | np.ndarray,
     *,
     ids: Iterable[int] | None = None,
     surface: bool = True,
@@ -152,7 +195,7 @@ def label_scores(
     Args:
         fixed_labels: [X, Y, Z] whole numbers from 0 to 65535, 0 background.
         warped_labels: the same, on the same grid.
-        spacing_mm: (x, y, z) mm.
+        spacing_mm: (x, y, z) mm, or see `surface.surface_distances`.
         ids: labels to report; None for those in either map.
         surface: whether to measure hd95_mm and nsd, which takes longer.
         tolerance_mm: of nsd, mm.
@@ -175,6 +218,9 @@ def label_scores(
     counts = [_counts(labels) for labels in (fixed_labels, warped_labels)]
     if ids is None:
         ids = [int(i) for i in np.flatnonzero(counts[0] + counts[1]) if i != 0]
+    ids = list(ids)
+    if strange := [i for i in ids if not 0 < i <= _MAX_ID]:
+        raise ValueError(f"ids must be from 1 to {_MAX_ID}, got {strange[0]}")
     boxes = [
         ndimage.find_objects(a) if surface else []
         for a in (fixed_labels, warped_labels)
@@ -221,6 +267,9 @@ def overlap(
     """
     fixed_counts, moving_counts = _counts(_ids(fixed.data)), _counts(_ids(moving.data))
     ids = [int(i) for i in np.flatnonzero(fixed_counts + moving_counts) if i != 0]
+    steps = fixed.spacing_mm
+    if transforms.has_shear(fixed.vox2world):
+        steps = fixed.vox2world[:3, :3]
     rows: dict[int, dict[str, float]] = {i: {} for i in ids}
     undefined: dict[str, dict[int, str]] = {}
     for name, labels in warped.items():
@@ -228,7 +277,7 @@ def overlap(
         scores = label_scores(
             fixed.data,
             labels,
-            fixed.spacing_mm,
+            steps,
             ids=ids,
             surface=surface,
             tolerance_mm=tolerance_mm,

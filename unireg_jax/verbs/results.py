@@ -208,6 +208,8 @@ def settings_sha256(args: argparse.Namespace, case: Case) -> str:
         asked["points_frame"] = case.points_frame
     elif case.fixed_points:
         asked["points_frame"] = 2  # before, tables without a header were in mm
+    if case.fixed_points:
+        asked["landmarks"] = 2  # before, those beyond the fixed scan stayed
     if args.write_inverse:
         asked["inverse"] = True
     if args.affine in _SEARCHED and not case.init:
@@ -245,6 +247,7 @@ class Inputs(NamedTuple):
         points: [N, 3] float64, LPS mm, of fixed and of moving; or None.
         init: [4, 4] float64, fixed world -> moving world, LPS mm; or None.
         digests: column of the case -> sha256 and bytes.
+        warnings: what reading labels and masks warned of; scans hold their own.
     """
 
     case: Case
@@ -255,6 +258,7 @@ class Inputs(NamedTuple):
     points: tuple[np.ndarray, np.ndarray] | None
     init: np.ndarray | None
     digests: dict[str, dict[str, Any]]
+    warnings: list[str]
 
 
 class Files:
@@ -285,6 +289,7 @@ class Files:
         before = {column: _state(getattr(case, column)) for column in listed}
         fixed, moving = self._image(case.fixed), self._image(case.moving)
         labels = mask = table = init = None
+        others: dict[str, Volume | None] = {}
         if case.moving_label:
             labels = tuple(
                 self._label(path) if path else None
@@ -293,10 +298,12 @@ class Files:
             for image, label in zip((fixed, moving), labels, strict=True):
                 if label:
                     nifti.check_same_grid(image, label)
+            others |= zip(("fixed_label", "moving_label"), labels, strict=True)
         if case.fixed_mask:
             volume = self._label(case.fixed_mask)
             nifti.check_same_grid(fixed, volume)
             mask = volume.data > 0
+            others["fixed_mask"] = volume
         if case.fixed_points:
             tables = case.fixed_points, case.moving_points
             found = points.read_pair(tables, case.points_frame, (fixed, moving))
@@ -311,7 +318,8 @@ class Files:
                     f"{shown(path)}: a file that stays as it is expected, it changed "
                     "while being read; wait for its writer",
                 )
-        return Inputs(case, fixed, moving, labels, mask, table, init, digests)
+        told = nifti.told_of(others)
+        return Inputs(case, fixed, moving, labels, mask, table, init, digests, told)
 
     def digest(self, path: str) -> dict[str, Any]:
         """SHA-256 and size of a scan's file, or of its files one after the other.
@@ -426,15 +434,19 @@ def write(
     )
     found = quality.judge(numbers, quality.kind_of(result.settings))
     warnings += [finding.line for finding in found]
+    errors = None
+    if inputs.points:
+        whole = result.disp_mm, result.vox2world
+        errors = metrics.landmark_errors(*whole, *inputs.points, result.affine)
+        warnings += metrics.landmark_warnings(
+            mapping.field(*whole), *inputs.points, *errors
+        )
     record = _record(inputs, result, model, warnings)
     record["quality"] = numbers
     record["scores"] = scores
     if way_back:
         record["inverse"] = metrics.as_json(way_back)
-    if inputs.points:
-        errors = metrics.landmark_errors(
-            result.disp_mm, result.vox2world, *inputs.points
-        )
+    if errors:
         record["landmarks"] = metrics.as_json(metrics.summarize_errors(*errors))
     record["settings_sha256"] = settings
     record["outputs"] = {f.name: outputs.digest(f) for f in sorted(folder.iterdir())}
@@ -536,12 +548,7 @@ def _record(inputs: Inputs, result, model, warnings: list[str]) -> dict[str, Any
                 "spacing_mm": list(orientation.spacing_mm(native.vox2world)),
                 "axes": orientation.axis_codes(native.vox2world),
             }
-    lines = [
-        f"{name}: {line}"
-        for name, volume in volumes.items()
-        for line in volume.warnings
-    ]
-    lines += [*result.warnings, *warnings]
+    lines = [*inputs.warnings, *result.warnings, *warnings]
     lines += _case_warnings(case, result.settings["pair_type"])
     return metrics.as_json(
         {
