@@ -235,7 +235,8 @@ def check_kept(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
         UserError: the first finding, exit code 4.
     """
     if args.qc_gate and findings(record):
-        _refuse(record, "these results are of a run without --qc-gate; --overwrite")
+        note = "these results of a run without --qc-gate stay; --overwrite holds back"
+        _refuse(record, f"{note} new ones")
 
 
 def _refuse(record: Mapping[str, Any], note: str) -> None:
