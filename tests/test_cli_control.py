@@ -245,6 +245,17 @@ def test_doctor_tells_a_whole_installation_from_a_broken_one(
         alone.with_suffix(".json").write_text(json.dumps(sam))
         assert cli.main(broken) == errors.PARTLY
         assert "broken: features" in capsys.readouterr().err
+    # Files that are whole, and of the other kind.
+    for variable, value, name in (
+        ("UNIREG_SAM", "unireg", "embedding"),
+        ("UNIREG_WEIGHTS", "sam_lite", "weights"),
+    ):
+        monkeypatch.setenv(variable, value)
+        assert cli.main(["doctor", "--quick", "--json", "--quiet"]) == errors.PARTLY
+        checks = json.loads(capsys.readouterr().out)["checks"]
+        (bad,) = (check for check in checks if check["status"] == "broken")
+        assert (bad["name"], bad["reason"]) == (name, "checkpoint_other")
+        monkeypatch.delenv(variable)
     spoiled = tmp_path / "spoiled.safetensors"
     save_network(spoiled)
     spoiled.write_bytes(spoiled.read_bytes()[:-9])
@@ -253,6 +264,20 @@ def test_doctor_tells_a_whole_installation_from_a_broken_one(
     captured = capsys.readouterr()
     assert "broken: weights" in captured.err
     assert captured.out.count("\nbroken ") + captured.out.startswith("broken ") == 1
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no cuda"), AssertionError()])
+def test_doctor_tells_where_jax_cannot_start(fault, capsys, monkeypatch):
+    def fail(*args):
+        raise fault
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", fail)
+    assert cli.main(["doctor", "--json", "--quiet"]) == errors.PARTLY
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    (bad,) = (check for check in checks if check["status"] == "broken")
+    assert (bad["name"], bad["reason"]) == ("devices", "device")
+    assert "JAX_PLATFORMS is cuda; unset it" in bad["told"]
 
 
 @pytest.mark.parametrize("named", ["absent", ""])

@@ -1,8 +1,12 @@
 """Which device computes, as the user asked; never another one in silence."""
 
+import os
+
 import jax
 
 from unireg_jax.errors import USAGE, UserError
+
+_NO_BACKEND = (RuntimeError, AssertionError)  # of jax.devices
 
 
 def use_device(name: str = "auto", *, allow_cpu: bool = False) -> str:
@@ -30,7 +34,7 @@ def use_device(name: str = "auto", *, allow_cpu: bool = False) -> str:
     if int(number or 0) >= len(found) and kind == "gpu" and allow_cpu:
         found, number = _devices("cpu")[0], ""
     if int(number or 0) >= len(found):
-        there = sorted({d.platform for d in jax.devices()})
+        there = sorted({d.platform for d in _all()})
         seen = f"{len(found)} of them" if found else f"only {', '.join(there)}{why}"
         raise UserError(
             "device",
@@ -46,16 +50,34 @@ def use_device(name: str = "auto", *, allow_cpu: bool = False) -> str:
 def default_device() -> jax.Device:
     """The device that JAX computes on by default."""
     chosen = jax.config.jax_default_device
-    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+    return chosen if isinstance(chosen, jax.Device) else _all(chosen)[0]
 
 
 def _devices(kind: str) -> tuple[list[jax.Device], str]:
     """Devices of one kind, and why there are none."""
     try:
         return jax.devices(kind), ""
-    except RuntimeError as error:
-        line = " ".join(str(error).split())[:120]
-        return [], f" ({line})"
+    except _NO_BACKEND as error:
+        return [], f" ({_line(error)})"
+
+
+def _all(kind: str | None = None) -> list[jax.Device]:
+    """What JAX computes on; where it cannot start, what it was told is amiss."""
+    try:
+        return jax.devices(kind)
+    except _NO_BACKEND as error:
+        told = os.environ.get("JAX_PLATFORMS")
+        remedy = f"JAX_PLATFORMS is {told}; unset it" if told else "see `unireg doctor`"
+        raise UserError(
+            "device",
+            f"device: one that JAX can use expected, got none ({_line(error)}); "
+            f"{remedy}",
+            USAGE,
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
 def _named(device: jax.Device) -> str:
@@ -69,7 +91,7 @@ def describe_devices() -> list[dict[str, object]]:
         platform, id, kind, and memory_gib where the device says it.
     """
     found = []
-    for device in jax.devices():
+    for device in _all():
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit")
         found.append(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unireg_jax import registration
-from unireg_jax.errors import PARTLY, UserError
+from unireg_jax.errors import CHECKPOINT, PARTLY, UserError
 from unireg_jax.registration import weights
 from unireg_jax.verbs import options, versions
 from unireg_jax.verbs.messages import one_line, progress
@@ -65,16 +65,23 @@ def run(args: argparse.Namespace) -> int:
     checks = [
         _versions(),
         *_network(args.weights),
-        _file("embedding", weights.default_embedding, weights.EMBEDDING_VARIABLE)[0],
+        _file(
+            "embedding", weights.default_embedding, "sam", weights.EMBEDDING_VARIABLE
+        )[0],
         _memory(),
         *_extras(),
     ]
     say("devices")
-    options.use_device(args)
-    checks += [_devices(), _cache()]
-    if not args.quick:
-        say("test registration, some 20 s")
-        checks.append(_self_test(args.weights))
+    try:
+        registration.describe_devices()
+    except UserError as error:  # nothing can be computed
+        checks.append(_check("devices", FAIL, str(error), reason=error.reason))
+    else:
+        options.use_device(args)
+        checks += [_devices(), _cache()]
+        if not args.quick:
+            say("test registration, some 20 s")
+            checks.append(_self_test(args.weights))
     broken = [check["name"] for check in checks if check["status"] == FAIL]
     if args.json:
         report = {"schema": SCHEMA, "healthy": not broken, "checks": checks}
@@ -109,17 +116,17 @@ def _versions() -> dict[str, Any]:
 
 def _network(named: str | None) -> list[dict[str, Any]]:
     """Of the network's file, and of the embedding it was trained on, if on one."""
-    check, spec = _file("weights", lambda: weights.find_weights(named))
-    if spec.get("features") != "sam" or spec.get("kind", "unireg") != "unireg":
+    check, spec = _file("weights", lambda: weights.find_weights(named), "unireg")
+    if spec.get("features") != "sam":
         return [check]
     path = weights.find_weights(named)
-    return [check, _file("features", lambda: weights.find_own(spec, path))[0]]
+    return [check, _file("features", lambda: weights.find_own(spec, path), "sam")[0]]
 
 
 def _file(
-    name: str, find: Callable[[], Path], variable: str = ""
+    name: str, find: Callable[[], Path], kind: str, variable: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A file of parameters: there, and its digest the one it came with.
+    """A file of parameters: there, of its kind, its digest the one it came with.
 
     Returns:
         The check; the file's description, empty when it is broken.
@@ -127,6 +134,9 @@ def _file(
     try:
         path = find()
         _, spec = weights.load_weights(path)
+        if (got := spec.get("kind", "unireg")) != kind:
+            line = f"{path.name}: parameters of kind {kind!r} expected, got {got!r}"
+            raise UserError("checkpoint_other", line, CHECKPOINT)
     except UserError as error:
         named = f"${variable}: " if os.environ.get(variable) else ""
         return _check(name, FAIL, f"{named}{error}", reason=error.reason), {}
@@ -163,11 +173,7 @@ def _extras() -> list[dict[str, Any]]:
 
 
 def _devices() -> dict[str, Any]:
-    try:
-        found = registration.describe_devices()
-        used = registration.device()
-    except RuntimeError as error:
-        return _check("devices", FAIL, f"JAX finds none: {error}")
+    found, used = registration.describe_devices(), registration.device()
     told = "; ".join(
         f"{d['platform']}:{d['id']} {d['kind']}"
         + (f" {d['memory_gib']} GiB" if d["memory_gib"] else "")
