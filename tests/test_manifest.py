@@ -70,6 +70,26 @@ def test_cases_without_ids_are_called_by_their_scans(tmp_path):
     assert refusal(write_csv(tmp_path, rows)).reason == "id_duplicate"
 
 
+def test_a_folder_that_is_declared_is_no_escape(tmp_path):
+    """As that of a DICOM series may be."""
+    series = tmp_path / "series"
+    series.mkdir()
+    (tmp_path / "lists").mkdir()
+    path = write_csv(tmp_path / "lists", [{"fixed": str(series), "moving": "../b"}])
+    (case,) = manifest.read_cases(path, roots=[series, tmp_path])
+    assert case.fixed == str(series)
+    row = {"fixed": str(series), "moving": str(series)}
+    path = write_csv(tmp_path / "lists", [GOOD[0] | row])
+    assert manifest.read_cases(path, roots=[series])
+    assert refusal(path).reason == "path_escape"
+
+
+def test_blank_lines_before_the_columns(tmp_path):
+    path = write_csv(tmp_path, GOOD[:1])
+    path.write_text("\n \n" + path.read_text())
+    assert [case.id for case in manifest.read_cases(path)] == [GOOD[0]["id"]]
+
+
 @pytest.mark.parametrize(
     ("change", "reason", "says"),
     [

@@ -426,7 +426,8 @@ def csv_rows(name: str, text: str, check_header) -> list[Row]:
     rows: list[Row] = []
     ragged = []
     try:
-        header = [column.strip() for column in next(reader)]
+        named: list[str] = next((row for row in reader if any(map(str.strip, row))), [])
+        header = [column.strip() for column in named]
         for sign, found in ((";", "semicolons"), ("\t", "tabs")):
             if len(header) == 1 and sign in header[0]:
                 line = f"{name}: line 1: commas between columns expected, got {found}"
@@ -681,7 +682,8 @@ class Paths:
         except (OSError, ValueError) as error:
             faults.append(("path_escape", f"{place}: {error}"))
             return ""
-        if not any(real.startswith(root.rstrip("/") + "/") for root in self._roots):
+        inside = (f"{real}/".startswith(f"{r.rstrip('/')}/") for r in self._roots)
+        if not any(inside):
             faults.append(
                 (
                     "path_escape",
