@@ -1144,6 +1144,19 @@ def test_warp_tells_of_a_field_of_another_pair(run, tmp_path, away_mm, code, wor
         assert (tmp_path / name).exists() == (code == 0)
 
 
+def test_inverse_of_an_affine_as_a_field_needs_the_scan_it_leads_to(run, tmp_path):
+    words = ("invert", "-t", "a.txt", "-f", "fixed.nii.gz", "-o", tmp_path / "b.nii.gz")
+    code, _, stderr = run(*words)
+    assert code == errors.USAGE and "--moving: the scan that the transform" in stderr
+    code, _, _ = run(*words, "-m", "moving.nii.gz")
+    assert code == 0
+    back = mapping.read(tmp_path / "b.nii.gz")
+    there = mapping.points(mapping.read("a.txt"), np.array([[0.0, -160, 700]]))
+    np.testing.assert_allclose(mapping.points(back, there), [[0, -160, 700]], atol=1e-3)
+    code, _, _ = run("invert", "-t", "a.txt", "-o", tmp_path / "b.txt")
+    assert code == 0  # which has no grid
+
+
 def test_warp_tells_what_readers_do(run, folder, tmp_path):
     odd = nib.load(folder / "fixed.nii.gz")
     place = odd.affine.copy()

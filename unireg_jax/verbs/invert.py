@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     say("reading")
     fixed, moving = files.read_grid(args.fixed), files.read_grid(args.moving)
     whole, warnings = files.read_chain(args.transforms, fixed=fixed, moving=moving)
-    if moving is None and (whole.fields or args.residual_out):
+    parts = mapping.spelling_of(args.file) in ("itk", "affine-txt")  # without a grid
+    if moving is None and (whole.fields or args.residual_out or not parts):
         raise UserError(
             "schema",
             "--moving: the scan that the transform leads to expected, got none; name "
