@@ -1308,7 +1308,9 @@ def test_ray_leaves_signals_to_the_run():
     subprocess.run([sys.executable, "-c", KEPT], cwd=REPO, check=True)
 
 
-def test_pages_of_results_that_are_there_are_left_to_report(done, network, capsys):
+def test_pages_of_results_that_are_there_are_left_to_report(
+    done, network, capsys, monkeypatch
+):
     listed = done / "the lists"  # the scans lie elsewhere
     listed.mkdir()
     put(
@@ -1321,9 +1323,30 @@ def test_pages_of_results_that_are_there_are_left_to_report(done, network, capsy
     assert "have no page: 3; unireg report" in line
     command = shlex.split(line.partition("; ")[2])
     assert cli.main([*command[1:], "--quiet"]) == 0
+    # Once there is an index it takes --overwrite, and pages for all of many pairs.
+    (done / "out" / "a1" / outputs.PAGE).unlink()
+    monkeypatch.setattr(outputs, "PAGES", 2)
+    assert run(done, network, *more, name="the lists/list.csv") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" --pages 3 --overwrite")
+    assert cli.main([*shlex.split(line.partition("; ")[2])[1:], "--quiet"]) == 0
     assert len(list((done / "out").glob(f"a?/{outputs.PAGE}"))) == 3
     assert run(done, network, "--html") == 0
     assert capsys.readouterr().err == ""
+
+
+def test_dry_run_tells_of_inverses_that_do_not_fit(
+    folder, network, capsys, monkeypatch
+):
+    def full(*shapes, inverse=False):
+        assert inverse
+        raise errors.UserError("too_large", "no room", errors.LIMIT)
+
+    monkeypatch.setattr(results.registration, "check_memory", full)
+    words = ("--write-inverse", "--dry-run", "--json")
+    assert run(folder, network, *words) == errors.FAILED
+    found = json.loads(capsys.readouterr().out)
+    assert {row["reason"] for row in found} == {"too_large"}
 
 
 def test_gate_looks_at_results_that_are_there(folder, network, capsys):
@@ -1341,6 +1364,7 @@ def test_gate_looks_at_results_that_are_there(folder, network, capsys):
     line = told(folder)[0]["a1"]
     assert (line["status"], line["reason"]) == ("failed", "constant")
     assert "without --qc-gate" in line["message"] and times(folder) == before
+    assert line["message"].endswith("--overwrite holds back new ones")
 
 
 def test_mask_of_the_list_says_where_scans_are_compared(folder, network):

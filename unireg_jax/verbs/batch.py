@@ -216,6 +216,10 @@ def _run(args, cases, digest, book, stop) -> int:
     if bare:
         again = ["unireg", "report", args.out, "--list", args.list]
         again += [word for root in args.data_root for word in ("--data-root", root)]
+        if len(cases) > outputs.PAGES:
+            again += ["--pages", str(len(cases))]
+        if Path(args.out, outputs.INDEX).exists():
+            again.append("--overwrite")
         again = shlex.join(map(shown, again))
         warn(f"--html: pairs that were there and have no page: {bare}; {again}")
     code = _exit_code(counts, preempted=stop.is_set() and not broken)
@@ -565,7 +569,7 @@ def _dry_run(args, cases: Sequence[Case], digest: str) -> int:
                 return "keep", "", ""
             if why is not None and not (args.skip_existing or args.overwrite):
                 raise worker.in_the_way(why)
-            known.read(case)
+            results.check_inverse_fits(args, known.read(case))
         except Exception as any_error:  # a fault of ours too: it stops no other
             error = of_item(any_error)
             facts = dict(weights_sha256=digest, settings=settings, seconds=0.0)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -25,6 +26,11 @@ OUTPUTS = (  # the record comes last: it says that a case is whole
     "run.json",
 )
 PAGE = "qc.html"  # of a case, a view of the rest
+INDEX = "index.html"  # of a batch
+PAGES = 200  # that it draws unless told otherwise
+_OWN = re.compile(
+    r"index\.html|(batch|failed)(-\d+-of-\d+)?\.(csv|json|jsonl|log)", re.IGNORECASE
+)
 REJECTED = "rejected"  # folder in OUT of cases that the gate holds back
 SUPERSEDED = "superseded"  # folder in OUT of results whose case failed when done again
 _LITTER_S = 86400  # after which a file that no run of `batch` marked is one
@@ -329,11 +335,18 @@ def case_name(given: str | None, fixed: str, moving: str) -> str:
 
 
 def check_free(case: str) -> None:
-    """Refuses a name that OUT has for folders of its own.
+    """Refuses a name that OUT has for folders and files of its own.
 
     Raises:
         UserError: `id_invalid`, exit code 2.
     """
+    if _OWN.fullmatch(case):
+        raise UserError(
+            "id_invalid",
+            f"id_invalid: a name other than that of a table of OUT expected of a case, "
+            f"got {case}; rename it",
+            USAGE,
+        )
     if case in (REJECTED, SUPERSEDED):
         raise UserError(
             "id_invalid",

@@ -22,7 +22,6 @@ from unireg_jax.verbs import files, judging, options, outputs, results
 from unireg_jax.verbs.messages import kinds, progress, warn, with_reason
 
 HELP = "a page to look at, for a case or for a batch"
-INDEX = "index.html"
 _RECORD_BYTES = 1 << 26
 
 
@@ -31,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         f"Of the folder of a case: {outputs.PAGE}, pictures of the scans in three "
         "planes with sliders, numbers and what is wrong with them. Of the folder of a "
-        f"batch: {INDEX}, all cases, the worst first, and with --list their pages. "
-        "Each is one file that works offline and asks for nothing."
+        f"batch: {outputs.INDEX}, all cases, the worst first, and with --list their "
+        "pages. Each is one file that works offline and asks for nothing."
     )
     parser.epilog = (
         "example: unireg report results/a__b --fixed a.nii.gz --moving b.nii.gz; "
@@ -55,9 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--pages",
         type=options.count,
-        default=200,
+        default=outputs.PAGES,
         metavar="N",
-        help="of a batch: pages and small pictures of the N worst, default 200",
+        help="of a batch: pages and small pictures of the N worst, default "
+        f"{outputs.PAGES}",
     )
     add("-o", "--out", dest="file", metavar="FILE", help="default in DIR")
     options.add_overwrite(parser, "the pages")
@@ -249,7 +249,7 @@ def _batch(args, folder: Path, say) -> dict[str, Any]:
             "CASE_run.json is here; pass --list for a batch",
             USAGE,
         )
-    target = _target(args, folder / INDEX)
+    target = _target(args, folder / outputs.INDEX)
     listed = {}
     if args.list:
         rows = manifest.read_cases(args.list, roots=args.data_root)
