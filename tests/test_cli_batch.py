@@ -250,6 +250,8 @@ def test_points_beyond_the_fixed_scan_go_on_with_the_affine(folder, network):
     assert line["qc"]["tre_mm"] == pytest.approx(errors_mm.mean(), abs=1e-3)
     first, last = line["warnings"]
     assert first.startswith("fixed_mask: ") and "sform" in first
+    summary = json.loads((folder / "out" / "batch.json").read_text())
+    assert set(summary["warnings"]) == {"orientation_conflict", "fov"}
     assert last.startswith("fov: 2 of 2 fixed landmarks lie beyond the field")
 
 
@@ -1364,7 +1366,7 @@ def test_gate_looks_at_results_that_are_there(folder, network, capsys):
     line = told(folder)[0]["a1"]
     assert (line["status"], line["reason"]) == ("failed", "constant")
     assert "without --qc-gate" in line["message"] and times(folder) == before
-    assert line["message"].endswith("--overwrite holds back new ones")
+    assert "--overwrite makes them again and holds them back" in line["message"]
 
 
 def test_mask_of_the_list_says_where_scans_are_compared(folder, network):

@@ -235,8 +235,8 @@ def check_kept(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
         UserError: the first finding, exit code 4.
     """
     if args.qc_gate and findings(record):
-        note = "these results of a run without --qc-gate stay; --overwrite holds back"
-        _refuse(record, f"{note} new ones")
+        note = "these results are of a run without --qc-gate; --overwrite makes them"
+        _refuse(record, f"{note} again and holds them back")
 
 
 def _refuse(record: Mapping[str, Any], note: str) -> None:

@@ -1,8 +1,11 @@
 """What the person at the terminal reads, on stderr."""
 
+import re
 from collections.abc import Callable, Iterable
 
 from unireg_jax.errors import Note, UserError, spelled_out, tell
+
+_OF_FILE = re.compile(r"(fixed|moving|fixed_label|moving_label|fixed_mask): ")
 
 
 def progress(quiet: bool) -> Callable[[str], None]:
@@ -45,7 +48,9 @@ def one_line(text: str) -> str:
 
 def kinds(warnings: Iterable[str]) -> list[str]:
     """First words of warnings, once each: `fixed: hu_range: not ...` is hu_range."""
-    lines = (w.removeprefix("fixed: ").removeprefix("moving: ") for w in warnings)
+    lines = (
+        line[m.end() :] if (m := _OF_FILE.match(line)) else line for line in warnings
+    )
     return list(dict.fromkeys(line.partition(":")[0] for line in lines))
 
 
