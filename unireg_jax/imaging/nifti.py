@@ -32,6 +32,7 @@ _BLOCK = 1 << 24  # bytes per read: bounds the copy that gzip makes
 EXACT = 1 << 24  # whole numbers up to here are the same in float32
 _TRAILING = 1 << 16  # bytes read beyond the voxels before giving up
 _EXTENSIONS = 1 << 26  # largest believable gap between header and voxels
+_OF_INTENSITIES = ("constant:", "hu_range:", "padding:")  # `intensity_warnings`
 _PADDED = 0.01  # share of one value that no tissue has
 _DEFLATE = 1032  # no deflate stream expands further
 _LOOKS = (
@@ -943,9 +944,6 @@ def _rescale(stored: _Stored, path: str | os.PathLike) -> np.ndarray:
         for k in range(array.shape[-1]):  # slice by slice: float64 for one only
             out[..., k] = array[..., k].astype(np.float64) * slope + inter
     return out
-
-
-_OF_INTENSITIES = ("constant:", "hu_range:", "padding:")
 
 
 def intensity_warnings(array: np.ndarray) -> list[str]:

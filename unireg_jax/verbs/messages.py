@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from unireg_jax.errors import Note, UserError, spelled_out, tell
 
-_OF_FILE = re.compile(r"(fixed|moving|fixed_label|moving_label|fixed_mask): ")
+_OF_FILE = re.compile(r"^(fixed|moving|(fixed|moving)_label|fixed_mask): ")
 
 
 def progress(quiet: bool) -> Callable[[str], None]:
