@@ -126,7 +126,9 @@ def test_weights_of_a_part_leave_its_patients_out(path):
 
 
 def test_weights_of_the_other_splits_are_the_packages():
-    for split in set(real_pairs.SPLITS) - {"fold1", "fold2", "fold3"}:
+    parts = {"fold1", "fold2", "fold3"}
+    assert {path.stem for path in real_pairs.PARTS.glob("*.safetensors")} == parts
+    for split in set(real_pairs.SPLITS) - parts:
         assert real_pairs.weights_of(split) == "unireg_heldout"
 
 
