@@ -190,14 +190,19 @@ def test_lines_and_tables_say_what_was_done(done, network):
     assert record["settings_sha256"] == line["settings"]
 
 
-def test_labels_points_masks_and_a_start_of_the_list_are_used(folder, network):
+def shifted(folder, points):
+    """Landmarks of the second body, and the start that brings them to their own."""
     shift = np.eye(4)
     shift[:3, 3] = SHIFTS[1]
     transforms.write_affine_txt(folder / "init.txt", shift)
-    points = np.array([[0.0, 10.0, 400.0], [20.0, -5.0, 420.0]])
     head = {"delimiter": ",", "header": "x_mm,y_mm,z_mm", "comments": ""}
     for name, table in (("pf", points), ("pm", points + SHIFTS[1])):
         np.savetxt(folder / f"{name}.csv", table, **head)
+    return shift
+
+
+def test_labels_points_masks_and_a_start_of_the_list_are_used(folder, network):
+    shift = shifted(folder, np.array([[0.0, 10.0, 400.0], [20.0, -5.0, 420.0]]))
     array, place = proof.body(np.array(SHIFTS[1]))
     more = (array > -200).astype("u1")
     more[2:4, 2:4, 2:4] = 7  # a structure that the fixed scan lacks
@@ -228,13 +233,8 @@ def test_labels_points_masks_and_a_start_of_the_list_are_used(folder, network):
 
 def test_points_beyond_the_fixed_scan_go_on_with_the_affine(folder, network):
     """As the .h5 that is written leads them; that they lie there is told."""
-    shift = np.eye(4)
-    shift[:3, 3] = SHIFTS[1]
-    transforms.write_affine_txt(folder / "init.txt", shift)
     points = np.array([[0.0, 10.0, 4000.0], [20.0, -5.0, 4200.0]])
-    head = {"delimiter": ",", "header": "x_mm,y_mm,z_mm", "comments": ""}
-    for name, table in (("pf", points), ("pm", points + SHIFTS[1])):
-        np.savetxt(folder / f"{name}.csv", table, **head)
+    shifted(folder, points)
     odd = nib.load(folder / "l0.nii")  # the place of its voxels told twice
     place = odd.affine.copy()
     place[:3, 3] += 15
