@@ -48,9 +48,7 @@ def one_line(text: str) -> str:
 
 def kinds(warnings: Iterable[str]) -> list[str]:
     """First words of warnings, once each: `fixed: hu_range: not ...` is hu_range."""
-    lines = (
-        line[m.end() :] if (m := _OF_FILE.match(line)) else line for line in warnings
-    )
+    lines = (_OF_FILE.sub("", line) for line in warnings)
     return list(dict.fromkeys(line.partition(":")[0] for line in lines))
 
 

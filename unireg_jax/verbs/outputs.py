@@ -340,17 +340,10 @@ def check_free(case: str) -> None:
     Raises:
         UserError: `id_invalid`, exit code 2.
     """
-    if _OWN.fullmatch(case):
+    if case in (REJECTED, SUPERSEDED) or _OWN.fullmatch(case):
         raise UserError(
             "id_invalid",
-            f"id_invalid: a name other than that of a table of OUT expected of a case, "
-            f"got {case}; rename it",
-            USAGE,
-        )
-    if case in (REJECTED, SUPERSEDED):
-        raise UserError(
-            "id_invalid",
-            f"id_invalid: a name other than {REJECTED} and {SUPERSEDED} expected of a "
-            f"case, got {case}: these folders of OUT hold others; rename it",
+            "id_invalid: a name other than those of tables and folders of OUT expected "
+            f"of a case, got {case}; rename it",
             USAGE,
         )

@@ -438,9 +438,8 @@ def write(
     if inputs.points:
         whole = result.disp_mm, result.vox2world
         errors = metrics.landmark_errors(*whole, *inputs.points, result.affine)
-        warnings += metrics.landmark_warnings(
-            mapping.field(*whole), *inputs.points, *errors
-        )
+        transform = mapping.Mapping((mapping.Field(*whole),))  # checked as it was made
+        warnings += metrics.landmark_warnings(transform, *inputs.points, *errors)
     record = _record(inputs, result, model, warnings)
     record["quality"] = numbers
     record["scores"] = scores
